@@ -1,0 +1,1 @@
+"""Configurations: `base.py` has every field once; the others hold differences only."""

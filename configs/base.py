@@ -1,0 +1,70 @@
+"""Every field once, with the published values of PROFIT (arXiv 2008.04693 and the authors' code).
+
+A configuration file returns this with differences; the command line overrides single fields:
+
+    python main.py --config configs/digits_w4.py --config.train.batch_size=32 --config.plan.weight_bits="(8, 4)"
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The published 4-bit recipe of MobileNet-v2 on ImageNet, without weights files."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # of initial weights, data order, augmentation and dropout
+  # Directory where compiled programs are kept between runs; "" keeps none.
+  config.compilation_cache = "~/.cache/profit_jax"
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "mobilenet_v2"  # a key of profit_jax.models.REGISTRY
+  config.model.width = 1.0  # multiplies every layer's channels
+  # relu6: what torchvision's weights were trained with. relu: what the authors' code computes (6 only bounds intervals).
+  config.model.activation = "relu6"
+  config.model.dropout = 0.2  # rate before the classifier
+  config.model.strides = (2, 1, 2, 2, 2, 1, 2, 1)  # of the stem and of each stage; fewer 2s for small images
+
+  config.init = ml_collections.ConfigDict()
+  # .npz under the names of the authors' code (without their a and c: torchvision's names); "" starts from random weights.
+  config.init.weights = ""
+
+  config.teacher = ml_collections.ConfigDict()
+  # none; self: the student before quantization (its init.weights, or, from random weights, what the full-precision
+  # phase ends with); or a model's name, which needs teacher.weights.
+  config.teacher.model = "self"
+  config.teacher.weights = ""
+  config.teacher.width = 1.0  # of another model
+  config.teacher.activation = "relu6"  # of another model
+  config.teacher.batch_stats = "batch"  # batch: the batch's own statistics, as in the authors' code; running: the file's
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "imagenet2012"  # a key of profit_jax.data.SOURCES
+  config.data.image_size = 224  # pixels, height and width
+  config.data.augment = True  # random changes of the training images
+
+  config.plan = ml_collections.ConfigDict()
+  config.plan.weight_bits = (8, 5, 4)  # 2 to 8, falling; () leaves weights in full precision
+  config.plan.act_bits = (8, 5, 4)  # likewise, for activations
+  config.plan.progressive = True  # False: straight to the last bits of each list
+  config.plan.stabilize = True  # BN phases (kernels fixed) before and after each fine-tuning
+  config.plan.profit = True  # False: plain fine-tuning at every bit width
+  config.plan.profit_bits = (4,)  # weight bit widths at which PROFIT samples AIWQ and freezes
+  config.plan.freeze_fractions = (0.0, 1 / 3, 2 / 3)  # share of the convolutions frozen in ft1, ft2, ...
+  config.plan.full_precision_epochs = 15  # phase 1: only with a teacher, or from random weights
+  config.plan.finetune_epochs = 15  # of every fine-tuning phase, ft1 to ft3 included
+  config.plan.bn_epochs = 5  # of every BN phase
+  config.plan.sampling_epochs = 5  # AIWQ is measured, at constant learning rate
+  config.plan.warmup_epochs = 3  # of full-precision and fine-tuning phases
+
+  config.train = ml_collections.ConfigDict()
+  config.train.batch_size = 256  # global: over all devices
+  config.train.eval_batch_size = 256
+  config.train.learning_rate = 0.005  # of weights, norms and biases; SGD with Nesterov momentum
+  config.train.full_precision_learning_rate = 0.005  # the same in the full-precision phase
+  config.train.quantizer_lr_scale = 0.01  # learning rate of a and c over that of the weights
+  config.train.weight_decay = 4e-5  # of kernels only, added to the gradient
+  config.train.momentum = 0.9
+  config.train.ema_rate = 0.9997  # share of the average that a step keeps; 0 keeps no average
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.keep = 2  # the newest that stay, besides the best
+  return config.lock()

@@ -1,0 +1,17 @@
+"""Digits at 3 bits: weights on 7 levels, activations on 8.
+
+Command:  python main.py --config configs/digits_w3.py --workdir runs/digits_w3
+Cost:     not run.
+Result:   not run.
+"""
+
+from configs import digits_w4
+
+
+def get_config():
+  """The demo with one more rung."""
+  config = digits_w4.get_config()
+  config.plan.weight_bits = (8, 5, 4, 3)
+  config.plan.act_bits = (8, 5, 4, 3)
+  config.plan.profit_bits = (3,)
+  return config

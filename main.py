@@ -1,0 +1,46 @@
+"""Trains, evaluates or plans a PROFIT run: python main.py --config configs/digits_w4.py --workdir RUN [--mode MODE]."""
+
+import sys
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; fields: --config.train.batch_size=64.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run, local or gs://; a run found there goes on.")
+_MODE = flags.DEFINE_string("mode", "train", "train, eval, plan.")
+
+
+def _parse(argv):
+  """Flags, with every mistake as one message and exit code 2."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    sys.exit(_fail(f"Wrong command line: {message}"))
+
+
+def _fail(message):
+  print(f"error: {message}", file=sys.stderr)
+  return 2
+
+
+def main(argv):
+  """Runs the mode; returns the exit code."""
+  if len(argv) > 1:
+    return _fail(f"Wrong command line: unknown arguments {argv[1:]}; every option starts with --.")
+  from profit_jax import app as profit
+  from profit_jax.settings import ConfigError
+
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  try:
+    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value)
+  except ConfigError as error:
+    return _fail(error)
+  except KeyboardInterrupt:
+    return _fail("stopped; the same command goes on from the last finished epoch.")
+  return 0
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse)

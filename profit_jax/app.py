@@ -1,0 +1,139 @@
+"""Puts a run together: settings -> plan -> data, model, teacher -> loop -> reports. `main.py` reads the flags."""
+
+import json
+import os
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from rich.console import Console
+
+from profit_jax import data, plan
+from profit_jax.models import REGISTRY, build, init_variables, variable_shapes
+from profit_jax.report import console, files
+from profit_jax.settings import ConfigError, Settings, parse
+from profit_jax.train.checkpoint import Checkpoints
+from profit_jax.train.evaluate import evaluate
+from profit_jax.train.loop import Loop
+from profit_jax.train.observer import Observers
+from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.weights.load import load_variables
+
+MODES = ("train", "eval", "plan", "export")
+
+
+def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> None:
+  """Runs one mode.
+
+  Args:
+    config: from `--config`; in mode eval None takes the run's own `config.json`.
+    workdir: the run's directory; mode plan needs none.
+    mode: one of `MODES`.
+
+  Raises:
+    ConfigError: anything that the user can mend.
+  """
+  if mode not in MODES:
+    raise ConfigError(f"--mode={mode} is not allowed: it must be one of {', '.join(MODES)}.")
+  if mode == "export":
+    raise ConfigError("--mode=export is not part of this release: it must be train, eval or plan.")
+  if mode != "plan" and not workdir:
+    raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://.")
+  directory = epath.Path(os.path.abspath(workdir) if workdir and "://" not in workdir else workdir)
+  if config is None:
+    if mode != "eval":
+      raise ConfigError("--config is missing: give a configuration file, as --config configs/digits_w4.py.")
+    config = ml_collections.ConfigDict(files.read_config(directory))
+  settings = parse(config, REGISTRY, data.SOURCES)
+  facts = data.check_sizes(settings)
+  phases = plan.plan(settings)
+  if mode == "plan":
+    print(plan.format_table(phases, facts.train_examples // settings.train.batch_size))
+    return
+  if settings.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.compilation_cache))
+  if mode == "eval":
+    run_eval(settings, phases, directory)
+  else:
+    train(settings, phases, directory)
+
+
+def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, Any]:
+  """Trains, or goes on with, the run in `workdir`; returns what `result.json` holds."""
+  mesh = make_mesh(settings)
+  source = data.load(settings)
+  facts = source.facts
+  model = build(settings.model.name, settings.model, facts.num_classes)
+  variables, teacher_model, teacher = _first_weights(settings, model, facts.num_classes)
+  files.claim_workdir(workdir, settings)
+
+  # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
+  from profit_jax.report.tensorboard import TensorBoardObserver
+
+  screen = Console(highlight=False)
+  screen.print(f"{plan.summary_line(phases)}; {workdir}")
+  observer = Observers([console.ConsoleObserver(screen), TensorBoardObserver(os.fspath(workdir))])
+  programs = Programs(settings, facts, model, teacher_model, mesh)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+  loop = Loop(
+    settings=settings,
+    phases=phases,
+    source=source,
+    programs=programs,
+    checkpoints=checkpoints,
+    observer=observer,
+    model=model,
+    variables=variables,
+    teacher=teacher,
+  )
+  try:
+    progress = loop.run()
+    best = checkpoints.restore_best(variable_shapes(model, settings.data.image_size))
+  finally:
+    observer.close()
+    programs.close()
+    checkpoints.close()
+  result = files.write_report(workdir, settings, phases, progress, best["params"])
+  console.print_table(screen, result)
+  screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
+  return result
+
+
+def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, float]:
+  """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
+  saved = parse(ml_collections.ConfigDict(files.read_config(workdir)), REGISTRY, data.SOURCES)
+  files.claim_workdir(workdir, settings if settings != saved else saved)
+  mesh, source = make_mesh(settings), data.load(settings)
+  model = build(settings.model.name, settings.model, source.facts.num_classes)
+  programs = Programs(settings, source.facts, model, None, mesh)
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+  try:
+    best = checkpoints.restore_best(variable_shapes(model, settings.data.image_size))
+    if best is None:
+      raise ConfigError(f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first.")
+    scores, _ = evaluate(programs, source, settings, phases[-1], programs.replicate(best))
+  finally:
+    programs.close()
+    checkpoints.close()
+  bits = plan.bits_name(phases[-1].weight_bits, phases[-1].act_bits)
+  print(f"{bits}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on {scores['examples']:.0f} images")
+  return scores
+
+
+def _first_weights(settings: Settings, model: Any, num_classes: int) -> tuple[Any, Any, Any]:
+  """The student's first variables, and the teacher's module and variables (None where there are none yet)."""
+  size, teacher = settings.data.image_size, settings.teacher
+  if settings.from_scratch:
+    variables = init_variables(model, jax.random.key(settings.seed), size)
+  else:
+    variables = load_variables(settings.init.weights, settings.model.name, variable_shapes(model, size))
+  if teacher.model == "none":
+    return variables, None, None
+  if teacher.model == "self":
+    # Its dropout would only add noise to what it teaches.
+    teacher_model = model.clone(dropout=0.0)
+    return variables, teacher_model, None if settings.from_scratch else variables
+  other = build(teacher.model, settings.model, num_classes, width=teacher.width, activation=teacher.activation, dropout=0.0)
+  return variables, other, load_variables(teacher.weights, teacher.model, variable_shapes(other, size))

@@ -1,0 +1,99 @@
+"""Depthwise convolution in the form that is fastest on each platform."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# XLA on CPU is 4-5x slower with `feature_group_count` than with one shifted multiply-add per tap; GPUs and TPUs have
+# kernels of their own for the grouped form. `platform_dependent` decides at lowering, so a program that is lowered here
+# for another platform has that platform's form. The custom_vjp keeps the choice out of what autodiff sees:
+# differentiating through it would make both forms' residuals live.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """Convolves each channel with its own filter, without padding.
+
+  Args:
+    x: `[N, H, W, C]`, already padded.
+    kernel: `[KH, KW, 1, C]`.
+    stride: in both directions.
+
+  Returns:
+    `[N, (H - KH) // stride + 1, (W - KW) // stride + 1, C]`.
+  """
+  return lax.platform_dependent(
+    x, kernel, cpu=functools.partial(_shifted, stride=stride), default=functools.partial(_grouped, stride=stride)
+  )
+
+
+def _grouped(x, kernel, stride):
+  return lax.conv_general_dilated(
+    x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
+  )
+
+
+def _taps(x_shape, kernel_shape, stride):
+  """For each tap (i, j): the strided window of x that it multiplies, as (start, limit) of H and W."""
+  height = (x_shape[1] - kernel_shape[0]) // stride + 1
+  width = (x_shape[2] - kernel_shape[1]) // stride + 1
+  for i in range(kernel_shape[0]):
+    for j in range(kernel_shape[1]):
+      yield i, j, (i, i + stride * (height - 1) + 1), (j, j + stride * (width - 1) + 1)
+
+
+def _shifted(x, kernel, stride):
+  total = None
+  for i, j, rows, columns in _taps(x.shape, kernel.shape, stride):
+    term = x[:, slice(*rows, stride), slice(*columns, stride), :] * kernel[i, j, 0]
+    total = term if total is None else total + term
+  return total
+
+
+def _shifted_backward(x, kernel, upstream, stride):
+  size_h, size_w = kernel.shape[:2]
+  # dx is the upstream, spread out by the stride, convolved with the flipped kernel: one padding and one fused sum.
+  low_high = []
+  for size, extent, out in ((size_h, x.shape[1], upstream.shape[1]), (size_w, x.shape[2], upstream.shape[2])):
+    low_high.append((size - 1, extent - 1 - stride * (out - 1), stride - 1))
+  spread = lax.pad(upstream, jnp.zeros((), upstream.dtype), [(0, 0, 0), *low_high, (0, 0, 0)])
+  dx = _shifted(spread, kernel[::-1, ::-1], 1)
+
+  # One reduction of all taps together reads x and the upstream once. As a reduction per tap, XLA on CPU first writes
+  # every shifted window to memory: 7.9 ms instead of 2.4 ms for [64, 16, 16, 48] on 2 cores, and 4 times the compilation.
+  # The batch is summed first: partial sums keep float32's error at 2e-7 where one long sum has 5e-6.
+  products = [
+    x[:, slice(*rows, stride), slice(*columns, stride), :] * upstream
+    for _, _, rows, columns in _taps(x.shape, kernel.shape, stride)
+  ]
+  dk = _sum_together(_sum_together(products, (0,)), (0, 1))
+  return dx, jnp.stack(dk).reshape(kernel.shape)
+
+
+def _sum_together(operands, axes):
+  zeros = [jnp.zeros((), operand.dtype) for operand in operands]
+  return lax.reduce(operands, zeros, lambda left, right: [a + b for a, b in zip(left, right, strict=True)], axes)
+
+
+def _grouped_backward(x, kernel, upstream, stride):
+  return jax.vjp(functools.partial(_grouped, stride=stride), x, kernel)[1](upstream)
+
+
+def _forward(x, kernel, stride):
+  return depthwise_conv(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride, residuals, upstream):
+  x, kernel = residuals
+  return lax.platform_dependent(
+    x,
+    kernel,
+    upstream,
+    cpu=functools.partial(_shifted_backward, stride=stride),
+    default=functools.partial(_grouped_backward, stride=stride),
+  )
+
+
+depthwise_conv.defvjp(_forward, _backward)

@@ -1,0 +1,231 @@
+"""Quantized building blocks (linen). Every layer computes in the dtype of its input; parameters keep their own.
+
+A layer's kernel and its quantizer's scalars live side by side: `{kernel, [bias,] quant_a, quant_c}`. The leaf names
+`quant_a` and `quant_c` are reserved for quantizers: the optimizer groups find them by name.
+
+Besides `params` and `batch_stats`, the layers know three collections, each used only when the caller asks for it:
+
+- `previous` (given): per convolution, the quantized kernel of the step before. Convolutions then convolve twice and
+  write to `moments` the per-channel moments of both outputs, from which `train/aiwq.py` computes AIWQ, and to `quantized`
+  the present quantized kernel.
+- `calibration` (mutable): activation quantizers write their first interval to it.
+- `clip_rate` (mutable): every active quantizer writes which share of its input it clips.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from profit_jax.depthwise import depthwise_conv
+from profit_jax.quant import calibration, duq
+from profit_jax.quant.levels import Levels, symmetric_steps
+
+# torch's kaiming_normal_(mode="fan_out"), which the authors start from.
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _keep(_, new):
+  """A sow reducer that overwrites: one value per layer and call."""
+  return new
+
+
+def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
+  module.sow(collection, name, value, reduce_fn=_keep, init_fn=lambda: None)
+
+
+def _quantizer_params(module: nn.Module) -> tuple[jax.Array, jax.Array]:
+  """The raw scalars of a quantizer; 1 (the value, not the raw) until they are calibrated or loaded."""
+
+  def one(_):
+    return duq.inverse_softplus(jnp.ones((), jnp.float32))
+
+  return module.param("quant_a", one), module.param("quant_c", one)
+
+
+def _quantized_kernel(module: nn.Module, kernel: jax.Array, levels: Levels) -> jax.Array:
+  raw_a, raw_c = _quantizer_params(module)
+  if levels.weight is None:
+    return kernel
+  if module.is_mutable_collection("clip_rate"):
+    _sow(module, "clip_rate", "kernel", jnp.mean(duq.clipped(kernel, raw_a, "symmetric"), dtype=jnp.float32))
+  return duq.quantize(kernel, raw_a, raw_c, levels.weight, "symmetric")
+
+
+class QuantConv(nn.Module):
+  """A convolution without bias whose kernel is quantized when `levels.weight` is given.
+
+  Pads `(k - 1) / 2` on every side, as torch does (`SAME` differs for strides above 1).
+
+  Attributes:
+    features: number of output channels; ignored by a depthwise convolution, which keeps its input's.
+    kernel_size: odd, in both directions.
+    stride: in both directions.
+    depthwise: one filter per channel; the kernel is `[K, K, 1, C]`, otherwise `[K, K, C_in, features]`.
+    pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish (paper
+      section 3.3).
+  """
+
+  features: int
+  kernel_size: int = 1
+  stride: int = 1
+  depthwise: bool = False
+  pad_value: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
+    """`[N, H, W, C]` -> `[N, H', W', features]`."""
+    size = self.kernel_size
+    channels_in, features = (1, x.shape[-1]) if self.depthwise else (x.shape[-1], self.features)
+    kernel = self.param("kernel", _conv_init, (size, size, channels_in, features), jnp.float32)
+    quantized = _quantized_kernel(self, kernel, levels)
+
+    margin = (size - 1) // 2
+    if margin:
+      around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
+      x = jax.lax.pad(x, jnp.asarray(self.pad_value, x.dtype), around)
+    y = self._convolve(x, quantized)
+
+    if self.has_variable("previous", "kernel"):
+      previous = jax.lax.stop_gradient(self._convolve(x, self.get_variable("previous", "kernel")))
+      _sow(self, "moments", "present", output_moments(jax.lax.stop_gradient(y)))
+      _sow(self, "moments", "previous", output_moments(previous))
+      _sow(self, "quantized", "kernel", jax.lax.stop_gradient(quantized))
+    return y
+
+  def _convolve(self, padded: jax.Array, kernel: jax.Array) -> jax.Array:
+    kernel = kernel.astype(padded.dtype)
+    if self.depthwise:
+      return depthwise_conv(padded, kernel, self.stride)
+    if self.kernel_size == 1 and self.stride == 1:
+      return padded @ kernel[0, 0]
+    return jax.lax.conv_general_dilated(
+      padded, kernel, (self.stride, self.stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class QuantDense(nn.Module):
+  """A dense layer with bias whose kernel `[C, features]` is quantized when `levels.weight` is given."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
+    """`[N, C]` -> `[N, features]`."""
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.normal(0.01), shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    kernel = _quantized_kernel(self, kernel, levels)
+    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+
+
+class QuantAct(nn.Module):
+  """Quantizes activations when `levels.act` is given; the non-linearity comes before and is the model's business.
+
+  Attributes:
+    kind: which quantizer: unsigned (after ReLU), symmetric (signed inputs), hswish.
+    largest_interval: upper bound of the calibrated interval (6 in the authors' MobileNet-v2), or None.
+  """
+
+  kind: duq.Kind
+  largest_interval: float | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
+    """Any shape, the batch first."""
+    raw_a, raw_c = _quantizer_params(self)
+    if self.is_mutable_collection("calibration"):
+      _sow(self, "calibration", "interval", calibration.act_interval(x, self.kind, self.largest_interval))
+    if levels.act is None:
+      return x
+    steps = symmetric_steps(levels.act) if self.kind == "symmetric" else levels.act
+    if self.is_mutable_collection("clip_rate"):
+      # Per example, so that the caller can leave out the examples that only pad a batch.
+      beyond = duq.clipped(x, raw_a, self.kind)
+      _sow(self, "clip_rate", "act", jnp.mean(beyond, axis=tuple(range(1, x.ndim)), dtype=jnp.float32))
+    return duq.quantize(x, raw_a, raw_c, steps, self.kind)
+
+
+class BatchNorm(nn.Module):
+  """Batch normalization over all axes but the last, with torch's running statistics.
+
+  flax's own keeps the biased running variance; this keeps the unbiased one, n/(n-1), as torch does. Under jit over a
+  mesh the statistics are those of the global batch.
+
+  Attributes:
+    momentum: share of the old running value that an update keeps (torch's momentum 0.1 is 0.9 here).
+    epsilon: added to the variance.
+  """
+
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Normalizes with the batch's statistics if `train`, else with the running ones."""
+    channels = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+
+    if not train:
+      factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+      return ((x.astype(scale.dtype) - running_mean.value) * factor + bias).astype(x.dtype)
+
+    y, mean, var = _batch_norm(x, scale, bias, self.epsilon)
+    if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+      count = x.size // x.shape[-1]
+      unbiased = var * (count / max(count - 1, 1))
+      keep = self.momentum
+      running_mean.value = keep * running_mean.value + (1 - keep) * mean
+      running_var.value = keep * running_var.value + (1 - keep) * unbiased
+    return y
+
+
+# A custom_vjp because autodiff through the two-pass variance keeps two more arrays of the activation's size and runs
+# twice the reductions. The gradients that flow into the statistics themselves are none of training's business.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _batch_norm(x, scale, bias, epsilon):
+  """Normalized x, and its per-channel mean and biased variance (without gradient)."""
+  wide = x.astype(scale.dtype)
+  mean, var = _moments(wide)
+  # Subtracting first keeps a channel exact whose mean is far above its deviation.
+  y = (wide - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
+  return y.astype(x.dtype), mean, var
+
+
+def _batch_norm_forward(x, scale, bias, epsilon):
+  y, mean, var = _batch_norm(x, scale, bias, epsilon)
+  return (y, mean, var), (x, scale, mean, var)
+
+
+def _batch_norm_backward(epsilon, residuals, upstream):
+  x, scale, mean, var = residuals
+  dy = upstream[0].astype(scale.dtype)
+  axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+  inverse = jax.lax.rsqrt(var + epsilon)
+  centred = x.astype(scale.dtype) - mean
+  d_bias = jnp.sum(dy, axis=axes)
+  d_scale = inverse * jnp.sum(dy * centred, axis=axes)
+  dx = (scale * inverse) * (dy - d_bias / count - centred * (inverse * d_scale / count))
+  return dx.astype(x.dtype), d_scale, d_bias
+
+
+_batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
+
+
+def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Per-channel mean and biased variance of `[..., C]`."""
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axis=axes)
+  return mean, jnp.mean(jnp.square(x - mean), axis=axes)
+
+
+def output_moments(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Per-channel mean and unbiased standard deviation of `[N, H, W, C]`, in at least float32."""
+  mean, var = _moments(y.astype(jnp.promote_types(y.dtype, jnp.float32)))
+  count = y.size // y.shape[-1]
+  return mean, jnp.sqrt(var * (count / max(count - 1, 1)))

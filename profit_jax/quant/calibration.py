@@ -1,0 +1,39 @@
+"""First values of the quantizers' a and c, taken just before the first quantized phase of each kind."""
+
+import jax
+import jax.numpy as jnp
+
+from profit_jax.quant import duq
+
+WEIGHT_FRACTION = 0.9  # of max|w|
+SMALLEST_INTERVAL = 1e-3  # where nothing is positive
+
+
+def weight_interval(kernel: jax.Array) -> jax.Array:
+  """`0.9 * max|w|`, the first a and c of a kernel's quantizer (scalar); 1e-3 for a kernel of zeros."""
+  largest = jnp.max(jnp.abs(kernel))
+  return jnp.where(largest > 0, WEIGHT_FRACTION * largest, SMALLEST_INTERVAL).astype(kernel.dtype)
+
+
+def act_interval(x: jax.Array, kind: duq.Kind, largest: float | None = None) -> jax.Array:
+  """The 95th percentile of the positive part of a quantizer's input, its first a and c (scalar).
+
+  Sort the positive elements of |x| (symmetric), x (unsigned) or x + 3/8 (h-swish) and take the one at index
+  `int(count * 0.95)`. The authors' code looks before the non-linearity and, through a slip, takes neither |x| nor
+  x + 3/8; this looks at the input of the quantizer itself and does both.
+
+  Args:
+    x: the input of the quantizer, any shape.
+    kind: which quantizer.
+    largest: upper bound of the result (6 after a ReLU6), or None.
+  """
+  if kind == "symmetric":
+    x = jnp.abs(x)
+  elif kind == "hswish":
+    x = x - duq.HSWISH_MINIMUM
+  positive = jnp.sort(jnp.where(x > 0, x, jnp.inf).ravel())
+  count = jnp.sum(x > 0)
+  # floor(count * 19/20) in integers that cannot overflow: an activation of ImageNet size has 3e8 elements.
+  index = count - (count + 19) // 20
+  interval = jnp.where(count > 0, positive[index], SMALLEST_INTERVAL)
+  return interval if largest is None else jnp.minimum(interval, largest)

@@ -1,0 +1,100 @@
+"""DuQ, the differentiable and unified quantizer (paper section 3.2), with straight-through gradients.
+
+Two positive scalars per tensor, the interval `a` and the output scale `c`; both are learned, and stored raw: the value
+is `softplus(raw)`.
+
+| kind      | used on                      | value                                            | steps n at b bits |
+|-----------|------------------------------|--------------------------------------------------|-------------------|
+| symmetric | kernels, signed activations  | `c * round(clip(x/a, -1, 1) * n) / n`            | `2^(b-1) - 1`     |
+| unsigned  | after ReLU / ReLU6           | `c * round(clip(x/a, 0, 1) * n) / n`             | `2^b - 1`         |
+| hswish    | after h-swish (minimum -3/8) | `c * round(clip((x+3/8)/a, 0, 1) * n) / n - 3/8` | `2^b - 1`         |
+
+Rounding is half to even, and its derivative is taken as 1.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Kind = Literal["symmetric", "unsigned", "hswish"]
+
+# h-swish has its minimum, -3/8, at x = -3/2. A convolution whose input is quantized after h-swish pads with this value,
+# which is code 0 of its quantizer ("negative padding", paper section 3.3).
+HSWISH_MINIMUM = -3.0 / 8.0
+
+# Per kind: the lower clip end in units of `a`, and the offset of the input.
+_LOWER = {"symmetric": -1.0, "unsigned": 0.0, "hswish": 0.0}
+_OFFSET = {"symmetric": 0.0, "unsigned": 0.0, "hswish": HSWISH_MINIMUM}
+
+
+def inverse_softplus(value: jax.Array) -> jax.Array:
+  """The raw parameter of a positive value: `log(exp(v) - 1)`, in the form that does not overflow for large v."""
+  return value + jnp.log(-jnp.expm1(-value))
+
+
+def quantize(x: jax.Array, raw_a: jax.Array, raw_c: jax.Array, steps: jax.Array, kind: Kind) -> jax.Array:
+  """Fake-quantizes a tensor: values on the grid that `kind` and `steps` define, in the tensor's own dtype.
+
+  Args:
+    x: any shape, floating point.
+    raw_a: scalar, inverse softplus of the interval.
+    raw_c: scalar, inverse softplus of the output scale.
+    steps: scalar, the number of steps n of the table above; carries no gradient.
+    kind: which row of the table.
+
+  Returns:
+    An array of x's shape and dtype. The arithmetic is done in the dtype of `raw_a`.
+  """
+  return _quantize(x, raw_a, raw_c, steps, kind)
+
+
+def codes(x: jax.Array, raw_a: jax.Array, steps: jax.Array, kind: Kind) -> jax.Array:
+  """The integer codes of a tensor, `round(clip((x - offset)/a) * n)`, as int32 of x's shape."""
+  a = jax.nn.softplus(raw_a)
+  ratio = jnp.clip((x.astype(a.dtype) - _OFFSET[kind]) / a, _LOWER[kind], 1.0)
+  return jnp.round(ratio * steps.astype(a.dtype)).astype(jnp.int32)
+
+
+def clipped(x: jax.Array, raw_a: jax.Array, kind: Kind) -> jax.Array:
+  """Whether each element lies beyond the interval, where it is clipped: bool, of x's shape.
+
+  An element exactly at 0 of an unsigned or h-swish quantizer is represented exactly and does not count.
+  """
+  ratio = (x.astype(raw_a.dtype) - _OFFSET[kind]) / jax.nn.softplus(raw_a)
+  return (ratio > 1.0) | (ratio < _LOWER[kind])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _quantize(x, raw_a, raw_c, steps, kind):
+  q, _ = _grid(x, raw_a, steps, kind)
+  return (jax.nn.softplus(raw_c) * q + _OFFSET[kind]).astype(x.dtype)
+
+
+def _grid(x, raw_a, steps, kind):
+  """q = round(clip(v) * n) / n, and v = (x - offset) / a."""
+  a, n = jax.nn.softplus(raw_a), steps.astype(raw_a.dtype)
+  v = (x.astype(a.dtype) - _OFFSET[kind]) / a
+  return jnp.round(jnp.clip(v, _LOWER[kind], 1.0) * n) / n, v
+
+
+def _forward(x, raw_a, raw_c, steps, kind):
+  return _quantize(x, raw_a, raw_c, steps, kind), (x, raw_a, raw_c, steps)
+
+
+def _backward(kind, residuals, upstream):
+  # With inside = (lower < v < 1):  dy/dx = c/a inside,  dy/da = -c*v/a inside,  dy/dc = q,  and d softplus(r)/dr =
+  # sigmoid(r). The ends of the interval, a tie included, pass nothing: jnp.clip would pass half of the gradient there.
+  # Only the input is kept from the forward pass; the rest is cheaper to compute again than to store.
+  x, raw_a, raw_c, steps = residuals
+  q, v = _grid(x, raw_a, steps, kind)
+  upstream = upstream.astype(q.dtype)
+  ratio = jax.nn.softplus(raw_c) / jax.nn.softplus(raw_a)
+  through = jnp.where((v > _LOWER[kind]) & (v < 1.0), upstream, 0.0)
+  d_raw_a = -ratio * jax.nn.sigmoid(raw_a) * jnp.sum(through * v)
+  d_raw_c = jax.nn.sigmoid(raw_c) * jnp.sum(upstream * q)
+  return (through * ratio).astype(x.dtype), d_raw_a, d_raw_c, None
+
+
+_quantize.defvjp(_forward, _backward)

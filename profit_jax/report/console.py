@@ -1,0 +1,117 @@
+"""The terminal: one progress bar per phase, and the final table."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from profit_jax.plan import Phase, bits_name
+from profit_jax.train.observer import EpochReport, Observer
+from profit_jax.train.progress import PhaseRecord
+from profit_jax.train.progress import Progress as RunProgress
+
+
+class ConsoleObserver(Observer):
+  """Writes to the terminal."""
+
+  def __init__(self, console: Console):
+    """Args: console: rich's."""
+    self._console = console
+    self._bar: Progress | None = None
+    self._task = None
+    self._count = self._steps_per_epoch = 0
+
+  def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: RunProgress) -> None:
+    """See `Observer`."""
+    self._count, self._steps_per_epoch = len(phases), steps_per_epoch
+    if progress.total_epochs:
+      phase = phases[progress.phase - 1]
+      self._console.print(
+        f"Going on from the checkpoint: phase {phase.index} of {len(phases)} ({phase.name}), "
+        f"{progress.epoch} of its {phase.epochs} epochs done."
+      )
+
+  def phase_started(self, phase: Phase, epochs_done: int) -> None:
+    """See `Observer`."""
+    self._bar = Progress(
+      TextColumn("{task.description}"),
+      BarColumn(bar_width=24),
+      MofNCompleteColumn(),
+      TimeElapsedColumn(),
+      TimeRemainingColumn(compact=True),
+      TextColumn("{task.fields[numbers]}"),
+      console=self._console,
+      # A log file gets one line per phase, not one per refresh.
+      auto_refresh=self._console.is_terminal,
+    )
+    self._bar.start()
+    self._task = self._bar.add_task(
+      f"{phase.index:>2}/{self._count} {phase.name:13}",
+      total=phase.epochs * self._steps_per_epoch,
+      completed=epochs_done * self._steps_per_epoch,
+      numbers="waiting for compilation",
+    )
+
+  def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
+    """See `Observer`."""
+    numbers = f"loss {metrics['loss']:.3f}  train {metrics['top1']:5.1f} %  {images_per_second:,.0f} img/s"
+    self._bar.update(self._task, advance=1, numbers=numbers)
+
+  def epoch_done(self, report: EpochReport) -> None:
+    """See `Observer`."""
+    average = report.evaluation_ema
+    numbers = f"loss {report.train['loss']:.3f}  top-1 {report.evaluation['top1']:.2f} %"
+    if average:
+      numbers += f"  EMA {average['top1']:.2f} %"
+    self._bar.update(self._task, numbers=numbers)
+
+  def phase_done(self, record: PhaseRecord) -> None:
+    """See `Observer`."""
+    self._stop_bar()
+
+  def close(self) -> None:
+    """See `Observer`."""
+    self._stop_bar()
+
+  def _stop_bar(self) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+      self._bar = None
+
+
+def print_table(console: Console, result: dict[str, Any]) -> None:
+  """Prints a `result.json` as a table and its last lines."""
+  table = Table(title=f"{result['model']} on {result['dataset']}, seed {result['seed']}", title_justify="left")
+  for name, justify in (
+    ("#", "right"), ("phase", "left"), ("bits", "left"), ("frozen", "right"), ("top-1 raw", "right"),
+    ("top-1 EMA", "right"), ("loss", "right"), ("seconds", "right"), ("compiling", "right"),
+  ):  # fmt: skip
+    table.add_column(name, justify=justify)
+  for phase in result["phases"]:
+    average = phase["top1_ema"]
+    table.add_row(
+      str(phase["index"]),
+      phase["name"],
+      bits_name(phase["weight_bits"], phase["act_bits"]),
+      str(len(phase["frozen"])),
+      f"{phase['top1']:.2f}",
+      "-" if average is None else f"{average:.2f}",
+      f"{phase['loss']:.3f}",
+      f"{phase['seconds']:.1f}",
+      f"{phase['compile_seconds']:.1f}",
+    )
+  console.print(table)
+  console.print(final_line(result))
+
+
+def final_line(result: dict[str, Any]) -> str:
+  """The outcome in one sentence."""
+  final = result["final"]
+  bits = bits_name(final["weight_bits"], final["act_bits"]).upper()
+  line = f"{bits}: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % ({final['weights']} weights, "
+  line += f"{final['examples']} images)"
+  if final["full_precision_top1"] is not None:
+    difference = final["top1"] - final["full_precision_top1"]
+    line += f"; full precision {final['full_precision_top1']:.2f} %, difference {difference:+.2f} points"
+  return line + "."

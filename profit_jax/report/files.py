@@ -1,0 +1,113 @@
+"""`config.json`, `result.json`, `report.md`: what a run leaves for scripts and people."""
+
+import json
+import platform
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+
+from profit_jax.plan import Phase, bits_name
+from profit_jax.report.console import final_line
+from profit_jax.report.plots import write_plots
+from profit_jax.settings import ConfigError, Settings, differences
+from profit_jax.train.loop import summary
+from profit_jax.train.progress import Progress
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "clu", "ml-collections", "numpy")
+
+
+def claim_workdir(workdir: epath.Path, settings: Settings) -> None:
+  """Writes `config.json`, or checks that the one that is there is this run's.
+
+  Raises:
+    ConfigError: the directory belongs to another configuration, or cannot be written.
+  """
+  path = workdir / "config.json"
+  if path.exists():
+    found = differences(json.loads(path.read_text()), settings.to_dict())
+    if found:
+      listing = "\n  ".join(found)
+      raise ConfigError(
+        f"--workdir {workdir} holds another run's checkpoint. Use an empty directory, or that run's configuration. "
+        f"The fields that differ:\n  {listing}"
+      )
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
+  except OSError as error:
+    raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+  """The `config.json` of a run.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise ConfigError(f"--workdir {workdir} holds no run: {path} does not exist. Train first, or give the right directory.")
+  return json.loads(path.read_text())
+
+
+def environment() -> dict[str, Any]:
+  """What a result depends on besides the settings."""
+  return {
+    "python": platform.python_version(),
+    "platform": jax.default_backend(),
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "packages": {name: metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def write_report(
+  workdir: epath.Path, settings: Settings, phases: tuple[Phase, ...], progress: Progress, params: Any
+) -> dict[str, Any]:
+  """Writes `result.json`, the plots and `report.md` of a finished run.
+
+  Returns:
+    The result.
+  """
+  result = {
+    "model": settings.model.name,
+    "dataset": settings.data.name,
+    "seed": settings.seed,
+    "environment": environment(),
+    **summary(progress, phases),
+  }
+  (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+  captions = write_plots(workdir / "plots", progress, phases, params)
+  (workdir / "report.md").write_text(_markdown(result, captions))
+  return result
+
+
+def _markdown(result: dict[str, Any], captions: dict[str, str]) -> str:
+  env = result["environment"]
+  lines = [
+    f"# {result['model']} on {result['dataset']}",
+    "",
+    final_line(result),
+    "",
+    f"Seed {result['seed']}; jax {env['packages']['jax']} on {env['devices']} x {env['device']}, Python {env['python']}. "
+    "The result is the best evaluation among the phases at the last bits, the better of raw weights and EMA; full "
+    "precision is chosen the same way. Each phase's row is its last epoch.",
+    "",
+    "| # | phase | bits | frozen | top-1 raw | top-1 EMA | loss | seconds | compiling |",
+    "|--:|:--|:--|--:|--:|--:|--:|--:|--:|",
+  ]
+  for p in result["phases"]:
+    average = "-" if p["top1_ema"] is None else f"{p['top1_ema']:.2f}"
+    lines.append(
+      f"| {p['index']} | {p['name']} | {bits_name(p['weight_bits'], p['act_bits'])} | {len(p['frozen'])} | {p['top1']:.2f} "
+      f"| {average} | {p['loss']:.3f} | {p['seconds']:.1f} | {p['compile_seconds']:.1f} |"
+    )
+  for file, caption in captions.items():
+    lines += ["", f"![{caption}](plots/{file})", "", caption]
+  if result["aiwq"]:
+    lines += ["", "| rank | layer | AIWQ |", "|--:|:--|--:|"]
+    lines += [f"| {row['rank']} | {row['layer']} | {row['metric']:.3g} |" for row in result["aiwq"]]
+  return "\n".join(lines) + "\n"

@@ -1,0 +1,109 @@
+"""The plots of a run, as PNG files."""
+
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: servers have no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from profit_jax.plan import Phase
+from profit_jax.quant import duq
+from profit_jax.quant.levels import levels
+from profit_jax.train.progress import Progress
+
+_RAW, _EMA, _FROZEN = "#1f5fa8", "#d1781f", ("#8c2d04", "#d98c3f", "#c9c9c9")
+
+
+def write_plots(
+  directory: epath.Path, progress: Progress, phases: tuple[Phase, ...], params: Any
+) -> dict[str, str]:
+  """Draws what the run has data for.
+
+  Returns:
+    File name -> caption.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
+  captions = {"accuracy.png": "Top-1 after every epoch, over the phases."}
+  _save(_accuracy(progress, phases), directory / "accuracy.png")
+  if progress.ranking:
+    _save(_ranking(progress, phases), directory / "aiwq.png")
+    captions["aiwq.png"] = "AIWQ of every convolution, largest first; colours tell when its kernel freezes."
+  bits = phases[-1].weight_bits
+  if bits is not None:
+    _save(_codes(params, bits), directory / "weight_codes.png")
+    captions["weight_codes.png"] = f"How often each {bits}-bit weight code occurs, in every layer of the best weights."
+  return captions
+
+
+def _save(figure: plt.Figure, path: epath.Path) -> None:
+  with path.open("wb") as file:
+    figure.savefig(file, dpi=110, format="png")
+  plt.close(figure)
+
+
+def _accuracy(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
+  figure, axis = plt.subplots(figsize=(11, 5), layout="constrained")
+  epochs = np.arange(1, len(progress.epochs) + 1)
+  axis.plot(epochs, [e.top1 for e in progress.epochs], color=_RAW, marker=".", label="raw weights")
+  if any(e.top1_ema is not None for e in progress.epochs):
+    axis.plot(epochs, [e.top1_ema for e in progress.epochs], color=_EMA, marker=".", label="EMA")
+  start = 0
+  for phase in phases:
+    if phase.index % 2 == 0:
+      axis.axvspan(start + 0.5, start + phase.epochs + 0.5, color="0.93", zorder=0)
+    axis.annotate(
+      phase.name, (start + 0.5 + phase.epochs / 2, 0.02), xycoords=("data", "axes fraction"), rotation=90,
+      ha="center", va="bottom", fontsize=8, color="0.3",
+    )  # fmt: skip
+    start += phase.epochs
+  # The first epochs from random weights would flatten everything that follows.
+  settled = [value for e in progress.epochs for value in (e.top1, e.top1_ema) if value is not None]
+  low = max(0.0, np.percentile(settled, 15) - 8)
+  axis.set(xlabel="epoch", ylabel="top-1 (%)", xlim=(0.5, len(epochs) + 0.5), ylim=(low, 100.5))
+  axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.22))
+  axis.set_title("Accuracy over the phases")
+  return figure
+
+
+def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
+  fractions = [p.frozen_fraction for p in phases if p.frozen_fraction > 0]
+  names = [p.name for p in phases if p.frozen_fraction > 0]
+  count = len(progress.ranking)
+  bounds = [int(count * fraction + 1e-9) for fraction in fractions]
+  colours = [_FROZEN[min(sum(i >= bound for bound in bounds), len(_FROZEN) - 1)] for i in range(count)]
+  figure, axis = plt.subplots(figsize=(9, max(4.0, 0.19 * count + 1)), layout="constrained")
+  axis.barh(range(count), [progress.metric[layer] for layer in progress.ranking], color=colours)
+  for bound, name in zip(bounds, names, strict=True):
+    axis.axhline(bound - 0.5, color="0.2", linewidth=0.9, linestyle="--")
+    axis.annotate(f"frozen from {name} on", (0.99, bound - 0.6), xycoords=("axes fraction", "data"), ha="right")
+  axis.set_yticks(range(count), progress.ranking, fontsize=7)
+  axis.set(xlabel="AIWQ (running KL divergence)", ylim=(count - 0.4, -0.6))
+  if all(progress.metric[layer] > 0 for layer in progress.ranking):
+    axis.set_xscale("log")
+  axis.set_title("AIWQ ranking: the most unstable layers freeze first")
+  return figure
+
+
+def _codes(params: Any, bits: int) -> plt.Figure:
+  flat = traverse_util.flatten_dict(params)
+  layers = [path[:-1] for path in flat if path[-1] == "kernel"]
+  steps = levels(bits, None).weight
+  columns = 9
+  rows = -(-len(layers) // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 1.45 * rows), layout="constrained", squeeze=False)
+  values = np.arange(-int(steps), int(steps) + 1)
+  for axis, layer in zip(axes.flat, layers, strict=False):
+    codes = np.asarray(duq.codes(flat[*layer, "kernel"], flat[*layer, "quant_a"], steps, "symmetric"))
+    share = [np.mean(codes == value) for value in values]
+    axis.bar(values, share, width=0.9, color=_RAW)
+    axis.set_title("/".join(layer), fontsize=7)
+    axis.tick_params(labelsize=6)
+  for axis in axes.flat[len(layers) :]:
+    axis.set_visible(False)
+  figure.suptitle(f"Share of each weight code at {bits} bits")
+  return figure

@@ -1,0 +1,73 @@
+"""TensorBoard through clu: scalars per epoch, and the training loss per step."""
+
+import jax
+import numpy as np
+from clu import metric_writers
+from flax import traverse_util
+
+from profit_jax.plan import Phase
+from profit_jax.train.observer import EpochReport, Observer
+from profit_jax.train.progress import Progress
+
+
+class TensorBoardObserver(Observer):
+  """Writes event files into a directory.
+
+  | tag                          | what                                            |
+  |------------------------------|-------------------------------------------------|
+  | train/step_loss              | loss of each step                               |
+  | train/{loss,ce,kd,top1}      | means over an epoch                             |
+  | eval/{top1,top5,loss}        | raw weights                                     |
+  | eval_ema/{top1,top5,loss}    | their average                                   |
+  | learning_rate/{group}        | of each optimizer group                         |
+  | phase/{index,weight_bits,act_bits} | where the run stands; 32 is full precision |
+  | quant_a/{layer}, quant_c/{layer} | interval and output scale (after softplus)  |
+  | clip_rate/{layer}            | share of a quantizer's input that it clips      |
+  | aiwq/{layer}                 | running AIWQ, in sampling phases                |
+  """
+
+  def __init__(self, logdir: str):
+    """Args: logdir: any path that TensorFlow's file system opens."""
+    self._writer = metric_writers.SummaryWriter(logdir)
+    self._step = 0
+
+  def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
+    """See `Observer`."""
+    self._step = progress.total_epochs * steps_per_epoch
+
+  def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
+    """See `Observer`."""
+    self._step += 1
+    self._writer.write_scalars(
+      self._step, {"train/step_loss": metrics["loss"], "train/images_per_second": images_per_second}
+    )
+
+  def epoch_done(self, report: EpochReport) -> None:
+    """See `Observer`."""
+    scalars = {f"train/{name}": value for name, value in report.train.items()}
+    for prefix, scores in (("eval", report.evaluation), ("eval_ema", report.evaluation_ema)):
+      if scores:
+        scalars |= {f"{prefix}/{name}": scores[name] for name in ("top1", "top5", "loss")}
+    for prefix, values in (
+      ("learning_rate", report.learning_rates),
+      ("clip_rate", report.clip_rate),
+      ("aiwq", report.aiwq),
+    ):
+      scalars |= {f"{prefix}/{name}": value for name, value in values.items()}
+    scalars["phase/index"] = report.phase.index
+    scalars["phase/weight_bits"] = report.phase.weight_bits or 32
+    scalars["phase/act_bits"] = report.phase.act_bits or 32
+    scalars |= quantizer_scalars(report.params)
+    self._writer.write_scalars(report.step, scalars)
+    self._writer.flush()
+
+  def close(self) -> None:
+    """See `Observer`."""
+    self._writer.close()
+
+
+def quantizer_scalars(params) -> dict[str, float]:
+  """`quant_a/{layer}` and `quant_c/{layer}` of every quantizer, as positive values."""
+  flat = traverse_util.flatten_dict(params)
+  raw = {f"{path[-1]}/{'/'.join(path[:-1])}": leaf for path, leaf in flat.items() if path[-1] in ("quant_a", "quant_c")}
+  return {name: float(np.logaddexp(value, 0.0)) for name, value in jax.device_get(raw).items()}

@@ -1,0 +1,286 @@
+"""What a run is: `ConfigDict` -> frozen, validated `Settings`. Every later module trusts these and checks nothing again.
+
+`configs/base.py` documents each field's meaning and unit; here stand the types and the allowed values.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Collection
+from typing import Any, Literal
+
+import ml_collections
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+class ConfigError(ValueError):
+  """Something the user can mend: what is wrong, the value, what is allowed, what to do. Ends in exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+  """Section `model`."""
+
+  name: str
+  width: float
+  activation: Literal["relu", "relu6"]
+  dropout: float
+  strides: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitSettings:
+  """Section `init`."""
+
+  weights: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherSettings:
+  """Section `teacher`."""
+
+  model: str
+  weights: str
+  width: float
+  activation: Literal["relu", "relu6"]
+  batch_stats: Literal["batch", "running"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+  """Section `data`."""
+
+  name: str
+  image_size: int
+  augment: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+  """Section `plan`."""
+
+  weight_bits: tuple[int, ...]
+  act_bits: tuple[int, ...]
+  progressive: bool
+  stabilize: bool
+  profit: bool
+  profit_bits: tuple[int, ...]
+  freeze_fractions: tuple[float, ...]
+  full_precision_epochs: int
+  finetune_epochs: int
+  bn_epochs: int
+  sampling_epochs: int
+  warmup_epochs: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+  """Section `train`."""
+
+  batch_size: int
+  eval_batch_size: int
+  learning_rate: float
+  full_precision_learning_rate: float
+  quantizer_lr_scale: float
+  weight_decay: float
+  momentum: float
+  ema_rate: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+  """Section `checkpoint`."""
+
+  keep: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """A validated configuration, one attribute per section."""
+
+  seed: int
+  compilation_cache: str
+  model: ModelSettings
+  init: InitSettings
+  teacher: TeacherSettings
+  data: DataSettings
+  plan: PlanSettings
+  train: TrainSettings
+  checkpoint: CheckpointSettings
+
+  @property
+  def from_scratch(self) -> bool:
+    """Whether the student starts from random weights."""
+    return not self.init.weights
+
+  def to_dict(self) -> dict[str, Any]:
+    """Nested plain values, tuples as lists: what `config.json` holds."""
+    return _as_lists(dataclasses.asdict(self))
+
+
+def parse(config: ml_collections.ConfigDict, models: Collection[str], sources: Collection[str]) -> Settings:
+  """Checks a configuration and freezes it.
+
+  Args:
+    config: what a configuration file gives, overridden from the command line.
+    models: the names that `model.name` and `teacher.model` may take.
+    sources: the names that `data.name` may take.
+
+  Raises:
+    ConfigError: naming the field, its value, and what is allowed.
+  """
+  settings = _build(Settings, config.to_dict(), "config")
+  _check_model(settings, models)
+  _check_plan(settings.plan)
+  epochs = settings.plan.full_precision_epochs
+  _require(epochs >= 1 or not settings.from_scratch, "plan.full_precision_epochs", epochs, "1 or above without init.weights")
+  train = settings.train
+  _require(settings.seed >= 0, "seed", settings.seed, "0 or above")
+  _require(settings.data.name in sources, "data.name", settings.data.name, f"one of {_list(sources)}")
+  _require(8 <= settings.data.image_size <= 1024, "data.image_size", settings.data.image_size, "8 to 1024 pixels")
+  for name in ("batch_size", "eval_batch_size"):
+    _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "1 or above")
+  for name in ("learning_rate", "full_precision_learning_rate"):
+    _require(0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10")
+  _require(0 <= train.quantizer_lr_scale <= 1, "train.quantizer_lr_scale", train.quantizer_lr_scale, "0 to 1")
+  for name in ("weight_decay", "momentum", "ema_rate"):
+    _require(0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1")
+  _require(settings.checkpoint.keep >= 1, "checkpoint.keep", settings.checkpoint.keep, "1 or above")
+  return settings
+
+
+def differences(saved: Any, present: Any, prefix: str = "") -> list[str]:
+  """The fields in which two `to_dict()` results differ, as lines `model.width: 0.25 there, 0.5 here`."""
+  if isinstance(saved, dict) and isinstance(present, dict):
+    found = []
+    for key in sorted({*saved, *present}):
+      found += differences(saved.get(key, "absent"), present.get(key, "absent"), f"{prefix}.{key}" if prefix else key)
+    return found
+  return [] if saved == present else [f"{prefix}: {saved!r} there, {present!r} here"]
+
+
+def _check_model(settings: Settings, models: Collection[str]) -> None:
+  model, teacher = settings.model, settings.teacher
+  _require(model.name in models, "model.name", model.name, f"one of {_list(models)}")
+  _require(0 < model.width <= 4, "model.width", model.width, "above 0, at most 4")
+  _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "0 or above, below 1")
+  _require(
+    len(model.strides) == 8 and all(stride in (1, 2) for stride in model.strides),
+    "model.strides",
+    model.strides,
+    "eight numbers, each 1 or 2: the stem's and the seven stages'",
+  )
+  reduction = math.prod(model.strides)
+  _require(
+    settings.data.image_size >= reduction,
+    "model.strides",
+    model.strides,
+    f"a product of at most data.image_size = {settings.data.image_size}; it is {reduction}, use fewer 2s",
+  )
+  allowed = ["none", "self", *models]
+  _require(teacher.model in allowed, "teacher.model", teacher.model, f"one of {_list(allowed)}")
+  _require(0 < teacher.width <= 4, "teacher.width", teacher.width, "above 0, at most 4")
+  if teacher.model in ("none", "self"):
+    _require(
+      not teacher.weights, "teacher.weights", teacher.weights, f'"" with teacher.model = {teacher.model}, which reads none'
+    )
+  else:
+    _require(
+      bool(teacher.weights),
+      "teacher.weights",
+      teacher.weights,
+      f"a weights file: teacher.model = {teacher.model} cannot teach without one; or set teacher.model to self or none",
+    )
+
+
+def _check_plan(plan: PlanSettings) -> None:
+  for name in ("weight_bits", "act_bits"):
+    bits = getattr(plan, name)
+    _require(
+      all(MIN_BITS <= b <= MAX_BITS for b in bits), f"plan.{name}", bits, f"bit widths from {MIN_BITS} to {MAX_BITS}"
+    )
+    _require(
+      all(before > after for before, after in zip(bits, bits[1:], strict=False)),
+      f"plan.{name}",
+      bits,
+      "bit widths that fall from one to the next, as (8, 5, 4)",
+    )
+  if plan.profit and plan.weight_bits:
+    reached = plan.weight_bits if plan.progressive else plan.weight_bits[-1:]
+    _require(
+      set(plan.profit_bits) <= set(reached),
+      "plan.profit_bits",
+      plan.profit_bits,
+      f"only bit widths that the plan reaches, {reached}; or plan.profit = False for plain fine-tuning",
+    )
+  _require(
+    len(plan.freeze_fractions) >= 1
+    and all(0 <= f <= 1 for f in plan.freeze_fractions)
+    and list(plan.freeze_fractions) == sorted(plan.freeze_fractions),
+    "plan.freeze_fractions",
+    plan.freeze_fractions,
+    "at least one share from 0 to 1, none below the one before it",
+  )
+  for name in ("full_precision_epochs", "bn_epochs", "warmup_epochs"):
+    _require(getattr(plan, name) >= 0, f"plan.{name}", getattr(plan, name), "0 or above")
+  for name in ("finetune_epochs", "sampling_epochs"):
+    _require(getattr(plan, name) >= 1, f"plan.{name}", getattr(plan, name), "1 or above")
+  for name in ("finetune_epochs", "full_precision_epochs"):
+    epochs = getattr(plan, name)
+    _require(
+      epochs == 0 or plan.warmup_epochs <= epochs,
+      "plan.warmup_epochs",
+      plan.warmup_epochs,
+      f"at most plan.{name} = {epochs}",
+    )
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+  """Fills a dataclass from a dictionary, section by section, types checked."""
+  hints = typing.get_type_hints(cls)
+  unknown, missing = sorted(values.keys() - hints.keys()), sorted(hints.keys() - values.keys())
+  if unknown:
+    raise ConfigError(f"{where} has unknown fields: {_list(unknown)}. Allowed: {_list(hints)}.")
+  if missing:
+    raise ConfigError(f"{where} lacks the fields {_list(missing)}. Start from configs/base.py, which has them all.")
+  return cls(**{name: _convert(values[name], hint, f"{where}.{name}") for name, hint in hints.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+  field = where.removeprefix("config.")
+  if dataclasses.is_dataclass(hint):
+    if not isinstance(value, dict):
+      raise ConfigError(f"{where} = {value!r} must be a section of fields.")
+    return _build(hint, value, where)
+  origin = typing.get_origin(hint)
+  if origin is Literal:
+    _require(value in typing.get_args(hint), field, value, f"one of {_list(typing.get_args(hint))}")
+    return value
+  if origin is tuple:
+    _require(isinstance(value, (tuple, list)), field, value, 'a tuple, as "(8, 5, 4)"')
+    return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if hint is float:
+    _require(number and math.isfinite(value), field, value, "a finite number")
+    return float(value)
+  if hint is int:
+    _require(number and isinstance(value, int), field, value, "a whole number")
+    return int(value)
+  _require(isinstance(value, hint), field, value, {bool: "True or False", str: "text"}[hint])
+  return value
+
+
+def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
+  if not condition:
+    raise ConfigError(f"config.{field} = {value!r} is not allowed: it must be {allowed}.")
+
+
+def _list(names: Collection[Any]) -> str:
+  return ", ".join(str(name) for name in names)
+
+
+def _as_lists(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _as_lists(item) for key, item in value.items()}
+  return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,100 @@
+"""AIWQ: activation instability induced by weight quantization (paper section 3.1), and the freeze order it gives."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+Moments = tuple[jax.Array, jax.Array]
+
+DECAY = 0.999  # of the running metric
+LARGEST_KL = 1.0  # a step's value above it is dropped
+
+
+class AiwqState(NamedTuple):
+  """What the sampling phase carries from step to step; dictionaries by layer, `block01/expand_conv`.
+
+  Attributes:
+    metric: float32 scalars, the running AIWQ.
+    previous: the quantized kernels of the step before.
+    has_previous: bool scalar; False in the first step of an epoch, which has nothing to compare with.
+  """
+
+  metric: dict[str, jax.Array]
+  previous: dict[str, jax.Array]
+  has_previous: jax.Array
+
+
+def kl_divergence(present: Moments, previous: Moments) -> jax.Array:
+  """Mean over channels of `log(s_prev/s) + (s^2 + (m - m_prev)^2) / (2 s_prev^2) - 1/2` (paper equation 2).
+
+  Args:
+    present: per-channel mean m and unbiased standard deviation s of the output with the present quantized kernel.
+    previous: the same with the previous step's kernel.
+
+  Returns:
+    A scalar. Channels whose s is 0 on either side are left out; NaN if that leaves none.
+  """
+  (mean, std), (mean_prev, std_prev) = present, previous
+  alive = (std != 0) & (std_prev != 0)
+  s, s_prev = jnp.where(alive, std, 1.0), jnp.where(alive, std_prev, 1.0)
+  kl = jnp.log(s_prev / s) + (s**2 + (mean - mean_prev) ** 2) / (2 * s_prev**2) - 0.5
+  return jnp.sum(jnp.where(alive, kl, 0.0)) / jnp.sum(alive)
+
+
+def start(params: Mapping[str, Any]) -> AiwqState:
+  """The state before the first step: every metric 0, no previous kernels."""
+  kernels = conv_kernels(params)
+  return AiwqState(
+    metric={layer: jnp.zeros((), kernel.dtype) for layer, kernel in kernels.items()},
+    previous={layer: jnp.zeros_like(kernel) for layer, kernel in kernels.items()},
+    has_previous=jnp.zeros((), bool),
+  )
+
+
+def new_epoch(state: AiwqState) -> AiwqState:
+  """The metric goes on; the previous kernels do not."""
+  return state._replace(has_previous=jnp.zeros((), bool))
+
+
+def update(state: AiwqState, moments: Mapping[str, Any], quantized: Mapping[str, Any]) -> AiwqState:
+  """One step: `metric = 0.999 * metric + 0.001 * KL`, unless the KL is above 1 or has no channel.
+
+  Args:
+    state: before the step.
+    moments: the layers' `moments` collection.
+    quantized: the layers' `quantized` collection, which becomes the next step's `previous`.
+  """
+  flat = traverse_util.flatten_dict(moments)
+  metric = {}
+  for layer, value in state.metric.items():
+    path = tuple(layer.split("/"))
+    kl = kl_divergence(flat[*path, "present"], flat[*path, "previous"]).astype(value.dtype)
+    counts = state.has_previous & (kl <= LARGEST_KL)  # False for NaN
+    metric[layer] = jnp.where(counts, DECAY * value + (1 - DECAY) * kl, value)
+  return AiwqState(metric=metric, previous=conv_kernels(quantized), has_previous=jnp.ones((), bool))
+
+
+def previous_collection(state: AiwqState) -> dict[str, Any]:
+  """The `previous` collection that the layers read."""
+  flat = {(*layer.split("/"), "kernel"): kernel for layer, kernel in state.previous.items()}
+  return traverse_util.unflatten_dict(flat)
+
+
+def conv_kernels(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """The convolutions' kernels, by layer (dense kernels have two axes and no AIWQ)."""
+  flat = traverse_util.flatten_dict(tree)
+  return {"/".join(path[:-1]): leaf for path, leaf in flat.items() if path[-1] == "kernel" and leaf.ndim == 4}
+
+
+def rank(metric: Mapping[str, float]) -> tuple[str, ...]:
+  """The layers by metric, largest first; equal ones by name."""
+  return tuple(sorted(metric, key=lambda layer: (-metric[layer], layer)))
+
+
+def frozen_layers(ranking: Sequence[str], fraction: float) -> frozenset[str]:
+  """The top `int(len * fraction)` layers of a ranking, whose kernels freeze."""
+  # 1e-9: a fraction such as 1/3 is not exact in binary, and 51 layers must give 17.
+  return frozenset(ranking[: int(len(ranking) * fraction + 1e-9)])

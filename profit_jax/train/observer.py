@@ -1,0 +1,105 @@
+"""What the loop tells whoever watches it: terminal, TensorBoard, plots. The loop itself prints nothing."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from profit_jax.plan import Phase
+from profit_jax.train.progress import PhaseRecord, Progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpochReport:
+  """The end of an epoch.
+
+  Attributes:
+    phase: the phase it belongs to.
+    epoch: in the phase, from 1.
+    step: global step after it.
+    train: means over the epoch: `loss`, `ce`, `kd` (with a teacher), `top1` in percent.
+    evaluation: `top1`, `top5` in percent, and `loss`, of the raw weights.
+    evaluation_ema: the same of their average, or None.
+    learning_rates: by optimizer group.
+    clip_rate: by quantizer, the share of its input it clips.
+    aiwq: by convolution, in the sampling phase; else empty.
+    params: the student's.
+  """
+
+  phase: Phase
+  epoch: int
+  step: int
+  train: dict[str, float]
+  evaluation: dict[str, float]
+  evaluation_ema: dict[str, float] | None
+  learning_rates: dict[str, float]
+  clip_rate: dict[str, float]
+  aiwq: dict[str, float]
+  params: Any
+
+
+class Observer:
+  """Base of the watchers; every method may be left as it is."""
+
+  def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
+    """Before the first phase; progress is not empty in a run that goes on."""
+
+  def phase_started(self, phase: Phase, epochs_done: int) -> None:
+    """Before a phase's programs are waited for."""
+
+  def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
+    """After a step: `loss` and `top1` (percent) of the latest step whose numbers have arrived."""
+
+  def epoch_done(self, report: EpochReport) -> None:
+    """After an epoch's evaluation."""
+
+  def phase_done(self, record: PhaseRecord) -> None:
+    """After a phase's last epoch."""
+
+  def run_done(self, progress: Progress, params: Any) -> None:
+    """After the last phase; params are those of the best weights."""
+
+  def close(self) -> None:
+    """Always, at the end, also after an error."""
+
+
+class Observers(Observer):
+  """Passes every event to several."""
+
+  def __init__(self, observers: Iterable[Observer]):
+    """Args: observers: called in this order."""
+    self._observers = tuple(observers)
+
+  def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.run_started(phases, steps_per_epoch, progress)
+
+  def phase_started(self, phase: Phase, epochs_done: int) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.phase_started(phase, epochs_done)
+
+  def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.step_done(phase, metrics, images_per_second)
+
+  def epoch_done(self, report: EpochReport) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.epoch_done(report)
+
+  def phase_done(self, record: PhaseRecord) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.phase_done(record)
+
+  def run_done(self, progress: Progress, params: Any) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.run_done(progress, params)
+
+  def close(self) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.close()

@@ -1,0 +1,208 @@
+"""Compiled programs: one per `plan.Program` and frozen set, made ahead of need in the background."""
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from profit_jax.data import Facts
+from profit_jax.models import variable_shapes
+from profit_jax.plan import Phase, Program
+from profit_jax.quant.levels import Levels
+from profit_jax.settings import ConfigError, Settings
+from profit_jax.train import aiwq, optimizer, steps
+from profit_jax.train.state import TrainState, create_state
+
+Frozen = frozenset[str]
+
+
+def make_mesh(settings: Settings) -> Mesh:
+  """All devices on one axis, `data`.
+
+  Raises:
+    ConfigError: a batch that does not divide over them.
+  """
+  devices = jax.devices()
+  for name in ("batch_size", "eval_batch_size"):
+    size = getattr(settings.train, name)
+    if size % len(devices):
+      raise ConfigError(f"config.train.{name} = {size} must be a multiple of the number of devices, {len(devices)}.")
+  return Mesh(np.asarray(devices), ("data",))
+
+
+class Programs:
+  """Builds, compiles and keeps the programs of a run.
+
+  A program is compiled ahead of time for exact shapes and shardings, on a background thread in the order of
+  `prefetch`, so that the programs of later phases are made while earlier ones train.
+
+  Attributes:
+    mesh: over which batches are split; everything else is replicated.
+    waited_seconds: how long callers have waited for compilation, in all.
+  """
+
+  def __init__(
+    self, settings: Settings, facts: Facts, model: nn.Module, teacher_model: nn.Module | None, mesh: Mesh
+  ):
+    self._settings, self._facts = settings, facts
+    self._model, self._teacher_model = model, teacher_model
+    self.mesh = mesh
+    self.waited_seconds = 0.0
+    self._replicated = NamedSharding(mesh, PartitionSpec())
+    self._split = NamedSharding(mesh, PartitionSpec("data"))
+    self._params = variable_shapes(model, settings.data.image_size)["params"]
+    self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
+    self._made: dict[Any, concurrent.futures.Future] = {}
+
+  def close(self) -> None:
+    """Drops what is not compiled yet."""
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def replicate(self, tree: Any) -> Any:
+    """Puts a tree on every device, as new arrays that a step may donate."""
+    return jax.tree.map(lambda leaf: jnp.copy(leaf), jax.device_put(tree, self._replicated))
+
+  def split(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts a batch on the devices, a part on each."""
+    return {name: jax.make_array_from_process_local_data(self._split, value) for name, value in batch.items()}
+
+  def prefetch(self, phases: tuple[Phase, ...], frozen: Callable[[Phase], Frozen | None]) -> None:
+    """Starts compiling what the phases need, in order.
+
+    Args:
+      phases: those to come.
+      frozen: the frozen set of a phase, or None where it is not known yet: that phase is passed over.
+    """
+    for phase in phases:
+      layers = frozen(phase)
+      if layers is not None:
+        self._request(self._train_key(phase.program, layers), self._compile_train)
+        self._request(("eval", phase.program.quantized_weights, phase.program.quantized_acts), self._compile_eval)
+
+  @functools.cache  # noqa: B019 - one optimizer per group assignment: an equal but new one would retrace the step
+  def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a phase with these kernels frozen."""
+    train = self._settings.train
+    sgd = optimizer.SgdSettings(
+      weight_decay=train.weight_decay, momentum=train.momentum, quantizer_lr_scale=train.quantizer_lr_scale
+    )
+    labels = optimizer.label_params(self._params, train_kernels=train_kernels, frozen=frozen)
+    return optimizer.make_optimizer(labels, sgd)
+
+  def train_step(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
+    """The compiled step of `steps.make_train_step`; the state and the AIWQ state are donated."""
+    return self._wait(self._train_key(program, frozen), self._compile_train)
+
+  def eval_step(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
+    """The compiled step of `steps.make_eval_step`."""
+    return self._wait(("eval", quantized_weights, quantized_acts), self._compile_eval)
+
+  @functools.cached_property
+  def calibrate_acts(self) -> Callable[..., Any]:
+    """`steps.calibrate_acts` of the student: `(variables, image, key) -> params`."""
+    return jax.jit(
+      lambda variables, image, key: steps.calibrate_acts(
+        self._model, variables, image, self._facts.normalization, key
+      ),
+      out_shardings=self._replicated,
+    )
+
+  @functools.cached_property
+  def calibrate_weights(self) -> Callable[..., Any]:
+    """`steps.calibrate_weights`: `params -> params`."""
+    return jax.jit(steps.calibrate_weights, out_shardings=self._replicated)
+
+  def state_shapes(self, train_kernels: bool, frozen: Frozen) -> TrainState:
+    """The shapes of the state with a phase's optimizer."""
+    tx = self.optimizer(train_kernels, frozen)
+
+    def make():
+      zeros = variable_shapes(self._model, self._settings.data.image_size)
+      zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zeros)
+      state = create_state(zeros, ema=self._settings.train.ema_rate > 0)
+      return state.replace(opt_state=tx.init(state.params))
+
+    return jax.eval_shape(make)
+
+  def _train_key(self, program: Program, frozen: Frozen) -> Any:
+    # The set itself, not its share of the layers: another ranking freezes others.
+    return ("train", program._replace(frozen_fraction=0.0), frozen if program.train_kernels else frozenset())
+
+  def _request(self, key: Any, compile_key: Callable[..., Any]) -> concurrent.futures.Future:
+    if key not in self._made:
+      self._made[key] = self._pool.submit(compile_key, *key[1:])
+    return self._made[key]
+
+  def _wait(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
+    start = time.perf_counter()
+    compiled = self._request(key, compile_key).result()
+    self.waited_seconds += time.perf_counter() - start
+    return compiled
+
+  def _batch_shapes(self, size: int) -> dict[str, Any]:
+    pixels = self._settings.data.image_size
+    shapes = {
+      "image": jax.ShapeDtypeStruct((size, pixels, pixels, 3), np.uint8),
+      "label": jax.ShapeDtypeStruct((size,), np.int32),
+      "mask": jax.ShapeDtypeStruct((size,), bool),
+    }
+    return _with_sharding(shapes, self._split)
+
+  def _levels_shapes(self, quantized_weights: bool, quantized_acts: bool) -> Levels:
+    steps_shape = jax.ShapeDtypeStruct((), np.float32)
+    return Levels(steps_shape if quantized_weights else None, steps_shape if quantized_acts else None)
+
+  def _compile_train(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
+    settings = self._settings
+    teacher = None
+    if program.distill:
+      teacher = _with_sharding(variable_shapes(self._teacher_model, settings.data.image_size), self._replicated)
+    step = steps.make_train_step(
+      self._model,
+      self.optimizer(program.train_kernels, frozen),
+      normalization=self._facts.normalization,
+      ema_rate=settings.train.ema_rate,
+      teacher_model=self._teacher_model if program.distill else None,
+      teacher_batch_statistics=settings.teacher.batch_stats == "batch",
+    )
+    state = _with_sharding(self.state_shapes(program.train_kernels, frozen), self._replicated)
+    sampling = None
+    if program.sampling:
+      sampling = _with_sharding(jax.eval_shape(aiwq.start, self._params), self._replicated)
+    jitted = jax.jit(step, donate_argnums=(0, 6), out_shardings=self._replicated)
+    return jitted.lower(
+      state,
+      self._batch_shapes(settings.train.batch_size),
+      self._levels_shapes(program.quantized_weights, program.quantized_acts),
+      jax.ShapeDtypeStruct((), np.float32),
+      jax.eval_shape(lambda: jax.random.key(0)),
+      teacher,
+      sampling,
+    ).compile()
+
+  def _compile_eval(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
+    settings = self._settings
+    step = steps.make_eval_step(
+      self._model, normalization=self._facts.normalization, num_classes=self._facts.num_classes
+    )
+    return (
+      jax.jit(step, out_shardings=self._replicated)
+      .lower(
+        _with_sharding(variable_shapes(self._model, settings.data.image_size), self._replicated),
+        self._batch_shapes(settings.train.eval_batch_size),
+        self._levels_shapes(quantized_weights, quantized_acts),
+      )
+      .compile()
+    )
+
+
+def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)

@@ -1,0 +1,94 @@
+"""What a run has done so far, besides its arrays: plain data that a checkpoint holds as JSON."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(kw_only=True)
+class PhaseRecord:
+  """A finished phase, as `result.json` lists it.
+
+  `top1`, `top1_ema` in percent at its last epoch (`top1_ema` None without EMA); `loss` the mean training loss of its last
+  epoch; `seconds` all of its wall time, `compile_seconds` the part of them spent waiting for compilation.
+  """
+
+  index: int
+  name: str
+  kind: str
+  weight_bits: int | None
+  act_bits: int | None
+  epochs: int
+  steps: int
+  top1: float
+  top1_ema: float | None
+  loss: float
+  seconds: float
+  compile_seconds: float
+  frozen: list[str]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Best:
+  """The best evaluation so far: of the target bits, or of the full-precision phase."""
+
+  epoch: int  # over the whole run, from 1
+  phase: int
+  top1: float
+  top5: float
+  weights: str  # raw or ema
+  examples: int
+
+
+@dataclasses.dataclass(kw_only=True)
+class EpochRecord:
+  """An epoch's evaluation, for the plots."""
+
+  phase: int
+  top1: float
+  top1_ema: float | None
+  loss: float
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+  """Where a run stands.
+
+  Attributes:
+    phase: index of the phase under way, from 1.
+    epoch: epochs finished in it.
+    total_epochs: epochs finished in all.
+    ranking: the convolutions by AIWQ, largest first; empty before a sampling phase ends.
+    metric: their AIWQ; in mid-sampling the running values.
+    phase_seconds: wall time that the phase under way has taken.
+    phase_compile_seconds: the part of it spent waiting for compilation.
+    epochs: every epoch so far.
+    records: the finished phases.
+    best: at the plan's last bits, or None before them.
+    full_precision: the best of the full-precision phase, or None without one.
+  """
+
+  phase: int = 1
+  epoch: int = 0
+  total_epochs: int = 0
+  ranking: list[str] = dataclasses.field(default_factory=list)
+  metric: dict[str, float] = dataclasses.field(default_factory=dict)
+  phase_seconds: float = 0.0
+  phase_compile_seconds: float = 0.0
+  epochs: list[EpochRecord] = dataclasses.field(default_factory=list)
+  records: list[PhaseRecord] = dataclasses.field(default_factory=list)
+  best: Best | None = None
+  full_precision: Best | None = None
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain values."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, values: dict[str, Any]) -> "Progress":
+    """The inverse of `to_dict`."""
+    values = dict(values)
+    values["epochs"] = [EpochRecord(**record) for record in values["epochs"]]
+    values["records"] = [PhaseRecord(**record) for record in values["records"]]
+    for name in ("best", "full_precision"):
+      values[name] = Best(**values[name]) if values[name] else None
+    return cls(**values)

@@ -1,0 +1,180 @@
+"""The compiled steps: train, sample, evaluate, calibrate. Every one is a pure function of its arguments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from profit_jax.data.normalize import Normalization, normalize
+from profit_jax.quant import calibration, duq
+from profit_jax.quant.levels import Levels
+from profit_jax.train import aiwq
+from profit_jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Mean cross-entropy of `[N, classes]` against int labels `[N]`, in at least float32."""
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def distillation_loss(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
+  """Mean cross-entropy of the student against the teacher's softmax, temperature 1 (SPEC: weight 1)."""
+  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  targets = jax.nn.softmax(teacher_logits.astype(dtype))
+  return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits.astype(dtype)), axis=-1))
+
+
+def make_train_step(
+  model: nn.Module,
+  tx: optax.GradientTransformationExtraArgs,
+  *,
+  normalization: Normalization,
+  ema_rate: float,
+  teacher_model: nn.Module | None = None,
+  teacher_batch_statistics: bool = True,
+) -> Callable[..., tuple[TrainState, Metrics, aiwq.AiwqState | None]]:
+  """A training step, and a sampling step when it is given an `AiwqState`; not yet jitted.
+
+  The step takes `(state, batch, levels, learning_rate, key, teacher, sampling)`:
+    batch: `image` `[N, H, W, 3]` (uint8, or already normalized floats), `label` int32 `[N]`.
+    levels: the student's quantization steps.
+    learning_rate: scalar, the epoch's.
+    key: folded with `state.step` for dropout.
+    teacher: the teacher's variables, or None. It runs in full precision.
+    sampling: an `AiwqState`, or None outside the sampling phase.
+  and returns the new state, the metrics `{loss, ce, kd, correct}` (kd only with a teacher; correct is a count), and the
+  new `AiwqState` (or None).
+
+  Args:
+    model: the student.
+    tx: what `make_optimizer` gives; its labels decide what trains.
+    normalization: of uint8 images.
+    ema_rate: share of the old average that a step keeps (0.9997 in the reference).
+    teacher_model: its module, where a teacher is used.
+    teacher_batch_statistics: the teacher normalizes with the batch's statistics, as in the reference, else with its
+      running ones.
+  """
+
+  def step(state, batch, levels, learning_rate, key, teacher, sampling):
+    image = normalize(batch["image"], normalization)
+    # The student's running statistics move; the teacher's are its file's and are thrown away.
+    teacher_logits = None
+    if teacher is not None:
+      teacher_logits, _ = teacher_model.apply(
+        teacher, image, Levels(), teacher_batch_statistics, mutable=["batch_stats"], rngs={"dropout": key}
+      )
+    extra = {} if sampling is None else {"previous": aiwq.previous_collection(sampling)}
+    dropout_key = jax.random.fold_in(key, state.step)
+
+    def loss_fn(params):
+      logits, updates = model.apply(
+        {"params": params, "batch_stats": state.batch_stats, **extra},
+        image,
+        levels,
+        True,
+        mutable=["batch_stats", "moments", "quantized"],
+        rngs={"dropout": dropout_key},
+      )
+      ce = cross_entropy(logits, batch["label"])
+      parts = {"ce": ce}
+      if teacher_logits is not None:
+        parts["kd"] = distillation_loss(logits, teacher_logits)
+      return sum(parts.values()), (parts, logits, updates)
+
+    grads, (parts, logits, updates) = jax.grad(loss_fn, has_aux=True)(state.params)
+    changes, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
+    new = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, changes),
+      batch_stats=updates["batch_stats"],
+      opt_state=opt_state,
+    )
+    if state.ema_params is not None:
+      new = new.replace(
+        ema_params=_ema(state.ema_params, new.params, ema_rate),
+        ema_batch_stats=_ema(state.ema_batch_stats, new.batch_stats, ema_rate),
+      )
+    metrics = {**parts, "loss": sum(parts.values()), "correct": jnp.sum(jnp.argmax(logits, -1) == batch["label"])}
+    if sampling is not None:
+      sampling = aiwq.update(sampling, updates["moments"], updates["quantized"])
+    return new, metrics, sampling
+
+  return step
+
+
+def _ema(average: Any, value: Any, rate: float) -> Any:
+  return jax.tree.map(lambda e, v: e + (1 - rate) * (v - e), average, value)
+
+
+def make_eval_step(model: nn.Module, *, normalization: Normalization, num_classes: int) -> Callable[..., Metrics]:
+  """An evaluation step over a padded batch; not yet jitted.
+
+  The step takes `(variables, batch, levels)`, the batch with a bool `mask` `[N]` that is False for padding, and returns
+  sums over the real examples: `examples`, `top1`, `top5` (counts; top5 is the top `min(5, classes)`), `loss`, and
+  `clip_rate`, a dictionary by quantizer (`block01/input_quant`, or a kernel's layer) of sums of per-example shares.
+  """
+
+  def step(variables, batch, levels):
+    image, mask, label = normalize(batch["image"], normalization), batch["mask"], batch["label"]
+    logits, updates = model.apply(variables, image, levels, False, mutable=["clip_rate"])
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
+    # The rank of the true class: how many classes score higher. Ties count for the lower index, as in a stable sort.
+    true = jnp.take_along_axis(logits, label[:, None], axis=1)
+    earlier = jnp.arange(num_classes)[None, :] < label[:, None]
+    rank = jnp.sum((logits > true) | ((logits == true) & earlier), axis=1)
+    rates = {
+      "/".join(path[:-1]): jnp.sum(jnp.where(mask, rate, 0.0))
+      for path, rate in traverse_util.flatten_dict(updates.get("clip_rate", {})).items()
+    }
+    return {
+      "examples": jnp.sum(mask),
+      "top1": jnp.sum(mask & (rank < 1)),
+      "top5": jnp.sum(mask & (rank < 5)),
+      "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
+      "clip_rate": rates,
+    }
+
+  return step
+
+
+def calibrate_acts(model: nn.Module, variables: Any, image: jax.Array, normalization: Normalization, key: Any) -> Any:
+  """Params with the activation quantizers' a and c set from one batch, in train mode with quantizers off.
+
+  Jit with `model` and `normalization` static. The running statistics stay as they are.
+  """
+  _, updates = model.apply(
+    variables,
+    normalize(image, normalization),
+    Levels(),
+    True,
+    mutable=["calibration", "batch_stats"],
+    rngs={"dropout": key},
+  )
+  flat = traverse_util.flatten_dict(variables["params"])
+  for path, interval in traverse_util.flatten_dict(updates["calibration"]).items():
+    _set_interval(flat, path[:-1], interval)
+  return traverse_util.unflatten_dict(flat)
+
+
+def calibrate_weights(params: Any) -> Any:
+  """Params with every kernel's a and c set to `0.9 * max|w|`."""
+  flat = traverse_util.flatten_dict(params)
+  for path, leaf in list(flat.items()):
+    if path[-1] == "kernel":
+      _set_interval(flat, path[:-1], calibration.weight_interval(leaf))
+  return traverse_util.unflatten_dict(flat)
+
+
+def _set_interval(flat: dict[tuple[str, ...], jax.Array], layer: tuple[str, ...], interval: jax.Array) -> None:
+  # Two arrays, not one twice: both are donated later.
+  for leaf in ("quant_a", "quant_c"):
+    flat[*layer, leaf] = duq.inverse_softplus(interval).astype(flat[*layer, leaf].dtype)

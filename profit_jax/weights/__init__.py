@@ -1,0 +1,1 @@
+"""Strict import of weights that other codebases wrote."""

@@ -1,0 +1,30 @@
+"""Weights files: `.npz` under the authors' names."""
+
+import os
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from profit_jax.settings import ConfigError
+from profit_jax.weights.authors import import_variables
+
+
+def load_variables(path: str, model: str, template: Any) -> Any:
+  """A model's variables from a file; strict, see `authors.import_variables`.
+
+  Raises:
+    ConfigError: no such file, another format, or tensors that are not this model's.
+  """
+  if not os.path.exists(path):
+    raise ConfigError(f"The weights file {path!r} does not exist. Give the path of an .npz file.")
+  if not path.endswith(".npz"):
+    raise ConfigError(f"The weights file {path!r} has an unknown format: it must be .npz.")
+  try:
+    # No pickles: a weights file must not be able to run code.
+    with np.load(path, allow_pickle=False) as file:
+      tensors = {name: file[name] for name in file.files}
+  except (OSError, ValueError, zipfile.BadZipFile) as error:
+    raise ConfigError(f"The weights file {path!r} cannot be read as .npz: {error}.") from error
+  variables, _ = import_variables(model, template, tensors, path)
+  return variables
