@@ -1,12 +1,11 @@
 """Puts a run together: settings -> plan -> data, model, teacher -> loop -> reports. `main.py` reads the flags."""
 
-import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 from rich.console import Console
 
@@ -66,7 +65,8 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
   source = data.load(settings)
   facts = source.facts
   model = build(settings.model.name, settings.model, facts.num_classes)
-  variables, teacher_model, teacher = _first_weights(settings, model, facts.num_classes)
+  first_variables = _first_variables(settings, model)
+  teacher_model, teacher = _teacher(settings, model, facts.num_classes, first_variables)
   files.claim_workdir(workdir, settings)
 
   # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
@@ -85,7 +85,7 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
     checkpoints=checkpoints,
     observer=observer,
     model=model,
-    variables=variables,
+    first_variables=first_variables,
     teacher=teacher,
   )
   try:
@@ -122,18 +122,24 @@ def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.
   return scores
 
 
-def _first_weights(settings: Settings, model: Any, num_classes: int) -> tuple[Any, Any, Any]:
-  """The student's first variables, and the teacher's module and variables (None where there are none yet)."""
-  size, teacher = settings.data.image_size, settings.teacher
+def _first_variables(settings: Settings, model: Any) -> Callable[[], Any]:
+  """Makes the student's first variables: random ones when called, those of a file read (and checked) now."""
+  size = settings.data.image_size
   if settings.from_scratch:
-    variables = init_variables(model, jax.random.key(settings.seed), size)
-  else:
-    variables = load_variables(settings.init.weights, settings.model.name, variable_shapes(model, size))
+    return lambda: init_variables(model, jax.random.key(settings.seed), size)
+  loaded = load_variables(settings.init.weights, settings.model.name, variable_shapes(model, size))
+  return lambda: loaded
+
+
+def _teacher(settings: Settings, model: Any, num_classes: int, first_variables: Callable[[], Any]) -> tuple[Any, Any]:
+  """The teacher's module and variables; None where there is none, or none yet."""
+  teacher = settings.teacher
   if teacher.model == "none":
-    return variables, None, None
+    return None, None
   if teacher.model == "self":
     # Its dropout would only add noise to what it teaches.
-    teacher_model = model.clone(dropout=0.0)
-    return variables, teacher_model, None if settings.from_scratch else variables
-  other = build(teacher.model, settings.model, num_classes, width=teacher.width, activation=teacher.activation, dropout=0.0)
-  return variables, other, load_variables(teacher.weights, teacher.model, variable_shapes(other, size))
+    return model.clone(dropout=0.0), None if settings.from_scratch else first_variables()
+  other = build(
+    teacher.model, settings.model, num_classes, width=teacher.width, activation=teacher.activation, dropout=0.0
+  )
+  return other, load_variables(teacher.weights, teacher.model, variable_shapes(other, settings.data.image_size))

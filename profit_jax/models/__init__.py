@@ -1,5 +1,6 @@
 """The models, by the name that `config.model.name` takes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ def init_variables(module: nn.Module, key: jax.Array, image_size: int) -> dict[s
   return jax.jit(lambda key: module.init(key, image, mutable=["params", "batch_stats"]))(key)
 
 
+@functools.cache
 def variable_shapes(module: nn.Module, image_size: int) -> dict[str, Any]:
-  """The shapes of a model's `params` and `batch_stats`, without computing them."""
+  """The shapes of a model's `params` and `batch_stats`, without computing them; read-only, since it is cached."""
   return jax.eval_shape(lambda key: init_variables(module, key, image_size), jax.random.key(0))

@@ -90,20 +90,32 @@ def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
 
 
 def _codes(params: Any, bits: int) -> plt.Figure:
-  flat = traverse_util.flatten_dict(params)
-  layers = [path[:-1] for path in flat if path[-1] == "kernel"]
-  steps = levels(bits, None).weight
+  shares = code_shares(params, bits)
   columns = 9
-  rows = -(-len(layers) // columns)
-  figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 1.45 * rows), layout="constrained", squeeze=False)
-  values = np.arange(-int(steps), int(steps) + 1)
-  for axis, layer in zip(axes.flat, layers, strict=False):
-    codes = np.asarray(duq.codes(flat[*layer, "kernel"], flat[*layer, "quant_a"], steps, "symmetric"))
-    share = [np.mean(codes == value) for value in values]
-    axis.bar(values, share, width=0.9, color=_RAW)
-    axis.set_title("/".join(layer), fontsize=7)
+  rows = -(-len(shares) // columns)
+  # Not the constrained layout of the others: with so many axes it takes seconds.
+  figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 1.5 * rows), sharex=True, squeeze=False)
+  figure.subplots_adjust(left=0.03, right=0.99, bottom=0.04, top=0.92, hspace=0.55, wspace=0.3)
+  for axis, (layer, share) in zip(axes.flat, shares.items(), strict=False):
+    steps = len(share) // 2
+    axis.bar(np.arange(-steps, steps + 1), share, width=0.9, color=_RAW)
+    axis.set_title(layer, fontsize=7)
     axis.tick_params(labelsize=6)
-  for axis in axes.flat[len(layers) :]:
+  for axis in axes.flat[len(shares) :]:
     axis.set_visible(False)
   figure.suptitle(f"Share of each weight code at {bits} bits")
   return figure
+
+
+def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
+  """Per layer, the share of its kernel's elements on each code from -n to n."""
+  flat = traverse_util.flatten_dict(params)
+  steps = levels(bits, None).weight
+  kernels = {path[:-1]: np.ravel(leaf) for path, leaf in flat.items() if path[-1] == "kernel"}
+  sizes = [kernel.size for kernel in kernels.values()]
+  # All layers in one array: a call per layer would compile for every shape.
+  intervals = np.repeat([np.asarray(flat[*layer, "quant_a"]) for layer in kernels], sizes)
+  codes = np.asarray(duq.codes(np.concatenate(list(kernels.values())), intervals, steps, "symmetric"))
+  parts = np.split(codes + int(steps), np.cumsum(sizes)[:-1])
+  count = 2 * int(steps) + 1
+  return {"/".join(layer): np.bincount(p, minlength=count) / p.size for layer, p in zip(kernels, parts, strict=True)}

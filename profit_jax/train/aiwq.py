@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 Moments = tuple[jax.Array, jax.Array]
@@ -45,18 +46,13 @@ def kl_divergence(present: Moments, previous: Moments) -> jax.Array:
 
 
 def start(params: Mapping[str, Any]) -> AiwqState:
-  """The state before the first step: every metric 0, no previous kernels."""
+  """The state of an epoch's beginning, on the host: every metric 0, no previous kernels. Takes arrays or shapes."""
   kernels = conv_kernels(params)
   return AiwqState(
-    metric={layer: jnp.zeros((), kernel.dtype) for layer, kernel in kernels.items()},
-    previous={layer: jnp.zeros_like(kernel) for layer, kernel in kernels.items()},
-    has_previous=jnp.zeros((), bool),
+    metric={layer: np.zeros((), kernel.dtype) for layer, kernel in kernels.items()},
+    previous={layer: np.zeros(kernel.shape, kernel.dtype) for layer, kernel in kernels.items()},
+    has_previous=np.zeros((), bool),
   )
-
-
-def new_epoch(state: AiwqState) -> AiwqState:
-  """The metric goes on; the previous kernels do not."""
-  return state._replace(has_previous=jnp.zeros((), bool))
 
 
 def update(state: AiwqState, moments: Mapping[str, Any], quantized: Mapping[str, Any]) -> AiwqState:

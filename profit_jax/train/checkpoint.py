@@ -5,9 +5,12 @@
     checkpoints/teacher/1   the student before quantization, where it is its own teacher
 """
 
+import collections
+import math
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -29,10 +32,12 @@ class Checkpoints:
 
   def save(self, state: TrainState, progress: Progress) -> None:
     """Saves the end of an epoch."""
+    packed, layout = _pack(state)
     self._last.save(
       progress.total_epochs,
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(_plain(state)), progress=ocp.args.JsonSave(progress.to_dict())
+        state=ocp.args.StandardSave(packed),
+        progress=ocp.args.JsonSave({"progress": progress.to_dict(), "layout": layout}),
       ),
     )
 
@@ -54,11 +59,10 @@ class Checkpoints:
     step = self._last.latest_step()
     if step is None:
       return None
-    restored = self._last.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
-    return Progress.from_dict(restored["progress"])
+    return Progress.from_dict(self._restore_json(step)["progress"])
 
   def restore_state(self, template: TrainState) -> TrainState:
-    """The newest state.
+    """The newest state, on the host.
 
     Args:
       template: the shapes, with the optimizer of the phase that the progress names.
@@ -67,17 +71,18 @@ class Checkpoints:
       ConfigError: the saved state has another structure; orbax by itself would drop what does not fit.
     """
     step = self._last.latest_step()
-    metadata = self._last.item_metadata(step)["state"]
-    saved, expected = _paths(metadata), _paths(_plain(template))
+    saved, expected = self._restore_json(step)["layout"], _layout(template)
     if saved != expected:
-      changed = sorted(set(saved.items()) ^ set(expected.items()))[:5]
+      changed = [entry for entry in saved + expected if entry not in saved or entry not in expected][:5]
       raise ConfigError(
         f"{self._root}/last/{step} does not hold the state of this plan's phase; the first differences: {changed}. "
         f"Start in an empty --workdir."
       )
-    restored = self._last.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_plain(template))))
-    leaves = [restored["state"][name] for name in _plain(template)]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+    restored = self._last.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    return _unpack(restored["state"], template)
+
+  def _restore_json(self, step: int) -> dict[str, Any]:
+    return self._last.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
 
   def restore_best(self, template: Any) -> Any:
     """The best weights, or None if there are none yet."""
@@ -110,11 +115,31 @@ def _restore_variables(manager: ocp.CheckpointManager, template: Any) -> Any:
   return manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(template)))["variables"]
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
-  """The state as a flat dictionary of arrays: the path of a leaf is its name, whatever optax's containers are."""
+# A state has over a thousand small arrays, and orbax takes 0.7 s to save them one by one; packed into one vector per dtype
+# it is a few milliseconds. The layout beside it keeps what the tree would tell: every leaf's path, shape and dtype.
+
+
+def _layout(state: Any) -> list[list[Any]]:
+  """Path, shape and dtype of every leaf, as JSON gives it back."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
-  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+  return [
+    [jax.tree_util.keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
+  ]
 
 
-def _paths(flat: Any) -> dict[str, tuple[int, ...]]:
-  return {name: tuple(leaf.shape) for name, leaf in flat.items()}
+def _pack(state: TrainState) -> tuple[dict[str, np.ndarray], list[list[Any]]]:
+  parts = collections.defaultdict(list)
+  for leaf in jax.tree.leaves(jax.device_get(state)):
+    parts[str(leaf.dtype)].append(np.ravel(leaf))
+  return {dtype: np.concatenate(vectors) for dtype, vectors in parts.items()}, _layout(state)
+
+
+def _unpack(packed: dict[str, np.ndarray], template: Any) -> Any:
+  offsets = collections.Counter()
+
+  def take(leaf):
+    dtype, start = str(leaf.dtype), offsets[str(leaf.dtype)]
+    offsets[dtype] += math.prod(leaf.shape)
+    return np.asarray(packed[dtype][start : offsets[dtype]]).reshape(leaf.shape)
+
+  return jax.tree.map(take, template)

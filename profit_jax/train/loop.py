@@ -3,10 +3,10 @@
 import collections
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from profit_jax.data import Source
@@ -21,7 +21,7 @@ from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
 from profit_jax.train.programs import Frozen, Programs
 from profit_jax.train.progress import Best, EpochRecord, PhaseRecord, Progress
-from profit_jax.train.state import TrainState, create_state, with_optimizer
+from profit_jax.train.state import TrainState, create_state
 
 # How many steps may be under way before the loop waits for the oldest one's numbers: enough that no device runs dry,
 # few enough that the progress bar tells the present.
@@ -45,7 +45,7 @@ class Loop:
     checkpoints: Checkpoints,
     observer: Observer,
     model: Any,
-    variables: dict[str, Any],
+    first_variables: Callable[[], dict[str, Any]],
     teacher: dict[str, Any] | None,
   ):
     """Args:
@@ -56,14 +56,14 @@ class Loop:
     checkpoints: where the run is kept.
     observer: told of everything.
     model: the student's module.
-    variables: the student's first variables.
+    first_variables: makes the student's first variables; called in a fresh run only.
     teacher: the teacher's variables; None without one, or while it does not exist yet (the student from random weights
       is its own teacher once the full-precision phase is over).
     """
     self._settings, self._phases, self._source = settings, phases, source
     self._programs, self._checkpoints, self._observer = programs, checkpoints, observer
     self._shapes = variable_shapes(model, settings.data.image_size)
-    self._first_variables = variables
+    self._first_variables = first_variables
     self._teacher = None if teacher is None else programs.replicate(teacher)
     self._targets = {phase.index for phase in target_phases(phases)}
     self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
@@ -72,9 +72,10 @@ class Loop:
   def run(self) -> Progress:
     """Trains to the end of the plan; returns at once if it is there already."""
     progress = self._checkpoints.restore_progress() or Progress()
-    state = self._restore(progress)
-    self._observer.run_started(self._phases, self._steps_per_epoch, progress)
+    # First of all: compilation goes on in the background while weights are made or read.
     self._programs.prefetch(self._phases[progress.phase - 1 :], lambda phase: self._known_frozen(phase, progress))
+    self._observer.run_started(self._phases, self._steps_per_epoch, progress)
+    state = self._restore(progress)
     for phase in self._phases[progress.phase - 1 :]:
       state = self._run_phase(phase, state, progress)
     self._checkpoints.wait()
@@ -83,7 +84,8 @@ class Loop:
 
   def _restore(self, progress: Progress) -> TrainState:
     if not progress.total_epochs:
-      return create_state(self._programs.replicate(self._first_variables), ema=self._settings.train.ema_rate > 0)
+      state = create_state(self._first_variables(), ema=self._settings.train.ema_rate > 0)
+      return self._programs.replicate(state)
     phase = self._phases[progress.phase - 1]
     template = self._programs.state_shapes(phase.program.train_kernels, self._frozen(phase, progress))
     state = self._programs.replicate(self._checkpoints.restore_state(template))
@@ -103,13 +105,13 @@ class Loop:
     sampling = None
     if progress.epoch == 0:
       state = self._calibrate(phase, state)
-      state = with_optimizer(state, self._programs.optimizer(phase.program.train_kernels, frozen))
+      state = self._programs.fresh_optimizer(state, phase.program.train_kernels, frozen)
       if phase.kind == "sampling":
         progress.ranking, progress.metric = [], {}
     if phase.kind == "sampling":
-      sampling = self._programs.replicate(aiwq.start(state.params))
-      metric = {layer: jnp.float32(value) for layer, value in progress.metric.items()}
-      sampling = sampling._replace(metric={**sampling.metric, **self._programs.replicate(metric)})
+      sampling = aiwq.start(state.params)
+      metric = {layer: np.float32(value) for layer, value in progress.metric.items()}
+      sampling = self._programs.replicate(sampling._replace(metric={**sampling.metric, **metric}))
 
     while progress.epoch < phase.epochs:
       state, sampling = self._run_epoch(phase, state, sampling, frozen, progress)
@@ -123,7 +125,7 @@ class Loop:
   ) -> tuple[TrainState, aiwq.AiwqState | None]:
     start, waited = time.perf_counter(), self._programs.waited_seconds
     if sampling is not None:
-      sampling = sampling._replace(has_previous=self._programs.replicate(jnp.zeros((), bool)))
+      sampling = sampling._replace(has_previous=self._programs.replicate(np.zeros((), bool)))
     state, sampling, train = self._train_epoch(phase, state, sampling, frozen, progress)
     progress.epoch += 1
     progress.total_epochs += 1
@@ -192,13 +194,13 @@ class Loop:
     if phase.calibrate is None:
       return state
     if phase.calibrate == "weight":
-      calibrate = self._programs.calibrate_weights
+      calibrate = self._programs.calibrate_weights()
       state = state.replace(params=calibrate(state.params))
       return state if state.ema_params is None else state.replace(ema_params=calibrate(state.ema_params))
     # The same batch whenever it is asked for: epoch 0's first.
     batch = next(iter(self._source.train_batches(0, self._settings.train.batch_size)))
     image = self._programs.split(batch)["image"]
-    calibrate = self._programs.calibrate_acts
+    calibrate = self._programs.calibrate_acts()
     state = state.replace(params=calibrate(state.variables, image, self._key))
     if state.ema_params is None:
       return state

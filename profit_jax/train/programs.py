@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -68,7 +67,11 @@ class Programs:
 
   def replicate(self, tree: Any) -> Any:
     """Puts a tree on every device, as new arrays that a step may donate."""
-    return jax.tree.map(lambda leaf: jnp.copy(leaf), jax.device_put(tree, self._replicated))
+    return jax.device_put(tree, self._replicated, may_alias=False)
+
+  def fresh_optimizer(self, state: TrainState, train_kernels: bool, frozen: Frozen) -> TrainState:
+    """The state with the optimizer of a phase's beginning."""
+    return state.replace(opt_state=self.replicate(self.optimizer(train_kernels, frozen).init(state.params)))
 
   def split(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts a batch on the devices, a part on each."""
@@ -86,6 +89,8 @@ class Programs:
       if layers is not None:
         self._request(self._train_key(phase.program, layers), self._compile_train)
         self._request(("eval", phase.program.quantized_weights, phase.program.quantized_acts), self._compile_eval)
+      if phase.calibrate:
+        self._request(("calibrate", phase.calibrate), self._compile_calibration)
 
   @functools.cache  # noqa: B019 - one optimizer per group assignment: an equal but new one would retrace the step
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
@@ -105,31 +110,25 @@ class Programs:
     """The compiled step of `steps.make_eval_step`."""
     return self._wait(("eval", quantized_weights, quantized_acts), self._compile_eval)
 
-  @functools.cached_property
   def calibrate_acts(self) -> Callable[..., Any]:
-    """`steps.calibrate_acts` of the student: `(variables, image, key) -> params`."""
-    return jax.jit(
-      lambda variables, image, key: steps.calibrate_acts(
-        self._model, variables, image, self._facts.normalization, key
-      ),
-      out_shardings=self._replicated,
-    )
+    """The compiled `(variables, image, key) -> params` of `steps.calibrate_acts`."""
+    return self._wait(("calibrate", "act"), self._compile_calibration)
 
-  @functools.cached_property
   def calibrate_weights(self) -> Callable[..., Any]:
-    """`steps.calibrate_weights`: `params -> params`."""
-    return jax.jit(steps.calibrate_weights, out_shardings=self._replicated)
+    """The compiled `params -> params` of `steps.calibrate_weights`."""
+    return self._wait(("calibrate", "weight"), self._compile_calibration)
 
   def state_shapes(self, train_kernels: bool, frozen: Frozen) -> TrainState:
     """The shapes of the state with a phase's optimizer."""
     tx = self.optimizer(train_kernels, frozen)
 
     def make():
-      zeros = variable_shapes(self._model, self._settings.data.image_size)
-      zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zeros)
-      state = create_state(zeros, ema=self._settings.train.ema_rate > 0)
       return state.replace(opt_state=tx.init(state.params))
 
+    zeros = jax.tree.map(
+      lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(self._model, self._settings.data.image_size)
+    )
+    state = create_state(zeros, ema=self._settings.train.ema_rate > 0)
     return jax.eval_shape(make)
 
   def _train_key(self, program: Program, frozen: Frozen) -> Any:
@@ -176,14 +175,14 @@ class Programs:
     state = _with_sharding(self.state_shapes(program.train_kernels, frozen), self._replicated)
     sampling = None
     if program.sampling:
-      sampling = _with_sharding(jax.eval_shape(aiwq.start, self._params), self._replicated)
+      sampling = _with_sharding(aiwq.start(self._params), self._replicated)
     jitted = jax.jit(step, donate_argnums=(0, 6), out_shardings=self._replicated)
     return jitted.lower(
       state,
       self._batch_shapes(settings.train.batch_size),
       self._levels_shapes(program.quantized_weights, program.quantized_acts),
       jax.ShapeDtypeStruct((), np.float32),
-      jax.eval_shape(lambda: jax.random.key(0)),
+      self._key_shape,
       teacher,
       sampling,
     ).compile()
@@ -202,6 +201,23 @@ class Programs:
       )
       .compile()
     )
+
+
+  @property
+  def _key_shape(self) -> Any:
+    return _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), self._replicated)
+
+  def _compile_calibration(self, what: str) -> Callable[..., Any]:
+    settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
+    if what == "weight":
+      return jax.jit(steps.calibrate_weights, out_shardings=self._replicated).lower(sharded(self._params)).compile()
+
+    def calibrate(variables, image, key):
+      return steps.calibrate_acts(self._model, variables, image, self._facts.normalization, key)
+
+    image = self._batch_shapes(settings.train.batch_size)["image"]
+    variables = sharded(variable_shapes(self._model, settings.data.image_size))
+    return jax.jit(calibrate, out_shardings=self._replicated).lower(variables, image, self._key_shape).compile()
 
 
 def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:

@@ -4,8 +4,7 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -39,18 +38,17 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def create_state(variables: dict[str, Any], *, ema: bool) -> TrainState:
-  """A state at step 0 without an optimizer; the average starts as a copy (an alias could not be donated)."""
+  """A state at step 0 without an optimizer, on the host; the average starts as a copy (an alias cannot be donated)."""
+
+  def copy(tree):
+    return jax.tree.map(np.array, tree)
+
   params, batch_stats = variables["params"], variables["batch_stats"]
   return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    batch_stats=batch_stats,
-    ema_params=jax.tree.map(jnp.copy, params) if ema else None,
-    ema_batch_stats=jax.tree.map(jnp.copy, batch_stats) if ema else None,
+    step=np.zeros((), np.int32),
+    params=copy(params),
+    batch_stats=copy(batch_stats),
+    ema_params=copy(params) if ema else None,
+    ema_batch_stats=copy(batch_stats) if ema else None,
     opt_state=(),
   )
-
-
-def with_optimizer(state: TrainState, tx: optax.GradientTransformation) -> TrainState:
-  """The state with a fresh optimizer."""
-  return state.replace(opt_state=jax.jit(tx.init)(state.params))
