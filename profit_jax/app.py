@@ -139,7 +139,5 @@ def _teacher(settings: Settings, model: Any, num_classes: int, first_variables: 
   if teacher.model == "self":
     # Its dropout would only add noise to what it teaches.
     return model.clone(dropout=0.0), None if settings.from_scratch else first_variables()
-  other = build(
-    teacher.model, settings.model, num_classes, width=teacher.width, activation=teacher.activation, dropout=0.0
-  )
+  other = build(teacher.model, settings.model, num_classes, width=teacher.width, activation=teacher.activation, dropout=0.0)
   return other, load_variables(teacher.weights, teacher.model, variable_shapes(other, settings.data.image_size))

@@ -224,8 +224,13 @@ def _moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return mean, jnp.mean(jnp.square(x - mean), axis=axes)
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """Statistics and losses are computed in float32 (float64 stays) whatever the network's precision."""
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 def output_moments(y: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Per-channel mean and unbiased standard deviation of `[N, H, W, C]`, in at least float32."""
-  mean, var = _moments(y.astype(jnp.promote_types(y.dtype, jnp.float32)))
+  mean, var = _moments(at_least_float32(y))
   count = y.size // y.shape[-1]
   return mean, jnp.sqrt(var * (count / max(count - 1, 1)))

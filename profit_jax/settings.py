@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 import math
 import typing
 from collections.abc import Collection
@@ -134,7 +135,9 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str], sources: C
   _check_model(settings, models)
   _check_plan(settings.plan)
   epochs = settings.plan.full_precision_epochs
-  _require(epochs >= 1 or not settings.from_scratch, "plan.full_precision_epochs", epochs, "1 or above without init.weights")
+  _require(
+    epochs >= 1 or not settings.from_scratch, "plan.full_precision_epochs", epochs, "1 or above without init.weights"
+  )
   train = settings.train
   _require(settings.seed >= 0, "seed", settings.seed, "0 or above")
   _require(settings.data.name in sources, "data.name", settings.data.name, f"one of {_list(sources)}")
@@ -183,7 +186,10 @@ def _check_model(settings: Settings, models: Collection[str]) -> None:
   _require(0 < teacher.width <= 4, "teacher.width", teacher.width, "above 0, at most 4")
   if teacher.model in ("none", "self"):
     _require(
-      not teacher.weights, "teacher.weights", teacher.weights, f'"" with teacher.model = {teacher.model}, which reads none'
+      not teacher.weights,
+      "teacher.weights",
+      teacher.weights,
+      f'"" with teacher.model = {teacher.model}, which reads none',
     )
   else:
     _require(
@@ -201,7 +207,7 @@ def _check_plan(plan: PlanSettings) -> None:
       all(MIN_BITS <= b <= MAX_BITS for b in bits), f"plan.{name}", bits, f"bit widths from {MIN_BITS} to {MAX_BITS}"
     )
     _require(
-      all(before > after for before, after in zip(bits, bits[1:], strict=False)),
+      all(before > after for before, after in itertools.pairwise(bits)),
       f"plan.{name}",
       bits,
       "bit widths that fall from one to the next, as (8, 5, 4)",

@@ -23,8 +23,8 @@ def check_sizes(settings: Settings) -> Facts:
   facts, batch = SOURCES[settings.data.name], settings.train.batch_size
   if batch > facts.train_examples:
     raise ConfigError(
-      f"config.train.batch_size = {batch} is larger than the data: {settings.data.name} has {facts.train_examples} training "
-      f"images, and an epoch needs at least one full batch. Use {facts.train_examples} or less."
+      f"config.train.batch_size = {batch} is larger than the data: {settings.data.name} has {facts.train_examples} "
+      f"training images, and an epoch needs at least one full batch. Use {facts.train_examples} or less."
     )
   return facts
 

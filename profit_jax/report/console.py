@@ -3,7 +3,7 @@
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from profit_jax.plan import Phase, bits_name
@@ -21,6 +21,7 @@ class ConsoleObserver(Observer):
     self._bar: Progress | None = None
     self._task = None
     self._count = self._steps_per_epoch = 0
+    self._speed = 0.0
 
   def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: RunProgress) -> None:
     """See `Observer`."""
@@ -36,10 +37,9 @@ class ConsoleObserver(Observer):
     """See `Observer`."""
     self._bar = Progress(
       TextColumn("{task.description}"),
-      BarColumn(bar_width=24),
-      MofNCompleteColumn(),
+      BarColumn(bar_width=12),
+      TextColumn("{task.percentage:>3.0f}%"),
       TimeElapsedColumn(),
-      TimeRemainingColumn(compact=True),
       TextColumn("{task.fields[numbers]}"),
       console=self._console,
       # A log file gets one line per phase, not one per refresh.
@@ -55,15 +55,17 @@ class ConsoleObserver(Observer):
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """See `Observer`."""
-    numbers = f"loss {metrics['loss']:.3f}  train {metrics['top1']:5.1f} %  {images_per_second:,.0f} img/s"
+    self._speed = images_per_second
+    numbers = f"loss {metrics['loss']:.3f} train {metrics['top1']:.0f}% {images_per_second:,.0f} img/s"
     self._bar.update(self._task, advance=1, numbers=numbers)
 
   def epoch_done(self, report: EpochReport) -> None:
     """See `Observer`."""
     average = report.evaluation_ema
-    numbers = f"loss {report.train['loss']:.3f}  top-1 {report.evaluation['top1']:.2f} %"
+    numbers = f"loss {report.train['loss']:.3f} top-1 {report.evaluation['top1']:.2f}"
     if average:
-      numbers += f"  EMA {average['top1']:.2f} %"
+      numbers += f" EMA {average['top1']:.2f}"
+    numbers += f" {self._speed:,.0f} img/s"
     self._bar.update(self._task, numbers=numbers)
 
   def phase_done(self, record: PhaseRecord) -> None:
@@ -83,11 +85,11 @@ class ConsoleObserver(Observer):
 def print_table(console: Console, result: dict[str, Any]) -> None:
   """Prints a `result.json` as a table and its last lines."""
   table = Table(title=f"{result['model']} on {result['dataset']}, seed {result['seed']}", title_justify="left")
-  for name, justify in (
-    ("#", "right"), ("phase", "left"), ("bits", "left"), ("frozen", "right"), ("top-1 raw", "right"),
-    ("top-1 EMA", "right"), ("loss", "right"), ("seconds", "right"), ("compiling", "right"),
-  ):  # fmt: skip
-    table.add_column(name, justify=justify)
+  left, right = "left", "right"
+  columns = {"#": right, "phase": left, "bits": left, "frozen": right, "top-1": right, "EMA": right, "loss": right}
+  columns |= {"time/s": right, "compile/s": right}
+  for name, justify in columns.items():
+    table.add_column(name, justify=justify, no_wrap=True)
   for phase in result["phases"]:
     average = phase["top1_ema"]
     table.add_row(

@@ -19,9 +19,7 @@ from profit_jax.train.progress import Progress
 _RAW, _EMA, _FROZEN = "#1f5fa8", "#d1781f", ("#8c2d04", "#d98c3f", "#c9c9c9")
 
 
-def write_plots(
-  directory: epath.Path, progress: Progress, phases: tuple[Phase, ...], params: Any
-) -> dict[str, str]:
+def write_plots(directory: epath.Path, progress: Progress, phases: tuple[Phase, ...], params: Any) -> dict[str, str]:
   """Draws what the run has data for.
 
   Returns:

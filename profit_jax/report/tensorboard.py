@@ -9,7 +9,6 @@ from profit_jax.plan import Phase
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress
 
-
 # An eager summary costs about a millisecond, and a run has hundreds of quantizers: at every step and epoch they would take
 # a tenth of a small run's time.
 _STEPS_BETWEEN = 10

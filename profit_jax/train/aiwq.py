@@ -42,7 +42,7 @@ def kl_divergence(present: Moments, previous: Moments) -> jax.Array:
   alive = (std != 0) & (std_prev != 0)
   s, s_prev = jnp.where(alive, std, 1.0), jnp.where(alive, std_prev, 1.0)
   kl = jnp.log(s_prev / s) + (s**2 + (mean - mean_prev) ** 2) / (2 * s_prev**2) - 0.5
-  return jnp.sum(jnp.where(alive, kl, 0.0)) / jnp.sum(alive)
+  return jnp.sum(jnp.where(alive, kl, 0.0)) / jnp.sum(alive, dtype=kl.dtype)
 
 
 def start(params: Mapping[str, Any]) -> AiwqState:

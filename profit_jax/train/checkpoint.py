@@ -1,8 +1,8 @@
 """Checkpoints through orbax: the newest states, the best weights, the teacher that a run made for itself.
 
-    checkpoints/last/N      state and progress after epoch N of the run
-    checkpoints/best/N      the best weights so far at the plan's last bits: {params, batch_stats}
-    checkpoints/teacher/1   the student before quantization, where it is its own teacher
+checkpoints/last/N      state and progress after epoch N of the run
+checkpoints/best/N      the best weights so far at the plan's last bits: {params, batch_stats}
+checkpoints/teacher/1   the student before quantization, where it is its own teacher
 """
 
 import collections

@@ -67,6 +67,7 @@ class Loop:
     self._teacher = None if teacher is None else programs.replicate(teacher)
     self._targets = {phase.index for phase in target_phases(phases)}
     self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
+    self._mark = time.perf_counter(), programs.waited_seconds
     self._key = programs.replicate(jax.random.key(settings.seed))
 
   def run(self) -> Progress:
@@ -101,6 +102,7 @@ class Loop:
       progress.phase, progress.epoch = phase.index, 0
       progress.phase_seconds = progress.phase_compile_seconds = 0.0
     self._observer.phase_started(phase, progress.epoch)
+    self._mark = time.perf_counter(), self._programs.waited_seconds
     frozen = self._frozen(phase, progress)
     sampling = None
     if progress.epoch == 0:
@@ -123,7 +125,6 @@ class Loop:
   def _run_epoch(
     self, phase: Phase, state: TrainState, sampling: aiwq.AiwqState | None, frozen: Frozen, progress: Progress
   ) -> tuple[TrainState, aiwq.AiwqState | None]:
-    start, waited = time.perf_counter(), self._programs.waited_seconds
     if sampling is not None:
       sampling = sampling._replace(has_previous=self._programs.replicate(np.zeros((), bool)))
     state, sampling, train = self._train_epoch(phase, state, sampling, frozen, progress)
@@ -137,11 +138,8 @@ class Loop:
       average, _ = evaluate(self._programs, self._source, self._settings, phase, state.ema_variables)
     self._keep_best(phase, state, raw, average, progress)
 
-    progress.phase_seconds += time.perf_counter() - start
-    progress.phase_compile_seconds += self._programs.waited_seconds - waited
-    record = EpochRecord(
-      phase=phase.index, top1=raw["top1"], top1_ema=average and average["top1"], loss=train["loss"]
-    )
+    self._keep_time(progress)
+    record = EpochRecord(phase=phase.index, top1=raw["top1"], top1_ema=average and average["top1"], loss=train["loss"])
     progress.epochs.append(record)
     self._observer.epoch_done(
       EpochReport(
@@ -158,6 +156,13 @@ class Loop:
       )
     )
     return state, sampling
+
+  def _keep_time(self, progress: Progress) -> None:
+    """Adds what has passed since the last call to the phase: calibration, training, evaluation, the last save."""
+    now = time.perf_counter(), self._programs.waited_seconds
+    progress.phase_seconds += now[0] - self._mark[0]
+    progress.phase_compile_seconds += now[1] - self._mark[1]
+    self._mark = now
 
   def _train_epoch(self, phase, state, sampling, frozen, progress):
     """The steps of one epoch, and the means of their metrics."""
@@ -178,9 +183,7 @@ class Loop:
       self._observer.step_done(phase, metrics, speed)
 
     for batch in self._source.train_batches(progress.total_epochs, batch_size):
-      state, metrics, sampling = step(
-        state, self._programs.split(batch), phase_levels, rate, self._key, teacher, sampling
-      )
+      state, metrics, sampling = step(state, self._programs.split(batch), phase_levels, rate, self._key, teacher, sampling)
       pending.append(metrics)
       if len(pending) > _STEPS_AHEAD:
         collect()
@@ -279,8 +282,7 @@ def summary(progress: Progress, phases: tuple[Phase, ...]) -> dict[str, Any]:
   return {
     "phases": [dataclasses.asdict(record) for record in progress.records],
     "aiwq": [
-      {"layer": layer, "metric": progress.metric[layer], "rank": rank}
-      for rank, layer in enumerate(progress.ranking, 1)
+      {"layer": layer, "metric": progress.metric[layer], "rank": rank} for rank, layer in enumerate(progress.ranking, 1)
     ],
     "final": {
       "weight_bits": phases[-1].weight_bits,

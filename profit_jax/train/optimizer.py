@@ -87,9 +87,7 @@ def make_optimizer(labels: Mapping[str, Any], sgd: SgdSettings) -> optax.Gradien
     return optax.trace(sgd.momentum, nesterov=True)
 
   groups = {
-    WEIGHT: optax.chain(
-      optax.add_decayed_weights(sgd.weight_decay), momentum(), scale_by_epoch_learning_rate(1.0)
-    ),
+    WEIGHT: optax.chain(optax.add_decayed_weights(sgd.weight_decay), momentum(), scale_by_epoch_learning_rate(1.0)),
     NORM: optax.chain(momentum(), scale_by_epoch_learning_rate(1.0)),
     QUANT: optax.chain(momentum(), scale_by_epoch_learning_rate(sgd.quantizer_lr_scale)),
     FROZEN: optax.set_to_zero(),

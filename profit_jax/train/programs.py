@@ -48,9 +48,7 @@ class Programs:
     waited_seconds: how long callers have waited for compilation, in all.
   """
 
-  def __init__(
-    self, settings: Settings, facts: Facts, model: nn.Module, teacher_model: nn.Module | None, mesh: Mesh
-  ):
+  def __init__(self, settings: Settings, facts: Facts, model: nn.Module, teacher_model: nn.Module | None, mesh: Mesh):
     self._settings, self._facts = settings, facts
     self._model, self._teacher_model = model, teacher_model
     self.mesh = mesh
@@ -85,12 +83,12 @@ class Programs:
       frozen: the frozen set of a phase, or None where it is not known yet: that phase is passed over.
     """
     for phase in phases:
+      if phase.calibrate:
+        self._request(("calibrate", phase.calibrate), self._compile_calibration)
       layers = frozen(phase)
       if layers is not None:
         self._request(self._train_key(phase.program, layers), self._compile_train)
         self._request(("eval", phase.program.quantized_weights, phase.program.quantized_acts), self._compile_eval)
-      if phase.calibrate:
-        self._request(("calibrate", phase.calibrate), self._compile_calibration)
 
   @functools.cache  # noqa: B019 - one optimizer per group assignment: an equal but new one would retrace the step
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
@@ -189,9 +187,7 @@ class Programs:
 
   def _compile_eval(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
     settings = self._settings
-    step = steps.make_eval_step(
-      self._model, normalization=self._facts.normalization, num_classes=self._facts.num_classes
-    )
+    step = steps.make_eval_step(self._model, normalization=self._facts.normalization, num_classes=self._facts.num_classes)
     return (
       jax.jit(step, out_shardings=self._replicated)
       .lower(
@@ -201,7 +197,6 @@ class Programs:
       )
       .compile()
     )
-
 
   @property
   def _key_shape(self) -> Any:

@@ -10,6 +10,7 @@ import optax
 from flax import traverse_util
 
 from profit_jax.data.normalize import Normalization, normalize
+from profit_jax.layers import at_least_float32
 from profit_jax.quant import calibration, duq
 from profit_jax.quant.levels import Levels
 from profit_jax.train import aiwq
@@ -21,15 +22,13 @@ Metrics = dict[str, jax.Array]
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Mean cross-entropy of `[N, classes]` against int labels `[N]`, in at least float32."""
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+  return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(at_least_float32(logits), labels))
 
 
 def distillation_loss(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-  """Mean cross-entropy of the student against the teacher's softmax, temperature 1 (SPEC: weight 1)."""
-  dtype = jnp.promote_types(logits.dtype, jnp.float32)
-  targets = jax.nn.softmax(teacher_logits.astype(dtype))
-  return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits.astype(dtype)), axis=-1))
+  """Mean cross-entropy of the student against the teacher's softmax, at temperature 1."""
+  targets = jax.nn.softmax(at_least_float32(teacher_logits))
+  return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(at_least_float32(logits)), axis=-1))
 
 
 def make_train_step(
@@ -102,7 +101,11 @@ def make_train_step(
         ema_params=_ema(state.ema_params, new.params, ema_rate),
         ema_batch_stats=_ema(state.ema_batch_stats, new.batch_stats, ema_rate),
       )
-    metrics = {**parts, "loss": sum(parts.values()), "correct": jnp.sum(jnp.argmax(logits, -1) == batch["label"])}
+    metrics = {
+      **parts,
+      "loss": sum(parts.values()),
+      "correct": jnp.sum(jax.lax.argmax(logits, 1, jnp.int32) == batch["label"]),
+    }
     if sampling is not None:
       sampling = aiwq.update(sampling, updates["moments"], updates["quantized"])
     return new, metrics, sampling
@@ -125,11 +128,11 @@ def make_eval_step(model: nn.Module, *, normalization: Normalization, num_classe
   def step(variables, batch, levels):
     image, mask, label = normalize(batch["image"], normalization), batch["mask"], batch["label"]
     logits, updates = model.apply(variables, image, levels, False, mutable=["clip_rate"])
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = at_least_float32(logits)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
     # The rank of the true class: how many classes score higher. Ties count for the lower index, as in a stable sort.
     true = jnp.take_along_axis(logits, label[:, None], axis=1)
-    earlier = jnp.arange(num_classes)[None, :] < label[:, None]
+    earlier = jnp.arange(num_classes, dtype=label.dtype)[None, :] < label[:, None]
     rank = jnp.sum((logits > true) | ((logits == true) & earlier), axis=1)
     rates = {
       "/".join(path[:-1]): jnp.sum(jnp.where(mask, rate, 0.0))

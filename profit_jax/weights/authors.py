@@ -63,9 +63,7 @@ LAYER_NAMES = {"mobilenet_v2": mobilenet_v2_name}
 def tensor_names(model: str, variables: Variables) -> dict[Path, str]:
   """Our path (collection first) -> the authors' tensor name, for every leaf of a model's variables."""
   layer_name = LAYER_NAMES[model]
-  return {
-    path: f"{layer_name(path[1:-1])}.{TORCH_LEAF[path[-1]]}" for path in traverse_util.flatten_dict(variables)
-  }
+  return {path: f"{layer_name(path[1:-1])}.{TORCH_LEAF[path[-1]]}" for path in traverse_util.flatten_dict(variables)}
 
 
 def import_variables(
@@ -113,4 +111,3 @@ def import_variables(
       f"Nothing was loaded. Use the matching file, model.width and number of classes.\n  {listing}"
     )
   return traverse_util.unflatten_dict(leaves), with_quantizers
-

@@ -22,7 +22,7 @@ def load_variables(path: str, model: str, template: Any) -> Any:
     raise ConfigError(f"The weights file {path!r} has an unknown format: it must be .npz.")
   try:
     # No pickles: a weights file must not be able to run code.
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
       tensors = {name: file[name] for name in file.files}
   except (OSError, ValueError, zipfile.BadZipFile) as error:
     raise ConfigError(f"The weights file {path!r} cannot be read as .npz: {error}.") from error

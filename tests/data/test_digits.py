@@ -1,0 +1,59 @@
+"""The digits: split, determinism, every evaluation image once."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from profit_jax.data.digits import Digits
+
+
+@pytest.fixture(scope="module")
+def source():
+  return Digits(image_size=32, augment=True, seed=0)
+
+
+def test_split_is_stratified_and_disjoint(source):
+  (train, train_labels), (evaluation, labels) = source._train, source._eval
+  assert (len(train), len(evaluation)) == (1347, 450)
+  share = np.bincount(train_labels) / len(train_labels) - np.bincount(labels) / len(labels)
+  assert np.abs(share).max() < 0.003
+  plain = Digits(image_size=8, augment=False, seed=5)  # the split does not depend on the seed
+  assert np.array_equal(plain._eval[1], labels)
+
+
+def test_evaluation_counts_every_image_once(source):
+  batches = list(source.eval_batches(128))
+  assert {batch["image"].shape for batch in batches} == {(128, 32, 32, 3)}
+  seen = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+  assert np.array_equal(seen[..., 0], source._eval[0])
+  assert sum(batch["mask"].sum() for batch in batches) == 450
+
+
+def test_epochs_are_functions_of_seed_and_epoch(source):
+  def epoch(seed, number):
+    return np.concatenate([b["image"] for b in Digits(image_size=32, augment=True, seed=seed).train_batches(number, 64)])
+
+  assert np.array_equal(epoch(0, 3), epoch(0, 3))
+  assert not np.array_equal(epoch(0, 3), epoch(0, 4))
+  assert not np.array_equal(epoch(0, 3), epoch(1, 3))
+
+
+def test_an_epoch_shows_an_image_at_most_once_and_leaves_out_less_than_a_batch():
+  source = Digits(image_size=8, augment=False, seed=0)
+  seen = np.concatenate([batch["image"][..., 0] for batch in source.train_batches(0, 64)]).reshape(-1, 64)
+  assert len(seen) == 1344
+  available = collections.Counter(map(bytes, source._train[0].reshape(-1, 64)))
+  assert not collections.Counter(map(bytes, seen)) - available
+
+
+def test_augmentation_moves_by_at_most_two_pixels(source):
+  still = Digits(image_size=32, augment=False, seed=0)
+  moved, kept = (next(s.train_batches(0, 64))["image"][..., 0] for s in (source, still))
+  offsets = set()
+  for image, original in zip(moved, kept, strict=True):
+    framed = np.pad(original, 2)
+    matches = [(y, x) for y in range(5) for x in range(5) if np.array_equal(framed[y : y + 32, x : x + 32], image)]
+    assert matches
+    offsets.update(matches[:1])
+  assert len(offsets) > 10

@@ -1,0 +1,69 @@
+"""MobileNet-v2 against the authors' logits."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from profit_jax.models import REGISTRY, variable_shapes
+from profit_jax.models.mobilenet_v2 import divisible_by_8
+from profit_jax.quant.levels import levels
+from profit_jax.weights import authors
+from tests import golden_data
+
+
+@functools.cache
+def golden_model():
+  model = REGISTRY["mobilenet_v2"](num_classes=10, width=0.5, activation="relu", dropout=0.0)
+  tensors = golden_data.tensors(golden_data.load("mobilenet_v2.json"))
+  variables, with_quantizers = authors.import_variables(
+    "mobilenet_v2", variable_shapes(model, 64), tensors, "golden", dtype=np.float64
+  )
+  assert with_quantizers
+  return model, variables
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(None, None), (None, 8), (8, 8), (4, 4), (3, 3)])
+def test_authors_logits(weight_bits, act_bits, mode):
+  model, variables = golden_model()
+  image = golden_data.images("input:mobilenet_v2", (4, 3, 64, 64))
+  expected = golden_data.load("mobilenet_v2.npz")[f"w{weight_bits or 0}a{act_bits or 0}_{mode}"]
+  with jax.enable_x64(True):
+    logits, _ = jax.jit(lambda v, x, l: model.apply(v, x, l, mode == "train", mutable=["batch_stats"]))(
+      variables, image, levels(weight_bits, act_bits)
+    )
+  assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
+
+
+@pytest.mark.parametrize(
+  ("channels", "expected"), [(32 * 0.25, 8), (24 * 0.25, 8), (96 * 0.35, 32), (11, 16), (320 * 0.75, 240)]
+)
+def test_channels_round_to_multiples_of_8_and_at_most_a_tenth_down(channels, expected):
+  assert divisible_by_8(channels) == expected
+
+
+def test_small_image_strides_keep_a_map_of_more_than_one_pixel():
+  model = REGISTRY["mobilenet_v2"](num_classes=7, width=0.25, strides=(2, 1, 2, 2, 2, 1, 1, 1))
+  _, sown = jax.eval_shape(
+    lambda key: model.init_with_output(key, np.zeros((1, 32, 32, 3), np.float32), capture_intermediates=True),
+    jax.random.key(0),
+  )
+  assert sown["intermediates"]["head_norm"]["__call__"][0].shape == (1, 2, 2, 1280)
+  assert sown["intermediates"]["__call__"][0].shape == (1, 7)
+
+
+def test_relu6_bounds_what_relu_does_not():
+  variables = golden_model()[1]
+  image = 40.0 * golden_data.images("input:mobilenet_v2", (4, 3, 64, 64))[:1].astype(np.float32)
+  largest = {}
+  for activation in ("relu", "relu6"):
+    model = REGISTRY["mobilenet_v2"](num_classes=10, width=0.5, activation=activation, dropout=0.0)
+    single = jax.tree.map(lambda leaf: leaf.astype(np.float32), variables)
+    _, sown = model.apply(
+      single, image, mutable=["intermediates"], capture_intermediates=lambda m, _: m.name == "stem_quant"
+    )
+    largest[activation] = float(sown["intermediates"]["stem_quant"]["__call__"][0].max())
+  assert largest["relu6"] == 6.0
+  assert largest["relu"] > 6.0

@@ -1,0 +1,142 @@
+"""The table of `quant/duq.py`, code by code, and its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from profit_jax.quant import duq
+from profit_jax.quant.levels import levels, symmetric_steps
+from tests import golden_data
+
+BITS = [2, 3, 4, 5, 6, 7, 8]
+KINDS = ["symmetric", "unsigned", "hswish"]
+A, C = 1.7, 0.6
+RAW_A, RAW_C = (np.float64(golden_data.inverse_softplus(v)) for v in (A, C))
+
+
+def steps_of(kind, bits):
+  return np.float64(2 ** (bits - 1) - 1 if kind == "symmetric" else 2**bits - 1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_levels_follow_the_table(bits):
+  made = levels(bits, bits)
+  assert made.weight == 2 ** (bits - 1) - 1
+  assert made.act == 2**bits - 1
+  assert symmetric_steps(made.act) == 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -4])
+def test_levels_outside_2_to_8_bits_are_refused(bits):
+  with pytest.raises(ValueError, match=str(bits)):
+    levels(bits, None)
+  with pytest.raises(ValueError, match=str(bits)):
+    levels(None, bits)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_and_what_rounds_to_it(kind, bits):
+  n = steps_of(kind, bits)
+  codes = np.arange(-n if kind == "symmetric" else 0, n + 1)
+  offset = -3 / 8 if kind == "hswish" else 0.0
+  with jax.enable_x64(True):
+    for shift in (-0.49, 0.0, 0.49):  # of a step: still the same code
+      x = (codes + shift) * A / n + offset
+      assert np.array_equal(duq.codes(x, RAW_A, n, kind), codes)
+      np.testing.assert_allclose(duq.quantize(x, RAW_A, RAW_C, n, kind), C * codes / n + offset, rtol=1e-12, atol=1e-15)
+    beyond = np.array([-50.0, 50.0])
+    assert np.array_equal(duq.codes(beyond, RAW_A, n, kind), [codes[0], codes[-1]])
+
+
+def test_ties_round_to_even():
+  with jax.enable_x64(True):
+    n, raw_one = np.float64(7), np.float64(golden_data.inverse_softplus(1.0))
+    one = float(jax.nn.softplus(raw_one))  # 1 up to rounding: scale the ties so that x/a*n is a half exactly
+    halves = np.array([0.5, 1.5, 2.5, 3.5])
+    x = jnp.asarray(halves / 8 * one)
+    assert np.array_equal(duq.codes(x, raw_one, np.float64(8), "symmetric"), [0, 2, 2, 4])
+    assert n == 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_at_and_around_the_ends_of_the_interval(kind):
+  with jax.enable_x64(True):
+    a = float(jax.nn.softplus(RAW_A))
+    offset = -3 / 8 if kind == "hswish" else 0.0
+    low = -a if kind == "symmetric" else 0.0
+    inside = [np.nextafter(a, 0), 0.3 * a, np.nextafter(low, 1) if low else 1e-300]  # CPUs flush what is smaller to 0
+    outside = [a, np.nextafter(a, 9), 2 * a, low, low - 1e-9]
+    # An offset would round the neighbours of the ends away, so that h-swish is looked at a little further in.
+    if kind == "hswish":
+      inside, outside = [a - 1e-9, 0.3 * a, 1e-9], [a + 1e-9, 2 * a, -1e-9]
+
+    def gradient(x):
+      return jax.grad(lambda x: jnp.sum(duq.quantize(x, RAW_A, RAW_C, steps_of(kind, 4), kind)))(x)
+
+    np.testing.assert_allclose(gradient(jnp.array(inside) + offset), C / A, rtol=1e-9)
+    assert np.array_equal(gradient(jnp.array(outside) + offset), np.zeros(len(outside)))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_a_and_c_are_the_formulas(kind, bits):
+  rng = np.random.default_rng(0)
+  n, x, upstream = steps_of(kind, bits), rng.normal(0, 1.5, 400), rng.normal(0, 1, 400)
+  with jax.enable_x64(True):
+    out = jax.grad(lambda a, c: jnp.sum(upstream * duq.quantize(x, a, c, n, kind)), (0, 1))(RAW_A, RAW_C)
+  low = -1.0 if kind == "symmetric" else 0.0
+  v = (x + (3 / 8 if kind == "hswish" else 0.0)) / A
+  inside, q = (v > low) & (v < 1), np.round(np.clip(v, low, 1) * n) / n
+  sigmoid = 1 / (1 + np.exp(-np.array([RAW_A, RAW_C])))
+  np.testing.assert_allclose(out[0], np.sum(upstream * inside * -C * v / A) * sigmoid[0], rtol=1e-9)
+  np.testing.assert_allclose(out[1], np.sum(upstream * q) * sigmoid[1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("name", ["relu", "symmetric", "hswish", "weight"])
+def test_authors_quantizers(name, bits):
+  golden = golden_data.load("quantizers.npz")
+  raw_a, raw_c = (0.7, 0.5) if name == "weight" else (0.9, 1.4)
+  kind = {"relu": "unsigned", "symmetric": "symmetric", "hswish": "hswish", "weight": "symmetric"}[name]
+  before = {"relu": jax.nn.relu, "hswish": jax.nn.hard_swish}.get(name, lambda x: x)
+
+  def forward(x, a, c):
+    return duq.quantize(before(x), a, c, steps_of(kind, bits), kind)
+
+  with jax.enable_x64(True):
+    y, vjp = jax.vjp(forward, golden["x"], np.float64(raw_a), np.float64(raw_c))
+    gradients = vjp(jnp.asarray(golden["upstream"]))
+  # What the authors' h-swish passes where its slope changes (x = -3 and x = 3) is a convention, not this module's.
+  smooth = np.abs(np.abs(golden["x"]) - 3) > 1e-9 if name == "hswish" else slice(None)
+  np.testing.assert_allclose(y, golden[f"{name}_{bits}_y"], rtol=1e-12, atol=1e-14)
+  np.testing.assert_allclose(gradients[0][smooth], golden[f"{name}_{bits}_dx"][smooth], rtol=1e-11, atol=1e-13)
+  np.testing.assert_allclose(gradients[1], golden[f"{name}_{bits}_da"][0], rtol=1e-11)
+  np.testing.assert_allclose(gradients[2], golden[f"{name}_{bits}_dc"][0], rtol=1e-11)
+
+
+def test_progressive_bits_share_one_trace():
+  traces = []
+
+  @jax.jit
+  def quantize(x, steps):
+    traces.append(1)
+    return duq.quantize(x, jnp.float32(RAW_A), jnp.float32(RAW_C), steps.weight, "symmetric")
+
+  x = jnp.linspace(-2, 2, 1001, dtype=jnp.float32)
+  sizes = [len(np.unique(quantize(x, levels(bits, None)))) for bits in (8, 5, 4)]
+  assert sizes == [255, 31, 15]
+  assert len(traces) == 1
+
+
+def test_inverse_softplus_survives_large_and_small_values():
+  values = jnp.array([1e-3, 0.1, 1.0, 30.0, 100.0, 1e4], jnp.float32)
+  np.testing.assert_allclose(jax.nn.softplus(duq.inverse_softplus(values)), values, rtol=1e-5)
+
+
+def test_clipped_counts_what_lies_beyond_the_interval():
+  x = jnp.array([-1.8, -1.0, 0.0, 1.0, 1.8])
+  raw = jnp.float32(RAW_A)
+  assert duq.clipped(x, raw, "symmetric").tolist() == [True, False, False, False, True]
+  assert duq.clipped(x, raw, "unsigned").tolist() == [True, True, False, False, True]

@@ -1,0 +1,106 @@
+"""Building blocks: torch's conventions, negative padding, AIWQ's collections."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from profit_jax.layers import BatchNorm, QuantAct, QuantConv
+from profit_jax.quant.levels import Levels, levels
+from profit_jax.train import aiwq
+from tests import golden_data
+
+
+def init(module, *args):
+  return module.init(jax.random.key(0), *args, mutable=["params", "batch_stats"])
+
+
+def test_batch_norm_formulas_and_unbiased_running_variance():
+  x = np.random.default_rng(0).normal(3, 2, (4, 3, 3, 5))
+  with jax.enable_x64(True):
+    module = BatchNorm(momentum=0.9, epsilon=1e-5)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(module, jnp.asarray(x), True))
+    y, updates = module.apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
+  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+  np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), rtol=1e-10, atol=1e-12)
+  np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * mean, rtol=1e-10)
+  np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-10)
+
+
+def test_batch_norm_gradient_is_that_of_its_formula():
+  rng = np.random.default_rng(1)
+  with jax.enable_x64(True):
+    x, upstream = jnp.asarray(rng.normal(3, 2, (4, 3, 3, 5))), jnp.asarray(rng.normal(size=(4, 3, 3, 5)))
+    scale, bias = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))
+    module = BatchNorm()
+
+    def ours(x, scale, bias):
+      variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": bias * 0, "var": bias * 0}}
+      return jnp.sum(upstream * module.apply(variables, x, True, mutable=["batch_stats"])[0])
+
+    def formula(x, scale, bias):
+      mean, var = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
+      return jnp.sum(upstream * ((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias))
+
+    for a, b in zip(*(jax.grad(f, (0, 1, 2))(x, scale, bias) for f in (ours, formula)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_stride_pads_both_sides_as_torch(depthwise):
+  x = jnp.ones((1, 8, 8, 4))
+  module = QuantConv(4, 3, 2, depthwise=depthwise)
+  variables = init(module, x, Levels())
+  ones = {"params": {**variables["params"], "kernel": jnp.ones_like(variables["params"]["kernel"])}}
+  y = module.apply(ones, x, Levels())
+  per_channel = 1 if depthwise else 4
+  # The first window hangs over the border, the last does not.
+  assert y.shape == (1, 4, 4, 4)
+  assert y[0, 0, 0, 0] == 4 * per_channel
+  assert y[0, -1, -1, 0] == 9 * per_channel
+
+
+def test_negative_padding_is_code_0_of_the_hswish_quantizer():
+  module = QuantConv(4, 3, depthwise=True, pad_value=-3 / 8)
+  x = jnp.full((1, 5, 5, 4), -3 / 8)
+  variables = init(module, x, Levels())
+  y = module.apply(variables, x, Levels())
+  inside = jnp.broadcast_to(y[:, 2:3, 2:3, :], y.shape)
+  np.testing.assert_allclose(y, inside, rtol=1e-6)
+
+
+def test_quantizers_are_absent_in_full_precision_and_on_the_grid_otherwise():
+  x = jax.nn.relu(jax.random.normal(jax.random.key(1), (2, 4, 4, 3)))
+  act = QuantAct("unsigned")
+  variables = init(act, x, Levels())
+  assert act.apply(variables, x, Levels()) is x
+  assert len(np.unique(act.apply(variables, x, levels(None, 3)))) <= 8
+
+
+@pytest.mark.parametrize("layer", ["pointwise", "depthwise", "depthwise_negative_pad", "dead_channel"])
+def test_authors_aiwq(layer):
+  golden = golden_data.load("aiwq.npz")
+  kernels = [golden[f"{layer}_{name}"].transpose(2, 3, 1, 0) for name in ("w_prev", "w")]
+  module = QuantConv(
+    features=kernels[0].shape[-1],
+    kernel_size=kernels[0].shape[0],
+    stride=2 if layer == "depthwise" else 1,
+    depthwise=layer.startswith("depthwise"),
+    pad_value=-3 / 8 if layer == "depthwise_negative_pad" else 0.0,
+  )
+  with jax.enable_x64(True):
+    x = jnp.asarray(golden[f"{layer}_x"].transpose(0, 2, 3, 1))
+    state = aiwq.start({"conv": {"kernel": kernels[0]}})
+    for kernel in kernels:
+      params = {"kernel": jnp.asarray(kernel), "quant_a": jnp.float64(0.8), "quant_c": jnp.float64(0.6)}
+      _, sown = module.apply(
+        {"params": params, "previous": aiwq.previous_collection(state)["conv"]},
+        x,
+        levels(4, None),
+        mutable=["moments", "quantized"],
+      )
+      state = aiwq.update(state, {"conv": sown["moments"]}, {"conv": sown["quantized"]})
+  # One KL, from 0: the metric is a thousandth of it, unless it is above 1.
+  kl = float(golden[f"{layer}_kl"])
+  assert 0 < kl <= 1
+  np.testing.assert_allclose(state.metric["conv"], 0.001 * kl, rtol=1e-10)

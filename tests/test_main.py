@@ -1,0 +1,51 @@
+"""The command line: one clear message and exit code 2 for everything that the user can mend."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = ["--config", "configs/digits_w4.py"]
+
+
+def run(*arguments):
+  return subprocess.run(
+    [sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([*DIGITS, "--config.train.batchsize=3"], "batchsize"),
+    ([*DIGITS, "--config.train.batch_size=many"], "batch_size"),
+    (["--config", "configs/absent.py"], "configs/absent.py"),
+    ([*DIGITS, "--workdirs=x"], "workdirs"),
+    ([*DIGITS, "train"], "unknown arguments"),
+    ([*DIGITS], "--workdir is missing"),
+    ([*DIGITS, "--mode=paint", "--workdir=x"], "one of train, eval, plan"),
+    ([*DIGITS, "--mode=plan", "--config.plan.weight_bits=(8,1)"], "from 2 to 8"),
+    ([*DIGITS, "--mode=plan", "--config.plan.act_bits=(9,)"], "from 2 to 8"),
+    ([*DIGITS, "--mode=plan", "--config.plan.weight_bits=(4,8)"], "fall"),
+    ([*DIGITS, "--mode=plan", "--config.model.name=vgg"], "mobilenet_v2"),
+    ([*DIGITS, "--mode=plan", "--config.teacher.model=mobilenet_v2"], "cannot teach without one"),
+    ([*DIGITS, "--mode=plan", "--config.train.batch_size=5000"], "larger than the data"),
+    ([*DIGITS, "--mode=eval", "--workdir=/nonexistent/run"], "holds no run"),
+    (["--config", "configs/mbv2_w4.py", "--workdir=/nonexistent/run"], "imagenet2012"),
+  ],
+)
+def test_wrong_input_ends_in_one_message_and_exit_code_2(arguments, message):
+  done = run(*arguments)
+  errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert done.returncode == 2, done.stderr
+  assert len(errors) == 1
+  assert message in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_plan_prints_the_published_table():
+  done = run("--config", "configs/mbv2_w4.py", "--mode", "plan")
+  assert done.returncode == 0, done.stderr
+  assert "22 phases, 200 epochs, 1000800 steps" in done.stdout

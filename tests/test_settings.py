@@ -1,0 +1,95 @@
+"""Every wrong value is refused with its field, its value and what is allowed."""
+
+import dataclasses
+
+import pytest
+
+from configs import base, digits_w3, digits_w4, mbv2_w4
+from profit_jax.data import SOURCES, check_sizes, load
+from profit_jax.models import REGISTRY
+from profit_jax.settings import ConfigError, differences, parse
+
+
+def parsed(config=None, **changes):
+  config = config or base.get_config()
+  config.update_from_flattened_dict(changes)
+  return parse(config, REGISTRY, SOURCES)
+
+
+@pytest.mark.parametrize("module", [base, digits_w3, digits_w4, mbv2_w4])
+def test_shipped_configs_are_valid_and_locked(module):
+  config = module.get_config()
+  assert config.is_locked
+  settings = parsed(config)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    settings.seed = 1
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "allowed"),
+  [
+    ("plan.weight_bits", (8, 1), "2 to 8"),
+    ("plan.weight_bits", (9, 4), "2 to 8"),
+    ("plan.act_bits", (4, 8), "fall"),
+    ("plan.act_bits", (4, 4), "fall"),
+    ("plan.weight_bits", (8, 4.5), "whole number"),
+    ("plan.profit_bits", (3,), "(8, 5, 4)"),
+    ("plan.freeze_fractions", (0.5, 0.2), "none below"),
+    ("plan.freeze_fractions", (1.5,), "0 to 1"),
+    ("plan.finetune_epochs", 0, "1 or above"),
+    ("plan.warmup_epochs", 16, "finetune_epochs = 15"),
+    ("plan.full_precision_epochs", 0, "without init.weights"),
+    ("model.name", "mobilenet_v9", "mobilenet_v2"),
+    ("model.activation", "gelu", "relu, relu6"),
+    ("model.strides", (2, 2), "eight"),
+    ("model.strides", (2,) * 8, "fewer 2s"),
+    ("model.width", 0.0, "above 0"),
+    ("teacher.model", "resnet9000", "none, self, mobilenet_v2"),
+    ("teacher.model", "mobilenet_v2", "cannot teach without one"),
+    ("teacher.weights", "t.npz", "self"),
+    ("teacher.batch_stats", "both", "batch, running"),
+    ("data.name", "mnist", "digits"),
+    ("train.batch_size", 0, "1 or above"),
+    ("train.learning_rate", float("nan"), "finite"),
+    ("train.ema_rate", 1.0, "below 1"),
+    ("seed", -1, "0 or above"),
+    ("checkpoint.keep", 0, "1 or above"),
+  ],
+)
+def test_wrong_values(field, value, allowed):
+  config = base.get_config()
+  with config.unlocked(), config.ignore_type():
+    config.update_from_flattened_dict({field: value, "data.image_size": 32 if field == "model.strides" else 224})
+  named = "teacher.weights" if (field, value) == ("teacher.model", "mobilenet_v2") else field
+  with pytest.raises(ConfigError) as error:
+    parse(config, REGISTRY, SOURCES)
+  assert named in str(error.value)
+  assert allowed in str(error.value)
+
+
+def test_unknown_and_missing_fields():
+  config = base.get_config().unlock()
+  config.train.batchsize = 3
+  with pytest.raises(ConfigError, match="unknown fields: batchsize"):
+    parsed(config)
+  config = base.get_config().unlock()
+  del config.train.momentum
+  with pytest.raises(ConfigError, match="lacks the fields momentum"):
+    parsed(config)
+
+
+def test_a_batch_larger_than_the_data():
+  with pytest.raises(ConfigError, match=r"batch_size = 1348 .* 1347"):
+    check_sizes(parsed(**{"data.name": "digits", "train.batch_size": 1348}))
+
+
+def test_a_source_without_loading_says_so_in_one_line():
+  with pytest.raises(ConfigError, match="imagenet2012.*--mode plan") as error:
+    load(parsed())
+  assert "\n" not in str(error.value)
+
+
+def test_differences_name_the_fields():
+  one, two = parsed().to_dict(), parsed(**{"model.width": 0.5, "seed": 3}).to_dict()
+  assert differences(one, two) == ["model.width: 1.0 there, 0.5 here", "seed: 0 there, 3 here"]
+  assert differences(one, one) == []

@@ -1,0 +1,159 @@
+"""A whole run: its files, and that stopping it changes nothing."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from profit_jax import app
+from profit_jax.models import variable_shapes
+from profit_jax.settings import ConfigError
+from profit_jax.train.checkpoint import Checkpoints
+from tests.train.conftest import tiny_config
+from tests.train.tiny import CONVS, TinyNet
+
+
+def result_of(workdir):
+  return json.loads((workdir / "result.json").read_text())
+
+
+def best_of(workdir):
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
+  best = checkpoints.restore_best(variable_shapes(TinyNet(), 16))
+  checkpoints.close()
+  return best
+
+
+def test_result_keeps_its_contract(finished_run):
+  result = result_of(finished_run)
+  assert set(result) == {"model", "dataset", "seed", "environment", "phases", "aiwq", "final"}
+  assert len(result["phases"]) == 22
+  assert [p["index"] for p in result["phases"]] == list(range(1, 23))
+  keys = "index name kind weight_bits act_bits epochs steps top1 top1_ema loss seconds compile_seconds frozen"
+  assert all(set(p) == set(keys.split()) for p in result["phases"])
+  assert (result["phases"][0]["weight_bits"], result["phases"][1]["weight_bits"]) == (None, None)
+  assert result["phases"][-1]["weight_bits"] == result["phases"][-1]["act_bits"] == 4
+  final = result["final"]
+  assert set(final) == {"weight_bits", "act_bits", "top1", "top5", "weights", "full_precision_top1", "examples"}
+  assert final["examples"] == 450
+  assert final["weights"] in ("raw", "ema")
+  target = [p for p in result["phases"] if p["weight_bits"] == 4]
+  assert final["top1"] >= max(max(p["top1"], p["top1_ema"]) for p in target)
+  assert final["full_precision_top1"] >= max(result["phases"][0]["top1"], result["phases"][0]["top1_ema"])
+
+
+def test_frozen_layers_are_the_top_of_the_ranking(finished_run):
+  result = result_of(finished_run)
+  ranking = [row["layer"] for row in result["aiwq"]]
+  metrics = [row["metric"] for row in result["aiwq"]]
+  assert sorted(ranking) == sorted(CONVS)
+  assert [row["rank"] for row in result["aiwq"]] == [1, 2, 3]
+  assert metrics == sorted(metrics, reverse=True)
+  assert metrics[-1] > 0
+  frozen = {p["name"]: p["frozen"] for p in result["phases"]}
+  assert frozen["w4a4 ft1"] == []
+  assert frozen["w4a4 ft2"] == ranking[:1]
+  assert frozen["w4a4 ft3"] == sorted(ranking[:2])
+  assert frozen["w4a4 bn2"] == []
+
+
+def test_report_and_plots_are_written(finished_run):
+  report = (finished_run / "report.md").read_text()
+  for name in ("accuracy", "aiwq", "weight_codes"):
+    assert f"plots/{name}.png" in report
+    assert (finished_run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+  assert report.count("| w4a4 ft") == 3
+
+
+def test_tensorboard_has_every_promised_tag(finished_run):
+  events = EventAccumulator(str(finished_run), size_guidance={"tensors": 0}).Reload()
+  tags = set(events.Tags()["tensors"])
+  for tag in (
+    "train/loss", "train/kd", "train/step_loss", "eval/top1", "eval_ema/top1", "learning_rate/weight", "learning_rate/quant",
+    "learning_rate/norm", "quant_a/conv1", "quant_c/quant2", "clip_rate/conv0", "clip_rate/signed_quant", "aiwq/conv2",
+  ):  # fmt: skip
+    assert tag in tags, tag
+  steps = [event.step for event in events.Tensors("eval/top1")]
+  result = result_of(finished_run)
+  assert steps == sorted(steps)
+  assert steps[-1] == sum(p["steps"] for p in result["phases"])
+  rates = [float(np.asarray(event.tensor_proto.float_val or 0)[()].item()) for event in events.Tensors("clip_rate/conv0")]
+  assert all(0 <= rate < 0.5 for rate in rates)
+
+
+# After so many epochs of the run: in mid-phase, at a phase's end (before quantization, before the first frozen phase), in
+# mid-sampling, and in a frozen phase.
+@pytest.mark.parametrize("stops", [(1, 2, 24), (22, 23, 28)])
+def test_a_stopped_run_ends_with_the_same_numbers(finished_run, tmp_path, monkeypatch, stops):
+  save = Checkpoints.save
+
+  def save_and_stop(self, state, progress):
+    save(self, state, progress)
+    if progress.total_epochs in stops and progress.total_epochs not in stopped:
+      stopped.append(progress.total_epochs)
+      raise KeyboardInterrupt
+
+  stopped = []
+  monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+  for _ in stops:
+    with pytest.raises(KeyboardInterrupt):
+      app.main(tiny_config(), str(tmp_path), "train")
+  app.main(tiny_config(), str(tmp_path), "train")
+  assert stopped == list(stops)
+
+  def without_times(result):
+    phases = [{k: v for k, v in p.items() if "seconds" not in k} for p in result["phases"]]
+    return {**result, "phases": phases}
+
+  assert without_times(result_of(tmp_path)) == without_times(result_of(finished_run))
+  jax.tree.map(np.testing.assert_array_equal, best_of(tmp_path), best_of(finished_run))
+
+
+def test_a_finished_run_is_not_trained_again(finished_run, monkeypatch, capsys):
+  before = result_of(finished_run)
+  monkeypatch.setattr(Checkpoints, "save", lambda *_: pytest.fail("trained again"))
+  app.main(tiny_config(), str(finished_run), "train")
+  assert result_of(finished_run) == before
+
+
+def test_eval_gives_the_result_of_the_best_checkpoint(finished_run, capsys):
+  app.main(None, str(finished_run), "eval")
+  final = result_of(finished_run)["final"]
+  assert capsys.readouterr().out.startswith(f"w4a4: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % on 450 images")
+
+
+def test_a_workdir_of_another_run_is_refused(finished_run):
+  for mode in ("train", "eval"):
+    with pytest.raises(ConfigError, match=r"another run's checkpoint[\s\S]*seed: 0 there, 5 here"):
+      app.main(tiny_config(seed=5), str(finished_run), mode)
+
+
+def test_state_of_another_optimizer_is_refused(finished_run):
+  checkpoints = Checkpoints(finished_run / "checkpoints", keep=2)
+  shapes = variable_shapes(TinyNet(), 16)
+  from profit_jax.train.state import create_state
+
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  with pytest.raises(ConfigError, match="does not hold the state"):
+    checkpoints.restore_state(create_state(zeros, ema=True))
+  checkpoints.close()
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"teacher.model": "none", "train.ema_rate": 0.0, "plan.weight_bits": (), "plan.act_bits": (4,)},
+    {"plan.weight_bits": (2,), "plan.act_bits": (), "plan.profit_bits": (2,), "plan.stabilize": False},
+  ],
+)
+def test_partial_plans_run(tiny, tmp_path, changes):
+  epochs = {"plan.full_precision_epochs": 1, "plan.finetune_epochs": 1, "plan.sampling_epochs": 1}
+  app.main(tiny_config(**changes, **epochs), str(tmp_path), "train")
+  result = result_of(tmp_path)
+  bits = changes["plan.weight_bits"], changes["plan.act_bits"]
+  assert (result["final"]["weight_bits"], result["final"]["act_bits"]) == tuple(b[-1] if b else None for b in bits)
+  if changes.get("train.ema_rate") == 0.0:
+    assert {p["top1_ema"] for p in result["phases"]} == {None}
+    assert result["final"]["weights"] == "raw"

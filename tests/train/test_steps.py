@@ -1,0 +1,128 @@
+"""Steps: evaluation counts, calibration, sharding, and what freezing saves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from profit_jax.data import Normalization
+from profit_jax.models import REGISTRY, init_variables, variable_shapes
+from profit_jax.quant.levels import Levels, levels
+from profit_jax.train import aiwq, optimizer, steps
+from profit_jax.train.state import create_state
+from tests.train.tiny import CONVS, TinyNet
+
+NORMALIZATION = Normalization((0.5,) * 3, (0.25,) * 3)
+SGD = optimizer.SgdSettings(weight_decay=1e-4, momentum=0.9, quantizer_lr_scale=0.01)
+
+
+@pytest.fixture(scope="module")
+def variables():
+  return init_variables(TinyNet(), jax.random.key(0), 16)
+
+
+def batch(count, seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    "image": rng.integers(0, 256, (count, 16, 16, 3)).astype(np.uint8),
+    "label": rng.integers(0, 10, count).astype(np.int32),
+    "mask": np.ones(count, bool),
+  }
+
+
+def make_step(model, params, frozen=frozenset(), train_kernels=True):
+  labels = optimizer.label_params(params, train_kernels=train_kernels, frozen=frozen)
+  tx = optimizer.make_optimizer(labels, SGD)
+  step = steps.make_train_step(model, tx, normalization=NORMALIZATION, ema_rate=0.9, teacher_model=model)
+  return step, tx
+
+
+def test_evaluation_ignores_padding_and_ranks_ties_as_a_stable_sort(variables):
+  step = jax.jit(steps.make_eval_step(TinyNet(), normalization=NORMALIZATION, num_classes=10))
+  whole = step(variables, batch(32), levels(4, 4))
+  padded = {**batch(32), "mask": np.arange(32) < 20}
+  part = step(variables, padded, levels(4, 4))
+  first = step(variables, jax.tree.map(lambda leaf: leaf[:20], batch(32)), levels(4, 4))
+  assert int(whole["examples"]) == 32
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), part, first)
+  # A net whose logits are all equal predicts class 0, and has classes 0 to 4 in its top five.
+  blind = jax.tree.map(jnp.zeros_like, variables)
+  count = step(blind, batch(32), Levels())
+  assert int(count["top1"]) == np.sum(batch(32)["label"] == 0)
+  assert int(count["top5"]) == np.sum(batch(32)["label"] < 5)
+
+
+def test_uint8_images_are_normalized_inside_the_step(variables):
+  step = jax.jit(steps.make_eval_step(TinyNet(), normalization=NORMALIZATION, num_classes=10))
+  raw = batch(8)
+  normalized = {**raw, "image": ((raw["image"] / 255 - 0.5) / 0.25).astype(np.float32)}
+  np.testing.assert_allclose(
+    step(variables, raw, Levels())["loss"], step(variables, normalized, Levels())["loss"], rtol=1e-5
+  )
+
+
+def test_calibration_sets_a_and_c_of_every_quantizer(variables):
+  image = batch(64)["image"]
+  params = jax.jit(lambda v, i: steps.calibrate_acts(TinyNet(), v, i, NORMALIZATION, jax.random.key(0)))(variables, image)
+  params = jax.jit(steps.calibrate_weights)(params)
+  for layer in ("quant0", "quant1", "quant2", "signed_quant", *CONVS, "classifier"):
+    assert params[layer]["quant_a"] == params[layer]["quant_c"]
+    assert params[layer]["quant_a"] != variables["params"][layer]["quant_a"]
+  largest = np.abs(variables["params"]["conv0"]["kernel"]).max()
+  np.testing.assert_allclose(jax.nn.softplus(params["conv0"]["quant_a"]), 0.9 * largest, rtol=1e-5)
+  np.testing.assert_array_equal(params["conv0"]["kernel"], variables["params"]["conv0"]["kernel"])
+
+
+def test_four_devices_give_the_numbers_of_one(variables):
+  step, tx = make_step(TinyNet(), variables["params"])
+  start = create_state(variables, ema=True)
+  start = start.replace(opt_state=tx.init(start.params))
+  outcomes = []
+  for count in (1, 4):
+    mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))
+    put = lambda tree, *axes, mesh=mesh: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
+    state, sampling, teacher = put((start, aiwq.start(variables["params"]), variables))
+    jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    for i in range(3):
+      state, metrics, sampling = jitted(
+        state, put(batch(32, i), "data"), levels(8, 8), np.float32(0.05), put(jax.random.key(0)), teacher, sampling
+      )
+    outcomes.append(jax.device_get((state, metrics, sampling.metric)))
+  # float32 sums in another order; batch statistics over the global batch or the difference would be percents.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), *outcomes)
+
+
+def test_a_frozen_phase_needs_fewer_operations():
+  model = REGISTRY["mobilenet_v2"](num_classes=10, width=0.25, strides=(2, 2, 2, 2, 2, 1, 1, 1))
+  shapes = variable_shapes(model, 32)
+  ranking = sorted(aiwq.conv_kernels(shapes["params"]))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  operations = []
+  for fraction in (0.0, 1 / 3, 2 / 3):
+    step, tx = make_step(model, shapes["params"], aiwq.frozen_layers(ranking, fraction))
+    state = create_state(zeros, ema=True)
+    state = state.replace(opt_state=tx.init(state.params))
+    data = {**batch(8), "image": np.zeros((8, 32, 32, 3), np.uint8)}
+    compiled = jax.jit(step).lower(state, data, levels(4, 4), np.float32(0.1), jax.random.key(0), None, None).compile()
+    operations.append(compiled.cost_analysis()["flops"])
+  assert operations[0] > operations[1] > operations[2]
+
+
+def test_bits_do_not_recompile(variables):
+  step, tx = make_step(TinyNet(), variables["params"])
+  traces = []
+
+  @jax.jit
+  def counted(*args):
+    traces.append(1)
+    return step(*args)
+
+  state = create_state(variables, ema=True)
+  state = state.replace(opt_state=tx.init(state.params))
+  losses = [
+    float(counted(state, batch(16), levels(bits, bits), np.float32(0.1), jax.random.key(0), None, None)[1]["loss"])
+    for bits in (8, 5, 4)
+  ]
+  assert len(traces) == 1
+  assert len(set(losses)) == 3

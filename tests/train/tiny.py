@@ -1,0 +1,30 @@
+"""A net of four quantized layers: everything the loop needs to see, and compiled in a second."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.quant.levels import Levels
+
+
+class TinyNet(nn.Module):
+  """Takes the attributes of a registered model."""
+
+  num_classes: int = 10
+  width: float = 1.0
+  strides: tuple[int, ...] = ()
+  activation: str = "relu"
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x, levels=Levels(), train=False):
+    for index, (features, stride, depthwise) in enumerate([(8, 2, False), (8, 2, True), (16, 1, False)]):
+      x = QuantConv(features, 3, stride, depthwise, name=f"conv{index}")(x, levels)
+      x = nn.relu(BatchNorm(name=f"norm{index}")(x, train))
+      x = QuantAct("unsigned", 6.0, name=f"quant{index}")(x, levels)
+    x = QuantAct("symmetric", name="signed_quant")(x - 0.5, levels)
+    x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, (1, 2)))
+    return QuantDense(self.num_classes, name="classifier")(x, levels)
+
+
+CONVS = ("conv0", "conv1", "conv2")
