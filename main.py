@@ -14,10 +14,16 @@ _MODE = flags.DEFINE_string("mode", "train", "train, eval, plan.")
 def _parse(argv):
   """Flags, with every mistake as one message and exit code 2."""
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    sys.exit(_fail(f"Wrong command line: {message}"))
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is not None:
+      _CONFIG.value.keys()  # a file that could not be loaded says so only when it is used
+    return rest
+  except Exception as error:  # a configuration file is code: it can raise anything
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
+    # Of a message with a traceback or a list of attempts inside, the last line says what is wrong.
+    short = lines[-1] if any(mark in text for mark in ("Traceback", "Attempted")) else " ".join(lines)
+    sys.exit(_fail(f"Wrong command line or configuration file: {short}"))
 
 
 def _fail(message):

@@ -9,9 +9,11 @@ from configs import digits_w4
 
 
 def get_config():
-  """The demo with one more rung."""
+  """The demo with one more rung and longer phases: seven levels are harder to train than fifteen."""
   config = digits_w4.get_config()
   config.plan.weight_bits = (8, 5, 4, 3)
   config.plan.act_bits = (8, 5, 4, 3)
   config.plan.profit_bits = (3,)
+  config.plan.full_precision_epochs = 40
+  config.plan.finetune_epochs = 8
   return config

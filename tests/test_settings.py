@@ -84,7 +84,7 @@ def test_a_batch_larger_than_the_data():
 
 
 def test_a_source_without_loading_says_so_in_one_line():
-  with pytest.raises(ConfigError, match="imagenet2012.*--mode plan") as error:
+  with pytest.raises(ConfigError, match=r"imagenet2012.*--mode plan") as error:
     load(parsed())
   assert "\n" not in str(error.value)
 

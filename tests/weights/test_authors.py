@@ -48,7 +48,7 @@ def test_every_wrong_tensor_is_listed(template, tensors):
 
 def test_quantizers_in_part_are_refused(template, tensors):
   del tensors["relu6.a"]
-  with pytest.raises(ConfigError, match="missing: relu6.a"):
+  with pytest.raises(ConfigError, match=r"missing: relu6\.a"):
     authors.import_variables("mobilenet_v2", template, tensors, "w.npz")
 
 
