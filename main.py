@@ -19,7 +19,9 @@ def _parse(argv):
       _CONFIG.value.keys()  # a file that could not be loaded says so only when it is used
     return rest
   except Exception as error:  # a configuration file is code: it can raise anything
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = str(error)
+    if isinstance(error, (KeyError, AttributeError)):
+      text = "unknown configuration field: " + text.replace("\\n", " ").replace("\\'", "'").strip("'\"")
     lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
     # Of a message with a traceback or a list of attempts inside, the last line says what is wrong.
     short = lines[-1] if any(mark in text for mark in ("Traceback", "Attempted")) else " ".join(lines)

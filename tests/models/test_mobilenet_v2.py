@@ -31,7 +31,7 @@ def test_authors_logits(weight_bits, act_bits, mode):
   image = golden_data.images("input:mobilenet_v2", (4, 3, 64, 64))
   expected = golden_data.load("mobilenet_v2.npz")[f"w{weight_bits or 0}a{act_bits or 0}_{mode}"]
   with jax.enable_x64(True):
-    logits, _ = jax.jit(lambda v, x, l: model.apply(v, x, l, mode == "train", mutable=["batch_stats"]))(
+    logits, _ = jax.jit(lambda v, x, steps: model.apply(v, x, steps, mode == "train", mutable=["batch_stats"]))(
       variables, image, levels(weight_bits, act_bits)
     )
   assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
