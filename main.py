@@ -1,6 +1,9 @@
 """Trains, evaluates or plans a PROFIT run: python main.py --config configs/digits_w4.py --workdir RUN [--mode MODE]."""
 
+import os
 import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow, which only writes events here, greets in three lines
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -21,7 +24,7 @@ def _parse(argv):
   except Exception as error:  # a configuration file is code: it can raise anything
     text = str(error)
     if isinstance(error, (KeyError, AttributeError)):
-      text = "unknown configuration field: " + text.replace("\\n", " ").replace("\\'", "'").strip("'\"")
+      text = "unknown configuration field: " + text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
     lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
     # Of a message with a traceback or a list of attempts inside, the last line says what is wrong.
     short = lines[-1] if any(mark in text for mark in ("Traceback", "Attempted")) else " ".join(lines)
@@ -46,7 +49,8 @@ def main(argv):
   except ConfigError as error:
     return _fail(error)
   except KeyboardInterrupt:
-    return _fail("stopped; the same command goes on from the last finished epoch.")
+    print("stopped; the same command goes on from the last finished epoch.", file=sys.stderr)
+    return 130  # what shells give a program that was interrupted
   return 0
 
 

@@ -1,9 +1,11 @@
 """The plots of a run, as PNG files."""
 
+import logging
 from typing import Any
 
 import matplotlib
 
+logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # it announces its font cache
 matplotlib.use("Agg")  # before pyplot: servers have no display
 
 import matplotlib.pyplot as plt
