@@ -42,7 +42,7 @@ def test_from_a_file_the_student_teaches_itself_from_the_start(weights_file):
 
 def test_another_model_teaches_with_its_own_width(weights_file, tmp_path):
   changes = {"teacher.model": "mobilenet_v2", "teacher.weights": weights_file, "teacher.width": 0.25}
-  variables, module, teacher = first(**{**changes, "model.width": 0.5})
+  _, module, teacher = first(**{**changes, "model.width": 0.5})
   assert module.width == 0.25
   assert teacher["params"]["stem_conv"]["kernel"].shape == (3, 3, 3, 8)
   with pytest.raises(ConfigError, match=r"wrong shape: features\.0\.0\.weight"):

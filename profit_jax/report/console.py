@@ -3,7 +3,7 @@
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from profit_jax.plan import Phase, bits_name
@@ -39,7 +39,7 @@ class ConsoleObserver(Observer):
       TextColumn("{task.description}"),
       BarColumn(bar_width=12),
       TextColumn("{task.percentage:>3.0f}%"),
-      TimeElapsedColumn(),
+      TextColumn("{task.elapsed:>3.0f}s"),
       TextColumn("{task.fields[numbers]}"),
       console=self._console,
       # A log file gets one line per phase, not one per refresh.
