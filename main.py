@@ -24,7 +24,7 @@ def _parse(argv):
   except Exception as error:  # a configuration file is code: it can raise anything
     text = str(error)
     if isinstance(error, (KeyError, AttributeError)):
-      text = "unknown configuration field: " + text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
+      text = "unknown name in the configuration: " + text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
     lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
     # Of a message with a traceback or a list of attempts inside, the last line says what is wrong.
     short = lines[-1] if any(mark in text for mark in ("Traceback", "Attempted")) else " ".join(lines)

@@ -1,5 +1,6 @@
 """Puts a run together: settings -> plan -> data, model, teacher -> loop -> reports. `main.py` reads the flags."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from profit_jax.train.observer import Observers
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.weights.load import load_variables
 
-MODES = ("train", "eval", "plan", "export")
+MODES = ("train", "eval", "plan")
 
 
 def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> None:
@@ -35,9 +36,8 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
     ConfigError: anything that the user can mend.
   """
   if mode not in MODES:
-    raise ConfigError(f"--mode={mode} is not allowed: it must be one of {', '.join(MODES)}.")
-  if mode == "export":
-    raise ConfigError("--mode=export is not part of this release: it must be train, eval or plan.")
+    later = " (export is not part of this release)" if mode == "export" else ""
+    raise ConfigError(f"--mode={mode} is not allowed{later}: it must be one of {', '.join(MODES)}.")
   if mode != "plan" and not workdir:
     raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://.")
   directory = epath.Path(os.path.abspath(workdir) if workdir and "://" not in workdir else workdir)
@@ -74,27 +74,26 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
 
   screen = Console(highlight=False)
   screen.print(f"{plan.summary_line(phases)}; {workdir}")
-  observer = Observers([console.ConsoleObserver(screen), TensorBoardObserver(os.fspath(workdir))])
-  programs = Programs(settings, facts, model, teacher_model, mesh)
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-  loop = Loop(
-    settings=settings,
-    phases=phases,
-    source=source,
-    programs=programs,
-    checkpoints=checkpoints,
-    observer=observer,
-    model=model,
-    first_variables=first_variables,
-    teacher=teacher,
-  )
-  try:
+  with contextlib.ExitStack() as closing:  # in reverse: the last checkpoints are written whatever else fails
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+    closing.callback(checkpoints.close)
+    programs = Programs(settings, facts, model, teacher_model, mesh)
+    closing.callback(programs.close)
+    observer = Observers([console.ConsoleObserver(screen), TensorBoardObserver(os.fspath(workdir))])
+    closing.callback(observer.close)
+    loop = Loop(
+      settings=settings,
+      phases=phases,
+      source=source,
+      programs=programs,
+      checkpoints=checkpoints,
+      observer=observer,
+      model=model,
+      first_variables=first_variables,
+      teacher=teacher,
+    )
     progress = loop.run()
     best = checkpoints.restore_best(variable_shapes(model, settings.data.image_size))
-  finally:
-    observer.close()
-    programs.close()
-    checkpoints.close()
   result = files.write_report(workdir, settings, phases, progress, best["params"])
   console.print_table(screen, result)
   screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
@@ -103,8 +102,8 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
 
 def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, float]:
   """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
-  saved = parse(ml_collections.ConfigDict(files.read_config(workdir)), REGISTRY, data.SOURCES)
-  files.claim_workdir(workdir, settings if settings != saved else saved)
+  files.read_config(workdir)  # before the next line, which would make a run of an empty directory
+  files.claim_workdir(workdir, settings)
   mesh, source = make_mesh(settings), data.load(settings)
   model = build(settings.model.name, settings.model, source.facts.num_classes)
   programs = Programs(settings, source.facts, model, None, mesh)

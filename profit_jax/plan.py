@@ -16,7 +16,7 @@ FINAL = 0.001  # multiple that the cosine falls to
 
 
 class Program(NamedTuple):
-  """What makes one compiled training program; phases that agree here share it, whatever their bits and rates.
+  """What makes one compiled training program; phases that agree here, and freeze the same layers, share it.
 
   Attributes:
     quantized_weights: kernels go through their quantizers.
@@ -194,13 +194,16 @@ def summary_line(phases: tuple[Phase, ...]) -> str:
 
 def format_table(phases: tuple[Phase, ...], steps_per_epoch: int) -> str:
   """The plan as text: a line per phase, phases that share a compiled program under one number."""
-  numbers = {program: i for i, program in enumerate(dict.fromkeys(p.program for p in phases), 1)}
+  # Another sampling phase freezes other layers, so that it brings programs of its own.
+  sampled = {p.index: sum(q.kind == "sampling" for q in phases[: p.index]) if p.frozen_fraction else 0 for p in phases}
+  keys = {p.index: (p.program, sampled[p.index]) for p in phases}
+  numbers = {key: i for i, key in enumerate(dict.fromkeys(keys.values()), 1)}
   kinds = {(p.weight_bits is not None, p.act_bits is not None) for p in phases}
   lines = [f"{'#':>3}  {'phase':14} {'kind':14} {'bits':5} {'frozen':>6} {'epochs':>6} {'steps':>8} {'program':>7}"]
   for p in phases:
     lines.append(
       f"{p.index:>3}  {p.name:14} {p.kind.replace('_', ' '):14} {bits_name(p.weight_bits, p.act_bits):5} "
-      f"{p.frozen_fraction:>6.0%} {p.epochs:>6} {p.epochs * steps_per_epoch:>8} {numbers[p.program]:>7}"
+      f"{p.frozen_fraction:>6.0%} {p.epochs:>6} {p.epochs * steps_per_epoch:>8} {numbers[keys[p.index]]:>7}"
     )
   epochs = sum(p.epochs for p in phases)
   lines.append(

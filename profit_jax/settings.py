@@ -139,7 +139,7 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str], sources: C
     epochs >= 1 or not settings.from_scratch, "plan.full_precision_epochs", epochs, "1 or above without init.weights"
   )
   train = settings.train
-  _require(settings.seed >= 0, "seed", settings.seed, "0 or above")
+  _require(0 <= settings.seed < 2**32, "seed", settings.seed, "0 or above, below 2^32")
   _require(settings.data.name in sources, "data.name", settings.data.name, f"one of {_list(sources)}")
   _require(8 <= settings.data.image_size <= 1024, "data.image_size", settings.data.image_size, "8 to 1024 pixels")
   for name in ("batch_size", "eval_batch_size"):

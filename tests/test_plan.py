@@ -109,6 +109,11 @@ def test_table_counts_steps_and_programs():
   assert lines[-1].startswith("22 phases, 200 epochs, 1000800 steps; compiled programs: 8 for training, 3 for evaluation")
 
 
+def test_every_sampling_phase_brings_frozen_programs_of_its_own():
+  twice = plan(settings(**{"plan.profit_bits": (8, 4)}))
+  assert format_table(twice, 1).endswith("compiled programs: 10 for training, 3 for evaluation")
+
+
 def test_the_plan_needs_no_jax():
   code = "import profit_jax.plan, sys; assert 'jax' not in sys.modules"
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

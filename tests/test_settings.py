@@ -53,6 +53,7 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("train.learning_rate", float("nan"), "finite"),
     ("train.ema_rate", 1.0, "below 1"),
     ("seed", -1, "0 or above"),
+    ("seed", 2**32, "below 2^32"),
     ("checkpoint.keep", 0, "1 or above"),
   ],
 )

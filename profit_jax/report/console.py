@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -84,7 +85,9 @@ class ConsoleObserver(Observer):
 
 def print_table(console: Console, result: dict[str, Any]) -> None:
   """Prints a `result.json` as a table and its last lines."""
-  table = Table(title=f"{result['model']} on {result['dataset']}, seed {result['seed']}", title_justify="left")
+  table = Table(
+    title=f"{result['model']} on {result['dataset']}, seed {result['seed']}", title_justify="left", box=box.SIMPLE
+  )
   left, right = "left", "right"
   columns = {"#": right, "phase": left, "bits": left, "frozen": right, "top-1": right, "EMA": right, "loss": right}
   columns |= {"time/s": right, "compile/s": right}

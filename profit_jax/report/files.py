@@ -26,17 +26,21 @@ def claim_workdir(workdir: epath.Path, settings: Settings) -> None:
   """
   path = workdir / "config.json"
   if path.exists():
-    found = differences(json.loads(path.read_text()), settings.to_dict())
+    found = differences(_comparable(read_config(workdir)), _comparable(settings.to_dict()))
     if found:
       listing = "\n  ".join(found)
       raise ConfigError(
-        f"--workdir {workdir} holds another run's checkpoint. Use an empty directory, or that run's configuration. "
+        f"--workdir {workdir} holds another run's configuration and checkpoint. "
+        f"Use an empty directory, or that run's configuration. "
         f"The fields that differ:\n  {listing}"
       )
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
+    # Renamed into place: a run that is killed while writing leaves no half of it.
+    unfinished = workdir / "config.json.tmp"
+    unfinished.write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
+    unfinished.rename(path)
   except OSError as error:
     raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
 
@@ -45,12 +49,23 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
   """The `config.json` of a run.
 
   Raises:
-    ConfigError: there is none.
+    ConfigError: there is none, or it cannot be read.
   """
   path = workdir / "config.json"
   if not path.exists():
     raise ConfigError(f"--workdir {workdir} holds no run: {path} does not exist. Train first, or give the right directory.")
-  return json.loads(path.read_text())
+  try:
+    config = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ConfigError(f"{path} cannot be read: {error}. Use another --workdir, or restore the file.") from error
+  if not isinstance(config, dict):
+    raise ConfigError(f"{path} does not hold a configuration. Use another --workdir, or restore the file.")
+  return config
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+  """The fields on which a run's numbers depend: where programs are cached and how many checkpoints stay may change."""
+  return {name: value for name, value in config.items() if name not in ("compilation_cache", "checkpoint")}
 
 
 def environment() -> dict[str, Any]:

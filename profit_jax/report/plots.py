@@ -71,8 +71,10 @@ def _accuracy(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
 
 
 def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
-  fractions = [p.frozen_fraction for p in phases if p.frozen_fraction > 0]
-  names = [p.name for p in phases if p.frozen_fraction > 0]
+  # The ranking is that of the last sampling phase.
+  last = max(p.index for p in phases if p.kind == "sampling")
+  frozen = [p for p in phases if p.frozen_fraction > 0 and p.index > last]
+  fractions, names = [p.frozen_fraction for p in frozen], [p.name for p in frozen]
   count = len(progress.ranking)
   bounds = [int(count * fraction + 1e-9) for fraction in fractions]
   colours = [_FROZEN[min(sum(i >= bound for bound in bounds), len(_FROZEN) - 1)] for i in range(count)]

@@ -31,7 +31,13 @@ class Checkpoints:
     self._teacher = _manager(root / "teacher", 1)
 
   def save(self, state: TrainState, progress: Progress) -> None:
-    """Saves the end of an epoch."""
+    """Saves the end of an epoch.
+
+    What the progress says to exist, the best weights and the teacher, is on disk before it: a run that is killed here
+    finds all of it, or goes on from an epoch earlier.
+    """
+    self._best.wait_until_finished()
+    self._teacher.wait_until_finished()
     packed, layout = _pack(state)
     self._last.save(
       progress.total_epochs,
@@ -44,12 +50,12 @@ class Checkpoints:
   def save_best(self, epoch: int, variables: Any) -> None:
     """Saves the best weights so far. A resumed run that finds the same epoch's again keeps them: they are equal."""
     if epoch not in self._best.all_steps():
-      self._best.save(epoch, args=ocp.args.Composite(variables=ocp.args.StandardSave(variables)))
+      self._best.save(epoch, args=ocp.args.Composite(variables=ocp.args.StandardSave(_host_copy(variables))))
 
   def save_teacher(self, variables: Any) -> None:
     """Saves the student as its own teacher, once."""
     if self._teacher.latest_step() is None:
-      self._teacher.save(1, args=ocp.args.Composite(variables=ocp.args.StandardSave(variables)))
+      self._teacher.save(1, args=ocp.args.Composite(variables=ocp.args.StandardSave(_host_copy(variables))))
 
   def restore_progress(self) -> Progress | None:
     """Where the newest checkpoint stands; None in a fresh directory.
@@ -85,12 +91,22 @@ class Checkpoints:
     return self._last.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
 
   def restore_best(self, template: Any) -> Any:
-    """The best weights, or None if there are none yet."""
-    return _restore_variables(self._best, template)
+    """The best weights of the newest progress, or None if there are none yet.
+
+    Raises:
+      ConfigError: the progress names weights that are not there.
+    """
+    progress = self.restore_progress()
+    if progress is None or progress.best is None:
+      return None
+    if progress.best.epoch not in self._best.all_steps():
+      raise ConfigError(f"{self._root}/best/{progress.best.epoch} is missing; the run cannot be evaluated without it.")
+    return _restore_variables(self._best, progress.best.epoch, template)
 
   def restore_teacher(self, template: Any) -> Any:
     """The student's own teacher, or None if there is none yet."""
-    return _restore_variables(self._teacher, template)
+    step = self._teacher.latest_step()
+    return None if step is None else _restore_variables(self._teacher, step, template)
 
   def wait(self) -> None:
     """Until everything is written."""
@@ -108,11 +124,13 @@ def _manager(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(directory, options=options)
 
 
-def _restore_variables(manager: ocp.CheckpointManager, template: Any) -> Any:
-  step = manager.latest_step()
-  if step is None:
-    return None
+def _restore_variables(manager: ocp.CheckpointManager, step: int, template: Any) -> Any:
   return manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(template)))["variables"]
+
+
+def _host_copy(tree: Any) -> Any:
+  """Arrays of our own: orbax writes in the background, while the next step is already given the originals to overwrite."""
+  return jax.tree.map(np.array, jax.device_get(tree))
 
 
 # A state has over a thousand small arrays, and orbax takes 0.7 s to save them one by one; packed into one vector per dtype

@@ -74,7 +74,9 @@ class Loop:
     """Trains to the end of the plan; returns at once if it is there already."""
     progress = self._checkpoints.restore_progress() or Progress()
     # First of all: compilation goes on in the background while weights are made or read.
-    self._programs.prefetch(self._phases[progress.phase - 1 :], lambda phase: self._known_frozen(phase, progress))
+    finished = progress.total_epochs and progress.epoch == self._phases[progress.phase - 1].epochs
+    ahead = self._phases[progress.phase - (0 if finished else 1) :]
+    self._programs.prefetch(ahead, lambda phase: self._known_frozen(phase, progress))
     self._observer.run_started(self._phases, self._steps_per_epoch, progress)
     state = self._restore(progress)
     for phase in self._phases[progress.phase - 1 :]:
@@ -261,8 +263,9 @@ class Loop:
 
   def _known_frozen(self, phase: Phase, progress: Progress) -> Frozen | None:
     """The frozen set of a phase to come; None while its sampling phase has not ended."""
-    sampling_ahead = any(p.kind == "sampling" and p.index < phase.index for p in self._phases[progress.phase - 1 :])
-    if phase.frozen_fraction and sampling_ahead and not progress.ranking:
+    ranked_by = [p.index for p in self._phases[: phase.index - 1] if p.kind == "sampling"][-1:]
+    under_way = ranked_by == [progress.phase] and not progress.ranking
+    if phase.frozen_fraction and (under_way or ranked_by > [progress.phase]):
       return None
     return self._frozen(phase, progress)
 

@@ -90,7 +90,6 @@ class Programs:
         self._request(self._train_key(phase.program, layers), self._compile_train)
         self._request(("eval", phase.program.quantized_weights, phase.program.quantized_acts), self._compile_eval)
 
-  @functools.cache  # noqa: B019 - one optimizer per group assignment: an equal but new one would retrace the step
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a phase with these kernels frozen."""
     train = self._settings.train

@@ -133,7 +133,8 @@ def make_eval_step(model: nn.Module, *, normalization: Normalization, num_classe
     # The rank of the true class: how many classes score higher. Ties count for the lower index, as in a stable sort.
     true = jnp.take_along_axis(logits, label[:, None], axis=1)
     earlier = jnp.arange(num_classes, dtype=label.dtype)[None, :] < label[:, None]
-    rank = jnp.sum((logits > true) | ((logits == true) & earlier), axis=1)
+    # A NaN counts as higher: a net that diverged must not come out with 100 %.
+    rank = jnp.sum(~(logits <= true) | ((logits == true) & earlier), axis=1)
     rates = {
       "/".join(path[:-1]): jnp.sum(jnp.where(mask, rate, 0.0))
       for path, rate in traverse_util.flatten_dict(updates.get("clip_rate", {})).items()

@@ -51,6 +51,8 @@ def test_evaluation_ignores_padding_and_ranks_ties_as_a_stable_sort(variables):
   count = step(blind, batch(32), Levels())
   assert int(count["top1"]) == np.sum(batch(32)["label"] == 0)
   assert int(count["top5"]) == np.sum(batch(32)["label"] < 5)
+  diverged = step(jax.tree.map(lambda leaf: leaf * jnp.nan, variables), batch(32), Levels())
+  assert int(diverged["top1"]) == int(diverged["top5"]) == 0
 
 
 def test_uint8_images_are_normalized_inside_the_step(variables):

@@ -55,11 +55,13 @@ def test_quantizers_in_part_are_refused(template, tensors):
 def test_files_that_are_no_weights(template, tmp_path):
   (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 not an archive")
   np.savez(tmp_path / "pickled.npz", **{"features.0.0.weight": np.array([object()])})
-  for name, reason in (
-    ("absent.npz", "does not exist"),
-    ("broken.npz", "cannot be read"),
-    ("pickled.npz", "cannot be read"),
-  ):
+  (tmp_path / "empty.npz").touch()
+  with (tmp_path / "single.npz").open("wb") as file:
+    np.save(file, np.zeros(3))
+  np.savez(tmp_path / "text.npz", **{"features.0.0.weight": np.array(["a"])})
+  reasons = dict.fromkeys(["broken.npz", "pickled.npz", "empty.npz", "single.npz"], "cannot be read")
+  reasons |= {"absent.npz": "does not exist", "text.npz": "not numbers"}
+  for name, reason in reasons.items():
     with pytest.raises(ConfigError, match=reason):
       load_variables(str(tmp_path / name), "mobilenet_v2", template)
   (tmp_path / "w.h5").touch()
