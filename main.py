@@ -3,7 +3,8 @@
 import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow, which only writes events here, greets in three lines
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only writes events here, and greets in five lines
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -26,8 +27,8 @@ def _parse(argv):
     if isinstance(error, (KeyError, AttributeError)):
       text = "unknown name in the configuration: " + text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
     lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
-    # Of a message with a traceback or a list of attempts inside, the last line says what is wrong.
-    short = lines[-1] if any(mark in text for mark in ("Traceback", "Attempted")) else " ".join(lines)
+    # Where a traceback or a list of attempts stands inside, the last line says what is wrong.
+    short = lines[-1] if "Traceback" in text or "Attempted" in text else " ".join(lines)
     sys.exit(_fail(f"Wrong command line or configuration file: {short}"))
 
 
@@ -49,7 +50,7 @@ def main(argv):
   except ConfigError as error:
     return _fail(error)
   except KeyboardInterrupt:
-    print("stopped; the same command goes on from the last finished epoch.", file=sys.stderr)
+    _fail("stopped; the same command goes on from the last finished epoch.")
     return 130  # what shells give a program that was interrupted
   return 0
 

@@ -1,8 +1,8 @@
 """Digits at 3 bits: weights on 7 levels, activations on 8.
 
 Command:  python main.py --config configs/digits_w3.py --workdir runs/digits_w3
-Cost:     not run.
-Result:   not run.
+Cost:     5 minutes on 2 CPU cores with most programs in the compilation cache.
+Result:   top-1 98.44 % at W3A3, 98.67 % in full precision (seed 0; 450 images, one is 0.22 points).
 """
 
 from configs import digits_w4

@@ -41,8 +41,8 @@ def test_imports_go_upwards_only(path):
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_files_stay_readable_in_one_sitting(path):
-  assert len(path.read_text().split("\n")) <= 350
+  assert len(path.read_text().splitlines()) <= 350
 
 
 def test_main_is_short():
-  assert len((ROOT / "main.py").read_text().split("\n")) <= 60
+  assert len((ROOT / "main.py").read_text().splitlines()) <= 60

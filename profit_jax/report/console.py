@@ -86,7 +86,10 @@ class ConsoleObserver(Observer):
 def print_table(console: Console, result: dict[str, Any]) -> None:
   """Prints a `result.json` as a table and its last lines."""
   table = Table(
-    title=f"{result['model']} on {result['dataset']}, seed {result['seed']}", title_justify="left", box=box.SIMPLE
+    title=f"{result['model']} on {result['dataset']}, seed {result['seed']}",
+    title_justify="left",
+    box=box.SIMPLE_HEAD,
+    padding=(0, 1, 0, 0),
   )
   left, right = "left", "right"
   columns = {"#": right, "phase": left, "bits": left, "frozen": right, "top-1": right, "EMA": right, "loss": right}
