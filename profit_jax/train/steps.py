@@ -64,53 +64,59 @@ def make_train_step(
 
   def step(state, batch, levels, learning_rate, key, teacher, sampling):
     image = normalize(batch["image"], normalization)
-    # The student's running statistics move; the teacher's are its file's and are thrown away.
     teacher_logits = None
     if teacher is not None:
+      # Its running statistics are its file's: what the batch would make of them is thrown away.
       teacher_logits, _ = teacher_model.apply(
         teacher, image, Levels(), teacher_batch_statistics, mutable=["batch_stats"], rngs={"dropout": key}
       )
-    extra = {} if sampling is None else {"previous": aiwq.previous_collection(sampling)}
-    dropout_key = jax.random.fold_in(key, state.step)
 
     def loss_fn(params):
-      logits, updates = model.apply(
-        {"params": params, "batch_stats": state.batch_stats, **extra},
-        image,
-        levels,
-        True,
-        mutable=["batch_stats", "moments", "quantized"],
-        rngs={"dropout": dropout_key},
-      )
-      ce = cross_entropy(logits, batch["label"])
-      parts = {"ce": ce}
+      logits, updates = _forward(model, params, state, image, levels, key, sampling)
+      parts = {"ce": cross_entropy(logits, batch["label"])}
       if teacher_logits is not None:
         parts["kd"] = distillation_loss(logits, teacher_logits)
       return sum(parts.values()), (parts, logits, updates)
 
     grads, (parts, logits, updates) = jax.grad(loss_fn, has_aux=True)(state.params)
-    changes, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
-    new = state.replace(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, changes),
-      batch_stats=updates["batch_stats"],
-      opt_state=opt_state,
-    )
-    if state.ema_params is not None:
-      new = new.replace(
-        ema_params=_ema(state.ema_params, new.params, ema_rate),
-        ema_batch_stats=_ema(state.ema_batch_stats, new.batch_stats, ema_rate),
-      )
-    metrics = {
-      **parts,
-      "loss": sum(parts.values()),
-      "correct": jnp.sum(jax.lax.argmax(logits, 1, jnp.int32) == batch["label"]),
-    }
+    state = _apply_gradients(state, tx, grads, learning_rate, updates["batch_stats"], ema_rate)
+    correct = jnp.sum(jax.lax.argmax(logits, 1, jnp.int32) == batch["label"])
+    metrics = {**parts, "loss": sum(parts.values()), "correct": correct}
     if sampling is not None:
       sampling = aiwq.update(sampling, updates["moments"], updates["quantized"])
-    return new, metrics, sampling
+    return state, metrics, sampling
 
   return step
+
+
+def _forward(model, params, state, image, levels, key, sampling):
+  """The student in train mode; beside the previous kernels where AIWQ is sampled."""
+  extra = {} if sampling is None else {"previous": aiwq.previous_collection(sampling)}
+  return model.apply(
+    {"params": params, "batch_stats": state.batch_stats, **extra},
+    image,
+    levels,
+    True,
+    mutable=["batch_stats", "moments", "quantized"],
+    rngs={"dropout": jax.random.fold_in(key, state.step)},
+  )
+
+
+def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> TrainState:
+  """The state after an update, its average included."""
+  changes, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
+  new = state.replace(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, changes),
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+  )
+  if state.ema_params is None:
+    return new
+  return new.replace(
+    ema_params=_ema(state.ema_params, new.params, ema_rate),
+    ema_batch_stats=_ema(state.ema_batch_stats, new.batch_stats, ema_rate),
+  )
 
 
 def _ema(average: Any, value: Any, rate: float) -> Any:

@@ -76,15 +76,15 @@ def norms(variables, names):
   return [np.linalg.norm(flat[ours[name]]) for name in names]
 
 
-def compare_losses(golden, prefix, history):
+def expect_losses(golden, prefix, history):
   for name in ("ce", "kd"):
     ours = [metrics[name] for _, metrics, _ in history[1:]]
     np.testing.assert_allclose(ours, golden[f"{prefix}{name}"][: len(ours)], rtol=1e-6)
 
 
-def compare(golden, prefix, count, stage):
+def expect(golden, prefix, count, stage):
   history = run(stage)[: count + 1]
-  compare_losses(golden, prefix, history)
+  expect_losses(golden, prefix, history)
   state = history[-1][0]
   np.testing.assert_allclose(norms(state.variables, golden["names"]), golden[f"{prefix}norm"], rtol=1e-6)
   np.testing.assert_allclose(norms(state.ema_variables, golden["names"]), golden[f"{prefix}ema/norm"], rtol=1e-6)
@@ -93,7 +93,7 @@ def compare(golden, prefix, count, stage):
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "full_precision"])
 def test_authors_trajectory(stage):
   golden = golden_data.load("trajectory_mobilenet_v2.npz")
-  compare(golden, f"{stage}/", 10, stage)
+  expect(golden, f"{stage}/", 10, stage)
   sampling = run(stage)[-1][2]
   if sampling is not None:
     measured = [float(sampling.metric[layers()[name]]) for name in golden["convs"]]
@@ -104,9 +104,9 @@ def test_authors_trajectory(stage):
 def test_authors_full_precision_trajectory():
   # Two steps to 1e-6 in everything, and the losses of the first four: the authors' own code does not reproduce more when
   # its input changes in the last digit (tests/golden/README.md).
-  compare(golden_data.load("trajectory_full_precision_2_steps.npz"), "", 2, "full_precision")
+  expect(golden_data.load("trajectory_full_precision_2_steps.npz"), "", 2, "full_precision")
   golden = golden_data.load("trajectory_mobilenet_v2.npz")
-  compare_losses(golden, "full_precision/", run("full_precision"))
+  expect_losses(golden, "full_precision/", run("full_precision"))
 
 
 def test_frozen_kernels_stay_bit_identical_while_their_quantizers_and_norms_move():
