@@ -80,7 +80,8 @@ def make_optimizer(labels: Mapping[str, Any], sgd: SgdSettings) -> optax.Gradien
   """The transformation of one phase; `update` takes `learning_rate`, the epoch's rate of the weights.
 
   weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`. frozen: nothing, and
-  no state; XLA drops the gradients nobody reads, which is why a frozen phase is cheaper.
+  no state. XLA drops gradients that nobody reads; of a frozen quantized kernel that is little, since its a and c still
+  train and need the gradient of the quantized kernel.
   """
 
   def momentum():
