@@ -73,7 +73,7 @@ def _quantize(x, raw_a, raw_c, steps, kind):
 
 
 def _grid(x, raw_a, steps, kind):
-  """Q = round(clip(v) * n) / n, and v = (x - offset) / a."""
+  """The pair `q = round(clip(v) * n) / n` and `v = (x - offset) / a`."""
   a, n = jax.nn.softplus(raw_a), steps.astype(raw_a.dtype)
   v = (x.astype(a.dtype) - _OFFSET[kind]) / a
   return jnp.round(jnp.clip(v, _LOWER[kind], 1.0) * n) / n, v

@@ -9,8 +9,8 @@ from profit_jax.plan import Phase
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress
 
-# An eager summary costs about a millisecond, and a run has hundreds of quantizers: at every step and epoch they would take
-# a tenth of a small run's time.
+# Summaries are written one by one: with all of the demo's quantizers an epoch's took 1.2 s and a step's loss 18 ms (under
+# the profiler, beside compilation).
 _STEPS_BETWEEN = 10
 _EPOCHS_BETWEEN = 5
 

@@ -134,7 +134,8 @@ def _host_copy(tree: Any) -> Any:
 
 
 # A state has over a thousand small arrays, and orbax takes 0.7 s to save them one by one; packed into one vector per dtype
-# it is a few milliseconds. The layout beside it keeps what the tree would tell: every leaf's path, shape and dtype.
+# it is 0.06 s (the demo's state, 2 cores). The layout beside it keeps what the tree would tell: path,
+# shape and dtype of every leaf.
 
 
 def _layout(state: Any) -> list[list[Any]]:
