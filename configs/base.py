@@ -18,27 +18,50 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   config.model.name = "mobilenet_v2"  # a key of profit_jax.models.REGISTRY
   config.model.width = 1.0  # multiplies every layer's channels
-  # relu6: what torchvision's weights were trained with. relu: what the authors' code computes (6 only bounds intervals).
+  # MobileNet-v1 and v2. relu6: what torchvision's and timm's weights were trained with; relu: what the authors' code
+  # computes (there 6 only bounds intervals).
   config.model.activation = "relu6"
   config.model.dropout = 0.2  # rate before the classifier
-  config.model.strides = (2, 1, 2, 2, 2, 1, 2, 1)  # of the stem and of each stage; fewer 2s for small images
+  # Of the stem and of each stage (v1 6 numbers, v2 8, v3 large 7, v3 small 6; ResNet 6, the second its max-pooling's); ()
+  # is the published ones. Small images want fewer 2s.
+  config.model.strides = ()
+  config.model.bn_momentum = 0.9  # share of the old running statistics that a step keeps; the authors' v3: 0.9997
+  config.model.bn_epsilon = 1e-5  # added to variances; torchvision's v3: 1e-3
+  # MobileNet-v3 only. Squeeze-excite after the depthwise convolution's non-linearity (torchvision, timm), or before it (the
+  # authors' code).
+  config.model.squeeze_excite = "after"
+  # What depthwise convolutions after h-swish pad with: -0.375 (negative padding), or 0.0 (torchvision, timm).
+  config.model.pad_value = -0.375
+  config.model.channel_rounding = "nearest"  # to multiples of 8, at other widths: nearest (torchvision), up (the authors)
 
   config.init = ml_collections.ConfigDict()
-  # .npz under the names of the authors' code (without their a and c: torchvision's names); "" starts from random weights.
+  # A file of weights under torchvision's, timm's, the authors' or our own names (which, is recognised): .safetensors, .npz,
+  # .pth, .pt or .ckpt; or the workdir of another run. "" starts from random weights.
   config.init.weights = ""
+  config.init.reset_head = False  # True: the classifier starts at random, whatever the file has (another number of classes)
 
   config.teacher = ml_collections.ConfigDict()
   # none; self: the student before quantization (its init.weights, or, from random weights, what the full-precision
   # phase ends with); or a model's name, which needs teacher.weights.
   config.teacher.model = "self"
-  config.teacher.weights = ""
-  config.teacher.width = 1.0  # of another model
-  config.teacher.activation = "relu6"  # of another model
+  config.teacher.weights = ""  # as init.weights
   config.teacher.batch_stats = "batch"  # batch: the batch's own statistics, as in the authors' code; running: the file's
+  # The rest is of another model, with the meaning that it has in config.model and config.data.
+  config.teacher.normalization = "dataset"
+  config.teacher.width = 1.0
+  config.teacher.activation = "relu6"
+  config.teacher.strides = ()
+  config.teacher.bn_epsilon = 1e-5
+  config.teacher.squeeze_excite = "after"
+  config.teacher.pad_value = 0.0
+  config.teacher.channel_rounding = "nearest"
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "imagenet2012"  # a key of profit_jax.data.SOURCES
   config.data.image_size = 224  # pixels, height and width
+  # Mean and standard deviation that pixels are normalized with: dataset (its own), imagenet (torchvision's), inception (0.5
+  # and 0.5, some of timm's files), none (0 and 1: pixels in 0..1).
+  config.data.normalization = "dataset"
   config.data.augment = True  # random changes of the training images
 
   config.plan = ml_collections.ConfigDict()

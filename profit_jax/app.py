@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,15 +10,15 @@ from etils import epath
 from rich.console import Console
 
 from profit_jax import data, plan
-from profit_jax.models import REGISTRY, build, init_variables, variable_shapes
+from profit_jax.models import REGISTRY, build, check, variable_shapes
 from profit_jax.report import console, files
 from profit_jax.settings import ConfigError, Settings, parse
+from profit_jax.train import start
 from profit_jax.train.checkpoint import Checkpoints
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.loop import Loop
 from profit_jax.train.observer import Observers
 from profit_jax.train.programs import Programs, make_mesh
-from profit_jax.weights.load import load_variables
 
 MODES = ("train", "eval", "plan")
 
@@ -29,7 +28,7 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
 
   Args:
     config: from `--config`; in mode eval None takes the run's own `config.json`.
-    workdir: the run's directory; mode plan needs none.
+    workdir: the run's directory; mode plan needs none, nor does mode eval with `init.weights`.
     mode: one of `MODES`.
 
   Raises:
@@ -38,14 +37,17 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
   if mode not in MODES:
     later = " (export is not part of this release)" if mode == "export" else ""
     raise ConfigError(f"--mode={mode} is not allowed{later}: it must be one of {', '.join(MODES)}.")
-  if mode != "plan" and not workdir:
-    raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://.")
+  only_file = mode == "eval" and config is not None and not workdir and bool(config.get("init", {}).get("weights"))
+  if mode != "plan" and not workdir and not only_file:
+    either = " (or --config.init.weights=FILE, to evaluate that)" if mode == "eval" else ""
+    raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://{either}.")
   directory = epath.Path(os.path.abspath(workdir) if workdir and "://" not in workdir else workdir)
   if config is None:
     if mode != "eval":
       raise ConfigError("--config is missing: give a configuration file, as --config configs/digits_w4.py.")
     config = ml_collections.ConfigDict(files.read_config(directory))
   settings = parse(config, REGISTRY, data.SOURCES)
+  check(settings)
   facts = data.check_sizes(settings)
   phases = plan.plan(settings)
   if mode == "plan":
@@ -53,7 +55,9 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
     return
   if settings.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.compilation_cache))
-  if mode == "eval":
+  if only_file:
+    evaluate_file(settings, phases)
+  elif mode == "eval":
     run_eval(settings, phases, directory)
   else:
     train(settings, phases, directory)
@@ -64,9 +68,8 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
   mesh = make_mesh(settings)
   source = data.load(settings)
   facts = source.facts
-  model = build(settings.model.name, settings.model, facts.num_classes)
-  first_variables = _first_variables(settings, model)
-  teacher_model, teacher = _teacher(settings, model, facts.num_classes, first_variables)
+  student = start.load_student(settings, facts.num_classes)
+  teacher = start.load_teacher(settings, student, facts.num_classes)
   files.claim_workdir(workdir, settings)
 
   # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
@@ -74,12 +77,17 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
 
   screen = Console(highlight=False)
   screen.print(f"{plan.summary_line(phases)}; {workdir}")
+  if settings.from_scratch:
+    screen.print("The student starts from random weights (config.init.weights is empty).")
+  for doubt in start.doubts(settings, student, teacher):
+    screen.print(f"WARNING: {doubt}", style="yellow")
   with contextlib.ExitStack() as closing:  # in reverse: the last checkpoints are written whatever else fails
     checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
     closing.callback(checkpoints.close)
-    programs = Programs(settings, facts, model, teacher_model, mesh)
+    programs = Programs(settings, facts, student.model, teacher.model, mesh, student.file_model)
     closing.callback(programs.close)
-    observer = Observers([console.ConsoleObserver(screen), TensorBoardObserver(os.fspath(workdir))])
+    watchers = [console.ConsoleObserver(screen, facts.num_classes), TensorBoardObserver(os.fspath(workdir))]
+    observer = Observers(watchers)
     closing.callback(observer.close)
     loop = Loop(
       settings=settings,
@@ -88,12 +96,11 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
       programs=programs,
       checkpoints=checkpoints,
       observer=observer,
-      model=model,
-      first_variables=first_variables,
+      student=student,
       teacher=teacher,
     )
     progress = loop.run()
-    best = checkpoints.restore_best(variable_shapes(model, settings.data.image_size))
+    best = checkpoints.restore_best(variable_shapes(student.model, settings.data.image_size))
   result = files.write_report(workdir, settings, phases, progress, best["params"])
   console.print_table(screen, result)
   screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
@@ -105,38 +112,42 @@ def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.
   files.read_config(workdir)  # before the next line, which would make a run of an empty directory
   files.claim_workdir(workdir, settings)
   mesh, source = make_mesh(settings), data.load(settings)
-  model = build(settings.model.name, settings.model, source.facts.num_classes)
+  model = build(settings.model, source.facts.num_classes)
   programs = Programs(settings, source.facts, model, None, mesh)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
   try:
     best = checkpoints.restore_best(variable_shapes(model, settings.data.image_size))
     if best is None:
       raise ConfigError(f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first.")
-    scores, _ = evaluate(programs, source, settings, phases[-1], programs.replicate(best))
+    return _evaluate_quantized(settings, phases, programs, source, best)
   finally:
     programs.close()
     checkpoints.close()
-  bits = plan.bits_name(phases[-1].weight_bits, phases[-1].act_bits)
-  print(f"{bits}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on {scores['examples']:.0f} images")
+
+
+def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
+  """Evaluates `init.weights`: in full precision, and at the plan's last bits if it has the quantizers' scalars."""
+  mesh, source = make_mesh(settings), data.load(settings)
+  classes = source.facts.num_classes
+  student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
+  screen = Console(highlight=False)
+  for doubt in start.doubts(settings, student, teacher):
+    screen.print(f"WARNING: {doubt}", style="yellow")
+  programs = Programs(settings, source.facts, student.model, None, mesh, student.file_model)
+  try:
+    variables = programs.replicate(student.make())
+    scores = start.evaluate_start(programs, source, settings, student, teacher, variables)
+    console.print_start(screen, scores, classes)
+    if student.loaded.quantizers:
+      _evaluate_quantized(settings, phases, programs, source, student.make())
+  finally:
+    programs.close()
+
+
+def _evaluate_quantized(settings, phases, programs, source, variables) -> dict[str, float]:
+  """Evaluates variables at the plan's last bits and prints a line."""
+  bits = {"weight_bits": phases[-1].weight_bits, "act_bits": phases[-1].act_bits}
+  scores, _ = evaluate(programs, source, settings, programs.replicate(variables), **bits)
+  name = plan.bits_name(**bits)
+  print(f"{name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on {scores['examples']:.0f} images")
   return scores
-
-
-def _first_variables(settings: Settings, model: Any) -> Callable[[], Any]:
-  """Makes the student's first variables: random ones when called, those of a file read (and checked) now."""
-  size = settings.data.image_size
-  if settings.from_scratch:
-    return lambda: init_variables(model, jax.random.key(settings.seed), size)
-  loaded = load_variables(settings.init.weights, settings.model.name, variable_shapes(model, size))
-  return lambda: loaded
-
-
-def _teacher(settings: Settings, model: Any, num_classes: int, first_variables: Callable[[], Any]) -> tuple[Any, Any]:
-  """The teacher's module and variables; None where there is none, or none yet."""
-  teacher = settings.teacher
-  if teacher.model == "none":
-    return None, None
-  if teacher.model == "self":
-    # Its dropout would only add noise to what it teaches.
-    return model.clone(dropout=0.0), None if settings.from_scratch else first_variables()
-  other = build(teacher.model, settings.model, num_classes, width=teacher.width, activation=teacher.activation, dropout=0.0)
-  return other, load_variables(teacher.weights, teacher.model, variable_shapes(other, settings.data.image_size))

@@ -107,15 +107,21 @@ class QuantConv(nn.Module):
 
 
 class QuantDense(nn.Module):
-  """A dense layer with bias whose kernel `[C, features]` is quantized when `levels.weight` is given."""
+  """A dense layer with bias whose kernel `[C, features]` is quantized when `levels.weight` is given.
+
+  Attributes:
+    features: size of the output.
+    kernel_init: first values of the kernel.
+  """
 
   features: int
+  kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
     """`[N, C]` -> `[N, features]`."""
     shape = (x.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.normal(0.01), shape, jnp.float32)
+    kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     kernel = _quantized_kernel(self, kernel, levels)
     return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)

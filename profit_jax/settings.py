@@ -28,6 +28,11 @@ class ModelSettings:
   activation: Literal["relu", "relu6"]
   dropout: float
   strides: tuple[int, ...]
+  bn_momentum: float
+  bn_epsilon: float
+  squeeze_excite: Literal["before", "after"]
+  pad_value: float
+  channel_rounding: Literal["nearest", "up"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class InitSettings:
   """Section `init`."""
 
   weights: str
+  reset_head: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +49,22 @@ class TeacherSettings:
 
   model: str
   weights: str
+  batch_stats: Literal["batch", "running"]
+  normalization: Literal["dataset", "imagenet", "inception", "none"]
   width: float
   activation: Literal["relu", "relu6"]
-  batch_stats: Literal["batch", "running"]
+  strides: tuple[int, ...]
+  bn_epsilon: float
+  squeeze_excite: Literal["before", "after"]
+  pad_value: float
+  channel_rounding: Literal["nearest", "up"]
+
+  def as_model(self) -> ModelSettings:
+    """Another model's settings. Without dropout, which would only add noise to what it teaches."""
+    own = dataclasses.asdict(self)
+    shape = {field.name: own[field.name] for field in dataclasses.fields(ModelSettings) if field.name in own}
+    # Its running statistics are its file's and never updated, so that the momentum does not matter.
+    return ModelSettings(name=self.model, dropout=0.0, bn_momentum=0.9, **shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +73,7 @@ class DataSettings:
 
   name: str
   image_size: int
+  normalization: Literal["dataset", "imagenet", "inception", "none"]
   augment: bool
 
 
@@ -138,6 +158,12 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str], sources: C
   _require(
     epochs >= 1 or not settings.from_scratch, "plan.full_precision_epochs", epochs, "1 or above without init.weights"
   )
+  _require(
+    bool(settings.init.weights) or not settings.init.reset_head,
+    "init.reset_head",
+    settings.init.reset_head,
+    "False without init.weights: from random weights the head is new anyway",
+  )
   train = settings.train
   _require(0 <= settings.seed < 2**32, "seed", settings.seed, "0 or above, below 2^32")
   _require(settings.data.name in sources, "data.name", settings.data.name, f"one of {_list(sources)}")
@@ -166,24 +192,20 @@ def differences(saved: Any, present: Any, prefix: str = "") -> list[str]:
 def _check_model(settings: Settings, models: Collection[str]) -> None:
   model, teacher = settings.model, settings.teacher
   _require(model.name in models, "model.name", model.name, f"one of {_list(models)}")
-  _require(0 < model.width <= 4, "model.width", model.width, "above 0, at most 4")
   _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "0 or above, below 1")
-  _require(
-    len(model.strides) == 8 and all(stride in (1, 2) for stride in model.strides),
-    "model.strides",
-    model.strides,
-    "eight numbers, each 1 or 2: the stem's and the seven stages'",
-  )
-  reduction = math.prod(model.strides)
-  _require(
-    settings.data.image_size >= reduction,
-    "model.strides",
-    model.strides,
-    f"a product of at most data.image_size = {settings.data.image_size}; it is {reduction}, use fewer 2s",
-  )
+  _require(0 <= model.bn_momentum < 1, "model.bn_momentum", model.bn_momentum, "0 or above, below 1")
+  for section, shape in (("model", model), ("teacher", teacher)):
+    _require(0 < shape.width <= 4, f"{section}.width", shape.width, "above 0, at most 4")
+    _require(
+      all(stride in (1, 2) for stride in shape.strides),
+      f"{section}.strides",
+      shape.strides,
+      "numbers that are each 1 or 2, the stem's and the stages'; or () for the published ones",
+    )
+    _require(0 < shape.bn_epsilon <= 0.1, f"{section}.bn_epsilon", shape.bn_epsilon, "above 0, at most 0.1")
+    _require(shape.pad_value in (0.0, -0.375), f"{section}.pad_value", shape.pad_value, "-0.375 (negative padding) or 0.0")
   allowed = ["none", "self", *models]
   _require(teacher.model in allowed, "teacher.model", teacher.model, f"one of {_list(allowed)}")
-  _require(0 < teacher.width <= 4, "teacher.width", teacher.width, "above 0, at most 4")
   if teacher.model in ("none", "self"):
     _require(
       not teacher.weights,

@@ -47,6 +47,11 @@ def tensors(shapes, prefix=""):
   return made
 
 
+def full_precision_tensors(shapes):
+  """Tensors of code without quantizers."""
+  return {name: _tensor(name, shape) for name, shape in shapes.items()}
+
+
 def _tensor(name, shape):
   x, leaf = normal(name, shape), name.rsplit(".", 1)[-1]
   if leaf in ("a", "c"):

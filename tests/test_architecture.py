@@ -6,7 +6,20 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-ORDER = ["settings", "plan", "data", "quant", "depthwise", "layers", "models", "weights", "train", "report", "app"]
+ORDER = [
+  "settings",
+  "plan",
+  "data",
+  "quant",
+  "depthwise",
+  "layers",
+  "models",
+  "weights",
+  "train",
+  "report",
+  "app",
+  "to_torch",
+]
 FILES = sorted(ROOT.glob("profit_jax/**/*.py"))
 ROOMS = {"tensorflow": "data", "tensorflow_datasets": "data", "clu": "report"}
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+TORCH_FILES = ROOT / "tests" / "golden" / "torch_files"
 DIGITS = ["--config", "configs/digits_w4.py"]
 
 
@@ -33,6 +34,10 @@ def run(*arguments):
     ([*DIGITS, "--mode=plan", "--config.teacher.model=mobilenet_v2"], "cannot teach without one"),
     ([*DIGITS, "--mode=plan", "--config.train.batch_size=5000"], "larger than the data"),
     ([*DIGITS, "--mode=eval", "--workdir=/nonexistent/run"], "holds no run"),
+    ([*DIGITS, "--mode=eval", "--config.init.weights=absent.pth"], "'absent.pth' does not exist"),
+    ([*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/whole_model.pth"], "not run here"),
+    ([*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/zip.pth"], "Nothing was loaded"),
+    (["--config=configs/digits_w4.py:vgg", "--mode=plan"], "mobilenet_v3_small"),
     (["--config", "configs/mbv2_w4.py", "--workdir=/nonexistent/run"], "imagenet2012"),
   ],
 )

@@ -1,13 +1,19 @@
 """The published plan, and every option."""
 
+import importlib
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from configs import base
+from profit_jax.data import SOURCES
+from profit_jax.models import REGISTRY, check
 from profit_jax.plan import format_table, plan
 from profit_jax.settings import ConfigError, parse
+
+CONFIGS = pathlib.Path(base.__file__).parent
 
 
 def settings(**changes):
@@ -25,6 +31,16 @@ for bits in (8, 5):
   PUBLISHED += [("bn", bits, 4, 5, 0), ("finetune", bits, 4, 15, 0), ("bn", bits, 4, 5, 0)]
 PUBLISHED += [("bn", 4, 4, 5, 0), ("sampling", 4, 4, 5, 0)]
 PUBLISHED += [("finetune", 4, 4, 15, share) for share in (0, THIRD, TWO_THIRDS)] + [("bn", 4, 4, 5, 0)]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem != "base"))
+def test_every_configuration_is_valid_and_says_its_command_cost_and_result(name):
+  module = importlib.import_module(f"configs.{name}")
+  chosen = parse(module.get_config(), REGISTRY, SOURCES)
+  check(chosen)
+  assert plan(chosen)
+  for word in ("Command:", f"--config configs/{name}.py", "Cost:", "Result:"):
+    assert word in module.__doc__, word
 
 
 def test_published_command_is_22_phases_and_200_epochs():

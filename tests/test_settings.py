@@ -41,13 +41,21 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("plan.full_precision_epochs", 0, "without init.weights"),
     ("model.name", "mobilenet_v9", "mobilenet_v2"),
     ("model.activation", "gelu", "relu, relu6"),
-    ("model.strides", (2, 2), "eight"),
-    ("model.strides", (2,) * 8, "fewer 2s"),
+    ("model.strides", (2, 3), "each 1 or 2"),
+    ("model.bn_epsilon", 0.0, "above 0"),
+    ("model.bn_momentum", 1.0, "below 1"),
+    ("model.squeeze_excite", "inside", "before, after"),
+    ("model.pad_value", -0.5, "-0.375 (negative padding) or 0.0"),
+    ("model.channel_rounding", "down", "nearest, up"),
+    ("init.reset_head", True, "False without init.weights"),
     ("model.width", 0.0, "above 0"),
-    ("teacher.model", "resnet9000", "none, self, mobilenet_v2"),
+    ("teacher.model", "resnet9000", "none, self, mobilenet_v1, mobilenet_v2"),
     ("teacher.model", "mobilenet_v2", "cannot teach without one"),
     ("teacher.weights", "t.npz", "self"),
     ("teacher.batch_stats", "both", "batch, running"),
+    ("teacher.pad_value", 1.0, "-0.375"),
+    ("teacher.strides", (0,), "each 1 or 2"),
+    ("data.normalization", "cifar", "dataset, imagenet, inception, none"),
     ("data.name", "mnist", "digits"),
     ("train.batch_size", 0, "1 or above"),
     ("train.learning_rate", float("nan"), "finite"),
@@ -60,7 +68,7 @@ def test_shipped_configs_are_valid_and_locked(module):
 def test_wrong_values(field, value, allowed):
   config = base.get_config()
   with config.unlocked(), config.ignore_type():
-    config.update_from_flattened_dict({field: value, "data.image_size": 32 if field == "model.strides" else 224})
+    config.update_from_flattened_dict({field: value})
   named = "teacher.weights" if (field, value) == ("teacher.model", "mobilenet_v2") else field
   with pytest.raises(ConfigError) as error:
     parse(config, REGISTRY, SOURCES)

@@ -5,13 +5,25 @@ from profit_jax.data.base import Facts, Source
 from profit_jax.data.normalize import Normalization
 from profit_jax.settings import ConfigError, Settings
 
-# torchvision's ImageNet statistics, which pretrained weights expect.
-_IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# What pretrained weights expect, by the name that `normalization` takes: torchvision's ImageNet statistics; the halves of
+# Inception, with which some of timm's were trained; pixels in 0..1.
+NORMALIZATIONS = {
+  "imagenet": Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+  "inception": Normalization(mean=(0.5,) * 3, std=(0.5,) * 3),
+  "none": Normalization(mean=(0.0,) * 3, std=(1.0,) * 3),
+}
 
 SOURCES: dict[str, Facts] = {
   "digits": digits.FACTS,
-  "imagenet2012": Facts(train_examples=1_281_167, eval_examples=50_000, num_classes=1000, normalization=_IMAGENET),
+  "imagenet2012": Facts(
+    train_examples=1_281_167, eval_examples=50_000, num_classes=1000, normalization=NORMALIZATIONS["imagenet"]
+  ),
 }
+
+
+def normalization(name: str, facts: Facts) -> Normalization:
+  """What `data.normalization` or `teacher.normalization` stands for: one of `NORMALIZATIONS`, or the data set's own."""
+  return facts.normalization if name == "dataset" else NORMALIZATIONS[name]
 
 
 def check_sizes(settings: Settings) -> Facts:

@@ -1,6 +1,8 @@
 """The models, by the name that `config.model.name` takes."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,16 +10,76 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from profit_jax.models.mobilenet_v2 import MobileNetV2
-from profit_jax.settings import ModelSettings
+from profit_jax.models import mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet
+from profit_jax.settings import ConfigError, ModelSettings, Settings
 
-REGISTRY: dict[str, Callable[..., nn.Module]] = {"mobilenet_v2": MobileNetV2}
+REGISTRY: dict[str, Callable[..., nn.Module]] = {
+  "mobilenet_v1": mobilenet_v1.MobileNetV1,
+  "mobilenet_v2": mobilenet_v2.MobileNetV2,
+  "mobilenet_v3_large": functools.partial(mobilenet_v3.MobileNetV3, "large"),
+  "mobilenet_v3_small": functools.partial(mobilenet_v3.MobileNetV3, "small"),
+  "resnet18": functools.partial(resnet.ResNet, 18),
+  "resnet50": functools.partial(resnet.ResNet, 50),
+  "resnet101": functools.partial(resnet.ResNet, 101),
+}
+# The published strides, which `strides = ()` stands for; another list must be as long.
+STRIDES: dict[str, tuple[int, ...]] = {
+  "mobilenet_v1": mobilenet_v1.IMAGENET_STRIDES,
+  "mobilenet_v2": mobilenet_v2.IMAGENET_STRIDES,
+  "mobilenet_v3_large": mobilenet_v3.VARIANTS["large"].strides,
+  "mobilenet_v3_small": mobilenet_v3.VARIANTS["small"].strides,
+  "resnet18": resnet.IMAGENET_STRIDES,
+  "resnet50": resnet.IMAGENET_STRIDES,
+  "resnet101": resnet.IMAGENET_STRIDES,
+}
+# They have no quantizers and no width multiplier.
+TEACHERS_ONLY = frozenset({"resnet18", "resnet50", "resnet101"})
 
 
-def build(name: str, settings: ModelSettings, num_classes: int, **changes: Any) -> nn.Module:
-  """The module of a registered model, `changes` replacing settings."""
-  options = {"width": settings.width, "activation": settings.activation, "dropout": settings.dropout}
-  return REGISTRY[name](num_classes=num_classes, strides=settings.strides, **(options | changes))
+def check(settings: Settings) -> None:
+  """Checks what only the models know of their settings.
+
+  Raises:
+    ConfigError: strides of another number, or too many of them for the image; a width where there is none; bits for a
+      model without quantizers.
+  """
+  _check_shape(settings.model, settings.data.image_size, "model")
+  if settings.teacher.model in REGISTRY:
+    _check_shape(settings.teacher.as_model(), settings.data.image_size, "teacher")
+  name, plan = settings.model.name, settings.plan
+  if name in TEACHERS_ONLY and (plan.weight_bits or plan.act_bits):
+    raise ConfigError(
+      f"config.model.name = {name!r} is not allowed with config.plan.weight_bits = {plan.weight_bits!r} and "
+      f"config.plan.act_bits = {plan.act_bits!r}: {name} has no quantizers. Set both to () to train it in full precision, "
+      f"as a teacher, or choose one of {', '.join(sorted(REGISTRY.keys() - TEACHERS_ONLY))}."
+    )
+
+
+def _check_shape(model: ModelSettings, image_size: int, section: str) -> None:
+  strides, published = model.strides, STRIDES.get(model.name, ())
+  if strides and published and len(strides) != len(published):
+    raise ConfigError(
+      f"config.{section}.strides = {strides!r} is not allowed: {model.name} takes {len(published)} numbers, the stem's "
+      f"and the stages', published as {published!r}; () stands for these."
+    )
+  reduction = math.prod(strides or published)
+  if image_size < reduction:
+    raise ConfigError(
+      f"config.{section}.strides = {strides!r} is not allowed: the product of {strides or published!r} must be at most "
+      f"data.image_size = {image_size}; it is {reduction}, use fewer 2s."
+    )
+  if model.name in TEACHERS_ONLY and model.width != 1:
+    raise ConfigError(
+      f"config.{section}.width = {model.width!r} is not allowed: {model.name} has no width multiplier, it must be 1.0."
+    )
+
+
+def build(settings: ModelSettings, num_classes: int) -> nn.Module:
+  """The module that the settings describe; a model takes the fields that it has."""
+  make = REGISTRY[settings.name]
+  known = {field.name for field in dataclasses.fields(getattr(make, "func", make))}
+  options = {name: value for name, value in dataclasses.asdict(settings).items() if name in known and name != "name"}
+  return make(num_classes=num_classes, **options)
 
 
 def init_variables(module: nn.Module, key: jax.Array, image_size: int) -> dict[str, Any]:

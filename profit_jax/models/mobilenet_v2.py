@@ -4,13 +4,15 @@ A symmetric quantizer stands on the input of every inverted-residual block excep
 convolution; an unsigned one after every ReLU; the residual add stays in full precision.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.models.common import RELU6_BOUND, divisible_by_8
 from profit_jax.quant.levels import Levels
 
 # Per stage: expansion, output channels at width 1, number of blocks.
@@ -18,14 +20,6 @@ STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3
 # Strides of the stem and of the first block of each stage: 224 -> 7.
 IMAGENET_STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
-# A ReLU6 quantizer's interval starts at 6 or below, whether the non-linearity itself is bounded or not.
-RELU6_BOUND = 6.0
-
-
-def divisible_by_8(channels: float) -> int:
-  """Rounds to the nearest multiple of 8, at least 8, and not more than 10 % down."""
-  rounded = max(8, int(channels + 4) // 8 * 8)
-  return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 class InvertedResidual(nn.Module):
@@ -37,6 +31,7 @@ class InvertedResidual(nn.Module):
     stride: of the depthwise convolution.
     quantize_input: a symmetric quantizer on the convolutions' input (the shortcut stays in full precision).
     activation: relu or relu6.
+    norm: makes a batch normalization, given its name.
   """
 
   features: int
@@ -44,6 +39,7 @@ class InvertedResidual(nn.Module):
   stride: int
   quantize_input: bool
   activation: Literal["relu", "relu6"]
+  norm: Any
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
@@ -54,13 +50,13 @@ class InvertedResidual(nn.Module):
       x = QuantAct("symmetric", name="input_quant")(x, levels)
     if self.expansion != 1:
       x = QuantConv(hidden, name="expand_conv")(x, levels)
-      x = act(BatchNorm(name="expand_norm")(x, train))
+      x = act(self.norm(name="expand_norm")(x, train))
       x = QuantAct("unsigned", RELU6_BOUND, name="expand_quant")(x, levels)
     x = QuantConv(hidden, 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
-    x = act(BatchNorm(name="depthwise_norm")(x, train))
+    x = act(self.norm(name="depthwise_norm")(x, train))
     x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, levels)
     x = QuantConv(self.features, name="project_conv")(x, levels)
-    x = BatchNorm(name="project_norm")(x, train)
+    x = self.norm(name="project_norm")(x, train)
     return x + shortcut if x.shape == shortcut.shape else x
 
 
@@ -70,17 +66,21 @@ class MobileNetV2(nn.Module):
   Attributes:
     num_classes: size of the head.
     width: multiplies the channels of every layer; the head's 1280 only grows.
-    strides: of the stem and of the seven stages; small images want fewer 2s.
+    strides: of the stem and of the seven stages, () is the published ones; small images want fewer 2s.
     activation: `relu` is what the authors' code computes (6 only bounds its first intervals), `relu6` what
       torchvision's weights were trained with.
     dropout: rate before the classifier.
+    bn_momentum: share of the old running statistics that a step keeps.
+    bn_epsilon: added to variances.
   """
 
   num_classes: int = 1000
   width: float = 1.0
-  strides: tuple[int, ...] = IMAGENET_STRIDES
+  strides: tuple[int, ...] = ()
   activation: Literal["relu", "relu6"] = "relu6"
   dropout: float = 0.2
+  bn_momentum: float = 0.9
+  bn_epsilon: float = 1e-5
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
@@ -92,12 +92,14 @@ class MobileNetV2(nn.Module):
       train: batch statistics and dropout (which wants a `dropout` key unless its rate is 0).
     """
     act = getattr(nn, self.activation)
-    x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, self.strides[0], name="stem_conv")(x, levels)
-    x = act(BatchNorm(name="stem_norm")(x, train))
+    norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
+    strides = self.strides or IMAGENET_STRIDES
+    x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
+    x = act(norm(name="stem_norm")(x, train))
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 
     index = 0
-    for (expansion, channels, blocks), stage_stride in zip(STAGES, self.strides[1:], strict=True):
+    for (expansion, channels, blocks), stage_stride in zip(STAGES, strides[1:], strict=True):
       for position in range(blocks):
         x = InvertedResidual(
           features=divisible_by_8(channels * self.width),
@@ -105,13 +107,14 @@ class MobileNetV2(nn.Module):
           stride=stage_stride if position == 0 else 1,
           quantize_input=index > 0,
           activation=self.activation,
+          norm=norm,
           name=f"block{index:02d}",
         )(x, levels, train)
         index += 1
 
     x = QuantAct("symmetric", name="head_input_quant")(x, levels)
     x = QuantConv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, levels)
-    x = act(BatchNorm(name="head_norm")(x, train))
+    x = act(norm(name="head_norm")(x, train))
     x = jnp.mean(x, axis=(1, 2))
     x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, levels)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -4,21 +4,22 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from profit_jax.plan import Phase, bits_name
 from profit_jax.train.observer import EpochReport, Observer
-from profit_jax.train.progress import PhaseRecord
+from profit_jax.train.progress import PhaseRecord, Start
 from profit_jax.train.progress import Progress as RunProgress
 
 
 class ConsoleObserver(Observer):
   """Writes to the terminal."""
 
-  def __init__(self, console: Console):
-    """Args: console: rich's."""
-    self._console = console
+  def __init__(self, console: Console, num_classes: int):
+    """Args: console: rich's; num_classes: of the data."""
+    self._console, self._num_classes = console, num_classes
     self._bar: Progress | None = None
     self._task = None
     self._count = self._steps_per_epoch = 0
@@ -33,6 +34,10 @@ class ConsoleObserver(Observer):
         f"Going on from the checkpoint: phase {phase.index} of {len(phases)} ({phase.name}), "
         f"{progress.epoch} of its {phase.epochs} epochs done."
       )
+
+  def start_evaluated(self, start: Start) -> None:
+    """See `Observer`."""
+    print_start(self._console, start, self._num_classes)
 
   def phase_started(self, phase: Phase, epochs_done: int) -> None:
     """See `Observer`."""
@@ -81,6 +86,51 @@ class ConsoleObserver(Observer):
     if self._bar is not None:
       self._bar.stop()
       self._bar = None
+
+
+def near_chance(top1: float, num_classes: int) -> bool:
+  """Whether a top-1 in percent is less than a tenth of the way from guessing to 100 %."""
+  chance = 100.0 / num_classes
+  return top1 < chance + (100.0 - chance) / 10
+
+
+def start_lines(start: Start) -> list[str]:
+  """What weights files are worth before training, in sentences."""
+  lines = []
+  if start.top1 is not None:
+    line = f"Before training, in full precision: top-1 {start.top1:.2f} %, top-5 {start.top5:.2f} %"
+    if start.file_top1 is not None:
+      line += f" with the padding of this run, top-1 {start.file_top1:.2f} % with that of the code behind the file"
+    lines.append(f"{line} ({start.examples} images; {start.source} names).")
+  if start.teacher_top1 is not None:
+    lines.append(f"The teacher, in full precision: top-1 {start.teacher_top1:.2f} % ({start.examples} images).")
+  return lines
+
+
+def print_start(console: Console, start: Start, num_classes: int) -> None:
+  """Prints what weights files are worth, and loudly where that is next to nothing."""
+  for line in start_lines(start):
+    console.print(line)
+  guessing = f"guessing gives {100.0 / num_classes:.2f} %"
+  if start.top1 is not None and near_chance(start.top1, num_classes):
+    if start.new_head:
+      console.print(f"Near chance ({guessing}), as it has to be: the classifier is new (init.reset_head).")
+    elif start.file_top1 is not None and not near_chance(start.file_top1, num_classes):
+      console.print(f"Near chance ({guessing}) only with this run's padding, to which training adapts it.")
+    else:
+      _warn(console, "NEAR CHANCE", f"The first weights reach top-1 {start.top1:.2f} %; {guessing}.", "model")
+  if start.teacher_top1 is not None and near_chance(start.teacher_top1, num_classes):
+    text = f"The teacher reaches top-1 {start.teacher_top1:.2f} %; {guessing}."
+    _warn(console, "TEACHER NEAR CHANCE", text, "teacher")
+
+
+def _warn(console: Console, title: str, text: str, section: str) -> None:
+  advice = (
+    "Every tensor fitted, so the file is of this model, but it does not know this data, or computes otherwise than "
+    f"configured. Compare config.{section} (activation, bn_epsilon, squeeze_excite), the normalization and the order of "
+    "the classes with those that it was trained with. Training from here spends its time on learning anew."
+  )
+  console.print(Panel(f"{text} {advice}", title=f"WARNING: {title}", border_style="bold red", style="red"))
 
 
 def print_table(console: Console, result: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from profit_jax.plan import Phase, bits_name
-from profit_jax.report.console import final_line
+from profit_jax.report.console import final_line, start_lines
 from profit_jax.report.plots import write_plots
 from profit_jax.settings import ConfigError, Settings, differences
 from profit_jax.train.loop import summary
@@ -96,16 +96,18 @@ def write_report(
   }
   (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
   captions = write_plots(workdir / "plots", progress, phases, params)
-  (workdir / "report.md").write_text(_markdown(result, captions))
+  start = start_lines(progress.start) if progress.start else []
+  (workdir / "report.md").write_text(_markdown(result, start, captions))
   return result
 
 
-def _markdown(result: dict[str, Any], captions: dict[str, str]) -> str:
+def _markdown(result: dict[str, Any], start: list[str], captions: dict[str, str]) -> str:
   env = result["environment"]
   lines = [
     f"# {result['model']} on {result['dataset']}",
     "",
     final_line(result),
+    *(part for line in start for part in ("", line)),
     "",
     f"Seed {result['seed']}; jax {env['packages']['jax']} on {env['devices']} x {env['device']}, Python {env['python']}. "
     "The result is the best evaluation among the phases at the last bits, the better of raw weights and EMA; full "

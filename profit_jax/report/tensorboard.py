@@ -7,7 +7,7 @@ from flax import traverse_util
 
 from profit_jax.plan import Phase
 from profit_jax.train.observer import EpochReport, Observer
-from profit_jax.train.progress import Progress
+from profit_jax.train.progress import Progress, Start
 
 # Summaries are written one by one: with all of the demo's quantizers an epoch's took 1.2 s and a step's loss 18 ms (under
 # the profiler, beside compilation).
@@ -25,6 +25,7 @@ class TensorBoardObserver(Observer):
   | eval/{top1,top5,loss}        | raw weights                                     |
   | eval_ema/{top1,top5,loss}    | their average                                   |
   | learning_rate/{group}        | of each optimizer group                         |
+  | eval/{top1,top5} at step 0   | of the first weights, where they came from a file |
   | phase/{index,weight_bits,act_bits} | where the run stands; 32 is full precision |
   | quant_a/{layer}, quant_c/{layer} | interval and output scale (after softplus)* |
   | clip_rate/{layer}            | share of a quantizer's input that it clips*     |
@@ -41,6 +42,11 @@ class TensorBoardObserver(Observer):
   def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
     """See `Observer`."""
     self._step = progress.total_epochs * steps_per_epoch
+
+  def start_evaluated(self, start: Start) -> None:
+    """See `Observer`."""
+    if start.top1 is not None:
+      self._writer.write_scalars(0, {"eval/top1": start.top1, "eval/top5": start.top5})
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """See `Observer`."""

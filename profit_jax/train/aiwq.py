@@ -12,6 +12,7 @@ Moments = tuple[jax.Array, jax.Array]
 
 DECAY = 0.999  # of the running metric
 LARGEST_KL = 1.0  # a step's value above it is dropped
+_NOISE = 8  # a deviation of so many units in the last place of the mean is 0
 
 
 class AiwqState(NamedTuple):
@@ -36,13 +37,19 @@ def kl_divergence(present: Moments, previous: Moments) -> jax.Array:
     previous: the same with the previous step's kernel.
 
   Returns:
-    A scalar. Channels whose s is 0 on either side are left out; NaN if that leaves none.
+    A scalar. Channels whose s is 0 on either side, up to rounding, are left out; NaN if that leaves none.
   """
   (mean, std), (mean_prev, std_prev) = present, previous
-  alive = (std != 0) & (std_prev != 0)
+  alive = _varies(mean, std) & _varies(mean_prev, std_prev)
   s, s_prev = jnp.where(alive, std, 1.0), jnp.where(alive, std_prev, 1.0)
   kl = jnp.log(s_prev / s) + (s**2 + (mean - mean_prev) ** 2) / (2 * s_prev**2) - 0.5
   return jnp.sum(jnp.where(alive, kl, 0.0)) / jnp.sum(alive, dtype=kl.dtype)
+
+
+def _varies(mean: jax.Array, std: jax.Array) -> jax.Array:
+  # A constant channel that is not 0 (negative padding makes such) has an s of 1e-17 by rounding, and one of these makes the
+  # layer's KL 1e28. The authors' code compares with 0, and drops the layer's value wherever it meets one.
+  return std > _NOISE * jnp.finfo(std.dtype).eps * jnp.abs(mean)
 
 
 def start(params: Mapping[str, Any]) -> AiwqState:

@@ -5,25 +5,40 @@ from typing import Any
 import jax
 
 from profit_jax.data import Source
-from profit_jax.plan import Phase
 from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
-from profit_jax.train.programs import Programs
+from profit_jax.train.programs import Programs, Who
 
 
 def evaluate(
-  programs: Programs, source: Source, settings: Settings, phase: Phase, variables: Any
+  programs: Programs,
+  source: Source,
+  settings: Settings,
+  variables: Any,
+  *,
+  weight_bits: int | None = None,
+  act_bits: int | None = None,
+  who: Who = "student",
 ) -> tuple[dict[str, float], dict[str, float]]:
-  """Evaluates variables at a phase's bits, with running statistics.
+  """Evaluates variables at some bits (None is full precision), with running statistics.
+
+  Args:
+    programs: compiled steps.
+    source: the data.
+    settings: validated.
+    variables: on the devices.
+    weight_bits: of the kernels.
+    act_bits: of the activations.
+    who: whose variables they are.
 
   Returns:
     `{top1, top5 (percent), loss (mean), examples}`, and the share of its input that each quantizer clips, by layer.
   """
-  step = programs.eval_step(phase.program.quantized_weights, phase.program.quantized_acts)
-  phase_levels = levels(phase.weight_bits, phase.act_bits)
+  step = programs.eval_step(weight_bits is not None, act_bits is not None, who)
+  steps = levels(weight_bits, act_bits)
   batches = source.eval_batches(settings.train.eval_batch_size)
   # All batches are sent before the first result is asked for.
-  results = jax.device_get([step(variables, programs.split(batch), phase_levels) for batch in batches])
+  results = jax.device_get([step(variables, programs.split(batch), steps) for batch in batches])
   total = jax.tree.map(lambda *values: float(sum(values)), *results)
   examples, clip_rate = total["examples"], total.pop("clip_rate")
   scores = {

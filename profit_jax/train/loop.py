@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
 from profit_jax.train.programs import Frozen, Programs
 from profit_jax.train.progress import Best, EpochRecord, PhaseRecord, Progress
+from profit_jax.train.start import Student, Teacher, evaluate_start, evaluated
 from profit_jax.train.state import TrainState, create_state
 
 # How many steps may be under way before the loop waits for the oldest one's numbers: enough that no device runs dry,
@@ -44,9 +44,8 @@ class Loop:
     programs: Programs,
     checkpoints: Checkpoints,
     observer: Observer,
-    model: Any,
-    first_variables: Callable[[], dict[str, Any]],
-    teacher: dict[str, Any] | None,
+    student: Student,
+    teacher: Teacher,
   ):
     """Args:
     settings: validated.
@@ -55,16 +54,14 @@ class Loop:
     programs: compiled steps.
     checkpoints: where the run is kept.
     observer: told of everything.
-    model: the student's module.
-    first_variables: makes the student's first variables; called in a fresh run only.
-    teacher: the teacher's variables; None without one, or while it does not exist yet (the student from random weights
-      is its own teacher once the full-precision phase is over).
+    student: its module and first weights.
+    teacher: its module and weights, as far as they exist.
     """
     self._settings, self._phases, self._source = settings, phases, source
     self._programs, self._checkpoints, self._observer = programs, checkpoints, observer
-    self._shapes = variable_shapes(model, settings.data.image_size)
-    self._first_variables = first_variables
-    self._teacher = None if teacher is None else programs.replicate(teacher)
+    self._student, self._first_teacher = student, teacher
+    self._shapes = variable_shapes(student.model, settings.data.image_size)
+    self._teacher = None if teacher.variables is None else programs.replicate(teacher.variables)
     self._targets = {phase.index for phase in target_phases(phases)}
     self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
     self._mark = time.perf_counter(), programs.waited_seconds
@@ -74,11 +71,15 @@ class Loop:
     """Trains to the end of the plan; returns at once if it is there already."""
     progress = self._checkpoints.restore_progress() or Progress()
     # First of all: compilation goes on in the background while weights are made or read.
+    if not progress.total_epochs:
+      self._programs.prefetch_evaluation(*evaluated(self._student, self._first_teacher))
     finished = progress.total_epochs and progress.epoch == self._phases[progress.phase - 1].epochs
     ahead = self._phases[progress.phase - (0 if finished else 1) :]
     self._programs.prefetch(ahead, lambda phase: self._known_frozen(phase, progress))
     self._observer.run_started(self._phases, self._steps_per_epoch, progress)
     state = self._restore(progress)
+    if not progress.total_epochs:
+      self._evaluate_start(state, progress)
     for phase in self._phases[progress.phase - 1 :]:
       state = self._run_phase(phase, state, progress)
     self._checkpoints.wait()
@@ -87,7 +88,7 @@ class Loop:
 
   def _restore(self, progress: Progress) -> TrainState:
     if not progress.total_epochs:
-      state = create_state(self._first_variables(), ema=self._settings.train.ema_rate > 0)
+      state = create_state(self._student.make(), ema=self._settings.train.ema_rate > 0)
       return self._programs.replicate(state)
     phase = self._phases[progress.phase - 1]
     template = self._programs.state_shapes(phase.program.train_kernels, self._frozen(phase, progress))
@@ -96,6 +97,19 @@ class Loop:
     if own_teacher is not None:
       self._teacher = self._programs.replicate(own_teacher)
     return state
+
+  def _evaluate_start(self, state: TrainState, progress: Progress) -> None:
+    """What came from files is evaluated before anything is spent on it."""
+    student, teacher = self._student, self._first_teacher
+    if not evaluated(student, teacher):
+      return
+    start = evaluate_start(self._programs, self._source, self._settings, student, teacher, state.variables)
+    if start.top1 is not None:
+      progress.full_precision = Best(
+        epoch=0, phase=0, top1=start.top1, top5=start.top5, weights="raw", examples=start.examples
+      )
+    progress.start = start
+    self._observer.start_evaluated(start)
 
   def _run_phase(self, phase: Phase, state: TrainState, progress: Progress) -> TrainState:
     if progress.phase == phase.index and progress.epoch == phase.epochs:
@@ -134,10 +148,8 @@ class Loop:
     progress.total_epochs += 1
     if sampling is not None:
       progress.metric = {layer: float(value) for layer, value in jax.device_get(sampling.metric).items()}
-    raw, clip_rate = evaluate(self._programs, self._source, self._settings, phase, state.variables)
-    average = None
-    if state.ema_params is not None:
-      average, _ = evaluate(self._programs, self._source, self._settings, phase, state.ema_variables)
+    raw, clip_rate = self._evaluate(phase, state.variables)
+    average = None if state.ema_params is None else self._evaluate(phase, state.ema_variables)[0]
     self._keep_best(phase, state, raw, average, progress)
 
     self._keep_time(progress)
@@ -158,6 +170,10 @@ class Loop:
       )
     )
     return state, sampling
+
+  def _evaluate(self, phase: Phase, variables: Any) -> tuple[dict[str, float], dict[str, float]]:
+    bits = {"weight_bits": phase.weight_bits, "act_bits": phase.act_bits}
+    return evaluate(self._programs, self._source, self._settings, variables, **bits)
 
   def _keep_time(self, progress: Progress) -> None:
     """Adds what has passed since the last call to the phase: calibration, training, evaluation, the last save."""

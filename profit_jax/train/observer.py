@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from profit_jax.plan import Phase
-from profit_jax.train.progress import PhaseRecord, Progress
+from profit_jax.train.progress import PhaseRecord, Progress, Start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,9 @@ class Observer:
   def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
     """Before the first phase; progress is not empty in a run that goes on."""
 
+  def start_evaluated(self, start: Start) -> None:
+    """In a fresh run with weights files, before training."""
+
   def phase_started(self, phase: Phase, epochs_done: int) -> None:
     """Before a phase's programs are waited for."""
 
@@ -73,6 +76,11 @@ class Observers(Observer):
     """See `Observer`."""
     for observer in self._observers:
       observer.run_started(phases, steps_per_epoch, progress)
+
+  def start_evaluated(self, start: Start) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.start_evaluated(start)
 
   def phase_started(self, phase: Phase, epochs_done: int) -> None:
     """See `Observer`."""

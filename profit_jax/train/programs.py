@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from profit_jax.data import Facts
+from profit_jax.data import Facts, normalization
 from profit_jax.models import variable_shapes
 from profit_jax.plan import Phase, Program
 from profit_jax.quant.levels import Levels
@@ -21,6 +21,7 @@ from profit_jax.train import aiwq, optimizer, steps
 from profit_jax.train.state import TrainState, create_state
 
 Frozen = frozenset[str]
+Who = Literal["student", "teacher", "file"]  # file: the student as its weights file's own code computes
 
 
 def make_mesh(settings: Settings) -> Mesh:
@@ -48,9 +49,22 @@ class Programs:
     waited_seconds: how long callers have waited for compilation, in all.
   """
 
-  def __init__(self, settings: Settings, facts: Facts, model: nn.Module, teacher_model: nn.Module | None, mesh: Mesh):
+  def __init__(
+    self,
+    settings: Settings,
+    facts: Facts,
+    model: nn.Module,
+    teacher_model: nn.Module | None,
+    mesh: Mesh,
+    file_model: nn.Module | None = None,
+  ):
+    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none; mesh."""
     self._settings, self._facts = settings, facts
     self._model, self._teacher_model = model, teacher_model
+    self._models: dict[Who, nn.Module | None] = {"student": model, "teacher": teacher_model, "file": file_model}
+    own, others = normalization(settings.data.normalization, facts), normalization(settings.teacher.normalization, facts)
+    # A teacher that is the student sees what the student sees.
+    self._normalization, self._teacher_normalization = own, own if settings.teacher.model == "self" else others
     self.mesh = mesh
     self.waited_seconds = 0.0
     self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -88,7 +102,8 @@ class Programs:
       layers = frozen(phase)
       if layers is not None:
         self._request(self._train_key(phase.program, layers), self._compile_train)
-        self._request(("eval", phase.program.quantized_weights, phase.program.quantized_acts), self._compile_eval)
+        quantized = phase.program.quantized_weights, phase.program.quantized_acts
+        self._request(("eval", "student", *quantized), self._compile_eval)
 
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a phase with these kernels frozen."""
@@ -103,9 +118,14 @@ class Programs:
     """The compiled step of `steps.make_train_step`; the state and the AIWQ state are donated."""
     return self._wait(self._train_key(program, frozen), self._compile_train)
 
-  def eval_step(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
+  def prefetch_evaluation(self, *who: Who) -> None:
+    """Starts compiling the evaluation of models in full precision, in order."""
+    for name in who:
+      self._request(("eval", name, False, False), self._compile_eval)
+
+  def eval_step(self, quantized_weights: bool, quantized_acts: bool, who: Who = "student") -> Callable[..., Any]:
     """The compiled step of `steps.make_eval_step`."""
-    return self._wait(("eval", quantized_weights, quantized_acts), self._compile_eval)
+    return self._wait(("eval", who, quantized_weights, quantized_acts), self._compile_eval)
 
   def calibrate_acts(self) -> Callable[..., Any]:
     """The compiled `(variables, image, key) -> params` of `steps.calibrate_acts`."""
@@ -164,7 +184,8 @@ class Programs:
     step = steps.make_train_step(
       self._model,
       self.optimizer(program.train_kernels, frozen),
-      normalization=self._facts.normalization,
+      normalization=self._normalization,
+      teacher_normalization=self._teacher_normalization,
       ema_rate=settings.train.ema_rate,
       teacher_model=self._teacher_model if program.distill else None,
       teacher_batch_statistics=settings.teacher.batch_stats == "batch",
@@ -184,13 +205,14 @@ class Programs:
       sampling,
     ).compile()
 
-  def _compile_eval(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
-    settings = self._settings
-    step = steps.make_eval_step(self._model, normalization=self._facts.normalization, num_classes=self._facts.num_classes)
+  def _compile_eval(self, who: Who, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
+    settings, model = self._settings, self._models[who]
+    seen = self._teacher_normalization if who == "teacher" else self._normalization
+    step = steps.make_eval_step(model, normalization=seen, num_classes=self._facts.num_classes)
     return (
       jax.jit(step, out_shardings=self._replicated)
       .lower(
-        _with_sharding(variable_shapes(self._model, settings.data.image_size), self._replicated),
+        _with_sharding(variable_shapes(model, settings.data.image_size), self._replicated),
         self._batch_shapes(settings.train.eval_batch_size),
         self._levels_shapes(quantized_weights, quantized_acts),
       )
@@ -207,7 +229,7 @@ class Programs:
       return jax.jit(steps.calibrate_weights, out_shardings=self._replicated).lower(sharded(self._params)).compile()
 
     def calibrate(variables, image, key):
-      return steps.calibrate_acts(self._model, variables, image, self._facts.normalization, key)
+      return steps.calibrate_acts(self._model, variables, image, self._normalization, key)
 
     image = self._batch_shapes(settings.train.batch_size)["image"]
     variables = sharded(variable_shapes(self._model, settings.data.image_size))

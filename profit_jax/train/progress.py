@@ -29,14 +29,37 @@ class PhaseRecord:
 
 @dataclasses.dataclass(kw_only=True)
 class Best:
-  """The best evaluation so far: of the target bits, or of the full-precision phase."""
+  """The best evaluation so far: of the target bits, or in full precision."""
 
-  epoch: int  # over the whole run, from 1
+  epoch: int  # over the whole run, from 1; 0 is before training
   phase: int
   top1: float
   top5: float
   weights: str  # raw or ema
   examples: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+  """What the weights files of a run are worth before training, in full precision; top-1 and top-5 in percent.
+
+  Attributes:
+    source: whose names the student's file has; None from random weights, and then so are its scores.
+    new_head: its classifier starts at random.
+    top1: of the student as configured.
+    top5: likewise.
+    file_top1: of the student with the padding of its file's own code, where that is another.
+    teacher_top1: of a teacher with a file of its own.
+    examples: evaluated.
+  """
+
+  source: str | None = None
+  new_head: bool = False
+  top1: float | None = None
+  top5: float | None = None
+  file_top1: float | None = None
+  teacher_top1: float | None = None
+  examples: int = 0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -64,7 +87,9 @@ class Progress:
     epochs: every epoch so far.
     records: the finished phases.
     best: at the plan's last bits, or None before them.
-    full_precision: the best of the full-precision phase, or None without one.
+    full_precision: the best of the first weights, where they came from a file, and of the full-precision phase; None
+      without either.
+    start: what the weights files were worth before training; None without any.
   """
 
   phase: int = 1
@@ -78,6 +103,7 @@ class Progress:
   records: list[PhaseRecord] = dataclasses.field(default_factory=list)
   best: Best | None = None
   full_precision: Best | None = None
+  start: Start | None = None
 
   def to_dict(self) -> dict[str, Any]:
     """Plain values."""
@@ -89,6 +115,6 @@ class Progress:
     values = dict(values)
     values["epochs"] = [EpochRecord(**record) for record in values["epochs"]]
     values["records"] = [PhaseRecord(**record) for record in values["records"]]
-    for name in ("best", "full_precision"):
-      values[name] = Best(**values[name]) if values[name] else None
+    for name, kind in (("best", Best), ("full_precision", Best), ("start", Start)):
+      values[name] = kind(**values[name]) if values[name] else None
     return cls(**values)

@@ -39,6 +39,7 @@ def make_train_step(
   ema_rate: float,
   teacher_model: nn.Module | None = None,
   teacher_batch_statistics: bool = True,
+  teacher_normalization: Normalization | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics, aiwq.AiwqState | None]]:
   """A training step, and a sampling step when it is given an `AiwqState`; not yet jitted.
 
@@ -60,6 +61,7 @@ def make_train_step(
     teacher_model: its module, where a teacher is used.
     teacher_batch_statistics: the teacher normalizes with the batch's statistics, as in the reference, else with its
       running ones.
+    teacher_normalization: of the images that the teacher sees; None is the student's.
   """
 
   def step(state, batch, levels, learning_rate, key, teacher, sampling):
@@ -67,8 +69,9 @@ def make_train_step(
     teacher_logits = None
     if teacher is not None:
       # Its running statistics are its file's: what the batch would make of them is thrown away.
+      taught = normalize(batch["image"], teacher_normalization or normalization)
       teacher_logits, _ = teacher_model.apply(
-        teacher, image, Levels(), teacher_batch_statistics, mutable=["batch_stats"], rngs={"dropout": key}
+        teacher, taught, Levels(), teacher_batch_statistics, mutable=["batch_stats"], rngs={"dropout": key}
       )
 
     def loss_fn(params):

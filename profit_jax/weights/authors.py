@@ -1,24 +1,14 @@
-"""Weights under the names of the authors' PyTorch code (github EunhyeokPark/PROFIT).
+"""The names of the authors' PyTorch code (github EunhyeokPark/PROFIT).
 
-The full-precision tensors of MobileNet-v2 have torchvision's names there, so a torchvision file is this file without
-quantizer scalars.
+Their `Q_Sequential` numbers the modules in it, except that a quantizer of its input (symmetric, or h-swish at the front) is
+called `-N`, N being the number of the module after it.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection
 
-import numpy as np
-from flax import traverse_util
+from profit_jax.weights.naming import Naming, Path, blocks_of
 
-from profit_jax.settings import ConfigError
-from profit_jax.weights.layout import TORCH_LEAF, from_torch, torch_shape
-
-Variables = dict[str, Any]
-Path = tuple[str, ...]
-
-# A block's modules by their place in the authors' `conv` sequence; the first block has no expansion, so that all of its
-# places are one lower.
-_BLOCK_PLACES = {
+_V2_BLOCK = {
   "input_quant": "-0",
   "expand_conv": "0.0",
   "expand_norm": "0.1",
@@ -29,14 +19,15 @@ _BLOCK_PLACES = {
   "project_conv": "2",
   "project_norm": "3",
 }
-_FIRST_BLOCK_PLACES = {
+# The first block has no expansion, so that all of its places are one lower.
+_V2_FIRST_BLOCK = {
   "depthwise_conv": "0.0",
   "depthwise_norm": "0.1",
   "depthwise_quant": "0.2",
   "project_conv": "1",
   "project_norm": "2",
 }
-_MOBILENET_V2_PLACES = {
+_V2 = {
   "stem_conv": "features.0.0",
   "stem_norm": "features.0.1",
   "stem_quant": "features.0.2",
@@ -47,67 +38,64 @@ _MOBILENET_V2_PLACES = {
   "classifier": "classifier.1",
 }
 
-
-def mobilenet_v2_name(path: Path) -> str:
-  """The authors' name of a MobileNet-v2 layer: `("block01", "expand_conv")` -> `features.2.conv.0.0`."""
-  if len(path) == 1:
-    return _MOBILENET_V2_PLACES[path[0]]
-  block, layer = int(path[0].removeprefix("block")), path[1]
-  places = _FIRST_BLOCK_PLACES if block == 0 else _BLOCK_PLACES
-  return f"features.{block + 1}.conv.{places[layer]}"
+# Squeeze-excite has a place of its own also where there is none.
+_V3_BLOCK = ("expand_conv", "expand_norm", "expand_quant", "depthwise_conv", "depthwise_norm", "squeeze_excite")
+_V3_BLOCK += ("depthwise_quant", "project_conv", "project_norm")
+_V3_SQUEEZE_EXCITE = {"input_quant": "fc.-0", "reduce": "fc.0", "reduce_quant": "fc.1", "expand": "fc.2"}
 
 
-LAYER_NAMES = {"mobilenet_v2": mobilenet_v2_name}
-
-
-def tensor_names(model: str, variables: Variables) -> dict[Path, str]:
-  """Our path (collection first) -> the authors' tensor name, for every leaf of a model's variables."""
-  layer_name = LAYER_NAMES[model]
-  return {path: f"{layer_name(path[1:-1])}.{TORCH_LEAF[path[-1]]}" for path in traverse_util.flatten_dict(variables)}
-
-
-def import_variables(
-  model: str, template: Variables, tensors: Mapping[str, np.ndarray], source: str, *, dtype: Any = np.float32
-) -> tuple[Variables, bool]:
-  """Fills a model's variables from tensors under the authors' names; strict.
-
-  Args:
-    model: a key of `LAYER_NAMES`.
-    template: the variables' shapes (arrays or `jax.ShapeDtypeStruct`), `params` and `batch_stats`.
-    tensors: the file's content. torch's `num_batches_tracked` counters are passed over; quantizer scalars may be absent
-      all together (a full-precision file), never in part.
-    source: what to call the file in a message.
-    dtype: of the result.
-
-  Returns:
-    The variables, and whether the quantizers' scalars came from the file. Where they did not, they are 1.
-
-  Raises:
-    ConfigError: listing every missing, unexpected or misshapen tensor.
-  """
-  names = tensor_names(model, template)
-  given = {name: np.asarray(value) for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
-  quantizers = {path for path in names if path[-1] in ("quant_a", "quant_c")}
-  with_quantizers = any(names[path] in given for path in quantizers)
-  expected = {path: name for path, name in names.items() if with_quantizers or path not in quantizers}
-
-  problems = [f"unexpected: {name} {given[name].shape}" for name in sorted(given.keys() - set(expected.values()))]
-  leaves = {}
-  for path, leaf in traverse_util.flatten_dict(template).items():
-    if path not in expected:
-      leaves[path] = np.full(leaf.shape, np.log(np.expm1(1.0)), dtype)
-      continue
-    name, shape = names[path], torch_shape(path[-1], leaf.shape)
-    if name not in given:
-      problems.append(f"missing: {name} {shape}")
-    elif given[name].shape != shape:
-      problems.append(f"wrong shape: {name} is {given[name].shape}, must be {shape}")
+def mobilenet_v2_names(layers: Collection[Path]) -> dict[Path, str]:
+  """Our layers of MobileNet-v2 -> theirs: `("block01", "expand_conv")` -> `features.2.conv.0.0`."""
+  names = {}
+  for layer in layers:
+    if len(layer) == 1:
+      names[layer] = _V2[layer[0]]
     else:
-      leaves[path] = from_torch(path[-1], given[name]).astype(dtype)
-  if problems:
-    listing = "\n  ".join(problems)
-    raise ConfigError(
-      f"{source} does not hold the weights of {model} as configured ({len(problems)} of {len(names)} tensors differ). "
-      f"Nothing was loaded. Use the matching file, model.width and number of classes.\n  {listing}"
-    )
-  return traverse_util.unflatten_dict(leaves), with_quantizers
+      index = int(layer[0].removeprefix("block"))
+      places = _V2_FIRST_BLOCK if index == 0 else _V2_BLOCK
+      names[layer] = f"features.{index + 1}.conv.{places[layer[1]]}"
+  return names
+
+
+def mobilenet_v3_names(layers: Collection[Path]) -> dict[Path, str]:
+  """Our layers of MobileNet-v3 -> theirs: `("block03", "squeeze_excite", "reduce")` -> `features.4.conv.5.fc.0`."""
+  blocks = blocks_of(layers)
+  last = len(blocks) + 1
+  single = {
+    "stem_conv": "features.0.0",
+    "stem_norm": "features.0.1",
+    "head_input_quant": f"features.-{last}",
+    "head_conv": f"features.{last}.0",
+    "head_norm": f"features.{last}.1",
+    "head_quant": "classifier.-0",
+    "pre_classifier": "classifier.0",
+    "pre_classifier_quant": "classifier.1",
+    "classifier": "classifier.3",  # 2 is the dropout
+  }
+  names = {(layer,): name for layer, name in single.items()}
+  for block, inside in blocks.items():
+    order = _V3_BLOCK if ("expand_conv",) in inside else _V3_BLOCK[3:]
+    prefix = f"features.{int(block.removeprefix('block')) + 1}.conv"
+    names[block, "input_quant"] = f"{prefix}.-0"
+    for place, layer in enumerate(order):
+      if layer == "squeeze_excite":
+        names |= {(block, layer, part): f"{prefix}.{place}.{name}" for part, name in _V3_SQUEEZE_EXCITE.items()}
+      else:
+        names[block, layer] = f"{prefix}.{place}"
+  return {layer: names[layer] for layer in layers}
+
+
+_V2_SETTINGS = {"activation": "relu", "bn_epsilon": 1e-5}
+_V3_SETTINGS = {"squeeze_excite": "before", "bn_epsilon": 1e-5, "pad_value": -0.375, "channel_rounding": "up"}
+
+
+def _naming(layer_names, settings):
+  return Naming(source="authors", layer_names=layer_names, settings=settings, quantizers=True)
+
+
+# MobileNet-v3 small is not in their code; their class gives it these names when it is handed the small table.
+NAMINGS = {
+  "mobilenet_v2": _naming(mobilenet_v2_names, _V2_SETTINGS),
+  "mobilenet_v3_large": _naming(mobilenet_v3_names, _V3_SETTINGS),
+  "mobilenet_v3_small": _naming(mobilenet_v3_names, _V3_SETTINGS),
+}

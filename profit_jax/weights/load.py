@@ -1,35 +1,187 @@
-"""Weights files: `.npz` under the authors' names."""
+"""From a weights file to a model's variables: strict, nothing is guessed and nothing left over."""
 
-import zipfile
-import zlib
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
-from profit_jax.settings import ConfigError
-from profit_jax.weights.authors import import_variables
+from profit_jax.models import REGISTRY, variable_shapes
+from profit_jax.settings import ConfigError, ModelSettings
+from profit_jax.weights import authors, timm, torchvision
+from profit_jax.weights.files import read_tensors, run_settings
+from profit_jax.weights.naming import QUANTIZER_LEAVES, Naming, OwnNaming, Path
+
+Variables = dict[str, Any]
+
+HEAD = "classifier"  # the layer that depends on the number of classes
+_RAW_ONE = np.log(np.expm1(1.0))  # the raw value of a quantizer's scalar that is 1
+
+# Of equally good names the first counts: without quantizer scalars, the authors' MobileNet-v2 is torchvision's.
+_SOURCES = (torchvision.NAMINGS, timm.NAMINGS, authors.NAMINGS)
 
 
-def load_variables(path: str, model: str, template: Any) -> Any:
-  """A model's variables from a file; strict, see `authors.import_variables`.
+def namings(model: str) -> dict[str, Naming]:
+  """The namings that a model is known by, by source."""
+  known = [source[model] for source in _SOURCES if model in source] + [OwnNaming()]
+  return {naming.source: naming for naming in known}
+
+
+class Loaded(NamedTuple):
+  """What a file gave.
+
+  Attributes:
+    variables: `params` and `batch_stats`.
+    source: whose names the file has.
+    settings: of `config.model`, with which the source's own code, or the run that it comes from, computes.
+    quantizers: whether its quantizer scalars came with it; they are 1 otherwise.
+  """
+
+  variables: Variables
+  source: str
+  settings: Mapping[str, Any]
+  quantizers: bool
+
+
+def load_variables(
+  path: str,
+  model: str,
+  template: Variables,
+  *,
+  role: Literal["student", "teacher"] = "student",
+  new_head: Variables | None = None,
+) -> Loaded:
+  """Reads a model's variables from a file; see `files.read_tensors` and `import_variables`.
 
   Raises:
-    ConfigError: no such file, another format, or tensors that are not this model's.
+    ConfigError: no such file, a damaged one, or tensors that are not this model's.
   """
-  file_path = epath.Path(path)
-  if not file_path.exists():
-    raise ConfigError(f"The weights file {path!r} does not exist. Give the path of an .npz file.")
-  if not path.endswith(".npz"):
-    raise ConfigError(f"The weights file {path!r} has an unknown format: it must be .npz.")
-  try:
-    # No pickles: a weights file must not be able to run code.
-    with file_path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-      tensors = {name: file[name] for name in file.files}
-  except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-    raise ConfigError(f"The weights file {path!r} cannot be read as .npz: {error}.") from error
-  odd = [name for name, tensor in tensors.items() if not np.issubdtype(tensor.dtype, np.number)]
-  if odd:
-    raise ConfigError(f"The weights file {path!r} has tensors that are not numbers: {', '.join(odd)}.")
-  variables, _ = import_variables(model, template, tensors, path)
-  return variables
+  loaded = import_variables(model, template, read_tensors(path), path, role=role, new_head=new_head)
+  if epath.Path(path).is_dir():
+    # What the model's other sources find worth telling, as that run had it.
+    telling = {name for naming in namings(model).values() for name in naming.settings}
+    loaded = loaded._replace(settings={name: run_settings(path)[name] for name in sorted(telling)})
+  return loaded
+
+
+def import_variables(
+  model: str,
+  template: Variables,
+  tensors: Mapping[str, np.ndarray],
+  source: str,
+  *,
+  role: Literal["student", "teacher"] = "student",
+  new_head: Variables | None = None,
+  dtype: Any = np.float32,
+) -> Loaded:
+  """Fills a model's variables from tensors under the names of any source that knows the model.
+
+  Args:
+    model: a name of the registry.
+    template: the variables' shapes (arrays or `jax.ShapeDtypeStruct`), `params` and `batch_stats`.
+    tensors: the file's content, floating point of any size. torch's `num_batches_tracked` counters are passed over;
+      quantizer scalars may be absent all together (a full-precision file), never in part.
+    source: what to call the file in a message.
+    role: whose weights they are, for the message.
+    new_head: variables whose classifier is taken; what the file has for it, of any shape, is passed over.
+    dtype: of the result.
+
+  Raises:
+    ConfigError: listing every missing, unexpected or misshapen tensor and every one that is not finite floating point.
+  """
+  shapes = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(template).items()}
+  given = {name: np.asarray(value) for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+  naming, names = _recognise(model, shapes, given)
+
+  scalars = {name for path, name in names.items() if path[-1] in QUANTIZER_LEAVES} & given.keys()
+  # The authors' files from before quantization have scalars that nobody has set: whatever stood in that memory.
+  quantizers = bool(scalars) and all(_is_finite(given[name]) for name in scalars)
+  passed_over = set() if quantizers else set(scalars)
+  expected = {path: name for path, name in names.items() if quantizers or path[-1] not in QUANTIZER_LEAVES}
+  leaves = {path: np.full(shape, _RAW_ONE, dtype) for path, shape in shapes.items() if path[-1] in QUANTIZER_LEAVES}
+  if new_head is not None:
+    head = {path: leaf for path, leaf in traverse_util.flatten_dict(new_head).items() if path[1] == HEAD}
+    leaves |= {path: np.asarray(leaf, dtype) for path, leaf in head.items()}
+    passed_over |= {expected.pop(path) for path in head if path in expected}
+
+  found = given.keys() - passed_over
+  problems = {name: f"unexpected: {name} {given[name].shape}" for name in sorted(found - set(expected.values()))}
+  for path, name in expected.items():
+    shape = naming.tensor_shape(path, shapes[path])
+    if name not in found:
+      problems[name] = f"missing: {name} {shape}"
+    elif given[name].shape != shape:
+      problems[name] = f"wrong shape: {name} is {given[name].shape}, must be {shape}"
+    elif not _is_float(given[name]):
+      problems[name] = f"wrong type: {name} is {given[name].dtype}, must be floating point"
+    elif not _is_finite(given[name]):
+      problems[name] = f"not finite: {name} has NaN or infinite values"
+    else:
+      leaves[path] = naming.read(path, given[name], shapes[path]).astype(dtype)
+  if problems:
+    head_names = {name for path, name in expected.items() if path[1] == HEAD}
+    advice = _advice(model, template, given, role, only_head=problems.keys() <= head_names)
+    listing = "\n  ".join(problems.values())
+    raise ConfigError(
+      f"{source} does not hold the weights of {model} as configured ({naming.source} names; {len(problems)} of "
+      f"{len(expected)} tensors differ). Nothing was loaded. {advice}\n  {listing}"
+    )
+  ordered = {path: leaves[path] for path in shapes}
+  return Loaded(traverse_util.unflatten_dict(ordered), naming.source, naming.settings, quantizers)
+
+
+def differing_settings(loaded: Loaded, settings: ModelSettings) -> list[str]:
+  """Where settings differ from those that a file's source computes with, but for the padding.
+
+  A model's own padding is a choice, which training adapts to; the rest are mistakes more often than not.
+  """
+  return [
+    f"{name} = {getattr(settings, name)!r}, but the code behind these weights ({loaded.source}) has {value!r}"
+    for name, value in loaded.settings.items()
+    if name != "pad_value" and not (name == "channel_rounding" and settings.width == 1) and getattr(settings, name) != value
+  ]
+
+
+def _recognise(model: str, paths: Collection[Path], given: Mapping[str, Any]) -> tuple[Naming, dict[Path, str]]:
+  """The naming that explains most of a file's names, and its names for a model's leaves."""
+  candidates = [(naming, naming.tensor_names(paths)) for naming in namings(model).values()]
+  return max(candidates, key=lambda candidate: len(given.keys() & set(candidate[1].values())))
+
+
+def _advice(model: str, template: Variables, given: Mapping[str, Any], role: str, *, only_head: bool) -> str:
+  """What to do about a file that does not fit."""
+  if only_head and role == "teacher":
+    classes = template["params"][HEAD]["bias"].shape[0]
+    return f"Only its number of classes differs: a teacher needs those of the data, {classes}."
+  if only_head:
+    return "Only its number of classes differs: config.init.reset_head=True starts with a new classifier."
+  other = _looks_like(given)
+  if other is not None and other != model:
+    section = "model.name" if role == "student" else "teacher.model"
+    return f"Its names are those of {other}: use that file's model (config.{section}={other}), or another file."
+  section = "model" if role == "student" else "teacher"
+  return f"Use the matching file, config.{section}.width and number of classes."
+
+
+def _looks_like(given: Mapping[str, Any]) -> str | None:
+  """The registered model whose names a file has most in common with; None where there is nothing in common."""
+  scores = {}
+  for model, make in REGISTRY.items():
+    paths = traverse_util.flatten_dict(variable_shapes(make(), 224))
+    for naming in namings(model).values():
+      names = set(naming.tensor_names([path for path in paths if path[-1] not in QUANTIZER_LEAVES]).values())
+      score = len(names & given.keys()) / len(names | given.keys())
+      scores[model] = max(score, scores.get(model, 0.0))
+  best = max(scores, key=scores.get)
+  return best if scores[best] > 0 else None
+
+
+def _is_float(tensor: np.ndarray) -> bool:
+  # ml_dtypes' bfloat16 is no subtype of numpy's floating.
+  return np.issubdtype(tensor.dtype, np.floating) or tensor.dtype == ml_dtypes.bfloat16
+
+
+def _is_finite(tensor: np.ndarray) -> bool:
+  return _is_float(tensor) and bool(np.isfinite(tensor.astype(np.float64)).all())

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from profit_jax.models import REGISTRY, variable_shapes
-from profit_jax.models.mobilenet_v2 import divisible_by_8
+from profit_jax.models.common import divisible_by_8
 from profit_jax.quant.levels import levels
-from profit_jax.weights import authors
+from profit_jax.weights.load import import_variables
 from tests import golden_data
 
 
@@ -17,23 +17,25 @@ from tests import golden_data
 def golden_model():
   model = REGISTRY["mobilenet_v2"](num_classes=10, width=0.5, activation="relu", dropout=0.0)
   tensors = golden_data.tensors(golden_data.load("mobilenet_v2.json"))
-  variables, with_quantizers = authors.import_variables(
-    "mobilenet_v2", variable_shapes(model, 64), tensors, "golden", dtype=np.float64
-  )
-  assert with_quantizers
-  return model, variables
+  loaded = import_variables("mobilenet_v2", variable_shapes(model, 64), tensors, "golden", dtype=np.float64)
+  assert (loaded.source, loaded.quantizers) == ("authors", True)
+  return model, loaded.variables
+
+
+@functools.cache
+def golden_program(mode):
+  model, _ = golden_model()
+  return jax.jit(lambda v, x, steps: model.apply(v, x, steps, mode == "train", mutable=["batch_stats"])[0])
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(("weight_bits", "act_bits"), [(None, None), (None, 8), (8, 8), (4, 4), (3, 3)])
 def test_authors_logits(weight_bits, act_bits, mode):
-  model, variables = golden_model()
+  _, variables = golden_model()
   image = golden_data.images("input:mobilenet_v2", (4, 3, 64, 64))
   expected = golden_data.load("mobilenet_v2.npz")[f"w{weight_bits or 0}a{act_bits or 0}_{mode}"]
   with jax.enable_x64(True):
-    logits, _ = jax.jit(lambda v, x, steps: model.apply(v, x, steps, mode == "train", mutable=["batch_stats"]))(
-      variables, image, levels(weight_bits, act_bits)
-    )
+    logits = golden_program(mode)(variables, image, levels(weight_bits, act_bits))
   assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
 
 

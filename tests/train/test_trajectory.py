@@ -1,6 +1,7 @@
-"""Ten steps of each stage, against the authors' training code."""
+"""A few steps of each stage, against the authors' training code."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from profit_jax.models import REGISTRY, variable_shapes
 from profit_jax.quant.levels import levels
 from profit_jax.train import aiwq, optimizer, steps
 from profit_jax.train.state import create_state
-from profit_jax.weights import authors
+from profit_jax.weights import load
 from tests import golden_data
 
 # stage -> weight bits, act bits, kernels train, layers of the golden's list are frozen
@@ -23,34 +24,46 @@ STAGES = {
   "norm_only_4bit": (4, 4, False, False),
   "frozen_4bit": (4, 4, True, True),
 }
+V2, V3 = "mobilenet_v2", "mobilenet_v3_large"
+OPTIONS = {
+  V2: {"width": 0.25, "activation": "relu"},
+  V3: {"width": 0.75, "squeeze_excite": "before", "channel_rounding": "up", "bn_momentum": 0.9997},
+}
+STEPS = {V2: 10, V3: 3}
+
+
+class Setting(NamedTuple):
+  """A model, the variables of student and teacher, and the authors' names of leaves and layers."""
+
+  model: object
+  student: dict
+  teacher: dict
+  leaf_paths: dict
+  layers: dict
 
 
 @functools.cache
-def setting():
-  shapes = golden_data.load("trajectory_mobilenet_v2.json")["shapes"]
-  model = REGISTRY["mobilenet_v2"](num_classes=10, width=0.25, activation="relu", dropout=0.0)
+def setting(name):
+  shapes = golden_data.load(f"trajectory_{name}.json")["shapes"]
+  model = REGISTRY[name](num_classes=10, dropout=0.0, **OPTIONS[name])
   template = variable_shapes(model, 32)
   student, teacher = (
-    authors.import_variables("mobilenet_v2", template, golden_data.tensors(shapes, prefix), "golden", dtype=np.float64)[0]
+    load.import_variables(name, template, golden_data.tensors(shapes, prefix), "golden", dtype=np.float64).variables
     for prefix in ("", "teacher.")
   )
-  return model, student, teacher, authors.tensor_names("mobilenet_v2", template)
+  names = load.namings(name)["authors"].tensor_names(traverse_util.flatten_dict(template))
+  layers = {their.removesuffix(".weight"): "/".join(path[1:-1]) for path, their in names.items() if path[-1] == "kernel"}
+  return Setting(model, student, teacher, {their: path for path, their in names.items()}, layers)
 
 
 @functools.cache
-def layers():
-  """The authors' layer names -> ours."""
-  return {authors.mobilenet_v2_name(path[1:-1]): "/".join(path[1:-1]) for path in setting()[3] if path[-1] == "kernel"}
-
-
-@functools.cache
-def run(stage):
+def run(name, stage):
   """Every step of a stage, `[(state, metrics, AIWQ state), ...]`, the first entry before the first step."""
   weight_bits, act_bits, train_kernels, freeze = STAGES[stage]
-  model, student, teacher, _ = setting()
-  frozen = golden_data.load("trajectory_mobilenet_v2.json")["frozen"] if freeze else []
+  model, student, teacher, _, layers = setting(name)
+  frozen = golden_data.load(f"trajectory_{name}.json")["frozen"] if freeze else []
   labels = optimizer.label_params(
-    student["params"], train_kernels=train_kernels, frozen=frozenset(layers()[name] for name in frozen)
+    student["params"], train_kernels=train_kernels, frozen=frozenset(layers[layer] for layer in frozen)
   )
   sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
   tx = optimizer.make_optimizer(labels, sgd)
@@ -60,7 +73,7 @@ def run(stage):
     state = create_state(student, ema=True).replace(opt_state=tx.init(student["params"]))
     sampling = aiwq.start(student["params"]) if weight_bits else None
     history = [(state, None, sampling)]
-    for i in range(4 if stage == "full_precision" else 10):
+    for i in range(4 if (name, stage) == (V2, "full_precision") else STEPS[name]):
       batch = {"image": golden_data.images(f"batch:{i}", (8, 3, 32, 32)), "label": golden_data.labels(i, 8)}
       state, metrics, sampling = step(
         state, batch, levels(weight_bits, act_bits), np.float64(0.01), jax.random.key(0), teacher, sampling
@@ -70,10 +83,9 @@ def run(stage):
     return history
 
 
-def norms(variables, names):
-  flat = traverse_util.flatten_dict(variables)
-  ours = {name: path for path, name in setting()[3].items()}
-  return [np.linalg.norm(flat[ours[name]]) for name in names]
+def norms(name, variables, names):
+  flat, paths = traverse_util.flatten_dict(variables), setting(name).leaf_paths
+  return [np.linalg.norm(flat[paths[their]]) for their in names]
 
 
 def expect_losses(golden, prefix, history):
@@ -82,36 +94,46 @@ def expect_losses(golden, prefix, history):
     np.testing.assert_allclose(ours, golden[f"{prefix}{name}"][: len(ours)], rtol=1e-6)
 
 
-def expect(golden, prefix, count, stage):
-  history = run(stage)[: count + 1]
+def expect(golden, prefix, count, name, stage):
+  history = run(name, stage)[: count + 1]
   expect_losses(golden, prefix, history)
   state = history[-1][0]
-  np.testing.assert_allclose(norms(state.variables, golden["names"]), golden[f"{prefix}norm"], rtol=1e-6)
-  np.testing.assert_allclose(norms(state.ema_variables, golden["names"]), golden[f"{prefix}ema/norm"], rtol=1e-6)
+  np.testing.assert_allclose(norms(name, state.variables, golden["names"]), golden[f"{prefix}norm"], rtol=1e-6)
+  np.testing.assert_allclose(norms(name, state.ema_variables, golden["names"]), golden[f"{prefix}ema/norm"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "full_precision"])
-def test_authors_trajectory(stage):
-  golden = golden_data.load("trajectory_mobilenet_v2.npz")
-  expect(golden, f"{stage}/", 10, stage)
-  sampling = run(stage)[-1][2]
+# One stage has all that MobileNet-v3 adds; a program of it takes a minute to compile.
+@pytest.mark.parametrize(
+  ("name", "stage"),
+  [(V2, stage) for stage in STAGES if stage != "full_precision"] + [(V3, "weight_4bit")],
+)
+def test_authors_trajectory(name, stage):
+  golden = golden_data.load(f"trajectory_{name}.npz")
+  expect(golden, f"{stage}/", STEPS[name], name, stage)
+  sampling = run(name, stage)[-1][2]
   if sampling is not None:
-    measured = [float(sampling.metric[layers()[name]]) for name in golden["convs"]]
+    layers = setting(name).layers
+    measured = [float(sampling.metric[layers[layer]]) for layer in golden["convs"]]
     # A layer whose outputs hardly moved has a KL of 0 up to the rounding of its terms: 1e-16, times 0.001, ten times.
-    np.testing.assert_allclose(measured, golden[f"{stage}/aiwq"], rtol=1e-6, atol=1e-18)
+    expected = golden[f"{stage}/aiwq"]
+    # In two layers of MobileNet-v3 the authors' code meets channels that are constant but for rounding (s = 4e-17), and
+    # drops the layers' values; see aiwq.kl_divergence.
+    known = expected != 0
+    assert sum(~known) == {V2: 0, V3: 2}[name]
+    np.testing.assert_allclose(np.asarray(measured)[known], expected[known], rtol=1e-6, atol=1e-18)
 
 
 def test_authors_full_precision_trajectory():
   # Two steps to 1e-6 in everything, and the losses of the first four: the authors' own code does not reproduce more when
   # its input changes in the last digit (tests/golden/README.md).
-  expect(golden_data.load("trajectory_full_precision_2_steps.npz"), "", 2, "full_precision")
+  expect(golden_data.load("trajectory_full_precision_2_steps.npz"), "", 2, V2, "full_precision")
   golden = golden_data.load("trajectory_mobilenet_v2.npz")
-  expect_losses(golden, "full_precision/", run("full_precision"))
+  expect_losses(golden, "full_precision/", run(V2, "full_precision"))
 
 
 def test_frozen_kernels_stay_bit_identical_while_their_quantizers_and_norms_move():
-  before, after = run("frozen_4bit")[0][0], run("frozen_4bit")[-1][0]
-  frozen = {layers()[name] for name in golden_data.load("trajectory_mobilenet_v2.json")["frozen"]}
+  before, after = run(V2, "frozen_4bit")[0][0], run(V2, "frozen_4bit")[-1][0]
+  frozen = {setting(V2).layers[layer] for layer in golden_data.load(f"trajectory_{V2}.json")["frozen"]}
   old, new = (traverse_util.flatten_dict(state.params, sep="/") for state in (before, after))
   for name, value in new.items():
     layer, leaf = name.rsplit("/", 1)
@@ -119,14 +141,14 @@ def test_frozen_kernels_stay_bit_identical_while_their_quantizers_and_norms_move
 
 
 def test_bn_phase_moves_everything_but_kernels():
-  before, after = run("norm_only_4bit")[0][0], run("norm_only_4bit")[-1][0]
+  before, after = run(V2, "norm_only_4bit")[0][0], run(V2, "norm_only_4bit")[-1][0]
   old, new = (traverse_util.flatten_dict(state.params, sep="/") for state in (before, after))
   for name, value in new.items():
     assert np.array_equal(value, old[name]) == name.endswith("/kernel"), name
 
 
 def test_ema_follows_the_formula():
-  start, one, two = (state for state, _, _ in run("full_precision")[:3])
+  start, one, two = (state for state, _, _ in run(V2, "full_precision")[:3])
   expected = jax.tree.map(
     lambda start, one, two: 0.9 * (0.9 * start + 0.1 * one) + 0.1 * two, start.variables, one.variables, two.variables
   )

@@ -1,0 +1,96 @@
+"""MobileNet-v1 (Howard et al., 2017, arXiv 1704.04861) with DuQ quantizers.
+
+The PROFIT paper trains it, the authors' code does not have it: the quantizers stand where their MobileNet-v2 puts them, one
+unsigned quantizer after every ReLU. No shortcut and no linear layer, so none is symmetric.
+"""
+
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.models.common import RELU6_BOUND, divisible_by_8
+from profit_jax.quant.levels import Levels
+
+# Per stage: output channels at width 1, number of blocks.
+STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
+# Strides of the stem and of the first block of each stage: 224 -> 7.
+IMAGENET_STRIDES = (2, 1, 2, 2, 2, 2)
+STEM_CHANNELS = 32
+
+
+class DepthwiseSeparable(nn.Module):
+  """Depthwise 3x3, then 1x1 convolution, each with norm, non-linearity and quantizer.
+
+  Attributes:
+    features: output channels.
+    stride: of the depthwise convolution.
+    activation: relu or relu6.
+    norm: makes a batch normalization, given its name.
+  """
+
+  features: int
+  stride: int
+  activation: Literal["relu", "relu6"]
+  norm: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
+    """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
+    act = getattr(nn, self.activation)
+    x = QuantConv(x.shape[-1], 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
+    x = act(self.norm(name="depthwise_norm")(x, train))
+    x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, levels)
+    x = QuantConv(self.features, name="pointwise_conv")(x, levels)
+    x = act(self.norm(name="pointwise_norm")(x, train))
+    return QuantAct("unsigned", RELU6_BOUND, name="pointwise_quant")(x, levels)
+
+
+class MobileNetV1(nn.Module):
+  """MobileNet-v1.
+
+  Attributes:
+    num_classes: size of the head.
+    width: multiplies the channels of every layer.
+    strides: of the stem and of the five stages; () is the published ones.
+    activation: `relu6` is what timm's weights were trained with.
+    dropout: rate before the classifier.
+    bn_momentum: share of the old running statistics that a step keeps.
+    bn_epsilon: added to variances.
+  """
+
+  num_classes: int = 1000
+  width: float = 1.0
+  strides: tuple[int, ...] = ()
+  activation: Literal["relu", "relu6"] = "relu6"
+  dropout: float = 0.0
+  bn_momentum: float = 0.9
+  bn_epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
+    """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
+    norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
+    strides = self.strides or IMAGENET_STRIDES
+    x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
+    x = getattr(nn, self.activation)(norm(name="stem_norm")(x, train))
+    x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
+
+    index = 0
+    for (channels, blocks), stage_stride in zip(STAGES, strides[1:], strict=True):
+      for position in range(blocks):
+        x = DepthwiseSeparable(
+          features=divisible_by_8(channels * self.width),
+          stride=stage_stride if position == 0 else 1,
+          activation=self.activation,
+          norm=norm,
+          name=f"block{index:02d}",
+        )(x, levels, train)
+        index += 1
+
+    x = jnp.mean(x, axis=(1, 2))
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return QuantDense(self.num_classes, name="classifier")(x, levels)

@@ -1,0 +1,257 @@
+"""MobileNet-v3, large and small (Howard et al., ICCV 2019, arXiv 1905.02244) with DuQ quantizers and negative padding.
+
+A symmetric quantizer stands before every expansion, before the last convolution and before each squeeze; one of the kind of
+the non-linearity after each of these. The first block has no expansion and quantizes the stem's h-swish output. A depthwise
+convolution whose input is quantized after h-swish pads with -3/8 (PROFIT section 3.3).
+
+Two layouts are about, and the fields reproduce both exactly:
+
+|                  | the authors'                          | torchvision's, timm's                |
+|------------------|---------------------------------------|--------------------------------------|
+| squeeze_excite   | before (the non-linearity)            | after                                |
+| bn_epsilon       | 1e-5                                  | 1e-3 (torchvision), 1e-5 (timm)      |
+| pad_value        | -3/8                                  | 0                                    |
+| channel_rounding | up                                    | nearest                              |
+
+In both, what is quantized is the input of the next convolution. After h-swish and a squeeze-excite in (0, 1) the minimum is
+still -3/8 or above, so the h-swish quantizer covers either order.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
+from profit_jax.quant.duq import HSWISH_MINIMUM, Kind
+from profit_jax.quant.levels import Levels
+
+# torch's kaiming_uniform_(mode="fan_out") with gain 1, which the authors start their dense layers from.
+_dense_init = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
+
+
+class BlockSpec(NamedTuple):
+  """A row of the paper's tables 1 and 2; channels at width 1."""
+
+  kernel_size: int
+  hidden: int
+  channels: int
+  squeeze_excite: bool
+  hswish: bool
+
+
+class Variant(NamedTuple):
+  """A member of the family.
+
+  Attributes:
+    stages: blocks by stage; only a stage's first block has a stride.
+    strides: the published ones, of the stem and of each stage.
+    pre_classifier: channels of the dense layer before the classifier, at width 1.
+  """
+
+  stages: tuple[tuple[BlockSpec, ...], ...]
+  strides: tuple[int, ...]
+  pre_classifier: int
+
+
+STEM_CHANNELS = 16
+HEAD_EXPANSION = 6  # of the last convolution, over the last block's channels
+SQUEEZE = 4  # channels over squeezed channels
+
+_SE, _HS = True, True
+VARIANTS = {
+  "large": Variant(
+    stages=(
+      (BlockSpec(3, 16, 16, False, False),),
+      (BlockSpec(3, 64, 24, False, False), BlockSpec(3, 72, 24, False, False)),
+      (BlockSpec(5, 72, 40, _SE, False), BlockSpec(5, 120, 40, _SE, False), BlockSpec(5, 120, 40, _SE, False)),
+      (
+        BlockSpec(3, 240, 80, False, _HS),
+        BlockSpec(3, 200, 80, False, _HS),
+        BlockSpec(3, 184, 80, False, _HS),
+        BlockSpec(3, 184, 80, False, _HS),
+      ),
+      (BlockSpec(3, 480, 112, _SE, _HS), BlockSpec(3, 672, 112, _SE, _HS)),
+      (BlockSpec(5, 672, 160, _SE, _HS), BlockSpec(5, 960, 160, _SE, _HS), BlockSpec(5, 960, 160, _SE, _HS)),
+    ),
+    strides=(2, 1, 2, 2, 2, 1, 2),
+    pre_classifier=1280,
+  ),
+  "small": Variant(
+    stages=(
+      (BlockSpec(3, 16, 16, _SE, False),),
+      (BlockSpec(3, 72, 24, False, False), BlockSpec(3, 88, 24, False, False)),
+      (BlockSpec(5, 96, 40, _SE, _HS), BlockSpec(5, 240, 40, _SE, _HS), BlockSpec(5, 240, 40, _SE, _HS)),
+      (BlockSpec(5, 120, 48, _SE, _HS), BlockSpec(5, 144, 48, _SE, _HS)),
+      (BlockSpec(5, 288, 96, _SE, _HS), BlockSpec(5, 576, 96, _SE, _HS), BlockSpec(5, 576, 96, _SE, _HS)),
+    ),
+    strides=(2, 2, 2, 2, 1, 2),
+    pre_classifier=1024,
+  ),
+}
+
+
+def _nonlinearity(hswish: bool) -> tuple[Any, Kind]:
+  """A non-linearity and the kind of the quantizer after it."""
+  return (nn.hard_swish, "hswish") if hswish else (nn.relu, "unsigned")
+
+
+class SqueezeExcite(nn.Module):
+  """Scales each channel by a number in [0, 1] that two dense layers make of the channels' means.
+
+  Attributes:
+    squeezed: channels between the two.
+  """
+
+  squeezed: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
+    """`[N, H, W, C]` -> the same."""
+    scale = jnp.mean(x, axis=(1, 2))
+    scale = QuantAct("symmetric", name="input_quant")(scale, levels)
+    scale = nn.relu(QuantDense(self.squeezed, _dense_init, name="reduce")(scale, levels))
+    scale = QuantAct("unsigned", name="reduce_quant")(scale, levels)
+    scale = nn.hard_sigmoid(QuantDense(x.shape[-1], _dense_init, name="expand")(scale, levels))
+    return x * scale[:, None, None, :]
+
+
+class Block(nn.Module):
+  """1x1 expansion, depthwise convolution, squeeze-excite, 1x1 projection; the input is added where the shapes agree.
+
+  Attributes:
+    kernel_size: of the depthwise convolution.
+    hidden: its channels; equal to the input's, there is no expansion.
+    features: output channels.
+    stride: of the depthwise convolution.
+    squeezed: channels inside squeeze-excite; 0 without.
+    hswish: the non-linearities are h-swish, else ReLU.
+    hswish_input: the block's input comes from h-swish.
+    squeeze_excite: before or after the depthwise convolution's non-linearity.
+    pad_value: of a depthwise convolution whose input comes from h-swish.
+    norm: makes a batch normalization, given its name.
+  """
+
+  kernel_size: int
+  hidden: int
+  features: int
+  stride: int
+  squeezed: int
+  hswish: bool
+  hswish_input: bool
+  squeeze_excite: Literal["before", "after"]
+  pad_value: float
+  norm: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
+    """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
+    act, kind = _nonlinearity(self.hswish)
+    shortcut, expands = x, self.hidden != x.shape[-1]
+    after_hswish = self.hswish if expands else self.hswish_input
+
+    x = QuantAct("hswish" if self.hswish_input else "symmetric", name="input_quant")(x, levels)
+    if expands:
+      x = QuantConv(self.hidden, name="expand_conv")(x, levels)
+      x = act(self.norm(name="expand_norm")(x, train))
+      x = QuantAct(kind, name="expand_quant")(x, levels)
+    x = QuantConv(
+      self.hidden,
+      self.kernel_size,
+      self.stride,
+      depthwise=True,
+      pad_value=self.pad_value if after_hswish else 0.0,
+      name="depthwise_conv",
+    )(x, levels)
+    x = self.norm(name="depthwise_norm")(x, train)
+    if self.squeezed:
+      squeeze_excite = SqueezeExcite(self.squeezed, name="squeeze_excite")
+      x = act(squeeze_excite(x, levels)) if self.squeeze_excite == "before" else squeeze_excite(act(x), levels)
+    else:
+      x = act(x)
+    x = QuantAct(kind, name="depthwise_quant")(x, levels)
+    x = QuantConv(self.features, name="project_conv")(x, levels)
+    x = self.norm(name="project_norm")(x, train)
+    return x + shortcut if x.shape == shortcut.shape else x
+
+
+class MobileNetV3(nn.Module):
+  """MobileNet-v3.
+
+  Attributes:
+    variant: `large` or `small`.
+    num_classes: size of the head.
+    width: multiplies the channels of every layer.
+    strides: of the stem and of the stages; () is the published ones.
+    dropout: rate before the classifier.
+    bn_momentum: share of the old running statistics that a step keeps (0.9997 in the authors' code).
+    bn_epsilon: added to variances.
+    squeeze_excite: before or after the depthwise convolution's non-linearity.
+    pad_value: what depthwise convolutions after h-swish pad with, -3/8 or 0.
+    channel_rounding: of scaled channels to a multiple of 8: nearest (torchvision), or up (the authors).
+  """
+
+  variant: Literal["large", "small"]
+  num_classes: int = 1000
+  width: float = 1.0
+  strides: tuple[int, ...] = ()
+  dropout: float = 0.2
+  bn_momentum: float = 0.9
+  bn_epsilon: float = 1e-5
+  squeeze_excite: Literal["before", "after"] = "after"
+  pad_value: float = HSWISH_MINIMUM
+  channel_rounding: Literal["nearest", "up"] = "nearest"
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
+    """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
+    norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
+    variant = VARIANTS[self.variant]
+    strides = self.strides or variant.strides
+
+    x = QuantConv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(x, levels)
+    x = nn.hard_swish(norm(name="stem_norm")(x, train))
+
+    index = 0
+    for stage, stage_stride in zip(variant.stages, strides[1:], strict=True):
+      for position, spec in enumerate(stage):
+        hidden = self._channels(spec.hidden)
+        x = Block(
+          kernel_size=spec.kernel_size,
+          hidden=hidden,
+          features=self._channels(spec.channels),
+          stride=stage_stride if position == 0 else 1,
+          squeezed=self._squeezed(hidden) if spec.squeeze_excite else 0,
+          hswish=spec.hswish,
+          hswish_input=index == 0,
+          squeeze_excite=self.squeeze_excite,
+          pad_value=self.pad_value,
+          norm=norm,
+          name=f"block{index:02d}",
+        )(x, levels, train)
+        index += 1
+
+    x = QuantAct("symmetric", name="head_input_quant")(x, levels)
+    x = QuantConv(self._head_channels(variant), name="head_conv")(x, levels)
+    x = nn.hard_swish(norm(name="head_norm")(x, train))
+    x = jnp.mean(x, axis=(1, 2))
+    x = QuantAct("hswish", name="head_quant")(x, levels)
+    features = self._channels(variant.pre_classifier)
+    x = nn.hard_swish(QuantDense(features, _dense_init, name="pre_classifier")(x, levels))
+    x = QuantAct("hswish", name="pre_classifier_quant")(x, levels)
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return QuantDense(self.num_classes, _dense_init, name="classifier")(x, levels)
+
+  def _channels(self, channels: int) -> int:
+    return (up_to_multiple_of_8 if self.channel_rounding == "up" else divisible_by_8)(channels * self.width)
+
+  def _squeezed(self, hidden: int) -> int:
+    return up_to_multiple_of_8(hidden / SQUEEZE) if self.channel_rounding == "up" else divisible_by_8(hidden // SQUEEZE)
+
+  def _head_channels(self, variant: Variant) -> int:
+    last = variant.stages[-1][-1].channels
+    # torchvision multiplies the rounded channels, the authors round the multiplied ones.
+    return self._channels(HEAD_EXPANSION * last) if self.channel_rounding == "up" else HEAD_EXPANSION * self._channels(last)

@@ -1,0 +1,118 @@
+"""ResNet-18, -50 and -101 (He et al., CVPR 2016, arXiv 1512.03385) in full precision: teachers.
+
+A bottleneck's stride stands on its 3x3 convolution, as in torchvision's and timm's weights.
+"""
+
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from profit_jax.layers import BatchNorm
+from profit_jax.quant.levels import Levels
+
+# Blocks per stage, and whether they are bottlenecks.
+DEPTHS = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True), 101: ((3, 4, 23, 3), True)}
+# Strides of the stem, of the max-pooling and of the first block of each stage: 224 -> 7.
+IMAGENET_STRIDES = (2, 2, 1, 2, 2, 2)
+STEM_CHANNELS = 64
+BOTTLENECK_EXPANSION = 4
+
+_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _conv(x: jax.Array, features: int, kernel_size: int, stride: int, name: str) -> jax.Array:
+  """A convolution without bias, padded by `(k - 1) / 2` on every side."""
+  margin = (kernel_size - 1) // 2
+  return nn.Conv(
+    features,
+    (kernel_size, kernel_size),
+    stride,
+    padding=margin,
+    use_bias=False,
+    dtype=x.dtype,
+    kernel_init=_init,
+    name=name,
+  )(x)
+
+
+class ResidualBlock(nn.Module):
+  """Two 3x3 convolutions, or the bottleneck 1x1, 3x3, 1x1, beside a shortcut.
+
+  Attributes:
+    features: channels of the 3x3 convolutions; a bottleneck gives four times as many.
+    stride: of the first (of a bottleneck, its only) 3x3 convolution.
+    bottleneck: which of the two.
+    norm: makes a batch normalization, given its name.
+  """
+
+  features: int
+  stride: int
+  bottleneck: bool
+  norm: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """`[N, H, W, C]` -> `[N, H / stride, W / stride, features or 4 * features]`."""
+    shortcut, features = x, self.features
+    if self.bottleneck:
+      layers = [(features, 1, 1), (features, 3, self.stride), (BOTTLENECK_EXPANSION * features, 1, 1)]
+    else:
+      layers = [(features, 3, self.stride), (features, 3, 1)]
+    for number, (channels, size, stride) in enumerate(layers, 1):
+      x = self.norm(name=f"norm{number}")(_conv(x, channels, size, stride, f"conv{number}"), train)
+      if number < len(layers):
+        x = nn.relu(x)
+    if shortcut.shape != x.shape:
+      shortcut = _conv(shortcut, x.shape[-1], 1, self.stride, "shortcut_conv")
+      shortcut = self.norm(name="shortcut_norm")(shortcut, train)
+    return nn.relu(x + shortcut)
+
+
+class ResNet(nn.Module):
+  """ResNet in full precision.
+
+  Attributes:
+    depth: 18, 50 or 101.
+    num_classes: size of the head.
+    strides: of the stem, the max-pooling (1 leaves it out) and the four stages; () is the published ones.
+    bn_momentum: share of the old running statistics that a step keeps.
+    bn_epsilon: added to variances.
+  """
+
+  depth: Literal[18, 50, 101]
+  num_classes: int = 1000
+  strides: tuple[int, ...] = ()
+  bn_momentum: float = 0.9
+  bn_epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
+    """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`.
+
+    Raises:
+      ValueError: `levels` that are not full precision.
+    """
+    if levels.weight is not None or levels.act is not None:
+      raise ValueError("ResNet is a teacher in full precision: it has no quantizers")
+    norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
+    blocks, bottleneck = DEPTHS[self.depth]
+    stem_stride, pool_stride, *stage_strides = self.strides or IMAGENET_STRIDES
+
+    x = nn.relu(norm(name="stem_norm")(_conv(x, STEM_CHANNELS, 7, stem_stride, "stem_conv"), train))
+    if pool_stride != 1:
+      x = nn.max_pool(x, (3, 3), (pool_stride, pool_stride), ((1, 1), (1, 1)))
+    for stage, (count, stage_stride) in enumerate(zip(blocks, stage_strides, strict=True)):
+      for position in range(count):
+        x = ResidualBlock(
+          features=STEM_CHANNELS * 2**stage,
+          stride=stage_stride if position == 0 else 1,
+          bottleneck=bottleneck,
+          norm=norm,
+          name=f"stage{stage + 1}_block{position:02d}",
+        )(x, train)
+    x = jnp.mean(x, axis=(1, 2))
+    kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default
+    return nn.Dense(self.num_classes, dtype=x.dtype, kernel_init=kernel_init, name="classifier")(x)

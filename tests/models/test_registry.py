@@ -1,0 +1,132 @@
+"""Every model against the code that its published weights come from, and what the registry checks."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from configs import base
+from profit_jax.data import SOURCES
+from profit_jax.models import REGISTRY, STRIDES, TEACHERS_ONLY, build, check, variable_shapes
+from profit_jax.settings import ConfigError, parse
+from profit_jax.weights.load import import_variables
+from tests import golden_data
+
+ZERO_PAD = {"pad_value": 0.0}
+TORCHVISION_V3 = {"pad_value": 0.0, "bn_epsilon": 1e-3}
+# golden file, key -> model, its options
+PUBLISHED = {
+  ("torchvision", "torchvision_mobilenet_v2"): ("mobilenet_v2", {}),
+  ("torchvision", "torchvision_mobilenet_v3_large"): ("mobilenet_v3_large", TORCHVISION_V3),
+  ("torchvision", "torchvision_resnet101"): ("resnet101", {}),
+  ("importer", "torchvision_resnet18"): ("resnet18", {}),
+  ("importer", "torchvision_mobilenet_v3_small"): ("mobilenet_v3_small", TORCHVISION_V3),
+  ("importer", "torchvision_mobilenet_v2_width035"): ("mobilenet_v2", {"width": 0.35}),
+  ("importer", "torchvision_mobilenet_v3_large_width075"): ("mobilenet_v3_large", {**TORCHVISION_V3, "width": 0.75}),
+  ("importer", "timm_mobilenetv1_100"): ("mobilenet_v1", {}),
+  ("importer", "timm_mobilenetv2_100"): ("mobilenet_v2", {}),
+  ("importer", "timm_mobilenetv3_large_100"): ("mobilenet_v3_large", ZERO_PAD),
+  ("importer", "timm_mobilenetv3_small_100"): ("mobilenet_v3_small", ZERO_PAD),
+}
+
+
+@functools.cache
+def shapes(model):
+  return variable_shapes(REGISTRY[model](), 224)
+
+
+def settings(**changes):
+  config = base.get_config()
+  config.update_from_flattened_dict(changes)
+  return parse(config, REGISTRY, SOURCES)
+
+
+@pytest.mark.parametrize(("file", "key"), PUBLISHED, ids=lambda value: value)
+def test_published_code_has_the_same_logits(file, key):
+  name, options = PUBLISHED[file, key]
+  model = REGISTRY[name](num_classes=10, **options)
+  tensors = golden_data.full_precision_tensors(golden_data.load(f"{file}_shapes.json")[key])
+  loaded = import_variables(name, variable_shapes(model, 64), tensors, "golden", dtype=np.float64)
+  assert loaded.source == key.split("_")[0]
+  with jax.enable_x64(True):
+    logits = jax.jit(model.apply)(loaded.variables, golden_data.images(f"input:{key}", (2, 3, 64, 64)))
+  expected = golden_data.load(f"{file}_logits.npz")[key]
+  assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
+
+
+# As torchvision's and timm's model tables give them, 1000 classes.
+@pytest.mark.parametrize(
+  ("model", "count"),
+  [
+    ("mobilenet_v1", 4_231_976),
+    ("mobilenet_v2", 3_504_872),
+    ("mobilenet_v3_large", 5_483_032),
+    ("mobilenet_v3_small", 2_542_856),
+    ("resnet18", 11_689_512),
+    ("resnet50", 25_557_032),
+    ("resnet101", 44_549_160),
+  ],
+)
+def test_parameter_counts(model, count):
+  params = traverse_util.flatten_dict(shapes(model)["params"])
+  assert sum(np.prod(leaf.shape) for path, leaf in params.items() if not path[-1].startswith("quant")) == count
+
+
+@pytest.mark.parametrize("model", sorted(REGISTRY.keys() - TEACHERS_ONLY))
+def test_every_kernel_is_quantized(model):
+  for path in traverse_util.flatten_dict(shapes(model)["params"]):
+    if path[-1] == "kernel":
+      assert "quant_a" in functools.reduce(lambda tree, name: tree[name], path[:-1], shapes(model)["params"]), path
+
+
+@pytest.mark.parametrize(
+  ("model", "last"), [("mobilenet_v1", "block12"), ("mobilenet_v3_small", "head_norm"), ("resnet18", "stage4_block01")]
+)
+@pytest.mark.parametrize(("strides", "pixels"), [((), 7), ("fewer", 14)])
+def test_strides(model, last, strides, pixels):
+  # The published ones take 224 to 7.
+  strides = (*STRIDES[model][:-1], 1) if strides else ()
+  module = REGISTRY[model](strides=strides)
+  _, sown = jax.eval_shape(
+    lambda key: module.init_with_output(key, np.zeros((1, 224, 224, 3), np.float32), capture_intermediates=True),
+    jax.random.key(0),
+  )
+  assert sown["intermediates"][last]["__call__"][0].shape[1:3] == (pixels, pixels)
+
+
+def test_settings_reach_the_model():
+  changes = {"model.name": "mobilenet_v3_small", "model.squeeze_excite": "before", "model.bn_epsilon": 0.002}
+  model = build(settings(**changes, **{"model.pad_value": 0.0, "model.channel_rounding": "up"}).model, 7)
+  assert (model.squeeze_excite, model.bn_epsilon, model.pad_value, model.num_classes) == ("before", 0.002, 0.0, 7)
+  assert model.channel_rounding == "up"
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model.strides": (2, 1)}, r"config\.model\.strides = \(2, 1\) .* mobilenet_v2 takes 8 numbers"),
+    ({"data.image_size": 16}, r"config\.model\.strides .* it is 32, use fewer 2s"),
+    ({"model.name": "resnet18"}, r"config\.model\.name = 'resnet18' .* has no quantizers"),
+    (
+      {"model.name": "resnet18", "model.width": 0.5, "plan.weight_bits": (), "plan.act_bits": ()},
+      r"config\.model\.width = 0\.5 .* no width multiplier",
+    ),
+    (
+      {"teacher.model": "resnet50", "teacher.weights": "x", "teacher.strides": (1,)},
+      r"config\.teacher\.strides .* resnet50 takes 6 numbers",
+    ),
+  ],
+)
+def test_settings_that_do_not_fit_the_model(changes, message):
+  with pytest.raises(ConfigError, match=message):
+    check(settings(**changes))
+
+
+def test_resnet_refuses_bits():
+  from profit_jax.quant.levels import levels
+
+  model = REGISTRY["resnet18"](num_classes=10)
+  with pytest.raises(ValueError, match="full precision"):
+    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, levels(4, 4)), np.zeros((1, 32, 32, 3), np.float32))

@@ -1,0 +1,138 @@
+"""Strict import: from any source's names, or not at all."""
+
+import functools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from profit_jax.models import REGISTRY, variable_shapes
+from profit_jax.settings import ConfigError
+from profit_jax.weights.load import differing_settings, import_variables, load_variables, namings
+from tests import golden_data
+
+
+@functools.cache
+def template(model="mobilenet_v2", classes=10, **options):
+  if model == "mobilenet_v2":
+    options = {"width": 0.5, **options}
+  return variable_shapes(REGISTRY[model](num_classes=classes, **options), 64)
+
+
+@pytest.fixture
+def tensors():
+  return golden_data.tensors(golden_data.load("mobilenet_v2.json"))
+
+
+def full_precision(tensors):
+  return {name: value for name, value in tensors.items() if name.rsplit(".", 1)[-1] not in ("a", "c")}
+
+
+@pytest.mark.parametrize(
+  ("model", "file", "options"),
+  [("mobilenet_v2", "mobilenet_v2.json", {}), ("mobilenet_v3_large", "mobilenet_v3_large.json", {})],
+)
+def test_names_are_a_bijection_onto_the_authors(model, file, options):
+  from flax import traverse_util
+
+  names = namings(model)["authors"].tensor_names(traverse_util.flatten_dict(template(model, **options)))
+  assert sorted(names.values()) == sorted(golden_data.load(file))
+
+
+def test_a_full_precision_file_has_no_quantizers(tensors, tmp_path):
+  plain = full_precision(tensors)
+  np.savez(tmp_path / "w.npz", **plain, **{"features.0.1.num_batches_tracked": np.array(3)})
+  loaded = load_variables(str(tmp_path / "w.npz"), "mobilenet_v2", template())
+  # The authors' MobileNet-v2 has torchvision's names.
+  assert (loaded.source, loaded.quantizers) == ("torchvision", False)
+  kernel = loaded.variables["params"]["block03"]["depthwise_conv"]["kernel"]
+  np.testing.assert_allclose(kernel[:, :, 0, 5], plain["features.4.conv.1.0.weight"][5, 0], rtol=1e-6)
+  np.testing.assert_allclose(np.logaddexp(loaded.variables["params"]["stem_conv"]["quant_a"], 0), 1.0, rtol=1e-6)
+  assert loaded.variables["params"]["stem_conv"]["kernel"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_floating_types_are_converted(tensors, dtype):
+  given = {name: value.astype(dtype) for name, value in tensors.items()}
+  loaded = import_variables("mobilenet_v2", template(), given, "w.npz")
+  assert loaded.quantizers
+  kernel = loaded.variables["params"]["head_conv"]["kernel"]
+  assert kernel.dtype == np.float32
+  np.testing.assert_array_equal(kernel[0, 0], given["features.18.0.weight"][:, :, 0, 0].T.astype(np.float32))
+
+
+def test_every_wrong_tensor_is_listed(tensors):
+  del tensors["features.0.0.weight"]
+  tensors["surprise"] = np.zeros(3)
+  tensors["classifier.1.bias"] = np.zeros(7)
+  tensors["features.18.1.bias"] = np.arange(1280)
+  tensors["features.18.1.running_var"] = np.full(1280, np.nan)
+  with pytest.raises(ConfigError) as error:
+    import_variables("mobilenet_v2", template(), tensors, "w.npz")
+  message = str(error.value)
+  assert "5 of 472 tensors differ" in message
+  assert "missing: features.0.0.weight (16, 3, 3, 3)" in message
+  assert "unexpected: surprise (3,)" in message
+  assert "wrong shape: classifier.1.bias is (7,), must be (10,)" in message
+  assert "wrong type: features.18.1.bias is int64, must be floating point" in message
+  assert "not finite: features.18.1.running_var" in message
+
+
+def test_quantizers_in_part_are_refused(tensors):
+  del tensors["relu6.a"]
+  with pytest.raises(ConfigError, match=r"missing: relu6\.a"):
+    import_variables("mobilenet_v2", template(), tensors, "w.npz")
+
+
+def test_quantizers_that_nobody_has_set_are_passed_over(tensors):
+  # The authors' code leaves a and c as uninitialized memory until the first quantized phase, and saves them.
+  tensors["relu6.a"] = np.array([np.nan])
+  loaded = import_variables("mobilenet_v2", template(), tensors, "w.npz")
+  assert (loaded.source, loaded.quantizers) == ("authors", False)
+  np.testing.assert_allclose(np.logaddexp(loaded.variables["params"]["head_quant"]["quant_c"], 0), 1.0, rtol=1e-6)
+
+
+def test_a_file_of_another_model_is_named():
+  resnet = golden_data.full_precision_tensors(golden_data.load("torchvision_shapes.json")["torchvision_resnet101"])
+  with pytest.raises(
+    ConfigError, match=r"Nothing was loaded\. Its names are those of resnet101.*config\.model\.name=resnet101"
+  ):
+    import_variables("mobilenet_v2", template(), resnet, "w.pth")
+  with pytest.raises(ConfigError, match=r"config\.teacher\.model=resnet101"):
+    import_variables("resnet50", template("resnet50"), resnet, "w.pth", role="teacher")
+  with pytest.raises(ConfigError, match=r"Use the matching file, config\.model\.width[\s\S]*unexpected: w \(3,\)"):
+    import_variables("mobilenet_v2", template(), {"w": np.zeros(3)}, "w.pth")
+
+
+def test_another_number_of_classes_needs_reset_head(tensors):
+  def loaded(**options):
+    return import_variables("mobilenet_v2", template(classes=7), tensors, "w.npz", **options)
+
+  with pytest.raises(ConfigError, match=r"number of classes differs: config\.init\.reset_head=True"):
+    loaded()
+  with pytest.raises(ConfigError, match="a teacher needs those of the data, 7"):
+    loaded(role="teacher")
+  head = {"kernel": np.full((1280, 7), 0.5), "bias": np.zeros(7), "quant_a": np.array(0.1), "quant_c": np.array(0.2)}
+  params = loaded(new_head={"params": {"classifier": head, "stem_conv": {"kernel": np.zeros(1)}}}).variables["params"]
+  np.testing.assert_array_equal(params["classifier"]["kernel"], head["kernel"])
+  assert params["classifier"]["quant_a"] == np.float32(0.1)
+  np.testing.assert_allclose(params["stem_conv"]["kernel"][0, 0, 0], tensors["features.0.0.weight"][:, 0, 0, 0], rtol=1e-6)
+
+
+def test_a_new_head_does_not_excuse_the_rest(tensors):
+  del tensors["features.0.0.weight"]
+  head = {"params": {"classifier": {"kernel": np.zeros((1280, 7)), "bias": np.zeros(7)}}}
+  with pytest.raises(ConfigError, match=r"1 of \d+ tensors differ[\s\S]*missing: features\.0\.0\.weight"):
+    import_variables("mobilenet_v2", template(classes=7), tensors, "w.npz", new_head=head)
+
+
+def test_settings_of_the_code_behind_a_file(tensors):
+  import types
+
+  given = types.SimpleNamespace(width=1.0, activation="relu6", bn_epsilon=1e-5)
+  authors = import_variables("mobilenet_v2", template(), tensors, "w.npz")
+  torchvision = import_variables("mobilenet_v2", template(), full_precision(tensors), "w.npz")
+  assert differing_settings(torchvision, given) == []
+  assert differing_settings(authors, given) == [
+    "activation = 'relu6', but the code behind these weights (authors) has 'relu'"
+  ]
