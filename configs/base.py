@@ -72,7 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.plan.profit = True  # False: plain fine-tuning at every bit width
   config.plan.profit_bits = (4,)  # weight bit widths at which PROFIT samples AIWQ and freezes
   config.plan.freeze_fractions = (0.0, 1 / 3, 2 / 3)  # share of the convolutions frozen in ft1, ft2, ...
-  config.plan.full_precision_epochs = 15  # phase 1: only with a teacher, or from random weights
+  config.plan.full_precision_epochs = 15  # phase 1: only with a teacher, from random weights, or with a new classifier
   config.plan.finetune_epochs = 15  # of every fine-tuning phase, ft1 to ft3 included
   config.plan.bn_epochs = 5  # of every BN phase
   config.plan.sampling_epochs = 5  # AIWQ is measured, at constant learning rate

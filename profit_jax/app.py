@@ -68,22 +68,30 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
   mesh = make_mesh(settings)
   source = data.load(settings)
   facts = source.facts
-  student = start.load_student(settings, facts.num_classes)
-  teacher = start.load_teacher(settings, student, facts.num_classes)
-  files.claim_workdir(workdir, settings)
-
-  # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
-  from profit_jax.report.tensorboard import TensorBoardObserver
-
   screen = Console(highlight=False)
-  screen.print(f"{plan.summary_line(phases)}; {workdir}")
-  if settings.from_scratch:
-    screen.print("The student starts from random weights (config.init.weights is empty).")
-  for doubt in start.doubts(settings, student, teacher):
-    screen.print(f"WARNING: {doubt}", style="yellow")
   with contextlib.ExitStack() as closing:  # in reverse: the last checkpoints are written whatever else fails
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-    closing.callback(checkpoints.close)
+
+    def open_checkpoints() -> Checkpoints:
+      files.claim_workdir(workdir, settings)
+      opened = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
+      closing.callback(opened.close)
+      return opened
+
+    # A fresh directory is claimed only when what the run starts from has been read.
+    checkpoints = open_checkpoints() if files.is_begun(workdir) else None
+    progress = None if checkpoints is None else checkpoints.restore_progress()
+    student = start.load_student(settings, facts.num_classes, progress)
+    teacher = start.load_teacher(settings, student, facts.num_classes, progress)
+    checkpoints = checkpoints or open_checkpoints()
+
+    # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
+    from profit_jax.report.tensorboard import TensorBoardObserver
+
+    screen.print(f"{plan.summary_line(phases)}; {workdir}")
+    if settings.from_scratch:
+      screen.print("The student starts from random weights (config.init.weights is empty).")
+    for doubt in start.doubts(settings, student, teacher):
+      screen.print(f"WARNING: {doubt}", style="yellow")
     programs = Programs(settings, facts, student.model, teacher.model, mesh, student.file_model)
     closing.callback(programs.close)
     watchers = [console.ConsoleObserver(screen, facts.num_classes), TensorBoardObserver(os.fspath(workdir))]

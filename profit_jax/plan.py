@@ -101,7 +101,7 @@ def plan(settings: Settings) -> tuple[Phase, ...]:
   if not phases:
     raise ConfigError(
       "The plan has no phase: config.plan.weight_bits and config.plan.act_bits are empty, and a full-precision phase runs "
-      "only with a teacher or from random weights. Give at least one bit width."
+      "only with a teacher, from random weights or with a new classifier. Give at least one bit width."
     )
   return phases
 
@@ -124,9 +124,9 @@ class _Builder:
   def build(self) -> tuple[Phase, ...]:
     options, settings = self.options, self.settings
     taught = settings.teacher.model != "none"
-    if taught or settings.from_scratch:
-      # A student from random weights has nothing to learn from itself yet: its teacher is what this phase makes.
-      own_teacher = settings.teacher.model == "self" and settings.from_scratch
+    if taught or settings.new_classifier:
+      # A student with a random classifier has nothing to learn from itself yet: its teacher is what this phase makes.
+      own_teacher = settings.teacher.model == "self" and settings.new_classifier
       self._add("full_precision", "", options.full_precision_epochs, distill=taught and not own_teacher)
 
     for bits in self._ladder(options.act_bits):
@@ -189,7 +189,8 @@ def summary_line(phases: tuple[Phase, ...]) -> str:
   """The plan in half a sentence: `22 phases, 200 epochs, to w4a4`."""
   last = phases[-1]
   epochs = sum(p.epochs for p in phases)
-  return f"{len(phases)} phases, {epochs} epochs, to {bits_name(last.weight_bits, last.act_bits)}"
+  counted = "1 phase" if len(phases) == 1 else f"{len(phases)} phases"
+  return f"{counted}, {epochs} epochs, to {bits_name(last.weight_bits, last.act_bits)}"
 
 
 def format_table(phases: tuple[Phase, ...], steps_per_epoch: int) -> str:

@@ -135,6 +135,11 @@ class Settings:
     """Whether the student starts from random weights."""
     return not self.init.weights
 
+  @property
+  def new_classifier(self) -> bool:
+    """Whether the student's classifier starts at random: before its full-precision phase it can teach nobody."""
+    return self.from_scratch or self.init.reset_head
+
   def to_dict(self) -> dict[str, Any]:
     """Nested plain values, tuples as lists: what `config.json` holds."""
     return _as_lists(dataclasses.asdict(self))
@@ -156,7 +161,10 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str], sources: C
   _check_plan(settings.plan)
   epochs = settings.plan.full_precision_epochs
   _require(
-    epochs >= 1 or not settings.from_scratch, "plan.full_precision_epochs", epochs, "1 or above without init.weights"
+    epochs >= 1 or not settings.new_classifier,
+    "plan.full_precision_epochs",
+    epochs,
+    "1 or above without init.weights, and with init.reset_head",
   )
   _require(
     bool(settings.init.weights) or not settings.init.reset_head,

@@ -10,9 +10,9 @@ from etils import epath
 from profit_jax import data, plan
 from profit_jax.models import REGISTRY, build, variable_shapes
 from profit_jax.report.files import read_config
-from profit_jax.settings import ConfigError, Settings, parse
-from profit_jax.weights.load import load_variables, namings
-from profit_jax.weights.save import leaves_quantizers_out, named_tensors, write_safetensors
+from profit_jax.settings import ConfigError, parse
+from profit_jax.weights.load import differing_settings, load_variables, namings
+from profit_jax.weights.save import leaves_quantizers_out, named_tensors, settings_metadata, write_safetensors
 
 
 def write(run: str, file: str, names: str | None) -> str:
@@ -35,17 +35,19 @@ def write(run: str, file: str, names: str | None) -> str:
   tensors = named_tensors(model, loaded.variables, names)
   last = plan.plan(settings)[-1]
   bits = plan.bits_name(last.weight_bits, last.act_bits)
-  write_safetensors(file, tensors, {"bits": bits, **_metadata(settings)})
-  told = f"Wrote {file}: {model}, {len(tensors)} float32 tensors under {names} names."
-  if leaves_quantizers_out(tensors, loaded.variables):
-    told += f" WARNING: {names} names have no place for the quantizers' a and c, so that they are not in the file"
-    told += f"; the weights were trained for {bits} and lose accuracy without them." if bits != "fp" else "."
-  return told
-
-
-def _metadata(settings: Settings) -> dict[str, str]:
-  """What someone who rebuilds the net has to know, as text."""
-  return {field: str(value) for field, value in settings.to_dict()["model"].items()}
+  write_safetensors(file, tensors, {"bits": bits, **settings_metadata(settings.model)})
+  told = [f"Wrote {file}: {model}, {len(tensors)} float32 tensors under {names} names."]
+  if leaves_quantizers_out(tensors, loaded.variables) and bits != "fp":
+    told.append(
+      f"WARNING: {names} names have no place for the quantizers' a and c, so that they are not in the file; the weights "
+      f"were trained for {bits} and lose accuracy without them."
+    )
+  for name, (theirs, ours) in differing_settings(namings(model)[names].settings, settings.model).items():
+    told.append(
+      f"WARNING: the code behind {names} names computes with {name} = {theirs!r}, these weights were trained with "
+      f"{ours!r}: change it there, or they lose accuracy although every tensor fits."
+    )
+  return "\n".join(told)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

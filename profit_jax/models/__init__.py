@@ -76,10 +76,16 @@ def _check_shape(model: ModelSettings, image_size: int, section: str) -> None:
 
 def build(settings: ModelSettings, num_classes: int) -> nn.Module:
   """The module that the settings describe; a model takes the fields that it has."""
-  make = REGISTRY[settings.name]
-  known = {field.name for field in dataclasses.fields(getattr(make, "func", make))}
-  options = {name: value for name, value in dataclasses.asdict(settings).items() if name in known and name != "name"}
-  return make(num_classes=num_classes, **options)
+  known = options(settings.name)
+  chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name in known}
+  return REGISTRY[settings.name](num_classes=num_classes, **chosen)
+
+
+def options(name: str) -> frozenset[str]:
+  """The fields of `ModelSettings` that a registered model has."""
+  make = REGISTRY[name]
+  own = {field.name for field in dataclasses.fields(getattr(make, "func", make))}
+  return frozenset(own & {field.name for field in dataclasses.fields(ModelSettings)} - {"name"})
 
 
 def init_variables(module: nn.Module, key: jax.Array, image_size: int) -> dict[str, Any]:

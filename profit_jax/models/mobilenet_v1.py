@@ -1,7 +1,7 @@
 """MobileNet-v1 (Howard et al., 2017, arXiv 1704.04861) with DuQ quantizers.
 
-The PROFIT paper trains it, the authors' code does not have it: the quantizers stand where their MobileNet-v2 puts them, one
-unsigned quantizer after every ReLU. No shortcut and no linear layer, so none is symmetric.
+The PROFIT paper trains it, the authors' code does not have it: an unsigned quantizer stands after every ReLU. There is no
+shortcut and no layer without a ReLU after it, so none is symmetric. The classifier sees the mean of quantized values.
 """
 
 import functools

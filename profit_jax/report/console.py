@@ -113,22 +113,29 @@ def print_start(console: Console, start: Start, num_classes: int) -> None:
     console.print(line)
   guessing = f"guessing gives {100.0 / num_classes:.2f} %"
   if start.top1 is not None and near_chance(start.top1, num_classes):
-    if start.new_head:
+    if start.quantized:
+      text = (
+        f"The weights reach top-1 {start.top1:.2f} % in full precision; {guessing}. They have the a and c of quantizers: "
+      )
+      text += "trained quantized, they need not work without. A run starts in full precision; start it from other weights."
+      console.print(Panel(text, title="NEAR CHANCE IN FULL PRECISION", border_style="bold yellow", style="yellow"))
+    elif start.new_head:
       console.print(f"Near chance ({guessing}), as it has to be: the classifier is new (init.reset_head).")
     elif start.file_top1 is not None and not near_chance(start.file_top1, num_classes):
-      console.print(f"Near chance ({guessing}) only with this run's padding, to which training adapts it.")
+      console.print(f"Near chance ({guessing}) with the padding of this run, to which training has to adapt the weights.")
     else:
-      _warn(console, "NEAR CHANCE", f"The first weights reach top-1 {start.top1:.2f} %; {guessing}.", "model")
+      end = "Training from here spends its time on learning anew."
+      _warn(console, "NEAR CHANCE", f"The first weights reach top-1 {start.top1:.2f} %; {guessing}.", "model", end)
   if start.teacher_top1 is not None and near_chance(start.teacher_top1, num_classes):
     text = f"The teacher reaches top-1 {start.teacher_top1:.2f} %; {guessing}."
-    _warn(console, "TEACHER NEAR CHANCE", text, "teacher")
+    _warn(console, "TEACHER NEAR CHANCE", text, "teacher", "What it teaches is noise; set teacher.model to self or none.")
 
 
-def _warn(console: Console, title: str, text: str, section: str) -> None:
+def _warn(console: Console, title: str, text: str, section: str, end: str) -> None:
   advice = (
     "Every tensor fitted, so the file is of this model, but it does not know this data, or computes otherwise than "
     f"configured. Compare config.{section} (activation, bn_epsilon, squeeze_excite), the normalization and the order of "
-    "the classes with those that it was trained with. Training from here spends its time on learning anew."
+    f"the classes with those that it was trained with. {end}"
   )
   console.print(Panel(f"{text} {advice}", title=f"WARNING: {title}", border_style="bold red", style="red"))
 
@@ -169,7 +176,8 @@ def final_line(result: dict[str, Any]) -> str:
   bits = bits_name(final["weight_bits"], final["act_bits"]).upper()
   line = f"{bits}: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % ({final['weights']} weights, "
   line += f"{final['examples']} images)"
-  if final["full_precision_top1"] is not None:
+  quantized = final["weight_bits"] is not None or final["act_bits"] is not None
+  if quantized and final["full_precision_top1"] is not None:
     difference = final["top1"] - final["full_precision_top1"]
     line += f"; full precision {final['full_precision_top1']:.2f} %, difference {difference:+.2f} points"
   return line + "."

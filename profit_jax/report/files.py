@@ -45,6 +45,11 @@ def claim_workdir(workdir: epath.Path, settings: Settings) -> None:
     raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
 
 
+def is_begun(workdir: epath.Path) -> bool:
+  """Whether there is a run to go on with."""
+  return (workdir / "checkpoints").exists()
+
+
 def read_config(workdir: epath.Path) -> dict[str, Any]:
   """The `config.json` of a run.
 

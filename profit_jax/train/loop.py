@@ -88,6 +88,8 @@ class Loop:
 
   def _restore(self, progress: Progress) -> TrainState:
     if not progress.total_epochs:
+      if self._teacher is not None and self._settings.teacher.model == "self":
+        self._checkpoints.save_teacher(self._first_teacher.variables)  # a run that goes on does not read the file again
       state = create_state(self._student.make(), ema=self._settings.train.ema_rate > 0)
       return self._programs.replicate(state)
     phase = self._phases[progress.phase - 1]
@@ -104,10 +106,10 @@ class Loop:
     if not evaluated(student, teacher):
       return
     start = evaluate_start(self._programs, self._source, self._settings, student, teacher, state.variables)
-    if start.top1 is not None:
-      progress.full_precision = Best(
-        epoch=0, phase=0, top1=start.top1, top5=start.top5, weights="raw", examples=start.examples
-      )
+    # A new classifier is no baseline, nor is a net that was trained quantized.
+    if start.top1 is not None and not start.new_head and not start.quantized:
+      top1 = max(start.top1, start.file_top1 or 0.0)
+      progress.full_precision = Best(epoch=0, phase=0, top1=top1, top5=start.top5, weights="raw", examples=start.examples)
     progress.start = start
     self._observer.start_evaluated(start)
 

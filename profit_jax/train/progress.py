@@ -46,18 +46,22 @@ class Start:
   Attributes:
     source: whose names the student's file has; None from random weights, and then so are its scores.
     new_head: its classifier starts at random.
+    quantized: it has the scalars of quantizers, so that it was trained quantized.
     top1: of the student as configured.
     top5: likewise.
     file_top1: of the student with the padding of its file's own code, where that is another.
+    file_pad_value: that padding.
     teacher_top1: of a teacher with a file of its own.
     examples: evaluated.
   """
 
   source: str | None = None
   new_head: bool = False
+  quantized: bool = False
   top1: float | None = None
   top5: float | None = None
   file_top1: float | None = None
+  file_pad_value: float | None = None
   teacher_top1: float | None = None
   examples: int = 0
 

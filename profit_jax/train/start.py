@@ -12,7 +12,7 @@ from profit_jax.models import build, init_variables, variable_shapes
 from profit_jax.settings import Settings
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.programs import Programs
-from profit_jax.train.progress import Start
+from profit_jax.train.progress import Progress, Start
 from profit_jax.weights.load import HEAD, Loaded, Variables, differing_settings, load_variables
 
 
@@ -22,7 +22,7 @@ class Student(NamedTuple):
   Attributes:
     model: its module.
     make: gives its first variables; called in a fresh run only.
-    loaded: what its file gave; None from random weights.
+    loaded: what its file gave; None from random weights, and in a run that goes on, which needs the file no more.
     file_model: the module with the padding of the file's own code, where that is another than the run's; else None.
   """
 
@@ -37,8 +37,8 @@ class Teacher(NamedTuple):
 
   Attributes:
     model: its module; None without one.
-    variables: its weights; None without one, or while it does not exist yet (the student from random weights is its own
-      teacher once the full-precision phase is over).
+    variables: its weights; None without one, or where a checkpoint has them, or will have (a student with a random
+      classifier is its own teacher once the full-precision phase is over).
     loaded: what the file of another model gave; else None.
   """
 
@@ -47,8 +47,13 @@ class Teacher(NamedTuple):
   loaded: Loaded | None
 
 
-def load_student(settings: Settings, num_classes: int) -> Student:
-  """Builds the student and reads (and checks) its file, where it has one.
+def load_student(settings: Settings, num_classes: int, progress: Progress | None = None) -> Student:
+  """Builds the student and, in a fresh run, reads (and checks) its file, where it has one.
+
+  Args:
+    settings: validated.
+    num_classes: of the data.
+    progress: of a run that goes on; None in a fresh one.
 
   Raises:
     ConfigError: a file that does not hold this model's weights.
@@ -59,6 +64,13 @@ def load_student(settings: Settings, num_classes: int) -> Student:
   def random() -> Variables:
     return init_variables(model, jax.random.key(settings.seed), size)
 
+  def with_padding(pad_value: float | None) -> nn.Module | None:
+    if pad_value in (None, settings.model.pad_value):
+      return None
+    return build(dataclasses.replace(settings.model, pad_value=pad_value), num_classes)
+
+  if progress is not None:
+    return Student(model, random, None, with_padding(progress.start and progress.start.file_pad_value))
   if settings.from_scratch:
     return Student(model, random, None, None)
   head = None
@@ -67,13 +79,11 @@ def load_student(settings: Settings, num_classes: int) -> Student:
     key = jax.random.key(settings.seed)
     head = {"params": {HEAD: jax.jit(lambda key: init_variables(model, key, size)["params"][HEAD])(key)}}
   loaded = load_variables(settings.init.weights, settings.model.name, variable_shapes(model, size), new_head=head)
-  pad_value = loaded.settings.get("pad_value", settings.model.pad_value)
-  file_model = None if pad_value == settings.model.pad_value else model.clone(pad_value=pad_value)
-  return Student(model, lambda: loaded.variables, loaded, file_model)
+  return Student(model, lambda: loaded.variables, loaded, with_padding(loaded.settings.get("pad_value")))
 
 
-def load_teacher(settings: Settings, student: Student, num_classes: int) -> Teacher:
-  """Builds the teacher and reads its weights, where it has a file.
+def load_teacher(settings: Settings, student: Student, num_classes: int, progress: Progress | None = None) -> Teacher:
+  """Builds the teacher and reads its weights, where it has a file; arguments as `load_student`'s.
 
   Raises:
     ConfigError: a file that does not hold that model's weights.
@@ -84,8 +94,10 @@ def load_teacher(settings: Settings, student: Student, num_classes: int) -> Teac
   if teacher.model == "self":
     # Its dropout would only add noise to what it teaches. The student may still have to adapt to negative padding: what the
     # file's own code computes teaches better.
-    own = (student.file_model or student.model).clone(dropout=0.0)
-    return Teacher(own, None if settings.from_scratch else student.make(), None)
+    padding = getattr(student.file_model or student.model, "pad_value", settings.model.pad_value)
+    own = build(dataclasses.replace(settings.model, dropout=0.0, pad_value=padding), num_classes)
+    later = settings.new_classifier or progress is not None
+    return Teacher(own, None if later else student.make(), None)
   other = build(teacher.as_model(), num_classes)
   shapes = variable_shapes(other, settings.data.image_size)
   loaded = load_variables(teacher.weights, teacher.model, shapes, role="teacher")
@@ -93,14 +105,24 @@ def load_teacher(settings: Settings, student: Student, num_classes: int) -> Teac
 
 
 def doubts(settings: Settings, student: Student, teacher: Teacher) -> list[str]:
-  """Settings with which the files' own code does not compute, as sentences."""
+  """What the user should look at before training: settings that the files' own code does not have, and more."""
   found = []
   for section, loaded, model in (
     ("model", student.loaded, settings.model),
     ("teacher", teacher.loaded, settings.teacher.as_model()),
   ):
-    if loaded is not None:
-      found += [f"config.{section}.{difference}." for difference in differing_settings(loaded, model)]
+    if loaded is None:
+      continue
+    found += loaded.notes
+    for name, (theirs, ours) in differing_settings(loaded.settings, model).items():
+      # The student's padding is a choice, to which the full-precision phase adapts it.
+      if (section, name) != ("model", "pad_value"):
+        found.append(f"config.{section}.{name} = {ours!r}, but these weights ({loaded.source} names) are for {theirs!r}.")
+  if student.file_model is not None and (settings.teacher.model == "none" or not settings.plan.full_precision_epochs):
+    found.append(
+      f"config.model.pad_value = {settings.model.pad_value}, but these weights are for {student.file_model.pad_value}, and "
+      f"this plan has no full-precision phase that adapts them: that needs a teacher and plan.full_precision_epochs."
+    )
   return found
 
 
@@ -127,6 +149,8 @@ def evaluate_start(
     start = dataclasses.replace(
       start,
       source=student.loaded.source,
+      quantized=student.loaded.quantizers,
+      file_pad_value=None if student.file_model is None else student.file_model.pad_value,
       new_head=settings.init.reset_head,
       top1=scores["top1"],
       top5=scores["top5"],

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
+import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,106 +17,130 @@ from flax import traverse_util
 from profit_jax.settings import ConfigError
 from profit_jax.weights import torch_file
 
-Tensors = dict[str, np.ndarray]
-
 _TORCH = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
 _FORMATS = f".safetensors, .npz, {', '.join(_TORCH)}, or the --workdir of a run"
 _SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# Where training scripts put the weights among other things: the authors', timm's, torchvision's, lightning's.
+# Where training scripts put the weights among other things: the authors' and torchvision's; timm's and lightning's.
 _STATE_KEYS = ("model", "state_dict", "model_state_dict")
 # What wrappers put before every name: DataParallel, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
+SETTINGS_KEY = "profit_jax.model"  # in the header of a .safetensors that we wrote: section `model`, as JSON
+# Of all tensors of an .npz, unpacked; the largest model here has 0.2e9.
+_LARGEST = 4_000_000_000
 
 
-def read_tensors(path: str) -> Tensors:
-  """The tensors of a file or of a run's best checkpoint, by the names that they have there.
+class Contents(NamedTuple):
+  """What a file holds.
+
+  Attributes:
+    tensors: by the names that they have there.
+    settings: section `model` of the configuration that they were trained with, where the file says so: a run of ours, or
+      a file that one wrote. Else None.
+    notes: what the user should know of how it was read.
+  """
+
+  tensors: dict[str, np.ndarray]
+  settings: dict[str, Any] | None = None
+  notes: tuple[str, ...] = ()
+
+
+def read_contents(path: str) -> Contents:
+  """The content of a weights file, or of a run's best checkpoint.
 
   Raises:
     ConfigError: nothing there, an unknown format, a damaged file, one that carries code, or one without tensors.
   """
-  place = epath.Path(path)
-  if not place.exists():
+  place = epath.Path(path if "://" in path else os.path.abspath(path))
+  try:
+    there, is_directory = place.exists(), place.is_dir()
+  # Remote file systems raise errors of their own.
+  except Exception as error:
+    raise ConfigError(f"The weights file {path!r} cannot be reached: {error}.") from error
+  if not there:
     raise ConfigError(f"The weights file {path!r} does not exist. Give the path of one of {_FORMATS}.")
-  if place.is_dir():
-    return _read_run(place)
   readers = {".safetensors": _read_safetensors, ".npz": _read_npz, **dict.fromkeys(_TORCH, _read_torch)}
   suffix = next((suffix for suffix in readers if path.endswith(suffix)), None)
-  if suffix is None:
+  if suffix is None and not is_directory:
     raise ConfigError(f"The weights file {path!r} has an unknown format: it must be one of {_FORMATS}.")
   try:
-    tensors = readers[suffix](place.read_bytes())
+    contents = _read_run(place) if is_directory else readers[suffix](place.read_bytes())
+  except ConfigError:
+    raise
   # Damaged files raise whatever their parsers stumble over.
   except Exception as error:
+    kind = "a run" if is_directory else suffix
     raise ConfigError(
-      f"The weights file {path!r} cannot be read as {suffix}: {str(error) or type(error).__name__}."
+      f"The weights file {path!r} cannot be read as {kind}: {str(error) or type(error).__name__}."
     ) from error
-  if not tensors:
+  if not contents.tensors:
     raise ConfigError(f"The weights file {path!r} holds no tensors.")
+  return contents._replace(tensors=_unwrapped(contents.tensors))
+
+
+def _unwrapped(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   for prefix in _WRAPPERS:
     if all(name.startswith(prefix) for name in tensors):
-      tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+      return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
   return tensors
 
 
-def run_settings(workdir: str) -> dict[str, Any]:
-  """Section `model` of a run's configuration.
-
-  Raises:
-    ConfigError: it cannot be read.
-  """
-  path = epath.Path(workdir) / "config.json"
-  try:
-    return dict(json.loads(path.read_text())["model"])
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ConfigError(f"{path} cannot be read as a run's configuration: {error}.") from error
-
-
-def _read_npz(content: bytes) -> Tensors:
+def _read_npz(content: bytes) -> Contents:
+  if zipfile.is_zipfile(io.BytesIO(content)):
+    size = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(content)).infolist())
+    if size > _LARGEST:
+      raise ValueError(f"its tensors have {size} bytes, more than any model here ({_LARGEST} at most)")
   # No pickles: a weights file must not be able to run code.
   file = np.load(io.BytesIO(content), allow_pickle=False)
   if not isinstance(file, np.lib.npyio.NpzFile):
     raise ValueError("it holds a single array without a name")
   with file:
-    return {name: file[name] for name in file.files}
+    return Contents({name: file[name] for name in file.files})
 
 
-def _read_safetensors(content: bytes) -> Tensors:
+def _read_safetensors(content: bytes) -> Contents:
   tensors = {}
   for name, entry in safetensors.deserialize(content):
     dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
     # Of a tensor in integers only the shape matters: it will be refused, or is a counter that nobody reads.
     data = np.zeros(entry["shape"], np.int8) if dtype is None else np.frombuffer(entry["data"], dtype)
     tensors[name] = data.reshape(entry["shape"])
-  return tensors
+  header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+  settings = header.get("__metadata__", {}).get(SETTINGS_KEY)
+  return Contents(tensors, None if settings is None else dict(json.loads(settings)))
 
 
-def _read_torch(content: bytes) -> Tensors:
+def _read_torch(content: bytes) -> Contents:
   tree = torch_file.read(content)
   if not isinstance(tree, Mapping):
     raise ValueError(f"it holds a {type(tree).__name__}, not a dictionary of tensors")
-  for key in _STATE_KEYS:
-    if isinstance(tree.get(key), Mapping):
-      tree = tree[key]
-      break
+  notes = ()
+  chosen = next((key for key in _STATE_KEYS if isinstance(tree.get(key), Mapping)), None)
+  if chosen is not None:
+    others = ", ".join(str(key) for key, value in tree.items() if key != chosen and value is not None)
+    notes = (f"The weights are the entry {chosen!r} of the file; beside it stand: {others or 'none'}.",)
+    tree = tree[chosen]
   odd = [f"{name!r} ({type(value).__name__})" for name, value in tree.items() if not isinstance(value, np.ndarray)]
   if odd:
     raise ValueError(f"it holds more than tensors: {', '.join(odd)}; known places of tensors are {', '.join(_STATE_KEYS)}")
-  return {str(name): value for name, value in tree.items()}
+  return Contents({str(name): value for name, value in tree.items()}, None, notes)
 
 
-def _read_run(workdir: epath.Path) -> Tensors:
-  """The best weights of a run of ours, as `train/checkpoint.py` writes them."""
-  best = workdir / "checkpoints" / "best"
-  steps = sorted(int(step.name) for step in best.iterdir() if step.name.isdigit()) if best.exists() else []
-  if not steps:
+def _read_run(workdir: epath.Path) -> Contents:
+  """The best weights of a run of ours, the same that `train/checkpoint.py` gives.
+
+  The files are read directly, because orbax's managers tidy up, and the run may still be going on.
+  """
+  checkpoints = workdir / "checkpoints"
+  newest = max((int(step.name) for step in (checkpoints / "last").glob("*") if step.name.isdigit()), default=None)
+  best = None
+  if newest is not None:
+    best = json.loads((checkpoints / "last" / str(newest) / "progress" / "metadata").read_text())["progress"]["best"]
+  if best is None:
     raise ConfigError(
-      f"The directory {str(workdir)!r} holds no weights: it must be the --workdir of a run that has reached its plan's "
-      f"last bits, or give a file, one of {_FORMATS}."
+      f"The directory {os.fspath(workdir)!r} holds no weights: it must be the --workdir of a run that has reached its "
+      f"plan's last bits, or give a file, one of {_FORMATS}."
     )
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      tree: Any = checkpointer.restore(best / str(steps[-1]) / "variables")
-  # Of a damaged checkpoint orbax raises what its parts raise.
-  except Exception as error:
-    raise ConfigError(f"The checkpoint {best / str(steps[-1])} cannot be read: {error}") from error
-  return {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree: Any = checkpointer.restore(checkpoints / "best" / str(best["epoch"]) / "variables")
+  tensors = {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+  return Contents(tensors, dict(json.loads((workdir / "config.json").read_text())["model"]))

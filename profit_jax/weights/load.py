@@ -5,18 +5,19 @@ from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from etils import epath
 from flax import traverse_util
 
-from profit_jax.models import REGISTRY, variable_shapes
+from profit_jax.models import REGISTRY, STRIDES, options, variable_shapes
 from profit_jax.settings import ConfigError, ModelSettings
 from profit_jax.weights import authors, timm, torchvision
-from profit_jax.weights.files import read_tensors, run_settings
+from profit_jax.weights.files import read_contents
 from profit_jax.weights.naming import QUANTIZER_LEAVES, Naming, OwnNaming, Path
 
 Variables = dict[str, Any]
 
 HEAD = "classifier"  # the layer that depends on the number of classes
+# Settings that change what a net computes without changing the shape of any tensor, or its channels at other widths.
+_TELLING = frozenset({"activation", "strides", "bn_epsilon", "squeeze_excite", "pad_value", "channel_rounding"})
 _RAW_ONE = np.log(np.expm1(1.0))  # the raw value of a quantizer's scalar that is 1
 
 # Of equally good names the first counts: without quantizer scalars, the authors' MobileNet-v2 is torchvision's.
@@ -37,12 +38,14 @@ class Loaded(NamedTuple):
     source: whose names the file has.
     settings: of `config.model`, with which the source's own code, or the run that it comes from, computes.
     quantizers: whether its quantizer scalars came with it; they are 1 otherwise.
+    notes: what the user should know of how it was read.
   """
 
   variables: Variables
   source: str
   settings: Mapping[str, Any]
   quantizers: bool
+  notes: tuple[str, ...] = ()
 
 
 def load_variables(
@@ -53,17 +56,18 @@ def load_variables(
   role: Literal["student", "teacher"] = "student",
   new_head: Variables | None = None,
 ) -> Loaded:
-  """Reads a model's variables from a file; see `files.read_tensors` and `import_variables`.
+  """Reads a model's variables from a file; see `files.read_contents` and `import_variables`.
 
   Raises:
     ConfigError: no such file, a damaged one, or tensors that are not this model's.
   """
-  loaded = import_variables(model, template, read_tensors(path), path, role=role, new_head=new_head)
-  if epath.Path(path).is_dir():
-    # What the model's other sources find worth telling, as that run had it.
-    telling = {name for naming in namings(model).values() for name in naming.settings}
-    loaded = loaded._replace(settings={name: run_settings(path)[name] for name in sorted(telling)})
-  return loaded
+  contents = read_contents(path)
+  loaded = import_variables(model, template, contents.tensors, path, role=role, new_head=new_head)
+  if contents.settings is not None:
+    # Whatever names a file of ours has, it was trained with our code as it was configured then.
+    told = {name: contents.settings[name] for name in _TELLING & options(model) & contents.settings.keys()}
+    loaded = loaded._replace(settings=dict(sorted(told.items())))
+  return loaded._replace(notes=contents.notes + loaded.notes)
 
 
 def import_variables(
@@ -96,10 +100,9 @@ def import_variables(
   naming, names = _recognise(model, shapes, given)
 
   scalars = {name for path, name in names.items() if path[-1] in QUANTIZER_LEAVES} & given.keys()
-  # The authors' files from before quantization have scalars that nobody has set: whatever stood in that memory.
-  quantizers = bool(scalars) and all(_is_finite(given[name]) for name in scalars)
-  passed_over = set() if quantizers else set(scalars)
-  expected = {path: name for path, name in names.items() if quantizers or path[-1] not in QUANTIZER_LEAVES}
+  quantizers = _are_set([given[name] for name in scalars])
+  passed_over = set()
+  expected = {path: name for path, name in names.items() if scalars or path[-1] not in QUANTIZER_LEAVES}
   leaves = {path: np.full(shape, _RAW_ONE, dtype) for path, shape in shapes.items() if path[-1] in QUANTIZER_LEAVES}
   if new_head is not None:
     head = {path: leaf for path, leaf in traverse_util.flatten_dict(new_head).items() if path[1] == HEAD}
@@ -114,6 +117,8 @@ def import_variables(
       problems[name] = f"missing: {name} {shape}"
     elif given[name].shape != shape:
       problems[name] = f"wrong shape: {name} is {given[name].shape}, must be {shape}"
+    elif name in scalars and not quantizers:
+      continue  # it stays 1
     elif not _is_float(given[name]):
       problems[name] = f"wrong type: {name} is {given[name].dtype}, must be floating point"
     elif not _is_finite(given[name]):
@@ -122,26 +127,32 @@ def import_variables(
       leaves[path] = naming.read(path, given[name], shapes[path]).astype(dtype)
   if problems:
     head_names = {name for path, name in expected.items() if path[1] == HEAD}
-    advice = _advice(model, template, given, role, only_head=problems.keys() <= head_names)
+    only_head = all(name in head_names and told.startswith("wrong shape") for name, told in problems.items())
+    advice = _advice(model, template, given, role, only_head=only_head)
     listing = "\n  ".join(problems.values())
     raise ConfigError(
       f"{source} does not hold the weights of {model} as configured ({naming.source} names; {len(problems)} of "
       f"{len(expected)} tensors differ). Nothing was loaded. {advice}\n  {listing}"
     )
   ordered = {path: leaves[path] for path in shapes}
-  return Loaded(traverse_util.unflatten_dict(ordered), naming.source, naming.settings, quantizers)
+  notes = ()
+  if scalars and not quantizers:
+    notes = (
+      f"The quantizers' a and c in {source} are passed over: they are from before quantization (all equal, or NaN).",
+    )
+  return Loaded(traverse_util.unflatten_dict(ordered), naming.source, naming.settings, quantizers, notes)
 
 
-def differing_settings(loaded: Loaded, settings: ModelSettings) -> list[str]:
-  """Where settings differ from those that a file's source computes with, but for the padding.
-
-  A model's own padding is a choice, which training adapts to; the rest are mistakes more often than not.
-  """
-  return [
-    f"{name} = {getattr(settings, name)!r}, but the code behind these weights ({loaded.source}) has {value!r}"
-    for name, value in loaded.settings.items()
-    if name != "pad_value" and not (name == "channel_rounding" and settings.width == 1) and getattr(settings, name) != value
-  ]
+def differing_settings(told: Mapping[str, Any], settings: ModelSettings) -> dict[str, tuple[Any, Any]]:
+  """Where settings differ from those that weights were made for: name -> (theirs, ours)."""
+  found = {}
+  for name, theirs in told.items():
+    ours = getattr(settings, name)
+    if name == "strides":
+      theirs, ours = (tuple(strides) or STRIDES.get(settings.name, ()) for strides in (theirs, ours))
+    if ours != theirs and not (name == "channel_rounding" and settings.width == 1):
+      found[name] = theirs, ours
+  return found
 
 
 def _recognise(model: str, paths: Collection[Path], given: Mapping[str, Any]) -> tuple[Naming, dict[Path, str]]:
@@ -176,6 +187,15 @@ def _looks_like(given: Mapping[str, Any]) -> str | None:
       scores[model] = max(score, scores.get(model, 0.0))
   best = max(scores, key=scores.get)
   return best if scores[best] > 0 else None
+
+
+def _are_set(scalars: Collection[np.ndarray]) -> bool:
+  """Whether quantizer scalars are there and somebody has set them.
+
+  The authors' code saves uninitialized memory until the first quantized phase, zeros mostly; ours the value 1.
+  """
+  values = [np.ravel(value).astype(np.float64) for value in scalars if _is_float(value)]
+  return bool(values) and bool(np.isfinite(np.concatenate(values)).all()) and bool(np.ptp(np.concatenate(values)) > 0)
 
 
 def _is_float(tensor: np.ndarray) -> bool:

@@ -1,5 +1,7 @@
 """The way back: a model's variables as a `.safetensors` under another code's names."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,7 +9,8 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from profit_jax.settings import ConfigError
+from profit_jax.settings import ConfigError, ModelSettings
+from profit_jax.weights.files import SETTINGS_KEY
 from profit_jax.weights.load import Variables, namings
 from profit_jax.weights.naming import QUANTIZER_LEAVES
 
@@ -34,6 +37,11 @@ def leaves_quantizers_out(tensors: Mapping[str, np.ndarray], variables: Variable
   """Whether tensors that `named_tensors` gave lack the quantizer scalars that the variables have."""
   scalars = [path for path in traverse_util.flatten_dict(variables) if path[-1] in QUANTIZER_LEAVES]
   return bool(scalars) and len(tensors) < len(traverse_util.flatten_dict(variables))
+
+
+def settings_metadata(model: ModelSettings) -> dict[str, str]:
+  """The header's entry from which `files.read_contents` knows how weights were trained."""
+  return {SETTINGS_KEY: json.dumps(dataclasses.asdict(model))}
 
 
 def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

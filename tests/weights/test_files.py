@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import struct
 import zipfile
 
 import ml_dtypes
@@ -13,10 +14,14 @@ import pytest
 import safetensors.numpy
 
 from profit_jax.settings import ConfigError
-from profit_jax.weights.files import read_tensors
+from profit_jax.weights.files import read_contents
 from tests import golden_data
 
 TORCH = golden_data.GOLDEN / "torch_files"
+
+
+def contents(path):
+  return read_contents(path).tensors
 
 
 def expect(tensors, expected_file):
@@ -31,21 +36,21 @@ def expect(tensors, expected_file):
 # storage, a Parameter and an empty tensor.
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
 def test_torch_files_of_both_formats(name):
-  tensors = read_tensors(str(TORCH / name))
+  tensors = contents(str(TORCH / name))
   expect(tensors, "expected.npz")
   assert tensors["bn.weight"].dtype == np.float16
   assert tensors["bn.bias"].dtype == ml_dtypes.bfloat16
 
 
 def test_weights_among_other_things_and_behind_wrappers():
-  expect(read_tensors(str(TORCH / "nested.ckpt")), "expected_net.npz")  # beside an optimizer, as the authors' code saves it
-  expect(read_tensors(str(TORCH / "dataparallel.pth")), "expected_net.npz")
+  expect(contents(str(TORCH / "nested.ckpt")), "expected_net.npz")  # beside an optimizer, as the authors' code saves it
+  expect(contents(str(TORCH / "dataparallel.pth")), "expected_net.npz")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".bin", ".pth.tar"])
 def test_names_of_torch_files(tmp_path, suffix):
   shutil.copy(TORCH / "zip.pth", tmp_path / f"w{suffix}")
-  expect(read_tensors(str(tmp_path / f"w{suffix}")), "expected.npz")
+  expect(contents(str(tmp_path / f"w{suffix}")), "expected.npz")
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
@@ -54,7 +59,7 @@ def test_numpy_and_safetensors(tmp_path, dtype):
   np.savez(tmp_path / "w.npz", **given)
   safetensors.numpy.save_file(given, tmp_path / "w.safetensors")
   for name in ("w.npz", "w.safetensors"):
-    read = read_tensors(str(tmp_path / name))
+    read = contents(str(tmp_path / name))
     assert sorted(read) == sorted(given)
     assert read["a.weight"].dtype == dtype
     np.testing.assert_array_equal(read["a.weight"], given["a.weight"])
@@ -64,7 +69,7 @@ def test_bfloat16_in_safetensors(tmp_path):
   values = np.array([1.5, -2.0], ml_dtypes.bfloat16)
   header = b'{"w":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
   (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
-  np.testing.assert_array_equal(read_tensors(str(tmp_path / "w.safetensors"))["w"].astype(np.float32), [1.5, -2.0])
+  np.testing.assert_array_equal(contents(str(tmp_path / "w.safetensors"))["w"].astype(np.float32), [1.5, -2.0])
 
 
 class Touch:
@@ -101,7 +106,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, write, evil):
   marker = tmp_path / "ran"
   (tmp_path / "w.pth").write_bytes(write({"features.0.0.weight": evil(marker)}))
   with pytest.raises(ConfigError, match=r"asks to run .*(system|eval).*not run here"):
-    read_tensors(str(tmp_path / "w.pth"))
+    contents(str(tmp_path / "w.pth"))
   assert not marker.exists()
   # The same pickle does run where it is let: what was refused is a real danger.
   pickle.loads(pickle.dumps(evil(marker), protocol=2))
@@ -110,11 +115,11 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, write, evil):
 
 def test_a_pickled_module_and_a_pickle_in_npz_are_refused(tmp_path):
   with pytest.raises(ConfigError, match=r"asks to run torch\.nn\.modules.*state_dict"):
-    read_tensors(str(TORCH / "whole_model.pth"))
+    contents(str(TORCH / "whole_model.pth"))
   marker = tmp_path / "ran"
   np.savez(tmp_path / "w.npz", w=np.array([Touch(marker)], object))
   with pytest.raises(ConfigError, match=r"cannot be read as \.npz"):
-    read_tensors(str(tmp_path / "w.npz"))
+    contents(str(tmp_path / "w.npz"))
   assert not marker.exists()
 
 
@@ -127,22 +132,103 @@ def test_truncated_files(tmp_path, source, share):
   place = tmp_path / f"cut{pathlib.Path(source).suffix}"
   place.write_bytes(content[: int(share * len(content))])
   with pytest.raises(ConfigError, match="cannot be read as"):
-    read_tensors(str(place))
+    contents(str(place))
 
 
-def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
-  # A shape of 1000 in a storage of a few: torch's own reader checks this as well.
-  with zipfile.ZipFile(TORCH / "dataparallel.pth") as content:
-    files = {name: content.read(name) for name in content.namelist()}
-  pickled = next(name for name in files if name.endswith("data.pkl"))
-  # In protocol 2 the 1-D shape (4,) of the norm's tensors is BININT1 4, TUPLE1.
-  assert b"K\x04\x85" in files[pickled]
-  files[pickled] = files[pickled].replace(b"K\x04\x85", b"K\xff\x85")
-  with zipfile.ZipFile(tmp_path / "w.pth", "w") as content:
-    for name, data in files.items():
-      content.writestr(name, data)
-  with pytest.raises(ConfigError, match="reaches beyond"):
-    read_tensors(str(tmp_path / "w.pth"))
+# Pickles as their instructions: what no honest writer of pickles would write.
+def text(value):
+  return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value):
+  return b"J" + struct.pack("<i", value)
+
+
+def name(module, value):
+  return f"c{module}\n{value}\n".encode()
+
+
+def group(*parts):
+  return b"(" + b"".join(parts) + b"t"
+
+
+def storage(size, kind="FloatStorage", key="0"):
+  return group(text("storage"), name("torch", kind), text(key), text("cpu"), number(size)) + b"Q"
+
+
+def tensor(shape, strides, size, offset=0, **options):
+  arguments = group(
+    storage(size, **options), number(offset), group(*map(number, shape)), group(*map(number, strides)), b"\x89", b"N"
+  )
+  return name("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
+
+
+def crafted(*entries, elements=4, compression=zipfile.ZIP_STORED):
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, "w", compression) as content:
+    content.writestr("archive/data.pkl", b"\x80\x02}(" + b"".join(entries) + b"u.")
+    content.writestr("archive/data/0", np.arange(elements, dtype=np.float32).tobytes())
+  return file.getvalue()
+
+
+def test_a_crafted_file_that_is_honest(tmp_path):
+  (tmp_path / "w.pth").write_bytes(crafted(text("w"), tensor((2, 2), (1, 2), 4)))
+  np.testing.assert_array_equal(contents(str(tmp_path / "w.pth"))["w"], [[0, 2], [1, 3]])
+
+
+STATE = b"}" + text("itemsize") + number(1000) + b"s"
+ATTACKS = {
+  "reads beyond its storage": ((text("w"), tensor((5,), (1,), 4)), "reaches beyond"),
+  "reads beyond its storage by strides": ((text("w"), tensor((2, 2), (4, 1), 4)), "reaches beyond"),
+  "reads before its storage": ((text("w"), tensor((2,), (1,), 4, offset=-2)), "makes no sense"),
+  "goes backwards": ((text("w"), tensor((2,), (-1,), 4, offset=3)), "makes no sense"),
+  "makes much of one element": ((text("w"), tensor((30000, 10000), (0, 0), 4)), "reaches beyond"),
+  "says a storage is larger than it is": ((text("w"), tensor((2,), (1,), 5)), "16 bytes, 5 x float32"),
+  "describes a storage in two ways": (
+    (text("v"), tensor((1,), (1,), 4), text("w"), tensor((1,), (1,), 2, kind="DoubleStorage")),
+    "in two ways",
+  ),
+  "changes a storage": ((text("w"), storage(4), STATE, b"b"), "changes a _Storage"),
+  "changes a type": ((text("w"), name("torch", "BFloat16Storage"), STATE, b"b"), "changes a _StorageType"),
+  "changes a function": ((text("w"), name("torch", "Size"), STATE, b"b"), "changes a _Function"),
+  "calls a value": ((text("w"), text("x"), b")", b"R"), "cannot be called"),
+  "uses an extension": ((text("w"), b"\x82\x01"), "damaged"),
+  "makes an instance": ((b"(", b"ios\nsystem\n"), "damaged"),
+  "has the same tensor very often": (
+    tuple(part for i in range(4000) for part in (text(str(i)), tensor((1000,), (1,), 1000))),
+    "many times larger",
+  ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_crafted_files_are_refused(tmp_path, attack):
+  entries, message = ATTACKS[attack]
+  elements = 1000 if attack.startswith("has the same") else 4
+  (tmp_path / "w.pth").write_bytes(crafted(*entries, elements=elements))
+  with pytest.raises(ConfigError, match=message):
+    contents(str(tmp_path / "w.pth"))
+
+
+def test_a_small_file_cannot_fill_the_memory(tmp_path):
+  # Thirty tuples, each ten times the one before it; a place in the memo far away.
+  laughs = b"]" + b"".join(b"q%c0" % i + b"(" + b"h%c" % i * 10 + b"t" for i in range(30))
+  far = tensor((2,), (1,), 4) + b"r" + struct.pack("<I", 2**32 - 1)
+  (tmp_path / "w.pth").write_bytes(crafted(text("l"), laughs, text("w"), far))
+  with pytest.raises(ConfigError, match=r"holds more than tensors: 'l' \(tuple\)"):
+    contents(str(tmp_path / "w.pth"))
+  (tmp_path / "w.pth").write_bytes(crafted(text("w"), far, compression=zipfile.ZIP_DEFLATED))
+  with pytest.raises(ConfigError, match="compressed"):
+    contents(str(tmp_path / "w.pth"))
+
+
+def test_wrappers_of_wrappers_and_options_beside_the_weights(tmp_path):
+  options = name("argparse", "Namespace") + b")R" + STATE + b"b"
+  weights = b"}(" + text("_orig_mod.module.w") + tensor((4,), (1,), 4) + b"u"
+  (tmp_path / "w.pth").write_bytes(crafted(text("args"), options, text("state_dict"), weights))
+  read = read_contents(str(tmp_path / "w.pth"))
+  np.testing.assert_array_equal(read.tensors["w"], np.arange(4))
+  assert read.notes == ("The weights are the entry 'state_dict' of the file; beside it stand: args.",)
 
 
 def test_files_that_are_no_weights(tmp_path):
@@ -163,4 +249,4 @@ def test_files_that_are_no_weights(tmp_path):
     "directory": "holds no weights: it must be the --workdir of a run",
   }.items():
     with pytest.raises(ConfigError, match=reason):
-      read_tensors(str(tmp_path / name))
+      contents(str(tmp_path / name))

@@ -1,6 +1,7 @@
 """Strict import: from any source's names, or not at all."""
 
 import functools
+import types
 
 import ml_dtypes
 import numpy as np
@@ -86,10 +87,14 @@ def test_quantizers_in_part_are_refused(tensors):
 
 def test_quantizers_that_nobody_has_set_are_passed_over(tensors):
   # The authors' code leaves a and c as uninitialized memory until the first quantized phase, and saves them.
-  tensors["relu6.a"] = np.array([np.nan])
-  loaded = import_variables("mobilenet_v2", template(), tensors, "w.npz")
-  assert (loaded.source, loaded.quantizers) == ("authors", False)
-  np.testing.assert_allclose(np.logaddexp(loaded.variables["params"]["head_quant"]["quant_c"], 0), 1.0, rtol=1e-6)
+  zeros = {name: np.zeros(1) if name.endswith((".a", ".c")) else value for name, value in tensors.items()}
+  for given in (zeros, {**tensors, "relu6.a": np.array([np.nan])}):
+    loaded = import_variables("mobilenet_v2", template(), given, "w.npz")
+    assert (loaded.source, loaded.quantizers) == ("authors", False)
+    assert "passed over" in loaded.notes[0]
+    np.testing.assert_allclose(np.logaddexp(loaded.variables["params"]["head_quant"]["quant_c"], 0), 1.0, rtol=1e-6)
+  with pytest.raises(ConfigError, match=r"wrong shape: relu6\.c is \(3,\)"):
+    import_variables("mobilenet_v2", template(), {**zeros, "relu6.c": np.zeros(3)}, "w.npz")
 
 
 def test_a_file_of_another_model_is_named():
@@ -112,6 +117,8 @@ def test_another_number_of_classes_needs_reset_head(tensors):
     loaded()
   with pytest.raises(ConfigError, match="a teacher needs those of the data, 7"):
     loaded(role="teacher")
+  with pytest.raises(ConfigError, match=r"Use the matching file[\s\S]*not finite: classifier\.1\.weight"):
+    import_variables("mobilenet_v2", template(), {**tensors, "classifier.1.weight": np.full((10, 1280), np.nan)}, "w.npz")
   head = {"kernel": np.full((1280, 7), 0.5), "bias": np.zeros(7), "quant_a": np.array(0.1), "quant_c": np.array(0.2)}
   params = loaded(new_head={"params": {"classifier": head, "stem_conv": {"kernel": np.zeros(1)}}}).variables["params"]
   np.testing.assert_array_equal(params["classifier"]["kernel"], head["kernel"])
@@ -127,12 +134,11 @@ def test_a_new_head_does_not_excuse_the_rest(tensors):
 
 
 def test_settings_of_the_code_behind_a_file(tensors):
-  import types
-
-  given = types.SimpleNamespace(width=1.0, activation="relu6", bn_epsilon=1e-5)
+  given = types.SimpleNamespace(name="mobilenet_v2", width=1.0, activation="relu6", bn_epsilon=1e-5, strides=())
   authors = import_variables("mobilenet_v2", template(), tensors, "w.npz")
   torchvision = import_variables("mobilenet_v2", template(), full_precision(tensors), "w.npz")
-  assert differing_settings(torchvision, given) == []
-  assert differing_settings(authors, given) == [
-    "activation = 'relu6', but the code behind these weights (authors) has 'relu'"
-  ]
+  assert differing_settings(torchvision.settings, given) == {}
+  assert differing_settings(authors.settings, given) == {"activation": ("relu", "relu6")}
+  # The published strides are the same written out.
+  assert differing_settings({"strides": [2, 1, 2, 2, 2, 1, 2, 1]}, given) == {}
+  assert list(differing_settings({"strides": [1] * 8}, given)) == ["strides"]
