@@ -7,7 +7,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tempfile
 
 import jax
-import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -18,9 +17,9 @@ jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+# Two processes take whole files, in this order: what takes longest first, then what shares a finished run.
+_FIRST = ("test_trajectory.py", "test_loop.py", "test_start.py")
+
+
 def pytest_collection_modifyitems(items):
-  """What shares expensive fixtures runs in one of the two processes: a file, or all that looks at the finished run."""
-  for item in items:
-    group = "finished_run" if "finished_run" in item.fixturenames else item.path.name
-    item.add_marker(pytest.mark.xdist_group(group))
+  items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
