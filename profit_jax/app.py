@@ -28,7 +28,8 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
 
   Args:
     config: from `--config`; in mode eval None takes the run's own `config.json`.
-    workdir: the run's directory; mode plan needs none, nor does mode eval with `init.weights`.
+    workdir: the run's directory; mode plan needs none, nor does mode eval with `init.weights`, which it evaluates where
+      there is no run.
     mode: one of `MODES`.
 
   Raises:
@@ -37,16 +38,17 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
   if mode not in MODES:
     later = " (export is not part of this release)" if mode == "export" else ""
     raise ConfigError(f"--mode={mode} is not allowed{later}: it must be one of {', '.join(MODES)}.")
-  only_file = mode == "eval" and config is not None and not workdir and bool(config.get("init", {}).get("weights"))
-  if mode != "plan" and not workdir and not only_file:
-    either = " (or --config.init.weights=FILE, to evaluate that)" if mode == "eval" else ""
-    raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://{either}.")
   directory = epath.Path(os.path.abspath(workdir) if workdir and "://" not in workdir else workdir)
-  if config is None:
+  given = config is not None
+  if not given:
     if mode != "eval":
       raise ConfigError("--config is missing: give a configuration file, as --config configs/digits_w4.py.")
+    _require_workdir(workdir, mode)
     config = ml_collections.ConfigDict(files.read_config(directory))
   settings = parse(config, REGISTRY, data.SOURCES)
+  only_file = mode == "eval" and given and settings.init.weights and not (workdir and files.is_begun(directory))
+  if mode != "plan" and not only_file:
+    _require_workdir(workdir, mode)
   check(settings)
   facts = data.check_sizes(settings)
   phases = plan.plan(settings)
@@ -56,11 +58,19 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
   if settings.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.compilation_cache))
   if only_file:
+    if workdir:
+      print(f"{directory} holds no run: this evaluates {settings.init.weights}.")
     evaluate_file(settings, phases)
   elif mode == "eval":
     run_eval(settings, phases, directory)
   else:
     train(settings, phases, directory)
+
+
+def _require_workdir(workdir: str, mode: str) -> None:
+  if not workdir:
+    either = " (or --config and --config.init.weights=FILE, to evaluate that)" if mode == "eval" else ""
+    raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://{either}.")
 
 
 def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, Any]:

@@ -185,10 +185,12 @@ def test_eval_of_a_file_prints_full_precision_and_the_quantized_net(finished_run
   file = str(tmp_path / "w.safetensors")
   assert to_torch.main([str(finished_run), file]) == 0
   assert capsys.readouterr().out == f"Wrote {file}: tiny, 33 float32 tensors under profit_jax names.\n"
-  app.main(tiny_config(**{"init.weights": file}), "", "eval")
+  app.main(tiny_config(**{"init.weights": file}), str(tmp_path / "fresh"), "eval")
   lines = capsys.readouterr().out.splitlines()
   final = json.loads((finished_run / "result.json").read_text())["final"]
-  assert lines[0].startswith("Before training, in full precision: top-1 ")
+  assert lines[0].startswith(f"{tmp_path}/fresh holds no run: this evaluates ")
+  assert lines[1].startswith("Before training, in full precision: top-1 ")
+  assert not (tmp_path / "fresh").exists()
   assert lines[-1] == f"w4a4: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % on 450 images"
 
 
