@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; fields: --config.train.batch_size=64.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run, local or gs://; a run found there goes on.")
+_SPEED = flags.DEFINE_float("images_per_second", None, "Training speed; mode plan then prints hours.")
 _MODE = flags.DEFINE_string("mode", "train", "train, eval, plan.")
 
 
@@ -46,7 +47,7 @@ def main(argv):
 
   absl_logging.set_verbosity(absl_logging.ERROR)
   try:
-    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value)
+    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value)
   except ConfigError as error:
     return _fail(error)
   except KeyboardInterrupt:

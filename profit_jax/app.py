@@ -23,7 +23,7 @@ from profit_jax.train.programs import Programs, make_mesh
 MODES = ("train", "eval", "plan")
 
 
-def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> None:
+def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str, images_per_second: float | None = None) -> None:
   """Runs one mode.
 
   Args:
@@ -31,6 +31,7 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
     workdir: the run's directory; mode plan needs none, nor does mode eval with `init.weights`, which it evaluates where
       there is no run.
     mode: one of `MODES`.
+    images_per_second: of training; mode plan then prints hours.
 
   Raises:
     ConfigError: anything that the user can mend.
@@ -53,7 +54,10 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str) -> N
   facts = data.check_sizes(settings)
   phases = plan.plan(settings)
   if mode == "plan":
-    print(plan.format_table(phases, facts.train_examples // settings.train.batch_size))
+    if images_per_second is not None and not 0 < images_per_second < float("inf"):
+      raise ConfigError(f"--images_per_second={images_per_second} is not allowed: it must be above 0 and finite.")
+    batch = settings.train.batch_size
+    print(plan.format_table(phases, facts.train_examples // batch, images_per_second and images_per_second / batch))
     return
   if settings.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.compilation_cache))

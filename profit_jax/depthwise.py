@@ -44,15 +44,23 @@ def _taps(x_shape, kernel_shape, stride):
       yield i, j, (i, i + stride * (height - 1) + 1), (j, j + stride * (width - 1) + 1)
 
 
+def _widened(*arrays):
+  # The other platforms' convolutions sum bfloat16 in float32. A filter gradient is a sum over a whole batch: in bfloat16 it
+  # stops growing at 256 times its terms.
+  return [array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array for array in arrays]
+
+
 def _shifted(x, kernel, stride):
+  dtype, (x, kernel) = x.dtype, _widened(x, kernel)
   total = None
   for i, j, rows, columns in _taps(x.shape, kernel.shape, stride):
     term = x[:, slice(*rows, stride), slice(*columns, stride), :] * kernel[i, j, 0]
     total = term if total is None else total + term
-  return total
+  return total.astype(dtype)
 
 
 def _shifted_backward(x, kernel, upstream, stride):
+  dtype, (x, kernel, upstream) = x.dtype, _widened(x, kernel, upstream)
   size_h, size_w = kernel.shape[:2]
   # dx is the upstream, spread out by the stride, convolved with the flipped kernel: one padding and one fused sum.
   low_high = []
@@ -69,7 +77,7 @@ def _shifted_backward(x, kernel, upstream, stride):
     for _, _, rows, columns in _taps(x.shape, kernel.shape, stride)
   ]
   dk = _sum_together(_sum_together(products, (0,)), (0, 1))
-  return dx, jnp.stack(dk).reshape(kernel.shape)
+  return dx.astype(dtype), jnp.stack(dk).reshape(kernel.shape).astype(dtype)
 
 
 def _sum_together(operands, axes):

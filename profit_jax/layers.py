@@ -124,7 +124,9 @@ class QuantDense(nn.Module):
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     kernel = _quantized_kernel(self, kernel, levels)
-    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+    y = x @ kernel.astype(x.dtype)
+    # In the bias's precision, and with it the sum over the batch that is its gradient.
+    return (y.astype(bias.dtype) + bias).astype(x.dtype)
 
 
 class QuantAct(nn.Module):

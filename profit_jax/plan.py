@@ -193,22 +193,35 @@ def summary_line(phases: tuple[Phase, ...]) -> str:
   return f"{counted}, {epochs} epochs, to {bits_name(last.weight_bits, last.act_bits)}"
 
 
-def format_table(phases: tuple[Phase, ...], steps_per_epoch: int) -> str:
-  """The plan as text: a line per phase, phases that share a compiled program under one number."""
+def format_table(phases: tuple[Phase, ...], steps_per_epoch: int, steps_per_second: float | None = None) -> str:
+  """The plan as text: a line per phase, phases that share a compiled program under one number.
+
+  Args:
+    phases: `plan(settings)`.
+    steps_per_epoch: of the training data.
+    steps_per_second: of training; gives the hours of each phase, evaluation and compilation apart.
+  """
   # Another sampling phase freezes other layers, so that it brings programs of its own.
   sampled = {p.index: sum(q.kind == "sampling" for q in phases[: p.index]) if p.frozen_fraction else 0 for p in phases}
   keys = {p.index: (p.program, sampled[p.index]) for p in phases}
   numbers = {key: i for i, key in enumerate(dict.fromkeys(keys.values()), 1)}
   kinds = {(p.weight_bits is not None, p.act_bits is not None) for p in phases}
   lines = [f"{'#':>3}  {'phase':14} {'kind':14} {'bits':5} {'frozen':>6} {'epochs':>6} {'steps':>8} {'program':>7}"]
+  if steps_per_second:
+    lines[0] += f" {'hours':>7}"
   for p in phases:
     lines.append(
       f"{p.index:>3}  {p.name:14} {p.kind.replace('_', ' '):14} {bits_name(p.weight_bits, p.act_bits):5} "
       f"{p.frozen_fraction:>6.0%} {p.epochs:>6} {p.epochs * steps_per_epoch:>8} {numbers[keys[p.index]]:>7}"
     )
+    if steps_per_second:
+      lines[-1] += f" {p.epochs * steps_per_epoch / steps_per_second / 3600:>7.2f}"
   epochs = sum(p.epochs for p in phases)
   lines.append(
     f"{len(phases)} phases, {epochs} epochs, {epochs * steps_per_epoch} steps; "
     f"compiled programs: {len(numbers)} for training, {len(kinds)} for evaluation"
   )
+  if steps_per_second:
+    hours = epochs * steps_per_epoch / steps_per_second / 3600
+    lines.append(f"{hours:.1f} hours of training at {steps_per_second:g} steps a second, evaluation and compilation apart")
   return "\n".join(lines)

@@ -21,6 +21,24 @@ def test_forms_agree_forward_and_backward(size, kernel, stride):
       np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_bfloat16_is_summed_in_float32():
+  rng = np.random.default_rng(0)
+  x, k = (
+    jnp.asarray(rng.normal(1, 1, (32, 16, 16, 8)), jnp.float32),
+    jnp.asarray(rng.normal(size=(3, 3, 1, 8)), jnp.float32),
+  )
+  x, k = (value.astype(jnp.bfloat16) for value in (x, k))
+  upstream = jnp.ones((32, 14, 14, 8), jnp.bfloat16)
+
+  def gradient(x, k):
+    return jax.vjp(lambda k: depthwise.depthwise_conv(x, k, 1), k)[1](upstream.astype(x.dtype))[0]
+
+  ours, exact = gradient(x, k), gradient(x.astype(jnp.float32), k.astype(jnp.float32))
+  assert ours.dtype == jnp.bfloat16
+  # A sum of 6272 numbers near 1 in bfloat16 would stop at 256.
+  np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8)
+
+
 @pytest.mark.parametrize(("platform", "grouped"), [("cpu", False), ("cuda", True), ("tpu", True)])
 def test_each_platform_has_its_form(platform, grouped):
   x, k = jax.ShapeDtypeStruct((2, 8, 8, 4), np.float32), jax.ShapeDtypeStruct((3, 3, 1, 4), np.float32)

@@ -35,6 +35,7 @@ def run(*arguments):
     ([*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/whole_model.pth"], "not run here"),
     ([*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/zip.pth"], "Nothing was loaded"),
     (["--config=configs/digits_w4.py:vgg", "--mode=plan"], "mobilenet_v3_small"),
+    ([*DIGITS, "--mode=plan", "--images_per_second=0"], "above 0"),
     (["--config", "configs/mbv2_w4.py", "--workdir=/nonexistent/run"], "imagenet2012"),
   ],
 )

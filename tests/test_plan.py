@@ -43,6 +43,15 @@ def test_every_configuration_is_valid_and_says_its_command_cost_and_result(name)
     assert word in module.__doc__, word
 
 
+def test_hours_follow_from_the_speed():
+  phases = plan(settings())
+  lines = format_table(phases, 5004, 1500 / 256).splitlines()
+  # 15 epochs of 5004 steps of 256 images at 1500 images a second.
+  assert lines[1].split()[-1] == f"{15 * 5004 * 256 / 1500 / 3600:.2f}"
+  assert lines[-1].startswith(f"{200 * 5004 * 256 / 1500 / 3600:.1f} hours of training at 5.85938 steps a second")
+  assert "hours" not in format_table(phases, 5004)
+
+
 def test_published_command_is_22_phases_and_200_epochs():
   phases = plan(settings())
   assert [(p.kind, p.weight_bits, p.act_bits, p.epochs, p.frozen_fraction) for p in phases] == PUBLISHED

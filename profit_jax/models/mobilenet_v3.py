@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense, at_least_float32
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
 from profit_jax.quant.duq import HSWISH_MINIMUM, Kind
 from profit_jax.quant.levels import Levels
@@ -116,7 +116,8 @@ class SqueezeExcite(nn.Module):
     scale = nn.relu(QuantDense(self.squeezed, _dense_init, name="reduce")(scale, levels))
     scale = QuantAct("unsigned", name="reduce_quant")(scale, levels)
     scale = nn.hard_sigmoid(QuantDense(x.shape[-1], _dense_init, name="expand")(scale, levels))
-    return x * scale[:, None, None, :]
+    # In float32 at least, for the sake of the sum over space that is the scale's gradient.
+    return (at_least_float32(x) * at_least_float32(scale)[:, None, None, :]).astype(x.dtype)
 
 
 class Block(nn.Module):
