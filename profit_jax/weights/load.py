@@ -109,21 +109,15 @@ def import_variables(
     leaves |= {path: np.asarray(leaf, dtype) for path, leaf in head.items()}
     passed_over |= {expected.pop(path) for path in head if path in expected}
 
-  found = given.keys() - passed_over
-  problems = {name: f"unexpected: {name} {given[name].shape}" for name in sorted(found - set(expected.values()))}
+  unset = set() if quantizers else scalars
+  problems = {
+    name: f"unexpected: {name} {given[name].shape}" for name in sorted(given.keys() - passed_over - set(expected.values()))
+  }
   for path, name in expected.items():
-    shape = naming.tensor_shape(path, shapes[path])
-    if name not in found:
-      problems[name] = f"missing: {name} {shape}"
-    elif given[name].shape != shape:
-      problems[name] = f"wrong shape: {name} is {given[name].shape}, must be {shape}"
-    elif name in scalars and not quantizers:
-      continue  # it stays 1
-    elif not _is_float(given[name]):
-      problems[name] = f"wrong type: {name} is {given[name].dtype}, must be floating point"
-    elif not _is_finite(given[name]):
-      problems[name] = f"not finite: {name} has NaN or infinite values"
-    else:
+    problem = _problem(name, given.get(name), naming.tensor_shape(path, shapes[path]), any_value=name in unset)
+    if problem:
+      problems[name] = problem
+    elif name not in unset:
       leaves[path] = naming.read(path, given[name], shapes[path]).astype(dtype)
   if problems:
     head_names = {name for path, name in expected.items() if path[1] == HEAD}
@@ -136,11 +130,24 @@ def import_variables(
     )
   ordered = {path: leaves[path] for path in shapes}
   notes = ()
-  if scalars and not quantizers:
+  if unset:
     notes = (
       f"The quantizers' a and c in {source} are passed over: they are from before quantization (all equal, or NaN).",
     )
   return Loaded(traverse_util.unflatten_dict(ordered), naming.source, naming.settings, quantizers, notes)
+
+
+def _problem(name: str, tensor: np.ndarray | None, shape: tuple[int, ...], *, any_value: bool) -> str | None:
+  """What is wrong with a tensor that should have `shape`; None where nothing is."""
+  if tensor is None:
+    return f"missing: {name} {shape}"
+  if tensor.shape != shape:
+    return f"wrong shape: {name} is {tensor.shape}, must be {shape}"
+  if any_value:
+    return None
+  if not _is_float(tensor):
+    return f"wrong type: {name} is {tensor.dtype}, must be floating point"
+  return None if _is_finite(tensor) else f"not finite: {name} has NaN or infinite values"
 
 
 def differing_settings(told: Mapping[str, Any], settings: ModelSettings) -> dict[str, tuple[Any, Any]]:

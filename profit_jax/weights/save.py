@@ -58,6 +58,6 @@ def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Ma
     # Renamed into place, so that nobody finds half a file.
     unfinished = place.parent / f"{place.name}.tmp"
     unfinished.write_bytes(safetensors.numpy.save(dict(tensors), {"format": "pt", **metadata}))
-    unfinished.rename(place)
+    unfinished.replace(place)
   except OSError as error:
     raise ConfigError(f"The file {path!r} cannot be written: {error}.") from error

@@ -232,6 +232,51 @@ def test_another_net_teaches_and_a_bad_one_is_loud(tiny, tmp_path, capsys):
   assert [event.step for event in events.Tensors("train/kd")] == [10, 20]
 
 
+def test_both_paddings_of_a_torchvision_v3_are_evaluated(tmp_path, capsys):
+  from profit_jax.models import init_variables
+  from profit_jax.weights.save import named_tensors, write_safetensors
+
+  config = digits_w4.get_config("mobilenet_v3_small")
+  config.model.bn_epsilon = 1e-3
+  config.compilation_cache = ""
+  model = REGISTRY["mobilenet_v3_small"](num_classes=10, width=0.5, strides=config.model.strides)
+  variables = init_variables(model, jax.random.key(0), 32)
+  file = str(tmp_path / "w.safetensors")
+  write_safetensors(file, named_tensors("mobilenet_v3_small", variables, "torchvision"), {})
+  config.init.weights = file
+  app.main(config, "", "eval")
+  printed = " ".join(capsys.readouterr().out.split())
+  assert "with the padding of this run, top-1 " in printed
+  assert "with that of the code behind the file (450 images; torchvision names)" in printed
+
+
+def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys):
+  # A run's directory as `train/checkpoint.py` leaves it, without the run.
+  import orbax.checkpoint as ocp
+
+  from profit_jax.models import build, variable_shapes
+
+  settings = parse(digits_w4.get_config(), REGISTRY, SOURCES)
+  rng = np.random.default_rng(0)
+  shapes = variable_shapes(build(settings.model, 10), 32)
+  variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+  (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
+  progress = tmp_path / "checkpoints" / "last" / "5" / "progress"
+  progress.mkdir(parents=True)
+  (progress / "metadata").write_text(json.dumps({"progress": {"best": {"epoch": 4}}}))
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "checkpoints" / "best" / "4" / "variables", variables)
+  file = str(tmp_path / "w.safetensors")
+  assert to_torch.main([str(tmp_path), file]) == 0
+  told = capsys.readouterr().out
+  assert "472 float32 tensors under authors names" in told
+  assert "computes with activation = 'relu', these weights were trained with 'relu6'" in told
+  assert to_torch.main([str(tmp_path), file, "--names=torchvision"]) == 0
+  told = capsys.readouterr().out
+  assert "no place for the quantizers' a and c" in told
+  assert "activation" not in told
+
+
 def test_to_torch_says_what_is_wrong(finished_run, tmp_path, capsys):
   wrong = {
     (str(tmp_path), "w.safetensors"): "holds no run",

@@ -1,5 +1,7 @@
 """Steps: evaluation counts, calibration, sharding, and what freezing saves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax.data import Normalization
+from profit_jax.data.normalize import normalize
 from profit_jax.models import init_variables
 from profit_jax.quant.levels import Levels, levels
 from profit_jax.train import aiwq, optimizer, steps
@@ -53,6 +56,29 @@ def test_evaluation_ignores_padding_and_ranks_ties_as_a_stable_sort(variables):
   assert int(count["top5"]) == np.sum(batch(32)["label"] < 5)
   diverged = step(jax.tree.map(lambda leaf: leaf * jnp.nan, variables), batch(32), Levels())
   assert int(diverged["top1"]) == int(diverged["top5"]) == 0
+
+
+def test_a_teacher_sees_images_with_its_own_normalization(variables):
+  model, own = TinyNet(), Normalization((0.0,) * 3, (1.0,) * 3)
+  # A net that is sure of itself: with logits near 0 every teacher teaches the same.
+  sure = jax.tree.map(lambda leaf: leaf * (300 if leaf.shape == (16, 10) else 1), variables)
+  tx = make_step(model, sure["params"])[1]
+  state = create_state(sure, ema=False)
+  state = state.replace(opt_state=tx.init(state.params))
+  # Running statistics, because those of the batch would take most of the normalization out again.
+  options = {"teacher_batch_statistics": False, "teacher_normalization": own}
+  step = steps.make_train_step(model, tx, normalization=NORMALIZATION, ema_rate=0.9, teacher_model=model, **options)
+  kd = jax.jit(step)(state, batch(16), Levels(), np.float32(0.1), jax.random.key(0), sure, None)[1]["kd"]
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def logits(normalization, train):
+    image = normalize(jnp.asarray(batch(16)["image"]), normalization)
+    return model.apply(sure, image, Levels(), train, mutable=["batch_stats"])[0]
+
+  student = logits(NORMALIZATION, True)
+  expected, same = (steps.distillation_loss(student, logits(seen, False)) for seen in (own, NORMALIZATION))
+  np.testing.assert_allclose(kd, expected, rtol=1e-4)
+  assert abs(float(expected / same) - 1) > 0.01
 
 
 def test_uint8_images_are_normalized_inside_the_step(variables):
