@@ -13,6 +13,10 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; fields: --config.train.batch_size=64.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run, local or gs://; a run found there goes on.")
 _SPEED = flags.DEFINE_float("images_per_second", None, "Training speed; mode plan then prints hours.")
+# For several processes; Cloud TPUs, Slurm and Open MPI need none of them.
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first process.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
 _MODE = flags.DEFINE_string("mode", "train", "train, eval, plan.")
 
 
@@ -47,7 +51,8 @@ def main(argv):
 
   absl_logging.set_verbosity(absl_logging.ERROR)
   try:
-    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value)
+    cluster = profit.Cluster(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
+    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value, cluster)
   except ConfigError as error:
     return _fail(error)
   except KeyboardInterrupt:

@@ -57,12 +57,27 @@ def get_config() -> ml_collections.ConfigDict:
   config.teacher.channel_rounding = "nearest"
 
   config.data = ml_collections.ConfigDict()
-  config.data.name = "imagenet2012"  # a key of profit_jax.data.SOURCES
+  # digits (scikit-learn's); folder (images in data_dir/train/CLASS/ and data_dir/val/CLASS/); or any classification set of
+  # tensorflow-datasets, with its configuration and version where needed (imagenette/320px-v2). See docs/data.md.
+  config.data.name = "imagenet2012"
+  config.data.data_dir = ""  # of the folder; of TFDS, local or gs://, "" is its own ($TFDS_DATA_DIR, ~/tensorflow_datasets)
+  config.data.train_split = "train"  # TFDS: parts too, as train[:90%]
+  config.data.eval_split = ""  # "" is the first of validation, val, test that is there
   config.data.image_size = 224  # pixels, height and width
   # Mean and standard deviation that pixels are normalized with: dataset (its own), imagenet (torchvision's), inception (0.5
   # and 0.5, some of timm's files), none (0 and 1: pixels in 0..1).
   config.data.normalization = "dataset"
-  config.data.augment = True  # random changes of the training images
+  config.data.augment = True  # random changes of the training images; False evaluates and trains on the same pixels
+  # Which: resized (a random part of 8 to 100 % of the area, scaled, and mirrored or not), padded (moved by up to an eighth,
+  # and mirrored or not: small images). The digits only move.
+  config.data.train_crop = "resized"
+  # Evaluation cuts the centre, this share of the shorter side: 0.875 is 224 of 256. timm's files: see the file's crop_pct.
+  config.data.eval_share = 0.875
+  config.data.interpolation = "bicubic"  # or bilinear (torchvision's older files), antialiased
+  config.data.max_broken = 0.001  # share of images that may be broken; they are skipped and named; more stop the run
+  # A TFDS set of more than 512 MB is read by so many readers, which the processes share: a multiple of their number. The
+  # order of the images depends on it.
+  config.data.readers = 64
 
   config.plan = ml_collections.ConfigDict()
   config.plan.weight_bits = (8, 5, 4)  # 2 to 8, falling; () leaves weights in full precision
@@ -80,6 +95,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.train = ml_collections.ConfigDict()
   config.train.batch_size = 256  # global: over all devices
+  # A batch is computed in so many parts, one after the other, where it is larger than memory. Batch statistics are then
+  # those of a part.
+  config.train.accumulation_steps = 1
   config.train.eval_batch_size = 256
   config.train.learning_rate = 0.005  # of weights, norms and biases; SGD with Nesterov momentum
   config.train.full_precision_learning_rate = 0.005  # the same in the full-precision phase

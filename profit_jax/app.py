@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from etils import epath
 from rich.console import Console
 
-from profit_jax import data, plan
+from profit_jax import data, distributed, plan
 from profit_jax.models import REGISTRY, build, check, variable_shapes
 from profit_jax.report import console, files
 from profit_jax.settings import ConfigError, Settings, parse
@@ -23,7 +23,21 @@ from profit_jax.train.programs import Programs, make_mesh
 MODES = ("train", "eval", "plan")
 
 
-def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str, images_per_second: float | None = None) -> None:
+class Cluster(NamedTuple):
+  """How several processes find each other, where nothing tells by itself; see `distributed.initialize`."""
+
+  coordinator_address: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+
+
+def main(
+  config: ml_collections.ConfigDict | None,
+  workdir: str,
+  mode: str,
+  images_per_second: float | None = None,
+  cluster: Cluster = Cluster(),
+) -> None:
   """Runs one mode.
 
   Args:
@@ -32,6 +46,7 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str, imag
       there is no run.
     mode: one of `MODES`.
     images_per_second: of training; mode plan then prints hours.
+    cluster: where the processes meet.
 
   Raises:
     ConfigError: anything that the user can mend.
@@ -46,29 +61,45 @@ def main(config: ml_collections.ConfigDict | None, workdir: str, mode: str, imag
       raise ConfigError("--config is missing: give a configuration file, as --config configs/digits_w4.py.")
     _require_workdir(workdir, mode)
     config = ml_collections.ConfigDict(files.read_config(directory))
-  settings = parse(config, REGISTRY, data.SOURCES)
+  settings = parse(config, REGISTRY)
   only_file = mode == "eval" and given and settings.init.weights and not (workdir and files.is_begun(directory))
   if mode != "plan" and not only_file:
     _require_workdir(workdir, mode)
   check(settings)
-  facts = data.check_sizes(settings)
   phases = plan.plan(settings)
   if mode == "plan":
-    if images_per_second is not None and not 0 < images_per_second < float("inf"):
-      raise ConfigError(f"--images_per_second={images_per_second} is not allowed: it must be above 0 and finite.")
-    batch = settings.train.batch_size
-    print(plan.format_table(phases, facts.train_examples // batch, images_per_second and images_per_second / batch))
+    print_plan(settings, phases, images_per_second)
     return
   if settings.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.compilation_cache))
+  # Of all that is joined, this comes first.
+  distributed.initialize(*cluster)
+  distributed.require_equal(settings)
   if only_file:
     if workdir:
-      print(f"{directory} holds no run: this evaluates {settings.init.weights}.")
+      _say(f"{directory} holds no run: this evaluates {settings.init.weights}.")
     evaluate_file(settings, phases)
   elif mode == "eval":
     run_eval(settings, phases, directory)
   else:
     train(settings, phases, directory)
+
+
+def print_plan(settings: Settings, phases: tuple[plan.Phase, ...], images_per_second: float | None) -> None:
+  """Prints the phases; reads the data only where its size is not known otherwise."""
+  if images_per_second is not None and not 0 < images_per_second < float("inf"):
+    raise ConfigError(f"--images_per_second={images_per_second} is not allowed: it must be above 0 and finite.")
+  batch, facts = settings.train.batch_size, data.facts(settings)
+  print(plan.format_table(phases, facts.train_examples // batch, images_per_second and images_per_second / batch))
+
+
+def _say(line: str) -> None:
+  if distributed.is_first():
+    print(line)
+
+
+def _load_data(settings: Settings) -> data.Source:
+  return data.load(settings, data.Host(jax.process_index(), jax.process_count()))
 
 
 def _require_workdir(workdir: str, mode: str) -> None:
@@ -77,29 +108,26 @@ def _require_workdir(workdir: str, mode: str) -> None:
     raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://{either}.")
 
 
-def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, Any]:
-  """Trains, or goes on with, the run in `workdir`; returns what `result.json` holds."""
+def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, Any] | None:
+  """Trains, or goes on with, the run in `workdir`; returns what `result.json` holds, in the first process."""
   mesh = make_mesh(settings)
-  source = data.load(settings)
+  source = _load_data(settings)
   facts = source.facts
-  screen = Console(highlight=False)
+  screen = Console(highlight=False, quiet=not distributed.is_first())
   with contextlib.ExitStack() as closing:  # in reverse: the last checkpoints are written whatever else fails
 
     def open_checkpoints() -> Checkpoints:
-      files.claim_workdir(workdir, settings)
+      distributed.first_does(lambda: files.claim_workdir(workdir, settings, facts))
       opened = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
       closing.callback(opened.close)
       return opened
 
     # A fresh directory is claimed only when what the run starts from has been read.
-    checkpoints = open_checkpoints() if files.is_begun(workdir) else None
+    checkpoints = open_checkpoints() if distributed.from_first(files.is_begun(workdir)) else None
     progress = None if checkpoints is None else checkpoints.restore_progress()
     student = start.load_student(settings, facts.num_classes, progress)
     teacher = start.load_teacher(settings, student, facts.num_classes, progress)
     checkpoints = checkpoints or open_checkpoints()
-
-    # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
-    from profit_jax.report.tensorboard import TensorBoardObserver
 
     screen.print(f"{plan.summary_line(phases)}; {workdir}")
     if settings.from_scratch:
@@ -108,8 +136,7 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
       screen.print(f"WARNING: {doubt}", style="yellow")
     programs = Programs(settings, facts, student.model, teacher.model, mesh, student.file_model)
     closing.callback(programs.close)
-    watchers = [console.ConsoleObserver(screen, facts.num_classes), TensorBoardObserver(os.fspath(workdir))]
-    observer = Observers(watchers)
+    observer = Observers(_watchers(screen, facts, workdir) if distributed.is_first() else [])
     closing.callback(observer.close)
     loop = Loop(
       settings=settings,
@@ -123,17 +150,26 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
     )
     progress = loop.run()
     best = checkpoints.restore_best(variable_shapes(student.model, settings.data.image_size))
+  if not distributed.is_first():
+    return None
   result = files.write_report(workdir, settings, phases, progress, best["params"])
   console.print_table(screen, result)
   screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
   return result
 
 
+def _watchers(screen, facts, workdir):
+  # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
+  from profit_jax.report.tensorboard import TensorBoardObserver
+
+  return [console.ConsoleObserver(screen, facts.num_classes), TensorBoardObserver(os.fspath(workdir))]
+
+
 def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, float]:
   """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
-  files.read_config(workdir)  # before the next line, which would make a run of an empty directory
-  files.claim_workdir(workdir, settings)
-  mesh, source = make_mesh(settings), data.load(settings)
+  files.read_config(workdir)  # before claiming, which would make a run of an empty directory
+  mesh, source = make_mesh(settings), _load_data(settings)
+  distributed.first_does(lambda: files.claim_workdir(workdir, settings, source.facts))
   model = build(settings.model, source.facts.num_classes)
   programs = Programs(settings, source.facts, model, None, mesh)
   checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
@@ -149,10 +185,10 @@ def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.
 
 def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
   """Evaluates `init.weights`: in full precision, and at the plan's last bits if it has the quantizers' scalars."""
-  mesh, source = make_mesh(settings), data.load(settings)
+  mesh, source = make_mesh(settings), _load_data(settings)
   classes = source.facts.num_classes
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
-  screen = Console(highlight=False)
+  screen = Console(highlight=False, quiet=not distributed.is_first())
   for doubt in start.doubts(settings, student, teacher):
     screen.print(f"WARNING: {doubt}", style="yellow")
   programs = Programs(settings, source.facts, student.model, None, mesh, student.file_model)
@@ -171,5 +207,5 @@ def _evaluate_quantized(settings, phases, programs, source, variables) -> dict[s
   bits = {"weight_bits": phases[-1].weight_bits, "act_bits": phases[-1].act_bits}
   scores, _ = evaluate(programs, source, settings, programs.replicate(variables), **bits)
   name = plan.bits_name(**bits)
-  print(f"{name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on {scores['examples']:.0f} images")
+  _say(f"{name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on {scores['examples']:.0f} images")
   return scores

@@ -72,9 +72,17 @@ class DataSettings:
   """Section `data`."""
 
   name: str
+  data_dir: str
+  train_split: str
+  eval_split: str
   image_size: int
   normalization: Literal["dataset", "imagenet", "inception", "none"]
   augment: bool
+  train_crop: Literal["resized", "padded"]
+  eval_share: float
+  interpolation: Literal["bicubic", "bilinear"]
+  max_broken: float
+  readers: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +108,7 @@ class TrainSettings:
   """Section `train`."""
 
   batch_size: int
+  accumulation_steps: int
   eval_batch_size: int
   learning_rate: float
   full_precision_learning_rate: float
@@ -145,19 +154,19 @@ class Settings:
     return _as_lists(dataclasses.asdict(self))
 
 
-def parse(config: ml_collections.ConfigDict, models: Collection[str], sources: Collection[str]) -> Settings:
+def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Settings:
   """Checks a configuration and freezes it.
 
   Args:
     config: what a configuration file gives, overridden from the command line.
     models: the names that `model.name` and `teacher.model` may take.
-    sources: the names that `data.name` may take.
 
   Raises:
     ConfigError: naming the field, its value, and what is allowed.
   """
   settings = _build(Settings, config.to_dict(), "config")
   _check_model(settings, models)
+  _check_data(settings.data)
   _check_plan(settings.plan)
   epochs = settings.plan.full_precision_epochs
   _require(
@@ -174,9 +183,7 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str], sources: C
   )
   train = settings.train
   _require(0 <= settings.seed < 2**32, "seed", settings.seed, "0 or above, below 2^32")
-  _require(settings.data.name in sources, "data.name", settings.data.name, f"one of {_list(sources)}")
-  _require(8 <= settings.data.image_size <= 1024, "data.image_size", settings.data.image_size, "8 to 1024 pixels")
-  for name in ("batch_size", "eval_batch_size"):
+  for name in ("batch_size", "accumulation_steps", "eval_batch_size"):
     _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "1 or above")
   for name in ("learning_rate", "full_precision_learning_rate"):
     _require(0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10")
@@ -228,6 +235,16 @@ def _check_model(settings: Settings, models: Collection[str]) -> None:
       teacher.weights,
       f"a weights file: teacher.model = {teacher.model} cannot teach without one; or set teacher.model to self or none",
     )
+
+
+def _check_data(data: DataSettings) -> None:
+  # Only the sources know which data sets there are.
+  _require(bool(data.name.strip()), "data.name", data.name, "digits, folder, or the name of a tensorflow-datasets set")
+  _require(bool(data.train_split), "data.train_split", data.train_split, "the name of a split, as train")
+  _require(8 <= data.image_size <= 1024, "data.image_size", data.image_size, "8 to 1024 pixels")
+  _require(0.1 <= data.eval_share <= 1, "data.eval_share", data.eval_share, "0.1 to 1")
+  _require(0 <= data.max_broken <= 1, "data.max_broken", data.max_broken, "a share from 0 to 1")
+  _require(1 <= data.readers <= 1024, "data.readers", data.readers, "1 to 1024")
 
 
 def _check_plan(plan: PlanSettings) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import ml_collections
 from etils import epath
 
-from profit_jax import data, plan
+from profit_jax import plan
 from profit_jax.models import REGISTRY, build, variable_shapes
-from profit_jax.report.files import read_config
+from profit_jax.report.files import read_config, read_sizes
 from profit_jax.settings import ConfigError, parse
 from profit_jax.weights.load import differing_settings, load_variables, namings
 from profit_jax.weights.save import leaves_quantizers_out, named_tensors, settings_metadata, write_safetensors
@@ -26,11 +26,11 @@ def write(run: str, file: str, names: str | None) -> str:
   Raises:
     ConfigError: anything that the user can mend.
   """
-  settings = parse(ml_collections.ConfigDict(read_config(epath.Path(run))), REGISTRY, data.SOURCES)
+  settings = parse(ml_collections.ConfigDict(read_config(epath.Path(run))), REGISTRY)
   model = settings.model.name
   if names is None:
     names = next(source for source in ("authors", "torchvision", "timm", "profit_jax") if source in namings(model))
-  module = build(settings.model, data.check_sizes(settings).num_classes)
+  module = build(settings.model, read_sizes(epath.Path(run))["num_classes"])
   loaded = load_variables(run, model, variable_shapes(module, settings.data.image_size))
   tensors = named_tensors(model, loaded.variables, names)
   last = plan.plan(settings)[-1]

@@ -36,7 +36,12 @@ def run(*arguments):
     ([*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/zip.pth"], "Nothing was loaded"),
     (["--config=configs/digits_w4.py:vgg", "--mode=plan"], "mobilenet_v3_small"),
     ([*DIGITS, "--mode=plan", "--images_per_second=0"], "above 0"),
-    (["--config", "configs/mbv2_w4.py", "--workdir=/nonexistent/run"], "imagenet2012"),
+    (
+      ["--config=configs/mbv2_w4.py", "--workdir=r", "--config.data.data_dir=/absent"],
+      "tfds build imagenet2012 --data_dir=/absent",
+    ),
+    (["--config=configs/mbv2_w4.py", "--workdir=r", "--config.data.name=imagenets"], "neither its catalogue"),
+    ([*DIGITS, "--workdir=r", "--num_processes=2"], "--coordinator_address is missing"),
   ],
 )
 def test_wrong_input_ends_in_one_message_and_exit_code_2(arguments, message):

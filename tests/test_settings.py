@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from configs import base, digits_w3, digits_w4, mbv2_w4
-from profit_jax.data import SOURCES, check_sizes, load
+from profit_jax.data import facts
 from profit_jax.models import REGISTRY
 from profit_jax.settings import ConfigError, differences, parse
 
@@ -13,7 +13,7 @@ from profit_jax.settings import ConfigError, differences, parse
 def parsed(config=None, **changes):
   config = config or base.get_config()
   config.update_from_flattened_dict(changes)
-  return parse(config, REGISTRY, SOURCES)
+  return parse(config, REGISTRY)
 
 
 @pytest.mark.parametrize("module", [base, digits_w3, digits_w4, mbv2_w4])
@@ -56,7 +56,13 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("teacher.pad_value", 1.0, "-0.375"),
     ("teacher.strides", (0,), "each 1 or 2"),
     ("data.normalization", "cifar", "dataset, imagenet, inception, none"),
-    ("data.name", "mnist", "digits"),
+    ("data.name", " ", "digits, folder"),
+    ("data.train_split", "", "name of a split"),
+    ("data.train_crop", "random", "resized, padded"),
+    ("data.eval_share", 1.5, "0.1 to 1"),
+    ("data.interpolation", "nearest", "bicubic, bilinear"),
+    ("data.max_broken", -0.1, "0 to 1"),
+    ("data.readers", 0, "1 to 1024"),
     ("train.batch_size", 0, "1 or above"),
     ("train.learning_rate", float("nan"), "finite"),
     ("train.ema_rate", 1.0, "below 1"),
@@ -71,7 +77,7 @@ def test_wrong_values(field, value, allowed):
     config.update_from_flattened_dict({field: value})
   named = "teacher.weights" if (field, value) == ("teacher.model", "mobilenet_v2") else field
   with pytest.raises(ConfigError) as error:
-    parse(config, REGISTRY, SOURCES)
+    parse(config, REGISTRY)
   assert named in str(error.value)
   assert allowed in str(error.value)
 
@@ -89,13 +95,7 @@ def test_unknown_and_missing_fields():
 
 def test_a_batch_larger_than_the_data():
   with pytest.raises(ConfigError, match=r"batch_size = 1348 .* 1347"):
-    check_sizes(parsed(**{"data.name": "digits", "train.batch_size": 1348}))
-
-
-def test_a_source_without_loading_says_so_in_one_line():
-  with pytest.raises(ConfigError, match=r"imagenet2012.*--mode plan") as error:
-    load(parsed())
-  assert "\n" not in str(error.value)
+    facts(parsed(**{"data.name": "digits", "train.batch_size": 1348}))
 
 
 def test_differences_name_the_fields():

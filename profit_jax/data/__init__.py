@@ -1,7 +1,7 @@
 """Data sources, by the name that `config.data.name` takes. TensorFlow is imported in this package only."""
 
 from profit_jax.data import digits
-from profit_jax.data.base import Facts, Source
+from profit_jax.data.base import Facts, Host, Source
 from profit_jax.data.normalize import Normalization
 from profit_jax.settings import ConfigError, Settings
 
@@ -13,12 +13,15 @@ NORMALIZATIONS = {
   "none": Normalization(mean=(0.0,) * 3, std=(1.0,) * 3),
 }
 
-SOURCES: dict[str, Facts] = {
+_IMAGENET = NORMALIZATIONS["imagenet"]
+_CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+# Facts of data sets that a plan is made for before they are there; of any other one, its files tell.
+KNOWN: dict[str, Facts] = {
   "digits": digits.FACTS,
-  "imagenet2012": Facts(
-    train_examples=1_281_167, eval_examples=50_000, num_classes=1000, normalization=NORMALIZATIONS["imagenet"]
-  ),
+  "imagenet2012": Facts(train_examples=1_281_167, eval_examples=50_000, num_classes=1000, normalization=_IMAGENET),
+  "cifar10": Facts(train_examples=50_000, eval_examples=10_000, num_classes=10, normalization=_CIFAR10),
 }
+FOLDER = "folder"
 
 
 def normalization(name: str, facts: Facts) -> Normalization:
@@ -26,31 +29,64 @@ def normalization(name: str, facts: Facts) -> Normalization:
   return facts.normalization if name == "dataset" else NORMALIZATIONS[name]
 
 
-def check_sizes(settings: Settings) -> Facts:
-  """The facts of the configured source.
+def facts(settings: Settings) -> Facts:
+  """The facts of the configured source, for a plan; reads its files only where nothing else knows.
 
   Raises:
-    ConfigError: a batch that the data cannot fill.
+    ConfigError: a source that is not there, or a batch that it cannot fill.
   """
-  facts, batch = SOURCES[settings.data.name], settings.train.batch_size
-  if batch > facts.train_examples:
-    raise ConfigError(
-      f"config.train.batch_size = {batch} is larger than the data: {settings.data.name} has {facts.train_examples} "
-      f"training images, and an epoch needs at least one full batch. Use {facts.train_examples} or less."
-    )
-  return facts
+  known = KNOWN.get(settings.data.name) or load(settings).facts
+  _check_batch(settings, known)
+  return known
 
 
-def load(settings: Settings) -> Source:
-  """Loads the configured source.
+def load(settings: Settings, host: Host = Host()) -> Source:
+  """Opens the configured source.
+
+  Args:
+    settings: validated.
+    host: whose rows of each batch it gives.
 
   Raises:
-    ConfigError: a source that this release cannot read.
+    ConfigError: a source that is not there or not as it must be, or batches that it cannot fill, or hosts not share.
   """
-  check_sizes(settings)
+  train = settings.train
+  for name in ("batch_size", "eval_batch_size"):
+    if getattr(train, name) % host.count:
+      raise ConfigError(
+        f"config.train.{name} = {getattr(train, name)} is not allowed: it must be a multiple of {host.count}, the number "
+        f"of processes."
+      )
   if settings.data.name == "digits":
-    return digits.Digits(image_size=settings.data.image_size, augment=settings.data.augment, seed=settings.seed)
-  raise ConfigError(
-    f"config.data.name = {settings.data.name!r} cannot be loaded yet: only --mode plan works with it. "
-    f"Train on 'digits' (configs/digits_w4.py)."
-  )
+    source = digits.Digits(
+      image_size=settings.data.image_size, augment=settings.data.augment, seed=settings.seed, host=host
+    )
+  else:
+    source = _images(settings, host)
+  _check_batch(settings, source.facts)
+  return source
+
+
+def _images(settings, host):
+  # Here, because TensorFlow takes seconds to import, and what needs no images (steps, benchmarks, plans) runs without it.
+  from profit_jax.data import images, records
+
+  images.quiet_tensorflow()
+  if settings.data.name == FOLDER:
+    from profit_jax.data.folder import Folder as splits_of
+  else:
+    from profit_jax.data.tfds import Splits as splits_of
+  splits = splits_of(settings.data)
+  splits.train.check(records.Pass(settings.train.batch_size, host, shuffle=(0, 0)))
+  splits.eval.check(records.Pass(settings.train.eval_batch_size, host))
+  own = KNOWN[settings.data.name].normalization if settings.data.name in KNOWN else _IMAGENET
+  return images.Images(splits, settings.data, own, settings.seed, host)
+
+
+def _check_batch(settings, found):
+  batch = settings.train.batch_size
+  if batch > found.train_examples:
+    raise ConfigError(
+      f"config.train.batch_size = {batch} is larger than the data: {settings.data.name} has {found.train_examples} "
+      f"training images, and an epoch needs at least one full batch. Use {found.train_examples} or less."
+    )

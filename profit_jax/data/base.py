@@ -1,8 +1,8 @@
-"""What every data source gives: facts that are known without its files, and batches."""
+"""What every data source gives: facts about it, and batches."""
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-  """What is known of a data set before it is loaded.
+  """What is known of a data set without reading its images.
 
   Attributes:
     train_examples: their number.
@@ -28,19 +28,44 @@ class Facts:
   normalization: Normalization
 
 
-class Source(Protocol):
-  """A loaded data set.
+class Host(NamedTuple):
+  """One of the processes that share every batch.
 
-  A batch is `image` uint8 `[N, H, W, 3]`, `label` int32 `[N]`, `mask` bool `[N]`, False where an example only pads the
-  batch.
+  Attributes:
+    index: which one, from 0.
+    count: how many there are.
+  """
+
+  index: int = 0
+  count: int = 1
+
+  def rows(self, batch_size: int) -> slice:
+    """Its part of the rows of a global batch: an equal one, in the order of the processes."""
+    part = batch_size // self.count
+    return slice(self.index * part, (self.index + 1) * part)
+
+
+class Source(Protocol):
+  """A loaded data set, as one host sees it.
+
+  A batch is `image` uint8 `[n, H, W, 3]`, `label` int32 `[n]`, `mask` bool `[n]`, with n the host's part of a global
+  batch. `mask` is False where a row holds no example: in the last batch of an evaluation, and for a broken image.
+
+  What stands in which row of which global batch does not depend on the number of hosts.
   """
 
   facts: Facts
 
-  def train_batches(self, epoch: int, batch_size: int) -> Iterator[Batch]:
-    """One epoch in an order and with changes that are functions of (seed, epoch); what fills no batch is left out."""
+  def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+    """One epoch, in an order and with changes that are functions of (seed, epoch, place in the order).
+
+    Args:
+      epoch: over the whole run, from 0.
+      batch_size: of the global batch; the examples that fill none are left out.
+      start: batches that are passed over: those that an interrupted run has seen.
+    """
     ...
 
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-    """Every evaluation example exactly once; the last batch is padded."""
+    """Every evaluation example exactly once over all hosts; as many batches on each, padded."""
     ...

@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from profit_jax.data.base import Batch, Facts
+from profit_jax.data.base import Batch, Facts, Host
 from profit_jax.data.normalize import Normalization
 
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 1347, 450
@@ -25,8 +25,8 @@ class Digits:
 
   facts = FACTS
 
-  def __init__(self, *, image_size: int, augment: bool, seed: int):
-    """Args: image_size in pixels; augment: shift the training images; seed: of order and shifts."""
+  def __init__(self, *, image_size: int, augment: bool, seed: int, host: Host = Host()):
+    """Args: image_size in pixels; augment: shift the training images; seed: of order and shifts; host: whose rows."""
     scans = load_digits()
     images = np.stack([_enlarge(scan, image_size) for scan in scans.images])
     labels = scans.target.astype(np.int32)
@@ -36,23 +36,25 @@ class Digits:
     self._train = images[train], labels[train]
     self._eval = images[evaluation], labels[evaluation]
     self._shift = image_size // 16 if augment else 0
-    self._seed = seed
+    self._seed, self._host = seed, host
 
-  def train_batches(self, epoch: int, batch_size: int) -> Iterator[Batch]:
+  def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
     rng = np.random.default_rng((self._seed, epoch))
     images, labels = self._train
     order = rng.permutation(len(labels))
     offsets = rng.integers(0, 2 * self._shift + 1, (len(labels), 2))
-    for start in range(0, len(labels) - batch_size + 1, batch_size):
-      chosen = order[start : start + batch_size]
-      yield _batch(_moved(images[chosen], offsets[chosen], self._shift), labels[chosen], batch_size)
+    for first in range(start * batch_size, len(labels) - batch_size + 1, batch_size):
+      chosen = order[first : first + batch_size][self._host.rows(batch_size)]
+      yield _batch(_moved(images[chosen], offsets[chosen], self._shift), labels[chosen], len(chosen))
 
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """See `Source.eval_batches`."""
     images, labels = self._eval
-    for start in range(0, len(labels), batch_size):
-      yield _batch(images[start : start + batch_size], labels[start : start + batch_size], batch_size)
+    rows = self._host.rows(batch_size)
+    for first in range(0, len(labels), batch_size):
+      own = slice(first + rows.start, first + rows.stop)
+      yield _batch(images[own], labels[own], rows.stop - rows.start)
 
 
 def _enlarge(scan: np.ndarray, size: int) -> np.ndarray:

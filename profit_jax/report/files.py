@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from profit_jax.data import Facts
 from profit_jax.plan import Phase, bits_name
 from profit_jax.report.console import final_line, start_lines
 from profit_jax.report.plots import write_plots
@@ -18,14 +19,15 @@ from profit_jax.train.progress import Progress
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "clu", "ml-collections", "numpy")
 
 
-def claim_workdir(workdir: epath.Path, settings: Settings) -> None:
-  """Writes `config.json`, or checks that the one that is there is this run's.
+def claim_workdir(workdir: epath.Path, settings: Settings, facts: Facts) -> None:
+  """Writes `config.json` and `data.json`, or checks that those that are there are this run's.
 
   Raises:
-    ConfigError: the directory belongs to another configuration, or cannot be written.
+    ConfigError: the directory belongs to another configuration, the data has changed, or it cannot be written.
   """
   path = workdir / "config.json"
   if path.exists():
+    _require_same_data(workdir, facts)
     found = differences(_comparable(read_config(workdir)), _comparable(settings.to_dict()))
     if found:
       listing = "\n  ".join(found)
@@ -37,12 +39,41 @@ def claim_workdir(workdir: epath.Path, settings: Settings) -> None:
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    # Renamed into place: a run that is killed while writing leaves no half of it.
-    unfinished = workdir / "config.json.tmp"
-    unfinished.write_text(json.dumps(settings.to_dict(), indent=2) + "\n")
-    unfinished.rename(path)
+    for name, content in (("data.json", _sizes(facts)), ("config.json", settings.to_dict())):
+      # Renamed into place: a run that is killed while writing leaves no half of it.
+      unfinished = workdir / f"{name}.tmp"
+      unfinished.write_text(json.dumps(content, indent=2) + "\n")
+      unfinished.rename(workdir / name)
   except OSError as error:
     raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
+
+
+def _sizes(facts: Facts) -> dict[str, int]:
+  return {name: getattr(facts, name) for name in ("train_examples", "eval_examples", "num_classes")}
+
+
+def _require_same_data(workdir: epath.Path, facts: Facts) -> None:
+  """An epoch's order is a function of the number of examples: with another one, a run would not go on but begin anew."""
+  found = differences(read_sizes(workdir), _sizes(facts))
+  if found:
+    raise ConfigError(
+      f"--workdir {workdir} belongs to a run on other data: {'; '.join(found)}. Give the data back as it was, or use an "
+      f"empty directory."
+    )
+
+
+def read_sizes(workdir: epath.Path) -> dict[str, int]:
+  """The `data.json` of a run: train_examples, eval_examples, num_classes.
+
+  Raises:
+    ConfigError: it is not there or cannot be read.
+  """
+  path = workdir / "data.json"
+  try:
+    sizes = json.loads(path.read_text())
+    return {name: int(sizes[name]) for name in ("train_examples", "eval_examples", "num_classes")}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(f"{path} cannot be read: {error!r}. Use another --workdir, or restore the file.") from error
 
 
 def is_begun(workdir: epath.Path) -> bool:
@@ -69,8 +100,14 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-  """The fields on which a run's numbers depend: where programs are cached and how many checkpoints stay may change."""
-  return {name: value for name, value in config.items() if name not in ("compilation_cache", "checkpoint")}
+  """The fields on which a run's numbers depend.
+
+  Where programs are cached, how many checkpoints stay and where the data lies may change.
+  """
+  config = {name: value for name, value in config.items() if name not in ("compilation_cache", "checkpoint")}
+  if isinstance(config.get("data"), dict):
+    config["data"] = {name: value for name, value in config["data"].items() if name != "data_dir"}
+  return config
 
 
 def environment() -> dict[str, Any]:

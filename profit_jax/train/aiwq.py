@@ -80,6 +80,19 @@ def update(state: AiwqState, moments: Mapping[str, Any], quantized: Mapping[str,
   return AiwqState(metric=metric, previous=conv_kernels(quantized), has_previous=jnp.ones((), bool))
 
 
+def pooled(moments: Mapping[str, Any]) -> dict[str, Any]:
+  """The `moments` collection of a whole batch from those of its equal parts, stacked along the first axis.
+
+  The variance is the mean of the parts' and the variance of their means together; the factor n / (n - 1) apart, which the
+  present and the previous output share.
+  """
+  flat = {}
+  for path, (mean, std) in traverse_util.flatten_dict(moments).items():
+    whole = jnp.mean(mean, 0)
+    flat[path] = whole, jnp.sqrt(jnp.mean(jnp.square(std) + jnp.square(mean - whole), 0))
+  return traverse_util.unflatten_dict(flat)
+
+
 def previous_collection(state: AiwqState) -> dict[str, Any]:
   """The `previous` collection that the layers read."""
   flat = {(*layer.split("/"), "kernel"): kernel for layer, kernel in state.previous.items()}

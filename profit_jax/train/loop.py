@@ -196,7 +196,7 @@ class Loop:
 
     def collect():
       metrics = {name: float(value) for name, value in jax.device_get(pending.popleft()).items()}
-      metrics["top1"] = 100.0 * metrics.pop("correct") / batch_size
+      metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
       totals.update(metrics)
       totals["steps"] += 1
       speed = totals["steps"] * batch_size / (time.perf_counter() - start)
@@ -222,7 +222,8 @@ class Loop:
       return state if state.ema_params is None else state.replace(ema_params=calibrate(state.ema_params))
     # The same batch whenever it is asked for: epoch 0's first.
     batch = next(iter(self._source.train_batches(0, self._settings.train.batch_size)))
-    image = self._programs.split(batch)["image"]
+    part = {"image": batch["image"][:: self._settings.train.accumulation_steps]}
+    image = self._programs.split(part)["image"]
     calibrate = self._programs.calibrate_acts()
     state = state.replace(params=calibrate(state.variables, image, self._key))
     if state.ema_params is None:

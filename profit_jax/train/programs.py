@@ -30,11 +30,21 @@ def make_mesh(settings: Settings) -> Mesh:
   Raises:
     ConfigError: a batch that does not divide over them.
   """
-  devices = jax.devices()
+  # Neighbours of one process side by side: its rows of a batch are its devices' rows. Their numbers alone do not say so.
+  devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+  parts = settings.train.accumulation_steps
+  if settings.train.batch_size % (parts * len(devices)):
+    raise ConfigError(
+      f"config.train.batch_size = {settings.train.batch_size} is not allowed: it must be a multiple of "
+      f"{parts * len(devices)}: train.accumulation_steps = {parts} parts over {len(devices)} devices."
+    )
   for name in ("batch_size", "eval_batch_size"):
     size = getattr(settings.train, name)
     if size % len(devices):
-      raise ConfigError(f"config.train.{name} = {size} must be a multiple of the number of devices, {len(devices)}.")
+      raise ConfigError(
+        f"config.train.{name} = {size} is not allowed: it must be a multiple of the number of devices, {len(devices)}, "
+        f"over which a batch is split."
+      )
   return Mesh(np.asarray(devices), ("data",))
 
 
@@ -78,15 +88,26 @@ class Programs:
     self._pool.shutdown(wait=False, cancel_futures=True)
 
   def replicate(self, tree: Any) -> Any:
-    """Puts a tree on every device, as new arrays that a step may donate."""
-    return jax.device_put(tree, self._replicated, may_alias=False)
+    """Puts a tree, the same on every process, on every device, as new arrays that a step may donate."""
+    if jax.process_count() == 1:
+      return jax.device_put(tree, self._replicated, may_alias=False)
+
+    # There device_put would compare every array over the network first, with a program for each shape.
+    def put(leaf):
+      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
+      value = np.array(leaf)
+      return jax.make_array_from_callback(value.shape, self._replicated, lambda index: value[index])
+
+    return jax.tree.map(put, tree)
 
   def fresh_optimizer(self, state: TrainState, train_kernels: bool, frozen: Frozen) -> TrainState:
     """The state with the optimizer of a phase's beginning."""
-    return state.replace(opt_state=self.replicate(self.optimizer(train_kernels, frozen).init(state.params)))
+    start = self.optimizer(train_kernels, frozen).init(jax.device_get(state.params))
+    return state.replace(opt_state=self.replicate(start))
 
   def split(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a batch on the devices, a part on each."""
+    """Puts a batch on the devices, a part on each; every process gives its own rows."""
     return {name: jax.make_array_from_process_local_data(self._split, value) for name, value in batch.items()}
 
   def prefetch(self, phases: tuple[Phase, ...], frozen: Callable[[Phase], Frozen | None]) -> None:
@@ -189,6 +210,7 @@ class Programs:
       ema_rate=settings.train.ema_rate,
       teacher_model=self._teacher_model if program.distill else None,
       teacher_batch_statistics=settings.teacher.batch_stats == "batch",
+      accumulation_steps=settings.train.accumulation_steps,
     )
     state = _with_sharding(self.state_shapes(program.train_kernels, frozen), self._replicated)
     sampling = None
@@ -231,7 +253,7 @@ class Programs:
     def calibrate(variables, image, key):
       return steps.calibrate_acts(self._model, variables, image, self._normalization, key)
 
-    image = self._batch_shapes(settings.train.batch_size)["image"]
+    image = self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)["image"]
     variables = sharded(variable_shapes(self._model, settings.data.image_size))
     return jax.jit(calibrate, out_shardings=self._replicated).lower(variables, image, self._key_shape).compile()
 

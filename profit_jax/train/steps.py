@@ -21,14 +21,14 @@ Metrics = dict[str, jax.Array]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Mean cross-entropy of `[N, classes]` against int labels `[N]`, in at least float32."""
-  return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(at_least_float32(logits), labels))
+  """Cross-entropy `[N]` of logits `[N, classes]` against int labels `[N]`, in at least float32."""
+  return optax.losses.softmax_cross_entropy_with_integer_labels(at_least_float32(logits), labels)
 
 
 def distillation_loss(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-  """Mean cross-entropy of the student against the teacher's softmax, at temperature 1."""
+  """Cross-entropy `[N]` of the student against the teacher's softmax, at temperature 1."""
   targets = jax.nn.softmax(at_least_float32(teacher_logits))
-  return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(at_least_float32(logits)), axis=-1))
+  return -jnp.sum(targets * jax.nn.log_softmax(at_least_float32(logits)), axis=-1)
 
 
 def make_train_step(
@@ -40,18 +40,20 @@ def make_train_step(
   teacher_model: nn.Module | None = None,
   teacher_batch_statistics: bool = True,
   teacher_normalization: Normalization | None = None,
+  accumulation_steps: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics, aiwq.AiwqState | None]]:
   """A training step, and a sampling step when it is given an `AiwqState`; not yet jitted.
 
   The step takes `(state, batch, levels, learning_rate, key, teacher, sampling)`:
-    batch: `image` `[N, H, W, 3]` (uint8, or already normalized floats), `label` int32 `[N]`.
+    batch: `image` `[N, H, W, 3]` (uint8, or already normalized floats), `label` int32 `[N]`, and `mask` bool `[N]`, False
+      where a row holds no example: it has no part in the loss. Without `mask` all rows count.
     levels: the student's quantization steps.
     learning_rate: scalar, the epoch's.
     key: folded with `state.step` for dropout.
     teacher: the teacher's variables, or None. It runs in full precision.
     sampling: an `AiwqState`, or None outside the sampling phase.
-  and returns the new state, the metrics `{loss, ce, kd, correct}` (kd only with a teacher; correct is a count), and the
-  new `AiwqState` (or None).
+  and returns the new state, the metrics `{loss, ce, kd, correct, examples}` (means over the examples; kd only with a
+  teacher; the last two are counts), and the new `AiwqState` (or None).
 
   Args:
     model: the student.
@@ -62,9 +64,12 @@ def make_train_step(
     teacher_batch_statistics: the teacher normalizes with the batch's statistics, as in the reference, else with its
       running ones.
     teacher_normalization: of the images that the teacher sees; None is the student's.
+    accumulation_steps: the batch is computed in so many parts, one after the other. The gradient is that of the whole
+      batch's loss; batch statistics are those of each part, and the running ones move once, by the parts' mean.
   """
 
-  def step(state, batch, levels, learning_rate, key, teacher, sampling):
+  def student_and_gradient(state, batch, levels, key, teacher, sampling, examples):
+    """The part's share of the gradient and metrics, and what the forward pass leaves."""
     image = normalize(batch["image"], normalization)
     teacher_logits = None
     if teacher is not None:
@@ -74,22 +79,61 @@ def make_train_step(
         teacher, taught, Levels(), teacher_batch_statistics, mutable=["batch_stats"], rngs={"dropout": key}
       )
 
+    def share(losses):
+      return jnp.sum(jnp.where(batch["mask"], losses, 0.0)) / examples.astype(losses.dtype)
+
     def loss_fn(params):
       logits, updates = _forward(model, params, state, image, levels, key, sampling)
-      parts = {"ce": cross_entropy(logits, batch["label"])}
+      parts = {"ce": share(cross_entropy(logits, batch["label"]))}
       if teacher_logits is not None:
-        parts["kd"] = distillation_loss(logits, teacher_logits)
+        parts["kd"] = share(distillation_loss(logits, teacher_logits))
       return sum(parts.values()), (parts, logits, updates)
 
     grads, (parts, logits, updates) = jax.grad(loss_fn, has_aux=True)(state.params)
+    right = jax.lax.argmax(logits, 1, jnp.int32) == batch["label"]
+    return grads, {**parts, "loss": sum(parts.values()), "correct": jnp.sum(right & batch["mask"])}, updates
+
+  def step(state, batch, levels, learning_rate, key, teacher, sampling):
+    batch = {"mask": jnp.ones(batch["label"].shape, bool), **batch}
+    # A batch without any example counts as one, so that its loss is 0 and not NaN.
+    examples = jnp.maximum(jnp.sum(batch["mask"]), 1)
+
+    def of(part, key):
+      return student_and_gradient(state, part, levels, key, teacher, sampling, examples)
+
+    if accumulation_steps == 1:
+      grads, metrics, updates = of(batch, key)
+    else:
+      grads, metrics, updates = _accumulate(of, batch, key, accumulation_steps)
+    metrics["examples"] = examples
     state = _apply_gradients(state, tx, grads, learning_rate, updates["batch_stats"], ema_rate)
-    correct = jnp.sum(jax.lax.argmax(logits, 1, jnp.int32) == batch["label"])
-    metrics = {**parts, "loss": sum(parts.values()), "correct": correct}
     if sampling is not None:
       sampling = aiwq.update(sampling, updates["moments"], updates["quantized"])
     return state, metrics, sampling
 
   return step
+
+
+def _accumulate(of, batch, key, count):
+  """`of(part, key)` over `count` parts of the batch, and its results put together."""
+  # Every count-th row makes a part, so that each device's rows make its own share of every part.
+  parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // count, count, *x.shape[1:]), 0, 1), batch)
+  shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts), key)
+
+  def body(total, numbered):
+    number, part = numbered
+    grads, metrics, updates = of(part, jax.random.fold_in(key, number))
+    quantized = updates.pop("quantized", {})  # the same in every part
+    return (jax.tree.map(jnp.add, total[0], grads), quantized), (metrics, updates)
+
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2].get("quantized", {})))
+  (grads, quantized), (metrics, updates) = jax.lax.scan(body, zeros, (jnp.arange(count), parts))
+  updates = {
+    "batch_stats": jax.tree.map(lambda leaf: jnp.mean(leaf, 0), updates["batch_stats"]),
+    "moments": aiwq.pooled(updates.get("moments", {})),
+    "quantized": quantized,
+  }
+  return grads, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), metrics), updates
 
 
 def _forward(model, params, state, image, levels, key, sampling):

@@ -5,6 +5,7 @@ import collections
 import numpy as np
 import pytest
 
+from profit_jax.data.base import Host
 from profit_jax.data.digits import Digits
 
 
@@ -57,3 +58,19 @@ def test_augmentation_moves_by_at_most_two_pixels(source):
     assert matches
     offsets.update(matches[:1])
   assert len(offsets) > 10
+
+
+@pytest.mark.parametrize("batches", [lambda s: s.train_batches(5, 96, 3), lambda s: s.eval_batches(96)])
+def test_hosts_share_the_rows_of_each_batch(source, batches):
+  parts = [Digits(image_size=32, augment=True, seed=0, host=Host(i, 3)) for i in range(3)]
+  expected = list(batches(source))
+  for whole, *own in zip(expected, *(batches(part) for part in parts), strict=True):
+    for name, value in whole.items():
+      assert np.array_equal(value, np.concatenate([part[name] for part in own])), name
+
+
+def test_an_epoch_goes_on_where_it_was_left(source):
+  whole, rest = list(source.train_batches(2, 64)), list(source.train_batches(2, 64, 5))
+  assert len(rest) == len(whole) - 5
+  for one, other in zip(whole[5:], rest, strict=True):
+    assert np.array_equal(one["image"], other["image"])

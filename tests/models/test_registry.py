@@ -8,7 +8,6 @@ import pytest
 from flax import traverse_util
 
 from configs import base
-from profit_jax.data import SOURCES
 from profit_jax.models import REGISTRY, STRIDES, TEACHERS_ONLY, build, check, variable_shapes
 from profit_jax.settings import ConfigError, parse
 from profit_jax.weights.load import import_variables
@@ -40,7 +39,7 @@ def shapes(model):
 def settings(**changes):
   config = base.get_config()
   config.update_from_flattened_dict(changes)
-  return parse(config, REGISTRY, SOURCES)
+  return parse(config, REGISTRY)
 
 
 @pytest.mark.parametrize(("file", "key"), PUBLISHED, ids=lambda value: value)

@@ -40,3 +40,11 @@ def test_dead_channels_are_left_out():
   present = tuple(np.array([[0.5, 7.0, 1.0], [1.0, 0.0, 1.0]], np.float32))
   previous = tuple(np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]], np.float32))
   np.testing.assert_allclose(aiwq.kl_divergence(present, previous), 0.125, rtol=1e-6)
+
+
+def test_moments_of_parts_pool_to_those_of_the_whole():
+  outputs = np.random.default_rng(0).normal([3.0, -1.0], [0.5, 2.0], (4, 50, 2))
+  parts = {"conv": {"present": (outputs.mean(1), outputs.std(1))}}
+  mean, std = aiwq.pooled(parts)["conv"]["present"]
+  np.testing.assert_allclose(mean, outputs.mean((0, 1)), rtol=1e-6)
+  np.testing.assert_allclose(std, outputs.std((0, 1)), rtol=1e-6)

@@ -10,7 +10,6 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from configs import base, digits_w4
 from profit_jax import app, to_torch
-from profit_jax.data import SOURCES
 from profit_jax.models import REGISTRY
 from profit_jax.report.console import near_chance
 from profit_jax.settings import ConfigError, parse
@@ -33,7 +32,7 @@ def weights_file(tmp_path):
 def first(config=None, **changes):
   config = config or digits_w4.get_config()
   config.update_from_flattened_dict(changes)
-  settings = parse(config, REGISTRY, SOURCES)
+  settings = parse(config, REGISTRY)
   student = start.load_student(settings, 10)
   return settings, student, start.load_teacher(settings, student, 10)
 
@@ -111,7 +110,7 @@ def test_a_resnet_can_be_trained_to_become_a_teacher():
 def test_a_new_head_is_random_and_the_rest_is_the_files(weights_file):
   config = digits_w4.get_config()
   config.update_from_flattened_dict({"init.weights": weights_file, "init.reset_head": True})
-  settings = parse(config, REGISTRY, SOURCES)
+  settings = parse(config, REGISTRY)
   with np.load(weights_file) as file:
     student = start.load_student(settings, 7)
     params = student.make()["params"]
@@ -256,7 +255,7 @@ def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys)
 
   from profit_jax.models import build, variable_shapes
 
-  settings = parse(digits_w4.get_config(), REGISTRY, SOURCES)
+  settings = parse(digits_w4.get_config(), REGISTRY)
   rng = np.random.default_rng(0)
   shapes = variable_shapes(build(settings.model, 10), 32)
   variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)

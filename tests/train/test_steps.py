@@ -34,10 +34,10 @@ def batch(count, seed=0):
   }
 
 
-def make_step(model, params, frozen=frozenset(), train_kernels=True):
+def make_step(model, params, frozen=frozenset(), train_kernels=True, **options):
   labels = optimizer.label_params(params, train_kernels=train_kernels, frozen=frozen)
   tx = optimizer.make_optimizer(labels, SGD)
-  step = steps.make_train_step(model, tx, normalization=NORMALIZATION, ema_rate=0.9, teacher_model=model)
+  step = steps.make_train_step(model, tx, normalization=NORMALIZATION, ema_rate=0.9, teacher_model=model, **options)
   return step, tx
 
 
@@ -76,7 +76,7 @@ def test_a_teacher_sees_images_with_its_own_normalization(variables):
     return model.apply(sure, image, Levels(), train, mutable=["batch_stats"])[0]
 
   student = logits(NORMALIZATION, True)
-  expected, same = (steps.distillation_loss(student, logits(seen, False)) for seen in (own, NORMALIZATION))
+  expected, same = (jnp.mean(steps.distillation_loss(student, logits(seen, False))) for seen in (own, NORMALIZATION))
   np.testing.assert_allclose(kd, expected, rtol=1e-4)
   assert abs(float(expected / same) - 1) > 0.01
 
@@ -119,6 +119,63 @@ def test_four_devices_give_the_numbers_of_one(variables):
     outcomes.append(jax.device_get((state, metrics, sampling.metric)))
   # float32 sums in another order; batch statistics over the global batch or the difference would be percents.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), *outcomes)
+
+
+def test_rows_without_an_example_have_no_part_in_the_loss(variables):
+  step, tx = make_step(TinyNet(), variables["params"])
+  state = create_state(variables, ema=False)
+  state = state.replace(opt_state=tx.init(state.params))
+  jitted = jax.jit(step)
+
+  def after(labels, mask):
+    rows = {**batch(16), "label": labels, "mask": mask}
+    return jitted(state, rows, Levels(), np.float32(0.1), jax.random.key(0), None, None)
+
+  labels, mask = batch(16)["label"], np.arange(16) < 12
+  others = np.where(mask, labels, (labels + 1) % 10)
+  part = after(labels, mask)
+  jax.tree.map(np.testing.assert_array_equal, part, after(others, mask))
+  assert int(part[1]["examples"]) == 12
+  # Of the whole batch's loss, the rows that count and those that do not have their shares.
+  rest, whole = after(labels, ~mask), after(labels, np.ones(16, bool))
+  np.testing.assert_allclose(12 * part[1]["loss"] + 4 * rest[1]["loss"], 16 * whole[1]["loss"], rtol=1e-6)
+  assert int(part[1]["correct"]) + int(rest[1]["correct"]) == int(whole[1]["correct"])
+  assert float(after(labels, np.zeros(16, bool))[1]["loss"]) == 0.0
+
+
+def test_a_batch_in_parts_has_the_gradient_of_its_loss(variables):
+  parts = [batch(8, seed) for seed in (0, 1)]
+  # Every second row is a part's, so that each device's rows hold its share of both.
+  together = jax.tree.map(lambda *rows: np.stack(rows, 1).reshape(16, *rows[0].shape[1:]), *parts)
+
+  def after(rows, count, devices=1):
+    step, tx = make_step(TinyNet(), variables["params"], accumulation_steps=count)
+    state = create_state(variables, ema=True)
+    state = state.replace(opt_state=tx.init(state.params))
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
+    rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec("data")))
+    arguments = (levels(8, 8), np.float32(0.1), jax.random.key(0), variables, aiwq.start(variables["params"]))
+    return jax.device_get(jax.jit(step)(state, rows, *arguments))
+
+  def mean(*leaves):
+    return np.mean(leaves, axis=0)
+
+  state, metrics, sampling = after(together, 2)
+  alone = [after(rows, 1) for rows in parts]
+  # The first step moves every parameter by its gradient times a rate, so that the mean gradient moves it by the mean.
+  for name in ("params", "batch_stats", "ema_params"):
+    expected = jax.tree.map(mean, *(getattr(own[0], name) for own in alone))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), getattr(state, name), expected)
+  for name in ("loss", "ce", "kd"):
+    np.testing.assert_allclose(metrics[name], mean(*(own[1][name] for own in alone)), rtol=1e-5)
+  assert int(metrics["examples"]) == 16
+  assert int(metrics["correct"]) == sum(int(own[1]["correct"]) for own in alone)
+  jax.tree.map(np.testing.assert_array_equal, sampling.previous, alone[0][2].previous)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    after(together, 2, devices=4)[0].params,
+    state.params,
+  )
 
 
 def test_a_frozen_phase_needs_fewer_operations(variables):

@@ -1,0 +1,92 @@
+"""A plain folder of images: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg."""
+
+import concurrent.futures
+
+import tensorflow as tf
+from etils import epath
+
+from profit_jax.data.records import Record, Table
+from profit_jax.settings import ConfigError, DataSettings
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+EVAL_NAMES = ("validation", "val", "test")
+# Names asked for at once: a directory on a network takes milliseconds, and there are a thousand of them.
+_LISTED_AT_ONCE = 16
+
+
+class Folder:
+  """The two splits of an image folder; classes are numbered in the order of their names.
+
+  Attributes:
+    train: records to train on.
+    eval: records to evaluate on.
+    num_classes: folders in the training split.
+  """
+
+  def __init__(self, settings: DataSettings):
+    """Lists the files; they are read later.
+
+    Raises:
+      ConfigError: no such directory or split, a class without images, or classes that differ between the splits.
+    """
+    if not settings.data_dir:
+      raise ConfigError("config.data.data_dir = '' is not allowed: with data.name = folder it must be the folder's path.")
+    root = epath.Path(settings.data_dir)
+    if not root.is_dir():
+      raise ConfigError(f"config.data.data_dir = {settings.data_dir!r} is not allowed: there is no such directory.")
+    train = _split(root, "train_split", (settings.train_split,))
+    evaluation = _split(root, "eval_split", (settings.eval_split,) if settings.eval_split else EVAL_NAMES)
+    classes, others = _classes(train), _classes(evaluation)
+    if classes != others:
+      differing = sorted({*classes} ^ {*others})
+      raise ConfigError(
+        f"{train} has {len(classes)} classes and {evaluation} has {len(others)}; they must be the same folders. In one "
+        f"alone: {', '.join(differing[:10])}{' ...' if len(differing) > 10 else ''}."
+      )
+    self.num_classes = len(classes)
+    self.train, self.eval = _Files(train, classes), _Files(evaluation, classes)
+
+
+def _split(root, field, names):
+  for name in names:
+    if name and (root / name).is_dir():
+      return root / name
+  there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no directories"
+  raise ConfigError(
+    f"config.data.{field} is not there: {root} must hold a directory {' or '.join(names)}; it holds {there}."
+  )
+
+
+def _classes(split):
+  found = sorted(path.name for path in split.iterdir() if not path.name.startswith(".") and path.is_dir())
+  if not found:
+    raise ConfigError(f"{split} holds no class folders: images must lie in {split}/CLASS/NAME.jpg.")
+  return found
+
+
+class _Files(Table):
+  """The images of a split, in the order of classes and names."""
+
+  def __init__(self, split, classes):
+    def images(name):
+      return sorted(path for path in tf.io.gfile.listdir(str(split / name)) if path.lower().endswith(SUFFIXES))
+
+    with concurrent.futures.ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
+      found = list(pool.map(images, classes))
+    empty = [name for name, names in zip(classes, found, strict=True) if not names]
+    if empty:
+      raise ConfigError(
+        f"{len(empty)} class folders of {split} hold no image ({', '.join(SUFFIXES)}): {', '.join(empty[:10])}. Remove "
+        f"them from both splits, or fill them."
+      )
+    self._paths = [str(split / name / image) for name, images in zip(classes, found, strict=True) for image in images]
+    labels = [label for label, images in enumerate(found) for _ in images]
+    super().__init__({"path": tf.constant(self._paths), "label": tf.constant(labels, tf.int32)})
+
+  def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
+    """See `Records.read`."""
+    return tf.io.read_file(record["path"]), record["label"]
+
+  def name(self, key) -> str:
+    """See `Records.name`."""
+    return self._paths[key[0]]

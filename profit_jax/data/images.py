@@ -1,0 +1,159 @@
+"""The source for encoded images: records -> decoded and augmented batches, by tf.data on all cores."""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from profit_jax.data import preprocess
+from profit_jax.data.base import Batch, Facts, Host
+from profit_jax.data.normalize import Normalization
+from profit_jax.data.records import Pass, Records
+from profit_jax.settings import ConfigError, DataSettings
+
+# Batches in the making at once: while the last images of one are decoded, threads that are free begin the next.
+_BATCHES_AT_ONCE = 3
+_READY_BATCHES = 2
+# Broken images that an error message names.
+_NAMED = 20
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.WARNING)  # of its own, because main.py quiets the root
+
+
+class Splits(Protocol):
+  """What a data set opens to: `train` and `eval` records, and `num_classes`."""
+
+  train: Records
+  eval: Records
+  num_classes: int
+
+
+def quiet_tensorflow() -> None:
+  """TensorFlow only reads images here: it must not take accelerators, nor a core for each part of an operation."""
+  for kind in ("GPU", "TPU"):
+    tf.config.set_visible_devices([], kind)
+  # Images are many enough to keep the cores busy. With 2 threads in an operation, scaling an image costs 1.0 ms of CPU
+  # time, with one 0.6 ms (2 cores).
+  tf.config.threading.set_intra_op_parallelism_threads(1)
+
+
+class Images:
+  """A source of encoded images; see `Source`."""
+
+  def __init__(self, splits: Splits, settings: DataSettings, normalization: Normalization, seed: int, host: Host):
+    """Args:
+    splits: the data set.
+    settings: validated.
+    normalization: of the images.
+    seed: of order and augmentation.
+    host: whose rows are made.
+    """
+    self._splits, self._settings, self._seed, self._host = splits, settings, seed, host
+    self._broken: dict[str, None] = {}  # in the order in which they were met
+    self.facts = Facts(
+      train_examples=splits.train.examples,
+      eval_examples=splits.eval.examples,
+      num_classes=splits.num_classes,
+      normalization=normalization,
+    )
+
+  def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+    """See `Source.train_batches`."""
+    wanted = Pass(batch_size, self._host, start, (self._seed, epoch))
+    # Two words, because a seed has two: every place of every epoch has its own.
+    first = np.random.SeedSequence((self._seed, epoch)).generate_state(1, np.uint64).astype(np.int64)[0]
+    yield from self._batches(self._splits.train, wanted, lambda contents, place: self._augment(contents, [first, place]))
+
+  def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+    """See `Source.eval_batches`."""
+    yield from self._batches(
+      self._splits.eval, Pass(batch_size, self._host), lambda contents, place: self._center(contents)
+    )
+
+  def _augment(self, contents, seed):
+    settings, seed = self._settings, tf.stack(seed)
+    if not settings.augment:
+      return self._center(contents)
+    if settings.train_crop == "padded":
+      image = preprocess.padded_crop(self._center(contents), settings.image_size // 8, seed)
+    else:
+      image = preprocess.random_resized_crop(contents, settings.image_size, settings.interpolation, seed)
+    return preprocess.random_flip(image, seed)
+
+  def _center(self, contents):
+    settings = self._settings
+    return preprocess.center_crop(contents, settings.image_size, settings.eval_share, settings.interpolation)
+
+  def _batches(self, records: Records, wanted: Pass, pixels) -> Iterator[Batch]:
+    size, part = self._settings.image_size, wanted.batch_size // self._host.count
+    cores = len(os.sched_getaffinity(0))
+
+    def example(row, record):
+      contents, label = records.read(record)
+      image = tf.ensure_shape(pixels(contents, record["place"]), [size, size, 3])
+      return {"image": image, "label": label, "row": row}
+
+    nothing = {
+      "image": tf.zeros([0, size, size, 3], tf.uint8),
+      "label": tf.zeros([0], tf.int32),
+      "row": tf.zeros([0], tf.int64),
+    }
+
+    def decoded(keys, found):
+      """One batch: what cannot be decoded is left out, and leaves its row empty."""
+      rows = tf.data.Dataset.from_tensor_slices((tf.range(part, dtype=tf.int64), found))
+      rows = rows.filter(lambda row, record: record["key"][1] >= 0)
+      good = rows.map(example, cores, deterministic=True).ignore_errors().batch(part)
+      whole = good.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1)
+      return whole.map(lambda batch: {**_in_rows(batch, part), "key": keys})
+
+    found = records.rows(wanted).map(lambda record: (record["key"], record)).batch(part, drop_remainder=True)
+    batches = found.interleave(
+      decoded, cycle_length=_BATCHES_AT_ONCE, block_length=1, num_parallel_calls=_BATCHES_AT_ONCE, deterministic=True
+    )
+    for batch in batches.prefetch(_READY_BATCHES).as_numpy_iterator():
+      keys = batch.pop("key")
+      if not batch["mask"].all():
+        self._note_broken([records.name(key) for key in keys[~batch["mask"] & (keys[:, 1] >= 0)]])
+      labels = batch["label"][batch["mask"]]
+      if labels.size and not 0 <= labels.min() <= labels.max() < self.facts.num_classes:
+        wrong = sorted({int(label) for label in labels if not 0 <= label < self.facts.num_classes})
+        raise ConfigError(f"{self._settings.name} has labels {wrong}: they must be 0 to {self.facts.num_classes - 1}.")
+      yield batch
+
+  def _note_broken(self, names: list[str]) -> None:
+    """Names images that cannot be decoded.
+
+    Raises:
+      ConfigError: they are too many.
+    """
+    share, facts = self._settings.max_broken, self.facts
+    limit = int(share * (facts.train_examples + facts.eval_examples) / self._host.count)
+    for name in names:
+      if name not in self._broken:
+        self._broken[name] = None
+        _log.warning("skipped a broken image (%d so far, %d are allowed): %s", len(self._broken), limit, name)
+    if len(self._broken) > limit:
+      listing = "\n  ".join(list(self._broken)[:_NAMED])
+      raise ConfigError(
+        f"{len(self._broken)} images cannot be decoded as JPEG or PNG, more than config.data.max_broken = {share:g} of "
+        f"{self._settings.name} allows ({limit}). Repair or remove them, or raise it. The first of them:\n  {listing}"
+      )
+
+
+def _in_rows(batch, part):
+  """A batch of `part` rows in which every example stands in its own; `mask` tells which rows are filled."""
+
+  def scattered():
+    index = batch["row"][:, None]
+    filled = {name: tf.scatter_nd(index, batch[name], [part, *batch[name].shape[1:]]) for name in ("image", "label")}
+    return {**filled, "mask": tf.scatter_nd(index, tf.ones_like(batch["row"], tf.bool), [part])}
+
+  def whole():
+    return {"image": batch["image"], "label": batch["label"], "mask": tf.fill([part], True)}
+
+  return tf.cond(tf.size(batch["row"]) == part, whole, scattered)

@@ -1,0 +1,233 @@
+"""Where encoded images lie, and in which order they come: a table that is open at every place, or streams of shards.
+
+The order of a table's epoch is a permutation of all examples. Shards on a disk far away are read from front to end, by a
+fixed number of readers: each owns an equal range of the examples and the same rows of every global batch, and shuffles the
+order of its shards and, in a buffer, of its examples. The hosts share the readers, so that their number changes nothing.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+from profit_jax.data.base import Host
+from profit_jax.settings import ConfigError
+
+Record = dict[str, tf.Tensor]
+
+# Examples that wait, over all readers, to be drawn from: for ImageNet about 1 GB of JPEGs. TFDS has shuffled the examples
+# once when it wrote the shards, and the readers stand in as many places of the data set.
+SHUFFLE_BUFFER = 8192
+
+
+class Pass(NamedTuple):
+  """One pass over the data, or the rest of one.
+
+  Attributes:
+    batch_size: of the global batch.
+    host: who asks.
+    start: global batches that are passed over.
+    shuffle: `(seed, epoch)`, and what fills no batch is left out; None keeps the order, and the last batch is padded.
+  """
+
+  batch_size: int
+  host: Host
+  start: int = 0
+  shuffle: tuple[int, int] | None = None
+
+
+class Records(Protocol):
+  """The encoded images of a split.
+
+  Attributes:
+    examples: their number.
+  """
+
+  examples: int
+
+  def rows(self, wanted: Pass) -> tf.data.Dataset:
+    """The host's rows of the pass, batch after batch, one record each.
+
+    A record has `place` (int64, row number in the global order of the pass), `key` (int64 `[2]`, what `name` takes; -1 in
+    a row that only pads), and what `read` needs.
+    """
+    ...
+
+  def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
+    """The bytes of a record's image, and its label. Runs in a tf.data map."""
+    ...
+
+  def name(self, key: np.ndarray) -> str:
+    """What a log calls the record with this key."""
+    ...
+
+  def check(self, wanted: Pass) -> None:
+    """Whether a pass can be made.
+
+    Raises:
+      ConfigError: a number of hosts that cannot share it.
+    """
+    ...
+
+
+def table_rows(examples: int, wanted: Pass) -> tuple[np.ndarray, np.ndarray]:
+  """Which example stands in which row, where every example can be had at any time.
+
+  Args:
+    examples: their number.
+    wanted: the pass.
+
+  Returns:
+    int64 vectors, for each of the host's rows: the example (-1 where the row only pads), and its place in the pass.
+  """
+  batch, host = wanted.batch_size, wanted.host
+  if wanted.shuffle is None:
+    steps = -(-examples // batch)
+    order = np.concatenate([np.arange(examples), np.full(steps * batch - examples, -1)])
+  else:
+    steps = examples // batch
+    order = np.random.default_rng(wanted.shuffle).permutation(examples)[: steps * batch]
+  places = np.arange(steps * batch).reshape(steps, batch)[wanted.start :, host.rows(batch)].ravel()
+  return order[places].astype(np.int64), places.astype(np.int64)
+
+
+class Table:
+  """Records that can be had in any order: the base of those that know how to `read` and `name` them."""
+
+  def __init__(self, columns: Record):
+    """Args: columns: equally long vectors; a record has one value of each."""
+    self._columns = columns
+    self.examples = int(next(iter(columns.values())).shape[0])
+
+  def rows(self, wanted: Pass) -> tf.data.Dataset:
+    """See `Records.rows`."""
+    examples, places = table_rows(self.examples, wanted)
+
+    def record(example, place):
+      found = {name: column[tf.maximum(example, 0)] for name, column in self._columns.items()}
+      return {**found, "place": place, "key": tf.stack([example, tf.minimum(example, 0)])}
+
+    return tf.data.Dataset.from_tensor_slices((examples, places)).map(record)
+
+  def check(self, wanted: Pass) -> None:
+    """See `Records.check`."""
+
+
+class Shard(NamedTuple):
+  """A part of a TFRecord file: `take` records after the first `skip`."""
+
+  path: str
+  skip: int
+  take: int
+
+
+class Plan(NamedTuple):
+  """What the readers of a pass do.
+
+  Attributes:
+    readers: of this host, by number.
+    rows: of a global batch that each reader fills.
+    steps: batches in the pass, those passed over included.
+  """
+
+  readers: range
+  rows: int
+  steps: int
+
+
+def reader_plan(examples: int, readers: int, wanted: Pass) -> Plan:
+  """Shares the readers out.
+
+  Args:
+    examples: of the split.
+    readers: `data.readers`; as many are used as divide the batch too, whatever the number of hosts.
+    wanted: the pass.
+
+  Raises:
+    ConfigError: the hosts cannot share them equally.
+  """
+  count, host = math.gcd(readers, wanted.batch_size), wanted.host
+  if count % host.count:
+    raise ConfigError(
+      f"config.data.readers = {readers} is not allowed: with batches of {wanted.batch_size}, {count} readers are used, and "
+      f"{host.count} processes cannot share them equally. Choose a multiple of {host.count} that divides the batch sizes."
+    )
+  rows = wanted.batch_size // count
+  longest = -(-examples // count)
+  steps = -(-longest // rows) if wanted.shuffle is None else examples // wanted.batch_size
+  share = count // host.count
+  return Plan(range(host.index * share, (host.index + 1) * share), rows, steps)
+
+
+class Stream:
+  """Records in TFRecord files that are read from front to end.
+
+  Attributes:
+    examples: of the split.
+  """
+
+  def __init__(self, examples: int, readers: int, shards_of: Callable[[int, int], list[Shard]]):
+    """Args:
+    examples: of the split.
+    readers: `data.readers`.
+    shards_of: gives the parts of shards that hold a range of examples, by its first and its end.
+    """
+    self.examples = examples
+    self._readers, self._shards_of = readers, shards_of
+    self._paths: list[str] = []
+
+  def rows(self, wanted: Pass) -> tf.data.Dataset:
+    """See `Records.rows`."""
+    plan = reader_plan(self.examples, self._readers, wanted)
+    count = wanted.batch_size // plan.rows
+    shards, first, seeds = [], [0], []
+    for reader in plan.readers:
+      own = self._shards_of(reader * self.examples // count, (reader + 1) * self.examples // count)
+      if wanted.shuffle is not None:
+        rng = np.random.default_rng((*wanted.shuffle, reader))
+        own = [own[i] for i in rng.permutation(len(own))]
+        seeds.append(rng.integers(2**62))
+      shards += own
+      first.append(len(shards))
+    self._paths = sorted({*self._paths, *(shard.path for shard in shards)})
+    number = {path: i for i, path in enumerate(self._paths)}
+    paths = tf.constant([shard.path for shard in shards])
+    files = tf.constant([number[shard.path] for shard in shards], tf.int64)
+    skips, takes = (tf.constant([getattr(shard, name) for shard in shards], tf.int64) for name in ("skip", "take"))
+    first, seeds = tf.constant(first, tf.int64), tf.constant(seeds or [0], tf.int64)
+
+    def records_of(shard):
+      found = tf.data.TFRecordDataset(paths[shard]).enumerate().skip(skips[shard]).take(takes[shard])
+      return found.map(lambda i, data: {"data": data, "key": tf.stack([files[shard], i])})
+
+    def reader_rows(own):
+      found = tf.data.Dataset.range(first[own], first[own + 1]).flat_map(records_of)
+      if wanted.shuffle is not None:
+        buffer = max(SHUFFLE_BUFFER // count, 2 * plan.rows)
+        found = found.shuffle(buffer, seed=seeds[own], reshuffle_each_iteration=False)
+      padding = tf.data.Dataset.from_tensors({"data": "", "key": tf.constant([-1, -1], tf.int64)}).repeat()
+      found = found.concatenate(padding).take(plan.steps * plan.rows).enumerate().skip(wanted.start * plan.rows)
+
+      def placed(i, record):
+        row = (plan.readers.start + own) * plan.rows + i % plan.rows
+        return {**record, "place": i // plan.rows * wanted.batch_size + row}
+
+      return found.map(placed)
+
+    return tf.data.Dataset.range(len(plan.readers)).interleave(
+      reader_rows,
+      cycle_length=len(plan.readers),
+      block_length=plan.rows,
+      num_parallel_calls=tf.data.AUTOTUNE,
+      deterministic=True,
+    )
+
+  def name(self, key: np.ndarray) -> str:
+    """See `Records.name`."""
+    return f"{self._paths[key[0]]}, record {key[1]}"
+
+  def check(self, wanted: Pass) -> None:
+    """See `Records.check`."""
+    reader_plan(self.examples, self._readers, wanted)

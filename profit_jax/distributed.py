@@ -1,0 +1,121 @@
+"""One run on several machines: how the processes find each other, what they must agree on, and who writes.
+
+Every process runs the same program on the same configuration, each with its own part of every batch. The first one alone
+prints, writes TensorBoard events and reports; checkpoints are orbax's business, which lets the first one write too.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from profit_jax.settings import ConfigError, Settings
+
+
+def initialize(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  environment: Mapping[str, str] = os.environ,
+) -> None:
+  """Joins the other processes of the run; must come before anything that asks for devices.
+
+  On a Cloud TPU, and under Slurm or Open MPI with several tasks, all is found without arguments; a process that is alone
+  stays alone.
+
+  Args:
+    coordinator_address: `HOST:PORT` of the first process, or None.
+    num_processes: in all, or None.
+    process_id: this one's number, from 0, or None.
+    environment: variables, for tests.
+
+  Raises:
+    ConfigError: an incomplete or impossible choice, or processes that did not meet.
+  """
+  if jax.distributed.is_initialized():
+    return
+  given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+  missing = [name for name, value in given.items() if value is None]
+  if missing and len(missing) < len(given):
+    raise ConfigError(f"--{missing[0]} is missing: --{', --'.join(given)} belong together. Give all of them or none.")
+  if not missing:
+    if not 0 <= process_id < num_processes:
+      raise ConfigError(f"--process_id={process_id} is not allowed: it must be 0 to {num_processes - 1} (--num_processes).")
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdigit():
+      raise ConfigError(
+        f"--coordinator_address={coordinator_address} is not allowed: it must be HOST:PORT, as 10.0.0.2:8476."
+      )
+  elif not (_on_tpu() or started_tasks(environment) > 1):
+    return
+  try:
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+  except (RuntimeError, ValueError) as error:
+    told = ", ".join(f"--{name}={value}" for name, value in given.items()) if not missing else "automatically"
+    raise ConfigError(
+      f"This process could not join the others ({told}): {' '.join(str(error).split())[:300]} Start the same command on "
+      f"every machine at the same time, and let them reach the first one's port; or give --{', --'.join(given)}."
+    ) from error
+
+
+def started_tasks(environment: Mapping[str, str]) -> int:
+  """How many processes Slurm or Open MPI has started of this program; 1 without them."""
+  if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
+    return int(environment.get("SLURM_NTASKS", "1"))
+  return int(environment.get("OMPI_COMM_WORLD_SIZE", "1"))
+
+
+def _on_tpu() -> bool:
+  devices = pathlib.Path("/dev")
+  there = any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
+  return there and importlib.util.find_spec("libtpu") is not None
+
+
+def is_first() -> bool:
+  """Whether this process prints and writes."""
+  return jax.process_index() == 0
+
+
+def from_first(value: bool) -> bool:
+  """What the first process gives, on all."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def first_does(action: Callable[[], None]) -> None:
+  """Runs an action in the first process while the others wait.
+
+  Raises:
+    ConfigError: what it raised there; elsewhere that it did.
+  """
+  failure = None
+  if is_first():
+    try:
+      action()
+    except ConfigError as error:
+      failure = error
+  if not from_first(failure is None):
+    raise failure or ConfigError("the first process stopped; its message says why.")
+
+
+def require_equal(settings: Settings) -> None:
+  """Compares the configuration of all processes.
+
+  Raises:
+    ConfigError: they differ.
+  """
+  if jax.process_count() == 1:
+    return
+  text = json.dumps(settings.to_dict(), sort_keys=True)
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+  everyone = multihost_utils.process_allgather(digest)
+  others = [i for i, theirs in enumerate(everyone) if not np.array_equal(theirs, everyone[0])]
+  if others:
+    raise ConfigError(f"processes {others} have another configuration than process 0: give all the same command.")
