@@ -68,34 +68,39 @@ class Splits:
     if info.file_format != tfds.core.FileFormat.TFRECORD:
       raise ConfigError(
         f"config.data.name = {self._settings.name!r} is not allowed: {info.data_dir} holds {info.file_format.value} "
-        f"files. Prepare it as TFRecord: tfds build {self._settings.name} --file_format=tfrecord."
+        f"files. Prepare it as TFRecord, in another directory: python -m profit_jax.data.prepare {self._settings.name}."
       )
     return _Streamed(found.num_examples, self._settings.readers, shards, info.features, self._image, self._label)
 
 
-def _builder(settings):
-  place = f"in {settings.data_dir}" if settings.data_dir else "in TFDS's own directory (config.data.data_dir is empty)"
+def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+  """The builder of a data set, prepared or not.
+
+  Raises:
+    ConfigError: one that neither the catalogue nor the directory has.
+  """
   try:
-    builder = tfds.builder(settings.name, data_dir=settings.data_dir or None)
+    return tfds.builder(name, data_dir=data_dir or None)
   except tfds.core.DatasetNotFoundError as error:
     raise ConfigError(
-      f"config.data.name = {settings.name!r} is not allowed: it must be digits, folder, or a data set of "
-      f"tensorflow-datasets; neither its catalogue (https://www.tensorflow.org/datasets/catalog) nor "
-      f"{settings.data_dir or 'its own directory'} has this one."
+      f"config.data.name = {name!r} is not allowed: it must be digits, folder, or a data set of tensorflow-datasets; "
+      f"neither its catalogue (https://www.tensorflow.org/datasets/catalog) nor {data_dir or 'its own directory'} has this one."
     ) from error
   except (ValueError, AssertionError, KeyError) as error:  # a configuration or a version that it does not have
-    raise ConfigError(
-      f"config.data.name = {settings.name!r} is not allowed: {' '.join(str(error).split())[:500]}"
-    ) from error
+    raise ConfigError(f"config.data.name = {name!r} is not allowed: {' '.join(str(error).split())[:500]}") from error
+
+
+def _builder(settings):
+  builder = open_builder(settings.name, settings.data_dir)
   if not (builder.is_prepared() and builder.info.splits):
     where = f" --data_dir={settings.data_dir}" if settings.data_dir else ""
-    manual = ""
+    by_hand = ""
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-      downloads = f"{settings.data_dir or '~/tensorflow_datasets'}/downloads/manual"
-      manual = f" Before that, its files must be fetched by hand and put into {downloads}; docs/data.md says which."
+      where += " --manual_dir=DIR"
+      by_hand = " DIR must hold its files, which are fetched by hand; docs/data.md says which."
     raise ConfigError(
-      f"config.data.name = {settings.name!r} is not prepared {place}: there is no {builder.data_dir}. Prepare it with "
-      f"tfds build {settings.name}{where}.{manual}"
+      f"config.data.name = {settings.name!r} is not prepared: there is no {builder.data_dir}. Prepare it with "
+      f"python -m profit_jax.data.prepare {settings.name}{where}.{by_hand}"
     )
   return builder
 

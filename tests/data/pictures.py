@@ -1,6 +1,7 @@
 """Small data sets in the real formats, cut from scikit-learn's two photographs."""
 
 import io
+import tarfile
 
 import numpy as np
 from PIL import Image
@@ -32,10 +33,10 @@ def encoded(image, kind="JPEG"):
   return file.getvalue()
 
 
-def write_folder(root, train=24, evaluation=10, broken=()):
+def write_folder(root, train=24, evaluation=10, broken=(), make=cuttings):
   """An image folder; `broken` are numbers of training images whose files are cut."""
   for split, count, seed in (("train", train, 1), ("val", evaluation, 2)):
-    for i, (image, label) in enumerate(cuttings(count, seed)):
+    for i, (image, label) in enumerate(make(count, seed)):
       directory = root / split / CLASSES[label]
       directory.mkdir(parents=True, exist_ok=True)
       kind = "PNG" if i % 5 == 4 else "JPEG"
@@ -45,10 +46,21 @@ def write_folder(root, train=24, evaluation=10, broken=()):
 
 
 def write_tfds(
-  data_dir, name="cuttings", train=24, evaluation=10, eval_split="validation", shards=1, classes=CLASSES, make=cuttings
+  data_dir,
+  name="cuttings",
+  train=24,
+  evaluation=10,
+  eval_split="validation",
+  shards=1,
+  classes=CLASSES,
+  make=cuttings,
+  shape=(None, None, 3),
+  texts=(),
 ):
   """A prepared TFDS set, through TFDS's own writer; returns its data_dir."""
   import tensorflow_datasets as tfds
+
+  kind = "PNG" if shape[0] else "JPEG"  # what TFDS takes for images of one size: they lose nothing
 
   with tfds.core.registered.skip_registration():
 
@@ -56,7 +68,8 @@ def write_tfds(
       VERSION = tfds.core.Version(VERSIONS.get(name, "1.0.0"))
 
       def _info(self):
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=classes)}
+        features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(names=classes)}
+        features.update({text: tfds.features.Text() for text in texts})
         return tfds.core.DatasetInfo(
           builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
         )
@@ -66,9 +79,30 @@ def write_tfds(
 
       def _generate_examples(self, count, seed):
         for i, (image, label) in enumerate(make(count, seed)):
-          yield i, {"image": io.BytesIO(encoded(image)), "label": label}
+          yield i, {"image": io.BytesIO(encoded(image, kind)), "label": label, **dict.fromkeys(texts, f"{i}")}
 
   Cuttings.name = name
   options = tfds.download.DownloadConfig(num_shards=shards)
   Cuttings(data_dir=data_dir).download_and_prepare(download_config=options)
   return data_dir
+
+
+def write_imagenet_archives(directory, train, evaluation):
+  """ImageNet's two archives: one of archives per class, and one of pictures. `train` has pictures by class and name."""
+  directory.mkdir(parents=True)
+
+  def add(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+  with tarfile.open(directory / "ILSVRC2012_img_train.tar", "w") as archive:
+    for synset, pictures in train.items():
+      inner = io.BytesIO()
+      with tarfile.open(fileobj=inner, mode="w") as own:
+        for name, content in pictures.items():
+          add(own, name, content)
+      add(archive, f"{synset}.tar", inner.getvalue())
+  with tarfile.open(directory / "ILSVRC2012_img_val.tar", "w") as archive:
+    for i, content in enumerate(evaluation, 1):
+      add(archive, f"ILSVRC2012_val_{i:08d}.JPEG", content)

@@ -214,8 +214,8 @@ def test_the_other_images_of_a_batch_are_what_they_are_without_the_broken_one(da
     ({"data.eval_split": "train[200%:]"}, r"data.eval_split = 'train\[200%:\]'"),
     ({"data.name": "cuttings/large"}, r"data.name = 'cuttings/large'"),
     ({"data.name": "no_such_set"}, "digits, folder, or a data set of tensorflow-datasets"),
-    ({"data.name": "imagenette/320px-v2"}, r"tfds build imagenette/320px-v2 --data_dir="),
-    ({"data.name": "imagenet2012"}, r"tfds build imagenet2012 --data_dir=\S+\. .* by hand .* docs/data.md"),
+    ({"data.name": "imagenette/320px-v2"}, r"prepare imagenette/320px-v2 --data_dir=\S+\.$"),
+    ({"data.name": "imagenet2012"}, r"prepare imagenet2012 --data_dir=\S+ --manual_dir=DIR\. DIR .* by hand; docs/data.md"),
   ],
 )
 def test_wrong_data_sets_are_refused(written, changes, message):

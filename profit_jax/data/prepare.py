@@ -1,0 +1,66 @@
+"""Writes a tensorflow-datasets set into its directory, where `config.data.data_dir` finds it:
+
+    python -m profit_jax.data.prepare cifar10 --data_dir=/data/tfds
+    python -m profit_jax.data.prepare imagenet2012 --data_dir=/data/tfds --manual_dir=/data/tars
+
+TFDS's own command, `tfds build`, asks for Apache Beam, even where none is needed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from profit_jax.settings import ConfigError
+
+
+def prepare(name: str, data_dir: str, manual_dir: str) -> str:
+  """Downloads and prepares a data set, or finds it prepared; returns what to tell the user.
+
+  Args:
+    name: as `config.data.name`.
+    data_dir: where to, local or gs://; "" is TFDS's own.
+    manual_dir: where files lie that were fetched by hand; "" is `data_dir/downloads/manual`.
+
+  Raises:
+    ConfigError: a set that is unknown, or cannot be prepared.
+  """
+  import tensorflow_datasets as tfds
+
+  from profit_jax.data.tfds import open_builder
+
+  builder = open_builder(name, data_dir)
+  if manual_dir and not os.path.isdir(manual_dir) and "://" not in manual_dir:
+    raise ConfigError(f"--manual_dir={manual_dir} is not allowed: there is no such directory.")
+  options = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
+  try:
+    builder.download_and_prepare(download_config=options)
+  except Exception as error:  # its code is another one for each set, and can raise anything
+    wanted = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+    hint = f" It needs files that are fetched by hand (--manual_dir): {wanted}" if wanted else ""
+    raise ConfigError(f"{name} could not be prepared: {' '.join(str(error).split())[:500]}{hint}") from error
+  splits = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
+  return f"{name} is in {builder.data_dir}; examples: {splits}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command line; returns the exit code."""
+  parser = argparse.ArgumentParser(
+    prog="python -m profit_jax.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("name", help="of the data set, with its configuration where it has several: imagenette/320px-v2")
+  parser.add_argument(
+    "--data_dir", default="", help="where to, local or gs://; else $TFDS_DATA_DIR or ~/tensorflow_datasets"
+  )
+  parser.add_argument("--manual_dir", default="", help="where files lie that were fetched by hand")
+  options = parser.parse_args(arguments)
+  try:
+    print(prepare(options.name, options.data_dir, options.manual_dir))
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
