@@ -61,9 +61,12 @@ def test_the_published_configuration_runs_on_tfds_and_on_a_folder(command, tmp_p
 
   # From an image folder, without the weights' phases: their programs are there already.
   other = tmp_path / "other"
-  data = ["--config.data.name=folder", f"--config.data.data_dir={folder}"]
-  printed = command(f"--workdir={other}", *data, "--config.plan.weight_bits=()", "--config.plan.act_bits=(8,)")
+  acts = ["--config.plan.weight_bits=()", "--config.plan.act_bits=(8,)"]
+  printed = command(f"--workdir={other}", "--config.data.name=folder", f"--config.data.data_dir={folder}", *acts)
   assert "4 phases, 4 epochs, to a8" in printed
-  printed = command(*data, "--mode=eval", f"--workdir={other}")
+  # The run knows its data; a directory that has moved is named again.
+  moved = folder.rename(tmp_path / "moved")
+  again = ["--config.data.name=folder", f"--config.data.data_dir={moved}", *acts]
+  printed = command(*again, "--mode=eval", f"--workdir={other}")
   top1 = json.loads((other / "result.json").read_text())["final"]["top1"]
   assert printed.startswith(f"a8: top-1 {top1:.2f} %, top-5 100.00 % on 6 images")
