@@ -9,6 +9,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import socket
+import time
 from collections.abc import Callable, Mapping
 
 import jax
@@ -16,6 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from profit_jax.settings import ConfigError, Settings
+
+PATIENCE = 300.0  # seconds in which the processes must have started; JAX's own is the same
 
 
 def initialize(
@@ -52,6 +56,8 @@ def initialize(
       raise ConfigError(
         f"--coordinator_address={coordinator_address} is not allowed: it must be HOST:PORT, as 10.0.0.2:8476."
       )
+    if process_id:
+      _wait_for(host, int(port))
   elif not (_on_tpu() or started_tasks(environment) > 1):
     return
   try:
@@ -62,6 +68,22 @@ def initialize(
       f"This process could not join the others ({told}): {' '.join(str(error).split())[:300]} Start the same command on "
       f"every machine at the same time, and let them reach the first one's port; or give --{', --'.join(given)}."
     ) from error
+
+
+def _wait_for(host: str, port: int, seconds: float = PATIENCE) -> None:
+  """Until the first process answers: where it never does, JAX would end this one with a fatal error and a stack."""
+  end = time.monotonic() + seconds
+  while True:
+    try:
+      socket.create_connection((host, port), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > end:
+        raise ConfigError(
+          f"--coordinator_address={host}:{port} did not answer for {seconds:.0f} seconds ({error}). Start process 0 with "
+          f"the same address, its own, and let the others reach that port."
+        ) from error
+      time.sleep(1)
 
 
 def started_tasks(environment: Mapping[str, str]) -> int:

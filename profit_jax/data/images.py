@@ -1,5 +1,6 @@
 """The source for encoded images: records -> decoded and augmented batches, by tf.data on all cores."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -34,11 +35,13 @@ class Splits(Protocol):
 
 def quiet_tensorflow() -> None:
   """TensorFlow only reads images here: it must not take accelerators, nor a core for each part of an operation."""
-  for kind in ("GPU", "TPU"):
-    tf.config.set_visible_devices([], kind)
-  # Images are many enough to keep the cores busy. With 2 threads in an operation, scaling an image costs 1.0 ms of CPU
-  # time, with one 0.6 ms (2 cores).
-  tf.config.threading.set_intra_op_parallelism_threads(1)
+  # In a process where it runs already, as in a notebook, it stays as it is.
+  with contextlib.suppress(RuntimeError):
+    for kind in ("GPU", "TPU"):
+      tf.config.set_visible_devices([], kind)
+    # Images are many enough to keep the cores busy. With 2 threads in an operation, scaling an image costs 1.0 ms of CPU
+    # time, with one 0.6 ms (2 cores).
+    tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
 class Images:

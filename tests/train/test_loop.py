@@ -145,7 +145,13 @@ def test_state_of_another_optimizer_is_refused(finished_run):
 @pytest.mark.parametrize(
   "changes",
   [
-    {"teacher.model": "none", "train.ema_rate": 0.0, "plan.weight_bits": (), "plan.act_bits": (4,)},
+    {
+      "teacher.model": "none",
+      "train.ema_rate": 0.0,
+      "plan.weight_bits": (),
+      "plan.act_bits": (4,),
+      "train.accumulation_steps": 2,
+    },
     {"plan.weight_bits": (2,), "plan.act_bits": (), "plan.profit_bits": (2,), "plan.stabilize": False},
   ],
 )

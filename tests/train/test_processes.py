@@ -105,6 +105,14 @@ def test_incomplete_clusters_are_refused(arguments, message):
     distributed.initialize(*arguments)
 
 
+def test_a_first_process_that_does_not_answer_is_named():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  with pytest.raises(ConfigError, match=rf"--coordinator_address=localhost:{port} did not answer .* Start process 0"):
+    distributed._wait_for("localhost", port, seconds=0.1)
+
+
 def test_slurm_and_open_mpi_tell_how_many_tasks_there_are():
   slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"}
   assert distributed.started_tasks(slurm) == 4
