@@ -105,6 +105,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.weight_decay = 4e-5  # of kernels only, added to the gradient
   config.train.momentum = 0.9
   config.train.ema_rate = 0.9997  # share of the average that a step keeps; 0 keeps no average
+  # Of what convolutions and dense layers multiply in training: float32, bfloat16. All else, and evaluation, is float32.
+  config.train.dtype = "float32"
 
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.keep = 2  # the newest that stay, besides the best

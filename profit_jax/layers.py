@@ -1,5 +1,8 @@
 """Quantized building blocks (linen). Every layer computes in the dtype of its input; parameters keep their own.
 
+With `dtype` given, a convolution or dense layer multiplies in it and gives its result in the dtype of its input: for
+float32 images and bfloat16, operands, products and their gradients are bfloat16 (summed in float32), all else is float32.
+
 A layer's kernel and its quantizer's scalars live side by side: `{kernel, [bias,] quant_a, quant_c}`. The leaf names
 `quant_a` and `quant_c` are reserved for quantizers: the optimizer groups find them by name.
 
@@ -66,6 +69,7 @@ class QuantConv(nn.Module):
     depthwise: one filter per channel; the kernel is `[K, K, 1, C]`, otherwise `[K, K, C_in, features]`.
     pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish (paper
       section 3.3).
+    dtype: in which it multiplies, as bfloat16; None is the input's. The output has the input's dtype.
   """
 
   features: int
@@ -73,6 +77,7 @@ class QuantConv(nn.Module):
   stride: int = 1
   depthwise: bool = False
   pad_value: float = 0.0
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
@@ -82,14 +87,17 @@ class QuantConv(nn.Module):
     kernel = self.param("kernel", _conv_init, (size, size, channels_in, features), jnp.float32)
     quantized = _quantized_kernel(self, kernel, levels)
 
-    margin = (size - 1) // 2
+    # In bfloat16 results are rounded too. Kept in float32 they train no better: the demo's full precision, at rate 0.03,
+    # ends at 99.04 % either way (mean of 3 seeds; float32 99.33). And XLA on GPUs has no convolution of bfloat16 into
+    # float32: it widens the operands.
+    padded, margin = x.astype(self.dtype or x.dtype), (size - 1) // 2
     if margin:
       around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
-      x = jax.lax.pad(x, jnp.asarray(self.pad_value, x.dtype), around)
-    y = self._convolve(x, quantized)
+      padded = jax.lax.pad(padded, jnp.asarray(self.pad_value, padded.dtype), around)
+    y = self._convolve(padded, quantized).astype(x.dtype)
 
     if self.has_variable("previous", "kernel"):
-      previous = jax.lax.stop_gradient(self._convolve(x, self.get_variable("previous", "kernel")))
+      previous = jax.lax.stop_gradient(self._convolve(padded, self.get_variable("previous", "kernel")).astype(x.dtype))
       _sow(self, "moments", "present", output_moments(jax.lax.stop_gradient(y)))
       _sow(self, "moments", "previous", output_moments(previous))
       _sow(self, "quantized", "kernel", jax.lax.stop_gradient(quantized))
@@ -112,10 +120,12 @@ class QuantDense(nn.Module):
   Attributes:
     features: size of the output.
     kernel_init: first values of the kernel.
+    dtype: as `QuantConv`'s.
   """
 
   features: int
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
@@ -124,7 +134,8 @@ class QuantDense(nn.Module):
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     kernel = _quantized_kernel(self, kernel, levels)
-    y = x @ kernel.astype(x.dtype)
+    dtype = self.dtype or x.dtype
+    y = x.astype(dtype) @ kernel.astype(dtype)
     # In the bias's precision, and with it the sum over the batch that is its gradient.
     return (y.astype(bias.dtype) + bias).astype(x.dtype)
 

@@ -116,6 +116,7 @@ class TrainSettings:
   weight_decay: float
   momentum: float
   ema_rate: float
+  dtype: Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

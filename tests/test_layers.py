@@ -1,11 +1,13 @@
 """Building blocks: torch's conventions, negative padding, AIWQ's collections."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv
+from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.levels import Levels, levels
 from profit_jax.train import aiwq
 from tests import golden_data
@@ -75,6 +77,42 @@ def test_quantizers_are_absent_in_full_precision_and_on_the_grid_otherwise():
   variables = init(act, x, Levels())
   assert act.apply(variables, x, Levels()) is x
   assert len(np.unique(act.apply(variables, x, levels(None, 3)))) <= 8
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    functools.partial(QuantConv, 24),
+    functools.partial(QuantConv, 24, 3, 2),
+    functools.partial(QuantConv, 16, 3, depthwise=True, pad_value=-3 / 8),
+    functools.partial(QuantConv, 16, 5, 2, depthwise=True),
+    functools.partial(QuantDense, 24),
+  ],
+  ids=["pointwise", "3x3", "depthwise", "depthwise_5x5", "dense"],
+)
+def test_bfloat16_rounds_operands_and_results_and_sums_in_float32(make):
+  rng = np.random.default_rng(0)
+
+  def draw(shape):  # already rounded; means away from 0, so that long sums in bfloat16 would stop growing
+    return jnp.asarray(rng.normal(1, 1, shape), jnp.bfloat16).astype(jnp.float32)
+
+  x = draw((512, 16) if make.func is QuantDense else (8, 9, 9, 16))
+  variables = init(make(), x, Levels())
+  kernel = draw(variables["params"]["kernel"].shape)
+  upstream = draw(jax.eval_shape(make().apply, variables, x, Levels()).shape)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def value_and_gradients(dtype):
+    def apply(x, kernel):
+      return make(dtype=dtype).apply({"params": {**variables["params"], "kernel": kernel}}, x, Levels())
+
+    y, vjp = jax.vjp(apply, x, kernel)
+    return y, *vjp(upstream)
+
+  for ours, exact in zip(value_and_gradients("bfloat16"), value_and_gradients(None), strict=True):
+    assert ours.dtype == jnp.float32
+    # Half a unit in the last place of bfloat16, and float32's own error where terms cancel.
+    np.testing.assert_allclose(ours, exact, rtol=2**-8, atol=1e-6 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("layer", ["pointwise", "depthwise", "depthwise_negative_pad", "dead_channel"])

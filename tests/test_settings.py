@@ -66,6 +66,7 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("train.batch_size", 0, "1 or above"),
     ("train.learning_rate", float("nan"), "finite"),
     ("train.ema_rate", 1.0, "below 1"),
+    ("train.dtype", "float16", "float32, bfloat16"),
     ("seed", -1, "0 or above"),
     ("seed", 2**32, "below 2^32"),
     ("checkpoint.keep", 0, "1 or above"),

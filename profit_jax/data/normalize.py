@@ -12,17 +12,15 @@ class Normalization(NamedTuple):
   Attributes:
     mean: of each channel, in 0..1.
     std: of each channel, in 0..1.
-    dtype: of the result, and with it of the network's arithmetic.
   """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
-  dtype: str = "float32"
 
 
 def normalize(image: jax.Array, normalization: Normalization) -> jax.Array:
-  """Normalizes uint8 images `[N, H, W, C]`; floats are taken as already normalized and pass as they are."""
+  """Normalizes uint8 images `[N, H, W, C]` to float32; floats are taken as already normalized and pass as they are."""
   if image.dtype != jnp.uint8:
     return image
   mean, std = (jnp.asarray(value, jnp.float32) for value in (normalization.mean, normalization.std))
-  return ((image.astype(jnp.float32) / 255.0 - mean) / std).astype(normalization.dtype)
+  return (image.astype(jnp.float32) / 255.0 - mean) / std

@@ -29,22 +29,24 @@ class DepthwiseSeparable(nn.Module):
     features: output channels.
     stride: of the depthwise convolution.
     activation: relu or relu6.
+    conv: makes a convolution, given its attributes and name.
     norm: makes a batch normalization, given its name.
   """
 
   features: int
   stride: int
   activation: Literal["relu", "relu6"]
+  conv: Any
   norm: Any
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
     act = getattr(nn, self.activation)
-    x = QuantConv(x.shape[-1], 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
+    x = self.conv(x.shape[-1], 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
     x = act(self.norm(name="depthwise_norm")(x, train))
     x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, levels)
-    x = QuantConv(self.features, name="pointwise_conv")(x, levels)
+    x = self.conv(self.features, name="pointwise_conv")(x, levels)
     x = act(self.norm(name="pointwise_norm")(x, train))
     return QuantAct("unsigned", RELU6_BOUND, name="pointwise_quant")(x, levels)
 
@@ -60,6 +62,7 @@ class MobileNetV1(nn.Module):
     dropout: rate before the classifier.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
+    dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
   """
 
   num_classes: int = 1000
@@ -69,13 +72,15 @@ class MobileNetV1(nn.Module):
   dropout: float = 0.0
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
+    conv = functools.partial(QuantConv, dtype=self.dtype)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
+    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
     x = getattr(nn, self.activation)(norm(name="stem_norm")(x, train))
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 
@@ -86,6 +91,7 @@ class MobileNetV1(nn.Module):
           features=divisible_by_8(channels * self.width),
           stride=stage_stride if position == 0 else 1,
           activation=self.activation,
+          conv=conv,
           norm=norm,
           name=f"block{index:02d}",
         )(x, levels, train)
@@ -93,4 +99,4 @@ class MobileNetV1(nn.Module):
 
     x = jnp.mean(x, axis=(1, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return QuantDense(self.num_classes, name="classifier")(x, levels)
+    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels)

@@ -31,6 +31,7 @@ class InvertedResidual(nn.Module):
     stride: of the depthwise convolution.
     quantize_input: a symmetric quantizer on the convolutions' input (the shortcut stays in full precision).
     activation: relu or relu6.
+    conv: makes a convolution, given its attributes and name.
     norm: makes a batch normalization, given its name.
   """
 
@@ -39,6 +40,7 @@ class InvertedResidual(nn.Module):
   stride: int
   quantize_input: bool
   activation: Literal["relu", "relu6"]
+  conv: Any
   norm: Any
 
   @nn.compact
@@ -49,13 +51,13 @@ class InvertedResidual(nn.Module):
     if self.quantize_input:
       x = QuantAct("symmetric", name="input_quant")(x, levels)
     if self.expansion != 1:
-      x = QuantConv(hidden, name="expand_conv")(x, levels)
+      x = self.conv(hidden, name="expand_conv")(x, levels)
       x = act(self.norm(name="expand_norm")(x, train))
       x = QuantAct("unsigned", RELU6_BOUND, name="expand_quant")(x, levels)
-    x = QuantConv(hidden, 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
+    x = self.conv(hidden, 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
     x = act(self.norm(name="depthwise_norm")(x, train))
     x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, levels)
-    x = QuantConv(self.features, name="project_conv")(x, levels)
+    x = self.conv(self.features, name="project_conv")(x, levels)
     x = self.norm(name="project_norm")(x, train)
     return x + shortcut if x.shape == shortcut.shape else x
 
@@ -72,6 +74,7 @@ class MobileNetV2(nn.Module):
     dropout: rate before the classifier.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
+    dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
   """
 
   num_classes: int = 1000
@@ -81,6 +84,7 @@ class MobileNetV2(nn.Module):
   dropout: float = 0.2
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
@@ -92,9 +96,10 @@ class MobileNetV2(nn.Module):
       train: batch statistics and dropout (which wants a `dropout` key unless its rate is 0).
     """
     act = getattr(nn, self.activation)
+    conv = functools.partial(QuantConv, dtype=self.dtype)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
+    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
     x = act(norm(name="stem_norm")(x, train))
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 
@@ -107,15 +112,16 @@ class MobileNetV2(nn.Module):
           stride=stage_stride if position == 0 else 1,
           quantize_input=index > 0,
           activation=self.activation,
+          conv=conv,
           norm=norm,
           name=f"block{index:02d}",
         )(x, levels, train)
         index += 1
 
     x = QuantAct("symmetric", name="head_input_quant")(x, levels)
-    x = QuantConv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, levels)
+    x = conv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, levels)
     x = act(norm(name="head_norm")(x, train))
     x = jnp.mean(x, axis=(1, 2))
     x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, levels)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return QuantDense(self.num_classes, name="classifier")(x, levels)
+    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels)

@@ -104,18 +104,20 @@ class SqueezeExcite(nn.Module):
 
   Attributes:
     squeezed: channels between the two.
+    dense: makes a dense layer, given the size of its output and its name.
   """
 
   squeezed: int
+  dense: Any
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
     """`[N, H, W, C]` -> the same."""
     scale = jnp.mean(x, axis=(1, 2))
     scale = QuantAct("symmetric", name="input_quant")(scale, levels)
-    scale = nn.relu(QuantDense(self.squeezed, _dense_init, name="reduce")(scale, levels))
+    scale = nn.relu(self.dense(self.squeezed, name="reduce")(scale, levels))
     scale = QuantAct("unsigned", name="reduce_quant")(scale, levels)
-    scale = nn.hard_sigmoid(QuantDense(x.shape[-1], _dense_init, name="expand")(scale, levels))
+    scale = nn.hard_sigmoid(self.dense(x.shape[-1], name="expand")(scale, levels))
     # In float32 at least, for the sake of the sum over space that is the scale's gradient.
     return (at_least_float32(x) * at_least_float32(scale)[:, None, None, :]).astype(x.dtype)
 
@@ -133,6 +135,8 @@ class Block(nn.Module):
     hswish_input: the block's input comes from h-swish.
     squeeze_excite: before or after the depthwise convolution's non-linearity.
     pad_value: of a depthwise convolution whose input comes from h-swish.
+    conv: makes a convolution, given its attributes and name.
+    dense: makes a dense layer, given the size of its output and its name.
     norm: makes a batch normalization, given its name.
   """
 
@@ -145,6 +149,8 @@ class Block(nn.Module):
   hswish_input: bool
   squeeze_excite: Literal["before", "after"]
   pad_value: float
+  conv: Any
+  dense: Any
   norm: Any
 
   @nn.compact
@@ -156,10 +162,10 @@ class Block(nn.Module):
 
     x = QuantAct("hswish" if self.hswish_input else "symmetric", name="input_quant")(x, levels)
     if expands:
-      x = QuantConv(self.hidden, name="expand_conv")(x, levels)
+      x = self.conv(self.hidden, name="expand_conv")(x, levels)
       x = act(self.norm(name="expand_norm")(x, train))
       x = QuantAct(kind, name="expand_quant")(x, levels)
-    x = QuantConv(
+    x = self.conv(
       self.hidden,
       self.kernel_size,
       self.stride,
@@ -169,12 +175,12 @@ class Block(nn.Module):
     )(x, levels)
     x = self.norm(name="depthwise_norm")(x, train)
     if self.squeezed:
-      squeeze_excite = SqueezeExcite(self.squeezed, name="squeeze_excite")
+      squeeze_excite = SqueezeExcite(self.squeezed, self.dense, name="squeeze_excite")
       x = act(squeeze_excite(x, levels)) if self.squeeze_excite == "before" else squeeze_excite(act(x), levels)
     else:
       x = act(x)
     x = QuantAct(kind, name="depthwise_quant")(x, levels)
-    x = QuantConv(self.features, name="project_conv")(x, levels)
+    x = self.conv(self.features, name="project_conv")(x, levels)
     x = self.norm(name="project_norm")(x, train)
     return x + shortcut if x.shape == shortcut.shape else x
 
@@ -193,6 +199,7 @@ class MobileNetV3(nn.Module):
     squeeze_excite: before or after the depthwise convolution's non-linearity.
     pad_value: what depthwise convolutions after h-swish pad with, -3/8 or 0.
     channel_rounding: of scaled channels to a multiple of 8: nearest (torchvision), or up (the authors).
+    dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
   """
 
   variant: Literal["large", "small"]
@@ -205,15 +212,18 @@ class MobileNetV3(nn.Module):
   squeeze_excite: Literal["before", "after"] = "after"
   pad_value: float = HSWISH_MINIMUM
   channel_rounding: Literal["nearest", "up"] = "nearest"
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
+    conv = functools.partial(QuantConv, dtype=self.dtype)
+    dense = functools.partial(QuantDense, kernel_init=_dense_init, dtype=self.dtype)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     variant = VARIANTS[self.variant]
     strides = self.strides or variant.strides
 
-    x = QuantConv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(x, levels)
+    x = conv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(x, levels)
     x = nn.hard_swish(norm(name="stem_norm")(x, train))
 
     index = 0
@@ -230,21 +240,23 @@ class MobileNetV3(nn.Module):
           hswish_input=index == 0,
           squeeze_excite=self.squeeze_excite,
           pad_value=self.pad_value,
+          conv=conv,
+          dense=dense,
           norm=norm,
           name=f"block{index:02d}",
         )(x, levels, train)
         index += 1
 
     x = QuantAct("symmetric", name="head_input_quant")(x, levels)
-    x = QuantConv(self._head_channels(variant), name="head_conv")(x, levels)
+    x = conv(self._head_channels(variant), name="head_conv")(x, levels)
     x = nn.hard_swish(norm(name="head_norm")(x, train))
     x = jnp.mean(x, axis=(1, 2))
     x = QuantAct("hswish", name="head_quant")(x, levels)
     features = self._channels(variant.pre_classifier)
-    x = nn.hard_swish(QuantDense(features, _dense_init, name="pre_classifier")(x, levels))
+    x = nn.hard_swish(dense(features, name="pre_classifier")(x, levels))
     x = QuantAct("hswish", name="pre_classifier_quant")(x, levels)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return QuantDense(self.num_classes, _dense_init, name="classifier")(x, levels)
+    return dense(self.num_classes, name="classifier")(x, levels)
 
   def _channels(self, channels: int) -> int:
     return (up_to_multiple_of_8 if self.channel_rounding == "up" else divisible_by_8)(channels * self.width)

@@ -203,12 +203,12 @@ class Programs:
     if program.distill:
       teacher = _with_sharding(variable_shapes(self._teacher_model, settings.data.image_size), self._replicated)
     step = steps.make_train_step(
-      self._model,
+      self._in_training(self._model),
       self.optimizer(program.train_kernels, frozen),
       normalization=self._normalization,
       teacher_normalization=self._teacher_normalization,
       ema_rate=settings.train.ema_rate,
-      teacher_model=self._teacher_model if program.distill else None,
+      teacher_model=self._in_training(self._teacher_model) if program.distill else None,
       teacher_batch_statistics=settings.teacher.batch_stats == "batch",
       accumulation_steps=settings.train.accumulation_steps,
     )
@@ -226,6 +226,11 @@ class Programs:
       teacher,
       sampling,
     ).compile()
+
+  def _in_training(self, model: nn.Module) -> nn.Module:
+    # Evaluation and calibration take the models as they are: in float32, whatever the training.
+    dtype = self._settings.train.dtype
+    return model if dtype == "float32" else model.clone(dtype=dtype)
 
   def _compile_eval(self, who: Who, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
     settings, model = self._settings, self._models[who]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv
+from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.models import REGISTRY, variable_shapes
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
 from profit_jax.models.mobilenet_v3 import Block
@@ -98,6 +98,8 @@ def test_an_hswish_quantizer_never_sees_less_than_its_code_0(order):
     hswish_input=False,
     squeeze_excite=order,
     pad_value=-0.375,
+    conv=QuantConv,
+    dense=QuantDense,
     norm=functools.partial(BatchNorm, epsilon=1e-5),
   )
   x = 3 * np.random.default_rng(1).normal(size=(4, 8, 8, 8)).astype(np.float32)
