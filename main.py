@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only writes events here, and greets in five lines
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -53,12 +54,15 @@ def main(argv):
   try:
     cluster = profit.Cluster(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value, cluster)
+    return 0
   except ConfigError as error:
-    return _fail(error)
+    return profit.distributed.leave(_fail(error))
   except KeyboardInterrupt:
     _fail("stopped; the same command goes on from the last finished epoch.")
-    return 130  # what shells give a program that was interrupted
-  return 0
+    return profit.distributed.leave(130)  # what shells give a program that was interrupted
+  except Exception:
+    traceback.print_exc()
+    return profit.distributed.leave(1)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.eval_share = 0.875
   config.data.interpolation = "bicubic"  # or bilinear (torchvision's older files), antialiased
   config.data.max_broken = 0.001  # share of images that may be broken; they are skipped and named; more stop the run
-  # A TFDS set of more than 512 MB is read by so many readers, which the processes share: a multiple of their number. The
-  # order of the images depends on it.
+  # A TFDS set of more than 512 MB is read by so many readers, which the processes share: a multiple of their number. Batch
+  # sizes should be multiples of it (otherwise the greatest common divisor counts). The order of the images depends on it.
   config.data.readers = 64
 
   config.plan = ml_collections.ConfigDict()

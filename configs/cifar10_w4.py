@@ -4,8 +4,9 @@ Command:  python -m profit_jax.data.prepare cifar10
           python main.py --config configs/cifar10_w4.py --workdir RUN
 Data:     tensorflow-datasets' cifar10: 50,000 training and 10,000 test images, 162 MB to download.
 Cost:     130,650 steps of 128 images at 32 px; not run.
-Result:   not run. With the published strides, learning rates and calibration (the authors' code), CIFAR-10 falls to 13 % in
-          the first activation phase.
+Result:   not run. With the published strides, learning rates and calibration, CIFAR-10 falls to 13 % in the first
+          activation phase (issue 1 of the authors' repository). Calibration is every configuration's here: on what a
+          quantizer sees.
 """
 
 from configs import base

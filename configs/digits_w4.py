@@ -2,8 +2,8 @@
 
 Command:  make demo      (python main.py --config configs/digits_w4.py --workdir runs/digits_w4)
           python main.py --config configs/digits_w4.py:mobilenet_v3_large --workdir runs/digits_v3
-Cost:     4:32 minutes on 2 CPU cores, compilation included; 3.5 GB of memory.
-Result:   top-1 99.11 % at W4A4, 98.44 % in full precision (seed 0; 450 images, one is 0.22 points). The other models:
+Cost:     3:53 minutes on 2 CPU cores, compilation included; 3.4 GB of memory.
+Result:   top-1 99.33 % at W4A4, 99.33 % in full precision (seed 0; 450 images, one is 0.22 points). The other models:
           benchmarks/every_model.py.
 """
 
@@ -35,7 +35,8 @@ def get_config(model: str = "mobilenet_v2"):
     config.plan.warmup_epochs = 1
     config.train.batch_size = 64
     config.train.eval_batch_size = 232  # 450 images in two batches, on up to 8 devices
-    config.train.full_precision_learning_rate = 0.1
+    # Full precision ends at 99.1, 99.1 and 99.8 % with seeds 0 to 2; at 0.1, between 86.2 and 97.8 %.
+    config.train.full_precision_learning_rate = 0.03
     config.train.learning_rate = 0.02
     config.train.ema_rate = 0.98
   return config

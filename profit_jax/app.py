@@ -1,6 +1,7 @@
 """Puts a run together: settings -> plan -> data, model, teacher -> loop -> reports. `main.py` reads the flags."""
 
 import contextlib
+import json
 import os
 from typing import Any, NamedTuple
 
@@ -75,7 +76,8 @@ def main(
   # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in TensorFloat-32.
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.initialize(*cluster)
-  distributed.require_equal(settings)
+  numbers = json.dumps(files.comparable(settings.to_dict()), sort_keys=True)
+  distributed.require_equal("settings", f"{mode} {workdir} {numbers}")
   if only_file:
     if workdir:
       _say(f"{directory} holds no run: this evaluates {settings.init.weights}.")
@@ -100,7 +102,9 @@ def _say(line: str) -> None:
 
 
 def _load_data(settings: Settings) -> data.Source:
-  return data.load(settings, data.Host(jax.process_index(), jax.process_count()))
+  source = distributed.together(lambda: data.load(settings, data.Host(jax.process_index(), jax.process_count())))
+  distributed.require_equal("data", source.fingerprint())
+  return source
 
 
 def _require_workdir(workdir: str, mode: str) -> None:
@@ -119,15 +123,17 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
 
     def open_checkpoints() -> Checkpoints:
       distributed.first_does(lambda: files.claim_workdir(workdir, settings, facts))
+      distributed.together(lambda: files.read_sizes(workdir))  # a directory that only the first process sees
       opened = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-      closing.callback(opened.close)
+      # After an error in this process alone, closing would wait for the others.
+      closing.push(lambda error, *_: opened.close() if error is None or jax.process_count() == 1 else None)
       return opened
 
     # A fresh directory is claimed only when what the run starts from has been read.
     checkpoints = open_checkpoints() if distributed.from_first(files.is_begun(workdir)) else None
     progress = None if checkpoints is None else checkpoints.restore_progress()
-    student = start.load_student(settings, facts.num_classes, progress)
-    teacher = start.load_teacher(settings, student, facts.num_classes, progress)
+    student = distributed.together(lambda: start.load_student(settings, facts.num_classes, progress))
+    teacher = distributed.together(lambda: start.load_teacher(settings, student, facts.num_classes, progress))
     checkpoints = checkpoints or open_checkpoints()
 
     screen.print(f"{plan.summary_line(phases)}; {workdir}")

@@ -6,19 +6,21 @@ prints, writes TensorBoard events and reports; checkpoints are orbax's business,
 
 import hashlib
 import importlib.util
-import json
 import os
 import pathlib
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from profit_jax.settings import ConfigError, Settings
+from profit_jax.settings import ConfigError
 
+_T = TypeVar("_T")
 PATIENCE = 300.0  # seconds in which the processes must have started; JAX's own is the same
 
 
@@ -57,7 +59,7 @@ def initialize(
         f"--coordinator_address={coordinator_address} is not allowed: it must be HOST:PORT, as 10.0.0.2:8476."
       )
     if process_id:
-      _wait_for(host, int(port))
+      _wait_for(host.strip("[]"), int(port))
   elif not (_on_tpu() or started_tasks(environment) > 1):
     return
   try:
@@ -111,33 +113,56 @@ def from_first(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
-def first_does(action: Callable[[], None]) -> None:
-  """Runs an action in the first process while the others wait.
+def together(action: Callable[[], _T]) -> _T:
+  """Runs an action that may fail in one process and not in the others: they would wait for it in vain.
 
   Raises:
-    ConfigError: what it raised there; elsewhere that it did.
+    ConfigError: where it did not fail, but elsewhere.
+    Exception: what it raised here.
   """
-  failure = None
-  if is_first():
-    try:
-      action()
-    except ConfigError as error:
-      failure = error
-  if not from_first(failure is None):
-    raise failure or ConfigError("the first process stopped; its message says why.")
+  if jax.process_count() == 1:
+    return action()
+  result, failure = None, None
+  try:
+    result = action()
+  except Exception as error:  # whatever it is, the others must know
+    failure = error
+  failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failure is not None)))
+  if failure is not None:
+    raise failure
+  if len(failed):
+    raise ConfigError(f"process {failed[0]} stopped; its message says why.")
+  return result
 
 
-def require_equal(settings: Settings) -> None:
-  """Compares the configuration of all processes.
+def first_does(action: Callable[[], None]) -> None:
+  """Runs an action in the first process while the others wait; raises as `together`."""
+  together(lambda: action() if is_first() else None)
+
+
+def require_equal(what: str, text: str) -> None:
+  """Compares a text of all processes.
+
+  Args:
+    what: it is, as a message calls it.
+    text: this process's.
 
   Raises:
     ConfigError: they differ.
   """
   if jax.process_count() == 1:
     return
-  text = json.dumps(settings.to_dict(), sort_keys=True)
   digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
   everyone = multihost_utils.process_allgather(digest)
   others = [i for i, theirs in enumerate(everyone) if not np.array_equal(theirs, everyone[0])]
   if others:
-    raise ConfigError(f"processes {others} have another configuration than process 0: give all the same command.")
+    raise ConfigError(f"processes {others} have other {what} than process 0: it must be the same on all.")
+
+
+def leave(code: int) -> int:
+  """The exit code; of several processes, this one ends here, because JAX would wait minutes for others that wait for it."""
+  if jax.distributed.is_initialized() and code:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code

@@ -18,7 +18,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 # Two processes take whole files, in this order: what takes longest first, then what shares a finished run.
-_FIRST = ("test_trajectory.py", "test_loop.py", "test_start.py")
+_FIRST = (
+  "test_imagenet.py",
+  "test_trajectory.py",
+  "test_loop.py",
+  "test_start.py",
+  "test_processes.py",
+  "test_precision.py",
+)
 
 
 def pytest_collection_modifyitems(items):

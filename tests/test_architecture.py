@@ -59,4 +59,4 @@ def test_files_stay_readable_in_one_sitting(path):
 
 
 def test_main_is_short():
-  assert len((ROOT / "main.py").read_text().splitlines()) <= 65
+  assert len((ROOT / "main.py").read_text().splitlines()) <= 70

@@ -1,5 +1,7 @@
 """Data sources, by the name that `config.data.name` takes. TensorFlow is imported in this package only."""
 
+import re
+
 from profit_jax.data import digits
 from profit_jax.data.base import Facts, Host, Source
 from profit_jax.data.normalize import Normalization
@@ -35,9 +37,15 @@ def facts(settings: Settings) -> Facts:
   Raises:
     ConfigError: a source that is not there, or a batch that it cannot fill.
   """
-  known = KNOWN.get(settings.data.name) or load(settings).facts
+  data = settings.data
+  whole = data.train_split == "train" and not data.eval_split
+  known = (_known(data.name) if whole else None) or load(settings).facts
   _check_batch(settings, known)
   return known
+
+
+def _known(name: str) -> Facts | None:
+  return KNOWN.get(re.split("[/:]", name)[0])  # without configuration and version
 
 
 def load(settings: Settings, host: Host = Host()) -> Source:
@@ -77,10 +85,11 @@ def _images(settings, host):
   else:
     from profit_jax.data.tfds import Splits as splits_of
   splits = splits_of(settings.data)
-  splits.train.check(records.Pass(settings.train.batch_size, host, shuffle=(0, 0)))
-  splits.eval.check(records.Pass(settings.train.eval_batch_size, host))
-  own = KNOWN[settings.data.name].normalization if settings.data.name in KNOWN else _IMAGENET
-  return images.Images(splits, settings.data, own, settings.seed, host)
+  # Whether the hosts can share both.
+  splits.train.count(records.Pass(settings.train.batch_size, host, shuffle=(0, 0)))
+  splits.eval.count(records.Pass(settings.train.eval_batch_size, host))
+  known = _known(settings.data.name)
+  return images.Images(splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, host)
 
 
 def _check_batch(settings, found):

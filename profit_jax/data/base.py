@@ -56,6 +56,10 @@ class Source(Protocol):
 
   facts: Facts
 
+  def fingerprint(self) -> str:
+    """The same on all hosts that see the same data."""
+    ...
+
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """One epoch, in an order and with changes that are functions of (seed, epoch, place in the order).
 

@@ -38,6 +38,10 @@ class Digits:
     self._shift = image_size // 16 if augment else 0
     self._seed, self._host = seed, host
 
+  def fingerprint(self) -> str:
+    """See `Source.fingerprint`."""
+    return "scikit-learn's digits"
+
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
     rng = np.random.default_rng((self._seed, epoch))

@@ -31,7 +31,7 @@ class Folder:
     """
     if not settings.data_dir:
       raise ConfigError("config.data.data_dir = '' is not allowed: with data.name = folder it must be the folder's path.")
-    root = epath.Path(settings.data_dir)
+    root = epath.Path(settings.data_dir).expanduser()
     if not root.is_dir():
       raise ConfigError(f"config.data.data_dir = {settings.data_dir!r} is not allowed: there is no such directory.")
     train = _split(root, "train_split", (settings.train_split,))
@@ -58,7 +58,11 @@ def _split(root, field, names):
 
 
 def _classes(split):
-  found = sorted(path.name for path in split.iterdir() if not path.name.startswith(".") and path.is_dir())
+  paths = [path for path in split.iterdir() if not path.name.startswith(".")]
+  with concurrent.futures.ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
+    found = sorted(
+      path.name for path, there in zip(paths, pool.map(lambda path: path.is_dir(), paths), strict=True) if there
+    )
   if not found:
     raise ConfigError(f"{split} holds no class folders: images must lie in {split}/CLASS/NAME.jpg.")
   return found
@@ -69,7 +73,8 @@ class _Files(Table):
 
   def __init__(self, split, classes):
     def images(name):
-      return sorted(path for path in tf.io.gfile.listdir(str(split / name)) if path.lower().endswith(SUFFIXES))
+      files = tf.io.gfile.listdir(str(split / name))
+      return sorted(file for file in files if file.lower().endswith(SUFFIXES) and not file.startswith("."))
 
     with concurrent.futures.ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
       found = list(pool.map(images, classes))
@@ -81,7 +86,8 @@ class _Files(Table):
       )
     self._paths = [str(split / name / image) for name, images in zip(classes, found, strict=True) for image in images]
     labels = [label for label, images in enumerate(found) for _ in images]
-    super().__init__({"path": tf.constant(self._paths), "label": tf.constant(labels, tf.int32)})
+    names = [f"{name}/{image}" for name, images in zip(classes, found, strict=True) for image in images]
+    super().__init__({"path": tf.constant(self._paths), "label": tf.constant(labels, tf.int32)}, names)
 
   def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
     """See `Records.read`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Protocol
@@ -31,6 +32,11 @@ class Splits(Protocol):
   train: Records
   eval: Records
   num_classes: int
+
+
+def _cores() -> int:
+  # Those that this process may use, which a scheduler may have made fewer; macOS does not tell.
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def quiet_tensorflow() -> None:
@@ -64,6 +70,10 @@ class Images:
       normalization=normalization,
     )
 
+  def fingerprint(self) -> str:
+    """See `Source.fingerprint`."""
+    return f"{self._splits.train.fingerprint()} {self._splits.eval.fingerprint()}"
+
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
     wanted = Pass(batch_size, self._host, start, (self._seed, epoch))
@@ -93,12 +103,16 @@ class Images:
 
   def _batches(self, records: Records, wanted: Pass, pixels) -> Iterator[Batch]:
     size, part = self._settings.image_size, wanted.batch_size // self._host.count
-    cores = len(os.sched_getaffinity(0))
+    cores = _cores()
+
+    def read(record):
+      there = record["key"][1] >= 0
+      contents, label = tf.cond(there, lambda: records.read(record), lambda: ("", 0))
+      return {"contents": contents, "label": label, "place": record["place"], "key": record["key"]}
 
     def example(row, record):
-      contents, label = records.read(record)
-      image = tf.ensure_shape(pixels(contents, record["place"]), [size, size, 3])
-      return {"image": image, "label": label, "row": row}
+      image = tf.ensure_shape(pixels(record["contents"], record["place"]), [size, size, 3])
+      return {"image": image, "label": record["label"], "row": row}
 
     nothing = {
       "image": tf.zeros([0, size, size, 3], tf.uint8),
@@ -106,27 +120,47 @@ class Images:
       "row": tf.zeros([0], tf.int64),
     }
 
-    def decoded(keys, found):
+    def decoded(found):
       """One batch: what cannot be decoded is left out, and leaves its row empty."""
       rows = tf.data.Dataset.from_tensor_slices((tf.range(part, dtype=tf.int64), found))
       rows = rows.filter(lambda row, record: record["key"][1] >= 0)
       good = rows.map(example, cores, deterministic=True).ignore_errors().batch(part)
       whole = good.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1)
-      return whole.map(lambda batch: {**_in_rows(batch, part), "key": keys})
+      return whole.map(lambda batch: {**_in_rows(batch, part), "key": found["key"]})
 
-    found = records.rows(wanted).map(lambda record: (record["key"], record)).batch(part, drop_remainder=True)
+    # Read before that: a file that cannot be read is no broken image.
+    found = records.rows(wanted).map(read, cores, deterministic=True).batch(part, drop_remainder=True)
     batches = found.interleave(
       decoded, cycle_length=_BATCHES_AT_ONCE, block_length=1, num_parallel_calls=_BATCHES_AT_ONCE, deterministic=True
     )
-    for batch in batches.prefetch(_READY_BATCHES).as_numpy_iterator():
-      keys = batch.pop("key")
-      if not batch["mask"].all():
-        self._note_broken([records.name(key) for key in keys[~batch["mask"] & (keys[:, 1] >= 0)]])
-      labels = batch["label"][batch["mask"]]
-      if labels.size and not 0 <= labels.min() <= labels.max() < self.facts.num_classes:
-        wrong = sorted({int(label) for label in labels if not 0 <= label < self.facts.num_classes})
-        raise ConfigError(f"{self._settings.name} has labels {wrong}: they must be 0 to {self.facts.num_classes - 1}.")
-      yield batch
+    seen = 0
+    try:
+      for batch in batches.prefetch(_READY_BATCHES).as_numpy_iterator():
+        keys = batch.pop("key")
+        seen += int((keys[:, 1] >= 0).sum())
+        if not batch["mask"].all():
+          self._note_broken([records.name(key) for key in keys[~batch["mask"] & (keys[:, 1] >= 0)]])
+        self._check_labels(batch["label"][batch["mask"]])
+        yield batch
+    except tf.errors.OpError as error:
+      raise ConfigError(
+        f"{self._settings.name} cannot be read: {' '.join(error.message.split())[:500]}. Restore the file, or prepare the "
+        f"data again."
+      ) from error
+    expected = records.count(wanted)
+    if seen != expected:
+      raise ConfigError(
+        f"{self._settings.name} holds fewer examples than its description says ({seen} instead of {expected} in one pass "
+        f"of this process): files are cut. Prepare the data again."
+      )
+
+  def _check_labels(self, labels: np.ndarray) -> None:
+    wrong = sorted({int(label) for label in labels if not 0 <= label < self.facts.num_classes})
+    if wrong:
+      raise ConfigError(
+        f"{self._settings.name} has labels {wrong}: they must be 0 to {self.facts.num_classes - 1}. A split "
+        f"without labels? Choose others with config.data.train_split and config.data.eval_split."
+      )
 
   def _note_broken(self, names: list[str]) -> None:
     """Names images that cannot be decoded.
@@ -135,7 +169,8 @@ class Images:
       ConfigError: they are too many.
     """
     share, facts = self._settings.max_broken, self.facts
-    limit = int(share * (facts.train_examples + facts.eval_examples) / self._host.count)
+    # Of all hosts' images, because a host meets others in every epoch.
+    limit = math.ceil(share * (facts.train_examples + facts.eval_examples))
     for name in names:
       if name not in self._broken:
         self._broken[name] = None

@@ -27,9 +27,11 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> str:
   """
   import tensorflow_datasets as tfds
 
-  from profit_jax.data.tfds import open_builder
+  from profit_jax.data.tfds import class_keys, open_builder
 
   builder = open_builder(name, data_dir)
+  class_keys(builder)
+  manual_dir = os.path.expanduser(manual_dir)
   if manual_dir and not os.path.isdir(manual_dir) and "://" not in manual_dir:
     raise ConfigError(f"--manual_dir={manual_dir} is not allowed: there is no such directory.")
   options = tfds.download.DownloadConfig(manual_dir=manual_dir or None)

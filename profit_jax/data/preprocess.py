@@ -15,18 +15,20 @@ import tensorflow as tf
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
+_LONGEST = 4
 
 Interpolation = Literal["bicubic", "bilinear"]
 _KERNELS = {"bicubic": "keyscubic", "bilinear": "triangle"}
 
 
 def image_shape(contents: tf.Tensor) -> tf.Tensor:
-  """Height and width `[2]` of an encoded image; of a JPEG, from its header."""
+  """Height and width `[2]` of an encoded image, from its header."""
   # What works out a window from it stands outside of the `tf.cond`: inside it takes 0.07 ms longer.
   return tf.cond(
     tf.io.is_jpeg(contents),
     lambda: tf.io.extract_jpeg_shape(contents)[:2],
-    lambda: tf.shape(_decode_other(contents))[:2],
+    # A PNG's header holds width and height; what is no PNG fails when it is decoded.
+    lambda: tf.ensure_shape(tf.io.decode_raw(tf.strings.substr(contents, 16, 8), tf.int32, little_endian=False), [2])[::-1],
   )
 
 
@@ -123,7 +125,9 @@ def random_resized_crop(contents: tf.Tensor, size: int, interpolation: Interpola
 def center_crop(contents: tf.Tensor, size: int, share: float, interpolation: Interpolation) -> tf.Tensor:
   """The centre of an encoded image as `[size, size, 3]`: its shorter side is scaled to `size / share`; uint8."""
   shape = image_shape(contents)
-  whole = decode(contents, tf.concat([[0, 0], shape], 0))
+  # A strip of 20,000x10 pixels would become one of 512,000x256: of what is longer than 4 to 1 the ends go first.
+  kept = tf.minimum(shape, _LONGEST * tf.reduce_min(shape))
+  whole, shape = decode(contents, tf.concat([(shape - kept) // 2, kept], 0)), kept
   shorter = round(size / share)
   # As torchvision: the longer side is cut to a whole number, the crop's offset is rounded.
   target = tf.cast(shorter * tf.cast(shape, tf.int64) // tf.cast(tf.reduce_min(shape), tf.int64), tf.int32)

@@ -5,8 +5,10 @@ fixed number of readers: each owns an equal range of the examples and the same r
 order of its shards and, in a buffer, of its examples. The hosts share the readers, so that their number changes nothing.
 """
 
+import hashlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -63,12 +65,16 @@ class Records(Protocol):
     """What a log calls the record with this key."""
     ...
 
-  def check(self, wanted: Pass) -> None:
-    """Whether a pass can be made.
+  def count(self, wanted: Pass) -> int:
+    """How many of the host's rows hold an example.
 
     Raises:
-      ConfigError: a number of hosts that cannot share it.
+      ConfigError: a number of hosts that cannot share the pass.
     """
+    ...
+
+  def fingerprint(self) -> str:
+    """The same on all hosts that see the same records in the same order."""
     ...
 
 
@@ -96,9 +102,9 @@ def table_rows(examples: int, wanted: Pass) -> tuple[np.ndarray, np.ndarray]:
 class Table:
   """Records that can be had in any order: the base of those that know how to `read` and `name` them."""
 
-  def __init__(self, columns: Record):
-    """Args: columns: equally long vectors; a record has one value of each."""
-    self._columns = columns
+  def __init__(self, columns: Record, names: Sequence[str] = ()):
+    """Args: columns: equally long vectors, `label` among them; a record has one value of each; names: of the examples."""
+    self._columns, self._names = columns, names
     self.examples = int(next(iter(columns.values())).shape[0])
 
   def rows(self, wanted: Pass) -> tf.data.Dataset:
@@ -111,8 +117,16 @@ class Table:
 
     return tf.data.Dataset.from_tensor_slices((examples, places)).map(record)
 
-  def check(self, wanted: Pass) -> None:
-    """See `Records.check`."""
+  def count(self, wanted: Pass) -> int:
+    """See `Records.count`."""
+    return int((table_rows(self.examples, wanted)[0] >= 0).sum())
+
+  def fingerprint(self) -> str:
+    """See `Records.fingerprint`."""
+    digest = hashlib.sha256(self._columns["label"].numpy().tobytes())
+    for name in self._names:
+      digest.update(name.encode())
+    return digest.hexdigest()
 
 
 class Shard(NamedTuple):
@@ -228,6 +242,15 @@ class Stream:
     """See `Records.name`."""
     return f"{self._paths[key[0]]}, record {key[1]}"
 
-  def check(self, wanted: Pass) -> None:
-    """See `Records.check`."""
-    reader_plan(self.examples, self._readers, wanted)
+  def count(self, wanted: Pass) -> int:
+    """See `Records.count`."""
+    plan = reader_plan(self.examples, self._readers, wanted)
+    if wanted.shuffle is not None:
+      return len(plan.readers) * plan.rows * (plan.steps - wanted.start)
+    count = wanted.batch_size // plan.rows
+    return plan.readers.stop * self.examples // count - plan.readers.start * self.examples // count
+
+  def fingerprint(self) -> str:
+    """See `Records.fingerprint`."""
+    shards = [(os.path.basename(shard.path), shard.skip, shard.take) for shard in self._shards_of(0, self.examples)]
+    return hashlib.sha256(repr(shards).encode()).hexdigest()

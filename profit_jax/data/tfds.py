@@ -28,17 +28,11 @@ class Splits:
       ConfigError: one that is unknown, not prepared, not made of images and classes, or lacks a split.
     """
     self._settings = settings
-    builder = _builder(settings)
-    self._builder, info = builder, builder.info
-    keys = info.supervised_keys
-    features = [info.features[key] for key in keys] if keys and len(keys) == 2 and isinstance(keys[0], str) else []
-    if [type(feature) for feature in features] != [tfds.features.Image, tfds.features.ClassLabel]:
-      raise ConfigError(
-        f"config.data.name = {settings.name!r} is not allowed: it must be a data set of one image and one class label per "
-        f"example; its supervised keys are {keys}."
-      )
+    self._builder = builder = open_builder(settings.name, settings.data_dir)
+    keys = class_keys(builder)
+    _require_prepared(builder, settings)
     self._image, self._label = keys
-    self.num_classes = features[1].num_classes
+    self.num_classes = builder.info.features[self._label].num_classes
     self.train = self._records("train_split", settings.train_split)
     self.eval = self._records("eval_split", settings.eval_split or self._first_of("validation", "val", "test"))
 
@@ -88,29 +82,50 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     ) from error
   except (ValueError, AssertionError, KeyError) as error:  # a configuration or a version that it does not have
     raise ConfigError(f"config.data.name = {name!r} is not allowed: {' '.join(str(error).split())[:500]}") from error
-
-
-def _builder(settings):
-  builder = open_builder(settings.name, settings.data_dir)
-  if not (builder.is_prepared() and builder.info.splits):
-    where = f" --data_dir={settings.data_dir}" if settings.data_dir else ""
-    by_hand = ""
-    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-      where += " --manual_dir=DIR"
-      by_hand = " DIR must hold its files, which are fetched by hand; docs/data.md says which."
+  except (RuntimeError, ImportError, OSError, tf.errors.OpError) as error:  # no network, no permission, no such code
+    login = " For gs://, gcloud auth application-default login." if data_dir.startswith("gs://") else ""
     raise ConfigError(
-      f"config.data.name = {settings.name!r} is not prepared: there is no {builder.data_dir}. Prepare it with "
-      f"python -m profit_jax.data.prepare {settings.name}{where}.{by_hand}"
+      f"config.data.name = {name!r} cannot be opened in {data_dir or 'its own directory'}: "
+      f"{' '.join(str(error).split())[:500]}.{login}"
+    ) from error
+
+
+def class_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
+  """The names of an example's image and label.
+
+  Raises:
+    ConfigError: examples are something else.
+  """
+  keys, features = builder.info.supervised_keys, builder.info.features
+  found = [features[key] for key in keys] if keys and len(keys) == 2 and all(isinstance(key, str) for key in keys) else []
+  if [type(feature) for feature in found] != [tfds.features.Image, tfds.features.ClassLabel]:
+    raise ConfigError(
+      f"config.data.name = {builder.info.full_name!r} is not allowed: it must be a data set of one image and one class "
+      f"label per example; its supervised keys are {keys}."
     )
-  return builder
+  return keys
+
+
+def _require_prepared(builder, settings):
+  if builder.is_prepared() and builder.info.splits:
+    return
+  where = f" --data_dir={settings.data_dir}" if settings.data_dir else ""
+  by_hand = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+  if by_hand:
+    where, by_hand = f"{where} --manual_dir=DIR", f" DIR holds what is fetched by hand: {by_hand}"
+  raise ConfigError(
+    f"config.data.name = {settings.name!r} is not prepared: there is no {builder.data_dir}. Prepare it with "
+    f"python -m profit_jax.data.prepare {settings.name}{where} (docs/data.md).{by_hand}"
+  )
 
 
 def _fits(shards: list[Shard]) -> bool:
   """Whether the files of a split may be kept in memory; asks for no more sizes than it must."""
   total = 0
   for path in dict.fromkeys(shard.path for shard in shards):
-    # A missing file is found when it is read, with its name.
-    total += tf.io.gfile.stat(path).length if tf.io.gfile.exists(path) else 0
+    if not tf.io.gfile.exists(path):
+      raise ConfigError(f"{path} does not exist, though the data set's description names it. Prepare the data again.")
+    total += tf.io.gfile.stat(path).length
     if total > MEMORY_LIMIT:
       return False
   return True
@@ -139,7 +154,12 @@ class _InMemory(Table):
       read_config=tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1),
       shuffle_files=False,
     )
-    examples = list(found.map(lambda example: (example[image], example[label])).as_numpy_iterator())
+    try:
+      examples = list(found.map(lambda example: (example[image], example[label])).as_numpy_iterator())
+    except tf.errors.OpError as error:
+      raise ConfigError(
+        f"{self._title} cannot be read: {' '.join(error.message.split())[:500]}. Prepare it again."
+      ) from error
     contents, labels = zip(*examples, strict=True)
     super().__init__({"contents": tf.constant(contents), "label": tf.constant(labels, tf.int32)})
 

@@ -28,7 +28,7 @@ def claim_workdir(workdir: epath.Path, settings: Settings, facts: Facts) -> None
   path = workdir / "config.json"
   if path.exists():
     _require_same_data(workdir, facts)
-    found = differences(_comparable(read_config(workdir)), _comparable(settings.to_dict()))
+    found = differences(comparable(read_config(workdir)), comparable(settings.to_dict()))
     if found:
       listing = "\n  ".join(found)
       raise ConfigError(
@@ -99,7 +99,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
   return config
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
   """The fields on which a run's numbers depend.
 
   Where programs are cached, how many checkpoints stay and where the data lies may change.

@@ -6,7 +6,7 @@ import jax
 
 from profit_jax.data import Source
 from profit_jax.quant.levels import levels
-from profit_jax.settings import Settings
+from profit_jax.settings import ConfigError, Settings
 from profit_jax.train.programs import Programs, Who
 
 
@@ -41,6 +41,8 @@ def evaluate(
   results = jax.device_get([step(variables, programs.split(batch), steps) for batch in batches])
   total = jax.tree.map(lambda *values: float(sum(values)), *results)
   examples, clip_rate = total["examples"], total.pop("clip_rate")
+  if not examples:
+    raise ConfigError(f"None of the {source.facts.eval_examples} evaluation images of {settings.data.name} can be decoded.")
   scores = {
     "top1": 100.0 * total["top1"] / examples,
     "top5": 100.0 * total["top5"] / examples,

@@ -1,6 +1,7 @@
 """TFDS sets and image folders: what stands in which batch, on any number of hosts, and what is refused."""
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -188,9 +189,16 @@ def test_a_broken_image_leaves_its_row_empty_and_is_named_once(damaged, caplog):
   assert sum("003.jpeg" in line for line in named) == sum("004.png" in line for line in named) == 1
 
 
+def test_a_host_may_meet_every_broken_image_sooner_or_later(damaged):
+  changes = {"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.05}
+  host = data.load(settings(**changes), Host(0, 2))
+  masks = [batch["mask"] for epoch in range(4) for batch in host.train_batches(epoch, 8)]
+  assert 2 <= sum((~mask).sum() for mask in masks) <= 8  # both broken ones, and no end of the run
+
+
 def test_too_many_broken_images_stop_the_run_with_their_names(damaged):
-  source = data.load(settings(**{"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.05}))
-  with pytest.raises(ConfigError, match=r"2 images cannot be decoded[\s\S]*max_broken = 0.05[\s\S]*00[34]\.") as error:
+  source = data.load(settings(**{"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.02}))
+  with pytest.raises(ConfigError, match=r"2 images cannot be decoded[\s\S]*max_broken = 0.02[\s\S]*00[34]\.") as error:
     list(source.train_batches(0, 8))
   assert "003.jpeg" in str(error.value)
   assert "004.png" in str(error.value)
@@ -213,14 +221,73 @@ def test_the_other_images_of_a_batch_are_what_they_are_without_the_broken_one(da
     ({"data.eval_split": "test"}, r"data.eval_split = 'test' .* train, validation"),
     ({"data.eval_split": "train[200%:]"}, r"data.eval_split = 'train\[200%:\]'"),
     ({"data.name": "cuttings/large"}, r"data.name = 'cuttings/large'"),
+    ({"data.name": "coco"}, "must be a data set of one image and one class label per example"),
     ({"data.name": "no_such_set"}, "digits, folder, or a data set of tensorflow-datasets"),
-    ({"data.name": "imagenette/320px-v2"}, r"prepare imagenette/320px-v2 --data_dir=\S+\.$"),
-    ({"data.name": "imagenet2012"}, r"prepare imagenet2012 --data_dir=\S+ --manual_dir=DIR\. DIR .* by hand; docs/data.md"),
+    ({"data.name": "imagenette/320px-v2"}, r"prepare imagenette/320px-v2 --data_dir=\S+ \(docs/data.md\)\.$"),
+    (
+      {"data.name": "imagenet2012"},
+      r"prepare imagenet2012 --data_dir=\S+ --manual_dir=DIR \(docs/data.md\)\. DIR holds .* ILSVRC2012_img_train.tar",
+    ),
   ],
 )
 def test_wrong_data_sets_are_refused(written, changes, message):
   with pytest.raises(ConfigError, match=message):
     data.load(settings(**{"data.name": "cuttings", "data.data_dir": str(written / "tfds"), **changes}))
+
+
+def damaged_copy(written, directory, change):
+  """The TFDS set with its first training shard changed: what tests of a run over many epochs would meet by accident."""
+  copy = directory / "tfds"
+  shutil.copytree(written / "tfds", copy)
+  change(sorted(copy.glob("cuttings/1.0.0/*train*00000*"))[0])
+  return settings(**{"data.name": "cuttings", "data.data_dir": str(copy)})
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "cuttings cannot be read: .* prepare the data again"),
+    (lambda shard: shard.write_bytes(b""), "fewer examples than its description says"),
+    (lambda shard: shard.unlink(), "train.tfrecord-00000-of-00003 does not exist"),
+  ],
+  ids=["cut", "empty", "missing"],
+)
+def test_damaged_shards_are_refused(written, tmp_path, monkeypatch, change, message):
+  from profit_jax.data import tfds
+
+  monkeypatch.setattr(tfds, "MEMORY_LIMIT", 0)
+  with pytest.raises(ConfigError, match=message):
+    list(data.load(damaged_copy(written, tmp_path, change)).train_batches(0, 8))
+
+
+def test_a_file_that_went_away_is_no_broken_image(tmp_path):
+  root = pictures.write_folder(tmp_path, TRAIN, EVAL)
+  source = data.load(settings(**{"data.name": "folder", "data.data_dir": str(root), "data.max_broken": 1.0}))
+  next((root / "train" / "temple").iterdir()).unlink()
+  with pytest.raises(ConfigError, match=r"folder cannot be read: .*train/temple/.* Restore the file"):
+    list(source.train_batches(0, 8))
+
+
+def test_hosts_with_other_files_can_tell(written, tmp_path):
+  other = pictures.write_folder(tmp_path, TRAIN, EVAL)
+
+  def fingerprint(name, path):
+    return data.load(settings(**{"data.name": name, "data.data_dir": str(path)})).fingerprint()
+
+  assert fingerprint("folder", written / "folder") == fingerprint("folder", other)
+  path = sorted((other / "train" / "wide").iterdir())[0]
+  path.rename(path.with_name("renamed.jpg"))
+  (other / "train" / "wide" / "._hidden.jpg").write_bytes(b"not an image")
+  assert fingerprint("folder", written / "folder") != fingerprint("folder", other)
+  assert data.load(settings(**{"data.name": "folder", "data.data_dir": str(other)})).facts.train_examples == TRAIN
+
+
+def test_a_plan_knows_published_sets_by_name_and_asks_the_files_for_parts(written):
+  assert data.facts(settings(**{"data.name": "cifar10:3.0.2"})).normalization.mean[0] == 0.4914
+  part = {"data.name": "cuttings", "data.data_dir": str(written / "tfds"), "data.train_split": "train[:50%]"}
+  assert data.facts(settings(**part)).train_examples == 12
+  with pytest.raises(ConfigError, match="not prepared"):
+    data.facts(settings(**{"data.train_split": "train[:50%]", "data.data_dir": str(written)}))
 
 
 def test_splits_may_be_parts(written):

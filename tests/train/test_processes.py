@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from configs import digits_w4
 from profit_jax import app, distributed
-from profit_jax.models import REGISTRY, variable_shapes
-from profit_jax.settings import ConfigError, parse
+from profit_jax.models import variable_shapes
+from profit_jax.settings import ConfigError
 from profit_jax.train.checkpoint import Checkpoints
+from tests.data import pictures
 from tests.train.processes import config
 from tests.train.tiny import TinyNet
 
@@ -122,12 +122,37 @@ def test_slurm_and_open_mpi_tell_how_many_tasks_there_are():
 
 
 def test_processes_with_another_configuration_are_refused(monkeypatch):
-  settings = parse(digits_w4.get_config(), REGISTRY)
-  gathered = []
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: gathered.append(own) or [own, own])
-  distributed.require_equal(settings)
+  monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: [own, own])
+  distributed.require_equal("settings", "seed 1")
   monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: [own, own + 1])
-  with pytest.raises(ConfigError, match=r"processes \[1\] have another configuration"):
-    distributed.require_equal(settings)
-  assert len(gathered[0]) == 8
+  with pytest.raises(ConfigError, match=r"processes \[1\] have other settings than process 0"):
+    distributed.require_equal("settings", "seed 1")
+
+
+def test_what_fails_in_one_process_ends_all_of_them_soon(tmp_path):
+  # As Slurm would start them: JAX finds the rest in these variables. The second one has no data.
+  pictures.write_folder(tmp_path / "data")
+  job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+  started = []
+  for i, directory in enumerate(("data", "absent")):
+    data = ["--config.data.name=folder", f"--config.data.data_dir={tmp_path / directory}", "--config.data.image_size=32"]
+    started.append(
+      subprocess.Popen(
+        [sys.executable, "main.py", "--config=configs/digits_w4.py", f"--workdir={tmp_path / 'run'}", *data],
+        cwd=ROOT,
+        env={**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
+  try:
+    printed = [process.communicate(timeout=100)[1] for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  assert [process.returncode for process in started] == [2, 2], printed
+  assert "error: process 1 stopped; its message says why." in printed[0]
+  assert "error: config.data.data_dir = " in printed[1]
+  assert not (tmp_path / "run").exists()
