@@ -14,8 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # All 22 phases, a step each. Narrow, because the tests have two cores; everything else is as published.
 ONE_STEP = [
   "--config.model.width=0.35",
-  "--config.train.batch_size=4",
-  "--config.train.eval_batch_size=4",
+  "--config.train.batch_size=2",
+  "--config.train.eval_batch_size=2",
   "--config.plan.full_precision_epochs=1",
   "--config.plan.finetune_epochs=1",
   "--config.plan.bn_epochs=1",
@@ -46,8 +46,8 @@ def command(tmp_path_factory):
 
 
 def test_the_published_configuration_runs_on_tfds_and_on_a_folder(command, tmp_path):
-  tfds = pictures.write_tfds(tmp_path / "tfds", train=6, evaluation=6, make=large_cuttings)
-  folder = pictures.write_folder(tmp_path / "folder", train=6, evaluation=6, make=large_cuttings)
+  tfds = pictures.write_tfds(tmp_path / "tfds", train=3, evaluation=3, make=large_cuttings)
+  folder = pictures.write_folder(tmp_path / "folder", train=3, evaluation=3, make=large_cuttings)
   run = tmp_path / "run"
   printed = command(f"--workdir={run}", "--config.data.name=cuttings", f"--config.data.data_dir={tfds}")
   assert "22 phases, 22 epochs, to w4a4" in printed
@@ -56,7 +56,7 @@ def test_the_published_configuration_runs_on_tfds_and_on_a_folder(command, tmp_p
   assert [(phase["index"], phase["steps"]) for phase in result["phases"]] == [(i, 1) for i in range(1, 23)]
   assert len(result["aiwq"]) == 52
   assert [len(phase["frozen"]) for phase in result["phases"][18:]] == [0, 17, 34, 0]
-  assert result["final"]["examples"] == 6
+  assert result["final"]["examples"] == 3
   assert (result["final"]["weight_bits"], result["final"]["act_bits"]) == (4, 4)
 
   # From an image folder, without the weights' phases: their programs are there already.
@@ -69,4 +69,4 @@ def test_the_published_configuration_runs_on_tfds_and_on_a_folder(command, tmp_p
   again = ["--config.data.name=folder", f"--config.data.data_dir={moved}", *acts]
   printed = command(*again, "--mode=eval", f"--workdir={other}")
   top1 = json.loads((other / "result.json").read_text())["final"]["top1"]
-  assert printed.startswith(f"a8: top-1 {top1:.2f} %, top-5 100.00 % on 6 images")
+  assert printed.startswith(f"a8: top-1 {top1:.2f} %, top-5 100.00 % on 3 images")

@@ -302,3 +302,20 @@ def test_mirror_does_not_depend_on_the_window():
   windows = _windows(375, 500)
   for column in (windows[:, 2] * windows[:, 3], windows[:, 0], windows[:, 1]):
     assert abs(np.corrcoef(column, flip(seeds).numpy())[0, 1]) < 4 / np.sqrt(1000)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_of_a_long_strip_only_the_middle_is_scaled(kind):
+  # All of it would be 102,400x256 pixels.
+  strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 4000, 3), np.uint8))
+  contents = _encoded(strip, kind)
+  middle = _encoded(_opened(contents).crop((1980, 0, 2020, 10)), "PNG")
+  whole, part = (preprocess.center_crop(image, 224, 0.875, "bicubic").numpy() for image in (contents, middle))
+  # The middle 9 columns are seen; a window of a JPEG is exact up to its edge columns.
+  assert np.array_equal(whole, part)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_the_size_is_read_from_the_header(mode):
+  image = _PHOTOGRAPHS[0].resize((70, 50)).convert(mode)
+  assert preprocess.image_shape(_encoded(image, "PNG")).numpy().tolist() == [50, 70]

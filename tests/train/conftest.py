@@ -1,5 +1,7 @@
 """The tiny net as a registered model, and one whole run of it that several tests look at."""
 
+import time
+
 import pytest
 
 from configs import digits_w4
@@ -37,8 +39,18 @@ def tiny_config(**changes):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tiny, tmp_path_factory):
-  """The directory of a run that nobody stopped."""
-  workdir = tmp_path_factory.mktemp("run")
+def finished_run(tiny, tmp_path_factory, worker_id):
+  """The directory of a run that nobody stopped; the test processes share one, which the first that needs it makes."""
+  session = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+  workdir, done = session / "finished_run", session / "finished_run.done"
+  try:
+    workdir.mkdir()
+  except FileExistsError:
+    for _ in range(300):
+      if done.exists():
+        return workdir
+      time.sleep(1)
+    pytest.fail("the other test process did not finish the run")
   app.main(tiny_config(), str(workdir), "train")
+  done.touch()
   return workdir

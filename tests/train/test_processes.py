@@ -136,7 +136,7 @@ def test_what_fails_in_one_process_ends_all_of_them_soon(tmp_path):
   job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
   started = []
   for i, directory in enumerate(("data", "absent")):
-    data = ["--config.data.name=folder", f"--config.data.data_dir={tmp_path / directory}", "--config.data.image_size=32"]
+    data = ["--config.data.name=folder", f"--config.data.data_dir={tmp_path / directory}", "--config.train.batch_size=8"]
     started.append(
       subprocess.Popen(
         [sys.executable, "main.py", "--config=configs/digits_w4.py", f"--workdir={tmp_path / 'run'}", *data],

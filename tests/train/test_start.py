@@ -260,6 +260,7 @@ def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys)
   shapes = variable_shapes(build(settings.model, 10), 32)
   variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
   (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
+  (tmp_path / "data.json").write_text(json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10}))
   progress = tmp_path / "checkpoints" / "last" / "5" / "progress"
   progress.mkdir(parents=True)
   (progress / "metadata").write_text(json.dumps({"progress": {"best": {"epoch": 4}}}))
