@@ -15,5 +15,6 @@ def get_config():
   config.plan.act_bits = (8, 5, 4, 3)
   config.plan.profit_bits = (3,)
   config.plan.full_precision_epochs = 40
+  config.train.full_precision_learning_rate = 0.1  # with which the result above was measured
   config.plan.finetune_epochs = 8
   return config

@@ -22,6 +22,7 @@ Record = dict[str, tf.Tensor]
 # Examples that wait, over all readers, to be drawn from: for ImageNet about 1 GB of JPEGs. TFDS has shuffled the examples
 # once when it wrote the shards, and the readers stand in as many places of the data set.
 SHUFFLE_BUFFER = 8192
+_READ_AT_ONCE = 16  # of a host's readers
 
 
 class Pass(NamedTuple):
@@ -234,7 +235,7 @@ class Stream:
       reader_rows,
       cycle_length=len(plan.readers),
       block_length=plan.rows,
-      num_parallel_calls=tf.data.AUTOTUNE,
+      num_parallel_calls=min(len(plan.readers), _READ_AT_ONCE),
       deterministic=True,
     )
 
