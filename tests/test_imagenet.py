@@ -59,14 +59,14 @@ def test_the_published_configuration_runs_on_tfds_and_on_a_folder(command, tmp_p
   assert result["final"]["examples"] == 3
   assert (result["final"]["weight_bits"], result["final"]["act_bits"]) == (4, 4)
 
-  # From an image folder, without the weights' phases: their programs are there already.
+  # From an image folder: the sources differ, the programs do not, and one is enough.
   other = tmp_path / "other"
-  acts = ["--config.plan.weight_bits=()", "--config.plan.act_bits=(8,)"]
-  printed = command(f"--workdir={other}", "--config.data.name=folder", f"--config.data.data_dir={folder}", *acts)
-  assert "4 phases, 4 epochs, to a8" in printed
+  full_precision = ["--config.plan.weight_bits=()", "--config.plan.act_bits=()"]
+  printed = command(f"--workdir={other}", "--config.data.name=folder", f"--config.data.data_dir={folder}", *full_precision)
+  assert "1 phase, 1 epochs, to fp" in printed
   # The run knows its data; a directory that has moved is named again.
   moved = folder.rename(tmp_path / "moved")
-  again = ["--config.data.name=folder", f"--config.data.data_dir={moved}", *acts]
+  again = ["--config.data.name=folder", f"--config.data.data_dir={moved}", *full_precision]
   printed = command(*again, "--mode=eval", f"--workdir={other}")
   top1 = json.loads((other / "result.json").read_text())["final"]["top1"]
-  assert printed.startswith(f"a8: top-1 {top1:.2f} %, top-5 100.00 % on 3 images")
+  assert printed.startswith(f"fp: top-1 {top1:.2f} %, top-5 100.00 % on 3 images")
