@@ -48,17 +48,18 @@ def main(argv):
   if len(argv) > 1:
     return _fail(f"Wrong command line: unknown arguments {argv[1:]}; every option starts with --.")
   from profit_jax import app as profit
-  from profit_jax.settings import ConfigError
+  from profit_jax.settings import Ending
 
   absl_logging.set_verbosity(absl_logging.ERROR)
   try:
     cluster = profit.Cluster(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
     profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value, cluster)
     return 0
-  except ConfigError as error:
-    return profit.distributed.leave(_fail(error))
+  except Ending as ending:
+    print(f"{ending.label}: {ending}", file=sys.stderr)
+    return profit.distributed.leave(ending.code)
   except KeyboardInterrupt:
-    _fail("stopped; the same command goes on from the last finished epoch.")
+    _fail("stopped; the same command goes on from the last checkpoint.")
     return profit.distributed.leave(130)  # what shells give a program that was interrupted
   except Exception:
     traceback.print_exc()

@@ -109,5 +109,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.dtype = "float32"
 
   config.checkpoint = ml_collections.ConfigDict()
-  config.checkpoint.keep = 2  # the newest that stay, besides the best
+  config.checkpoint.keep = 3  # the newest that stay; each has all that the run needs, the best weights so far included
+  config.checkpoint.minutes = 10.0  # between two, in mid-epoch too; the end of every phase has one besides
+
+  config.recovery = ml_collections.ConfigDict()
+  # A loss or gradient that is not finite stops the run. Above 0: so many times in all, the run goes back to its last
+  # checkpoint instead, and on with all learning rates multiplied by the factor.
+  config.recovery.retries = 0
+  config.recovery.learning_rate_factor = 0.5
   return config.lock()

@@ -10,12 +10,12 @@ import ml_collections
 from etils import epath
 from rich.console import Console
 
-from profit_jax import data, distributed, plan
+from profit_jax import data, distributed, plan, snapshots
 from profit_jax.models import REGISTRY, build, check, variable_shapes
 from profit_jax.report import console, files
 from profit_jax.settings import ConfigError, Settings, parse
 from profit_jax.train import start
-from profit_jax.train.checkpoint import Checkpoints
+from profit_jax.train.checkpoint import best_variables, progress_of
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.loop import Loop
 from profit_jax.train.observer import Observers
@@ -120,27 +120,23 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
   facts = source.facts
   screen = Console(highlight=False, quiet=not distributed.is_first())
   with contextlib.ExitStack() as closing:  # in reverse: the last checkpoints are written whatever else fails
-
-    def open_checkpoints() -> Checkpoints:
-      distributed.first_does(lambda: files.claim_workdir(workdir, settings, facts))
-      distributed.together(lambda: files.read_sizes(workdir))  # a directory that only the first process sees
-      opened = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
-      # After an error in this process alone, closing would wait for the others.
-      closing.push(lambda error, *_: opened.close() if error is None or jax.process_count() == 1 else None)
-      return opened
-
     # A fresh directory is claimed only when what the run starts from has been read.
-    checkpoints = open_checkpoints() if distributed.from_first(files.is_begun(workdir)) else None
-    progress = None if checkpoints is None else checkpoints.restore_progress()
+    begun = distributed.from_first(files.is_begun(workdir))
+    writer = _claim(workdir, settings, facts, closing) if begun else None
+    snapshot = writer and writer.read_newest(lambda text: _warn(screen, text))
+    progress = snapshot and progress_of(snapshot)
     student = distributed.together(lambda: start.load_student(settings, facts.num_classes, progress))
     teacher = distributed.together(lambda: start.load_teacher(settings, student, facts.num_classes, progress))
-    checkpoints = checkpoints or open_checkpoints()
+    if writer is None:
+      writer = _claim(workdir, settings, facts, closing)
+      if snapshots.saved_numbers(workdir / "checkpoints"):
+        raise ConfigError(f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its end.")
 
     screen.print(f"{plan.summary_line(phases)}; {workdir}")
     if settings.from_scratch:
       screen.print("The student starts from random weights (config.init.weights is empty).")
     for doubt in start.doubts(settings, student, teacher):
-      screen.print(f"WARNING: {doubt}", style="yellow")
+      _warn(screen, doubt)
     programs = Programs(settings, facts, student.model, teacher.model, mesh, student.file_model)
     closing.callback(programs.close)
     observer = Observers(_watchers(screen, facts, workdir) if distributed.is_first() else [])
@@ -150,19 +146,37 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
       phases=phases,
       source=source,
       programs=programs,
-      checkpoints=checkpoints,
+      writer=writer,
       observer=observer,
       student=student,
       teacher=teacher,
     )
-    progress = loop.run()
-    best = checkpoints.restore_best(variable_shapes(student.model, settings.data.image_size))
-  if not distributed.is_first():
-    return None
-  result = files.write_report(workdir, settings, phases, progress, best["params"])
+    end = loop.run(snapshot)
+    if not distributed.is_first():
+      return None
+    result = files.write_report(workdir, settings, phases, end.progress, end.best["params"])
   console.print_table(screen, result)
   screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
   return result
+
+
+def _claim(workdir: epath.Path, settings: Settings, facts: data.Facts, closing: contextlib.ExitStack) -> snapshots.Writer:
+  """Makes the directory this run's, until `closing`; gives the writer of its checkpoints."""
+
+  def claim():
+    files.claim_workdir(workdir, settings, facts)
+    closing.enter_context(files.hold(workdir))
+
+  distributed.first_does(claim)
+  distributed.together(lambda: files.read_sizes(workdir))  # a directory that only the first process sees
+  writer = snapshots.Writer(workdir / "checkpoints", keep=settings.checkpoint.keep)
+  # After an error in this process alone, closing would wait for the others.
+  closing.push(lambda error, *_: writer.close() if error is None or jax.process_count() == 1 else None)
+  return writer
+
+
+def _warn(screen: Console, text: str) -> None:
+  screen.print(f"WARNING: {text}", style="yellow")
 
 
 def _watchers(screen, facts, workdir):
@@ -179,15 +193,15 @@ def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.
   distributed.first_does(lambda: files.claim_workdir(workdir, settings, source.facts))
   model = build(settings.model, source.facts.num_classes)
   programs = Programs(settings, source.facts, model, None, mesh)
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=settings.checkpoint.keep)
   try:
-    best = checkpoints.restore_best(variable_shapes(model, settings.data.image_size))
+    screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
+    shapes = variable_shapes(model, settings.data.image_size)
+    best = best_variables(workdir / "checkpoints", shapes, lambda text: _warn(screen, text))
     if best is None:
       raise ConfigError(f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first.")
     return _evaluate_quantized(settings, phases, programs, source, best)
   finally:
     programs.close()
-    checkpoints.close()
 
 
 def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
@@ -197,7 +211,7 @@ def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
   screen = Console(highlight=False, quiet=not distributed.is_first())
   for doubt in start.doubts(settings, student, teacher):
-    screen.print(f"WARNING: {doubt}", style="yellow")
+    _warn(screen, doubt)
   programs = Programs(settings, source.facts, student.model, None, mesh, student.file_model)
   try:
     variables = programs.replicate(student.make())

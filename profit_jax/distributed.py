@@ -113,6 +113,13 @@ def from_first(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def on_all(value: bool) -> bool:
+  """Whether it is true in every process."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.process_allgather(np.asarray(value)).all())
+
+
 def together(action: Callable[[], _T]) -> _T:
   """Runs an action that may fail in one process and not in the others: they would wait for it in vain.
 

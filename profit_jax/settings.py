@@ -15,8 +15,16 @@ import ml_collections
 MIN_BITS, MAX_BITS = 2, 8
 
 
-class ConfigError(ValueError):
-  """Something the user can mend: what is wrong, the value, what is allowed, what to do. Ends in exit code 2."""
+class Ending(Exception):
+  """Ends the command with one message, behind the label, and the exit code."""
+
+  label, code = "error", 1
+
+
+class ConfigError(Ending, ValueError):
+  """Something the user can mend: what is wrong, the value, what is allowed, what to do."""
+
+  code = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +132,15 @@ class CheckpointSettings:
   """Section `checkpoint`."""
 
   keep: int
+  minutes: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecoverySettings:
+  """Section `recovery`."""
+
+  retries: int
+  learning_rate_factor: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +156,7 @@ class Settings:
   plan: PlanSettings
   train: TrainSettings
   checkpoint: CheckpointSettings
+  recovery: RecoverySettings
 
   @property
   def from_scratch(self) -> bool:
@@ -192,24 +210,19 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   for name in ("weight_decay", "momentum", "ema_rate"):
     _require(0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1")
   _require(settings.checkpoint.keep >= 1, "checkpoint.keep", settings.checkpoint.keep, "1 or above")
+  _require(settings.checkpoint.minutes >= 0, "checkpoint.minutes", settings.checkpoint.minutes, "0 or above")
+  recovery = settings.recovery
+  factor = recovery.learning_rate_factor
+  _require(recovery.retries >= 0, "recovery.retries", recovery.retries, "0 or above")
+  _require(0 < factor < 1, "recovery.learning_rate_factor", factor, "above 0, below 1")
   return settings
-
-
-def differences(saved: Any, present: Any, prefix: str = "") -> list[str]:
-  """The fields in which two `to_dict()` results differ, as lines `model.width: 0.25 there, 0.5 here`."""
-  if isinstance(saved, dict) and isinstance(present, dict):
-    found = []
-    for key in sorted({*saved, *present}):
-      found += differences(saved.get(key, "absent"), present.get(key, "absent"), f"{prefix}.{key}" if prefix else key)
-    return found
-  return [] if saved == present else [f"{prefix}: {saved!r} there, {present!r} here"]
 
 
 def _check_model(settings: Settings, models: Collection[str]) -> None:
   model, teacher = settings.model, settings.teacher
   _require(model.name in models, "model.name", model.name, f"one of {_list(models)}")
-  _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "0 or above, below 1")
-  _require(0 <= model.bn_momentum < 1, "model.bn_momentum", model.bn_momentum, "0 or above, below 1")
+  for name in ("dropout", "bn_momentum"):
+    _require(0 <= getattr(model, name) < 1, f"model.{name}", getattr(model, name), "0 or above, below 1")
   for section, shape in (("model", model), ("teacher", teacher)):
     _require(0 < shape.width <= 4, f"{section}.width", shape.width, "above 0, at most 4")
     _require(
@@ -223,12 +236,8 @@ def _check_model(settings: Settings, models: Collection[str]) -> None:
   allowed = ["none", "self", *models]
   _require(teacher.model in allowed, "teacher.model", teacher.model, f"one of {_list(allowed)}")
   if teacher.model in ("none", "self"):
-    _require(
-      not teacher.weights,
-      "teacher.weights",
-      teacher.weights,
-      f'"" with teacher.model = {teacher.model}, which reads none',
-    )
+    none = f'"" with teacher.model = {teacher.model}, which reads none'
+    _require(not teacher.weights, "teacher.weights", teacher.weights, none)
   else:
     _require(
       bool(teacher.weights),

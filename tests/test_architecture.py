@@ -10,6 +10,7 @@ ORDER = [
   "settings",
   "plan",
   "distributed",
+  "snapshots",
   "data",
   "quant",
   "depthwise",

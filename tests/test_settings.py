@@ -7,7 +7,8 @@ import pytest
 from configs import base, digits_w3, digits_w4, mbv2_w4
 from profit_jax.data import facts
 from profit_jax.models import REGISTRY
-from profit_jax.settings import ConfigError, differences, parse
+from profit_jax.report.files import differences
+from profit_jax.settings import ConfigError, parse
 
 
 def parsed(config=None, **changes):

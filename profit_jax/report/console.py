@@ -12,6 +12,7 @@ from profit_jax.plan import Phase, bits_name
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import PhaseRecord, Start
 from profit_jax.train.progress import Progress as RunProgress
+from profit_jax.train.stages import place
 
 
 class ConsoleObserver(Observer):
@@ -28,19 +29,20 @@ class ConsoleObserver(Observer):
   def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: RunProgress) -> None:
     """See `Observer`."""
     self._count, self._steps_per_epoch = len(phases), steps_per_epoch
-    if progress.total_epochs:
-      phase = phases[progress.phase - 1]
-      self._console.print(
-        f"Going on from the checkpoint: phase {phase.index} of {len(phases)} ({phase.name}), "
-        f"{progress.epoch} of its {phase.epochs} epochs done."
-      )
+    if progress.phase:
+      self._console.print(f"Going on from the checkpoint: {place(phases, progress, steps_per_epoch)}.")
 
   def start_evaluated(self, start: Start) -> None:
     """See `Observer`."""
     print_start(self._console, start, self._num_classes)
 
-  def phase_started(self, phase: Phase, epochs_done: int) -> None:
+  def warned(self, text: str) -> None:
     """See `Observer`."""
+    self._console.print(f"WARNING: {text}", style="yellow")
+
+  def phase_started(self, phase: Phase, steps_done: int) -> None:
+    """See `Observer`."""
+    self._stop_bar()  # where the run went back, the last phase's is still there
     self._bar = Progress(
       TextColumn("{task.description}"),
       BarColumn(bar_width=12),
@@ -55,7 +57,7 @@ class ConsoleObserver(Observer):
     self._task = self._bar.add_task(
       f"{phase.index:>2}/{self._count} {phase.name:13}",
       total=phase.epochs * self._steps_per_epoch,
-      completed=epochs_done * self._steps_per_epoch,
+      completed=steps_done,
       numbers="waiting for compilation",
     )
 

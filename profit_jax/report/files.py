@@ -1,7 +1,13 @@
 """`config.json`, `result.json`, `report.md`: what a run leaves for scripts and people."""
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
+import socket
+import time
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -12,9 +18,8 @@ from profit_jax.data import Facts
 from profit_jax.plan import Phase, bits_name
 from profit_jax.report.console import final_line, start_lines
 from profit_jax.report.plots import write_plots
-from profit_jax.settings import ConfigError, Settings, differences
-from profit_jax.train.loop import summary
-from profit_jax.train.progress import Progress
+from profit_jax.settings import ConfigError, Settings
+from profit_jax.train.progress import Progress, summary
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "clu", "ml-collections", "numpy")
 
@@ -40,10 +45,7 @@ def claim_workdir(workdir: epath.Path, settings: Settings, facts: Facts) -> None
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     for name, content in (("data.json", _sizes(facts)), ("config.json", settings.to_dict())):
-      # Renamed into place: a run that is killed while writing leaves no half of it.
-      unfinished = workdir / f"{name}.tmp"
-      unfinished.write_text(json.dumps(content, indent=2) + "\n")
-      unfinished.rename(workdir / name)
+      _write(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
     raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
 
@@ -76,6 +78,33 @@ def read_sizes(workdir: epath.Path) -> dict[str, int]:
     raise ConfigError(f"{path} cannot be read: {error!r}. Use another --workdir, or restore the file.") from error
 
 
+@contextlib.contextmanager
+def hold(workdir: epath.Path) -> Iterator[None]:
+  """Keeps other runs out of a directory until the end of this process, however it ends: the lock is the kernel's.
+
+  Not in remote file systems (`gs://`), which have none.
+
+  Raises:
+    ConfigError: a run that lives holds it.
+  """
+  if "://" in os.fspath(workdir):
+    yield
+    return
+  with open(workdir / "lock", "a+") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      lock.seek(0)
+      raise ConfigError(
+        f"--workdir {workdir} is in use by a run that is still going on: {lock.read().strip() or 'it has not said which'}. "
+        f"Wait for its end, stop it, or use another directory."
+      ) from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+    lock.flush()
+    yield
+
+
 def is_begun(workdir: epath.Path) -> bool:
   """Whether there is a run to go on with."""
   return (workdir / "checkpoints").exists()
@@ -102,12 +131,23 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
   """The fields on which a run's numbers depend.
 
-  Where programs are cached, how many checkpoints stay and where the data lies may change.
+  Where programs are cached, when checkpoints are made and how many stay, what happens after bad numbers, and where the data
+  lies may change.
   """
-  config = {name: value for name, value in config.items() if name not in ("compilation_cache", "checkpoint")}
+  config = {name: value for name, value in config.items() if name not in ("compilation_cache", "checkpoint", "recovery")}
   if isinstance(config.get("data"), dict):
     config["data"] = {name: value for name, value in config["data"].items() if name != "data_dir"}
   return config
+
+
+def differences(saved: Any, present: Any, prefix: str = "") -> list[str]:
+  """The fields in which two `to_dict()` results differ, as lines `model.width: 0.25 there, 0.5 here`."""
+  if isinstance(saved, dict) and isinstance(present, dict):
+    found = []
+    for key in sorted({*saved, *present}):
+      found += differences(saved.get(key, "absent"), present.get(key, "absent"), f"{prefix}.{key}" if prefix else key)
+    return found
+  return [] if saved == present else [f"{prefix}: {saved!r} there, {present!r} here"]
 
 
 def environment() -> dict[str, Any]:
@@ -136,11 +176,29 @@ def write_report(
     "environment": environment(),
     **summary(progress, phases),
   }
-  (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-  captions = write_plots(workdir / "plots", progress, phases, params)
   start = start_lines(progress.start) if progress.start else []
-  (workdir / "report.md").write_text(_markdown(result, start, captions))
+  if progress.retries:
+    start.append(
+      f"The run went back to a checkpoint {progress.retries} times because a loss or gradient was not finite; since the "
+      f"last time, all learning rates are multiplied by {progress.learning_rate_scale:g}."
+    )
+  try:
+    captions = write_plots(workdir / "plots", progress, phases, params)
+    _write(workdir / "report.md", _markdown(result, start, captions))
+    _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+  except OSError as error:
+    raise ConfigError(
+      f"--workdir {workdir}: the report cannot be written: {error}. The run itself is finished and saved; make room, and "
+      f"the same command writes the report."
+    ) from error
   return result
+
+
+def _write(path: epath.Path, text: str) -> None:
+  """Renamed into place: a run that is killed while writing leaves no half of it."""
+  unfinished = path.parent / f"{path.name}.tmp"
+  unfinished.write_text(text)
+  unfinished.replace(path)
 
 
 def _markdown(result: dict[str, Any], start: list[str], captions: dict[str, str]) -> str:

@@ -1,13 +1,11 @@
 """TensorBoard through clu: scalars per epoch, and the training loss per step."""
 
-import jax
-import numpy as np
 from clu import metric_writers
-from flax import traverse_util
 
 from profit_jax.plan import Phase
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress, Start
+from profit_jax.train.sanity import quantizer_scalars
 
 # Summaries are written one by one: with all of the demo's quantizers an epoch's took 1.2 s and a step's loss 18 ms (under
 # the profiler, beside compilation).
@@ -41,7 +39,7 @@ class TensorBoardObserver(Observer):
 
   def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
     """See `Observer`."""
-    self._step = progress.total_epochs * steps_per_epoch
+    self._step = progress.total_epochs * steps_per_epoch + progress.step
 
   def start_evaluated(self, start: Start) -> None:
     """See `Observer`."""
@@ -80,10 +78,3 @@ class TensorBoardObserver(Observer):
   def close(self) -> None:
     """See `Observer`."""
     self._writer.close()
-
-
-def quantizer_scalars(params) -> dict[str, float]:
-  """`quant_a/{layer}` and `quant_c/{layer}` of every quantizer, as positive values."""
-  flat = traverse_util.flatten_dict(params)
-  raw = {f"{path[-1]}/{'/'.join(path[:-1])}": leaf for path, leaf in flat.items() if path[-1] in ("quant_a", "quant_c")}
-  return {name: float(np.logaddexp(value, 0.0)) for name, value in jax.device_get(raw).items()}

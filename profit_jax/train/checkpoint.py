@@ -1,164 +1,77 @@
-"""Checkpoints through orbax: the newest states, the best weights, the teacher that a run made for itself.
+"""A run's checkpoints: everything that it needs to go on as if nobody had stopped it, in one snapshot."""
 
-checkpoints/last/N      state and progress after epoch N of the run
-checkpoints/best/N      the best weights so far at the plan's last bits: {params, batch_stats}
-checkpoints/teacher/1   the student before quantization, where it is its own teacher
-"""
-
-import collections
-import math
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
-from profit_jax.settings import ConfigError
+from profit_jax import snapshots
+from profit_jax.train.aiwq import AiwqState
 from profit_jax.train.progress import Progress
 from profit_jax.train.state import TrainState
 
 
-class Checkpoints:
-  """Reads and writes a run's checkpoints."""
+class Shapes(NamedTuple):
+  """What the arrays of a moment look like; see `Moment`."""
 
-  def __init__(self, directory: epath.PathLike, *, keep: int):
-    """Args: directory: `WORKDIR/checkpoints`; keep: how many of the newest states stay."""
-    root = epath.Path(directory)
-    self._root = root
-    self._last = _manager(root / "last", keep)
-    self._best = _manager(root / "best", 1)
-    self._teacher = _manager(root / "teacher", 1)
-
-  def save(self, state: TrainState, progress: Progress) -> None:
-    """Saves the end of an epoch.
-
-    What the progress says to exist, the best weights and the teacher, is on disk before it: a run that is killed here
-    finds all of it, or goes on from an epoch earlier.
-    """
-    self._best.wait_until_finished()
-    self._teacher.wait_until_finished()
-    packed, layout = _pack(state)
-    self._last.save(
-      progress.total_epochs,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(packed),
-        progress=ocp.args.JsonSave({"progress": progress.to_dict(), "layout": layout}),
-      ),
-    )
-
-  def save_best(self, epoch: int, variables: Any) -> None:
-    """Saves the best weights so far. A resumed run that finds the same epoch's again keeps them: they are equal."""
-    if epoch not in self._best.all_steps():
-      self._best.save(epoch, args=ocp.args.Composite(variables=ocp.args.StandardSave(_host_copy(variables))))
-
-  def save_teacher(self, variables: Any) -> None:
-    """Saves the student as its own teacher, once."""
-    if self._teacher.latest_step() is None:
-      self._teacher.save(1, args=ocp.args.Composite(variables=ocp.args.StandardSave(_host_copy(variables))))
-
-  def restore_progress(self) -> Progress | None:
-    """Where the newest checkpoint stands; None in a fresh directory.
-
-    Read it first: only it tells which optimizer the state was saved with.
-    """
-    step = self._last.latest_step()
-    if step is None:
-      return None
-    return Progress.from_dict(self._restore_json(step)["progress"])
-
-  def restore_state(self, template: TrainState) -> TrainState:
-    """The newest state, on the host.
-
-    Args:
-      template: the shapes, with the optimizer of the phase that the progress names.
-
-    Raises:
-      ConfigError: the saved state has another structure; orbax by itself would drop what does not fit.
-    """
-    step = self._last.latest_step()
-    saved, expected = self._restore_json(step)["layout"], _layout(template)
-    if saved != expected:
-      changed = [entry for entry in saved + expected if entry not in saved or entry not in expected][:5]
-      raise ConfigError(
-        f"{self._root}/last/{step} does not hold the state of this plan's phase; the first differences: {changed}. "
-        f"Start in an empty --workdir."
-      )
-    restored = self._last.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-    return _unpack(restored["state"], template)
-
-  def _restore_json(self, step: int) -> dict[str, Any]:
-    return self._last.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-
-  def restore_best(self, template: Any) -> Any:
-    """The best weights of the newest progress, or None if there are none yet.
-
-    Raises:
-      ConfigError: the progress names weights that are not there.
-    """
-    progress = self.restore_progress()
-    if progress is None or progress.best is None:
-      return None
-    if progress.best.epoch not in self._best.all_steps():
-      raise ConfigError(f"{self._root}/best/{progress.best.epoch} is missing; the run cannot be evaluated without it.")
-    return _restore_variables(self._best, progress.best.epoch, template)
-
-  def restore_teacher(self, template: Any) -> Any:
-    """The student's own teacher, or None if there is none yet."""
-    step = self._teacher.latest_step()
-    return None if step is None else _restore_variables(self._teacher, step, template)
-
-  def wait(self) -> None:
-    """Until everything is written."""
-    for manager in (self._last, self._best, self._teacher):
-      manager.wait_until_finished()
-
-  def close(self) -> None:
-    """Waits and releases."""
-    for manager in (self._last, self._best, self._teacher):
-      manager.close()
+  state: TrainState
+  sampling: AiwqState | None
+  variables: Any
 
 
-def _manager(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-  return ocp.CheckpointManager(directory, options=options)
+@dataclasses.dataclass
+class Moment:
+  """A run between two steps.
+
+  Attributes:
+    progress: where it stands.
+    state: the student, its average, the optimizer.
+    sampling: in a sampling phase; else None.
+    best: the best variables so far at the plan's last bits, on the host; None before there are any.
+    teacher: the student before quantization, on the host, where it is its own teacher; else None.
+  """
+
+  progress: Progress
+  state: TrainState
+  sampling: AiwqState | None = None
+  best: Any = None
+  teacher: Any = None
+
+  def number(self, steps_per_epoch: int) -> int:
+    """Grows with every step and with every end of an epoch (which has an evaluation, and may end a phase)."""
+    return self.progress.total_epochs * (steps_per_epoch + 1) + self.progress.step
 
 
-def _restore_variables(manager: ocp.CheckpointManager, step: int, template: Any) -> Any:
-  return manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(template)))["variables"]
+def save(writer: snapshots.Writer, moment: Moment, number: int) -> None:
+  """Begins to write a moment; raises as `Writer.save`."""
+  trees = {name: getattr(moment, name) for name in ("state", "sampling", "best", "teacher")}
+  writer.save(number, trees, moment.progress.to_dict())
 
 
-def _host_copy(tree: Any) -> Any:
-  """Arrays of our own: orbax writes in the background, while the next step is already given the originals to overwrite."""
-  return jax.tree.map(np.array, jax.device_get(tree))
+def progress_of(snapshot: snapshots.Snapshot) -> Progress:
+  """Where a snapshot stands. Read it first: only it tells which optimizer the state was saved with."""
+  return Progress.from_dict(snapshot.values)
 
 
-# A state has over a thousand small arrays, and orbax takes 0.7 s to save them one by one; packed into one vector per dtype
-# it is 0.06 s (the demo's state, 2 cores). The layout beside it keeps what the tree would tell: path,
-# shape and dtype of every leaf.
+def restore(snapshot: snapshots.Snapshot, shapes: Shapes) -> Moment:
+  """The moment of a snapshot, on the host; raises as `Snapshot.restore`."""
+  return Moment(
+    progress_of(snapshot),
+    snapshot.restore("state", shapes.state),
+    shapes.sampling and snapshot.restore("sampling", shapes.sampling),
+    snapshot.restore("best", shapes.variables),
+    snapshot.restore("teacher", shapes.variables),
+  )
 
 
-def _layout(state: Any) -> list[list[Any]]:
-  """Path, shape and dtype of every leaf, as JSON gives it back."""
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  return [
-    [jax.tree_util.keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)] for path, leaf in leaves
-  ]
+def host_copy(tree: Any) -> Any:
+  """A tree on the host, in memory of its own: the next step overwrites the devices'."""
+  return jax.tree.map(lambda leaf: leaf.copy(), jax.device_get(tree))
 
 
-def _pack(state: TrainState) -> tuple[dict[str, np.ndarray], list[list[Any]]]:
-  parts = collections.defaultdict(list)
-  for leaf in jax.tree.leaves(jax.device_get(state)):
-    parts[str(leaf.dtype)].append(np.ravel(leaf))
-  return {dtype: np.concatenate(vectors) for dtype, vectors in parts.items()}, _layout(state)
-
-
-def _unpack(packed: dict[str, np.ndarray], template: Any) -> Any:
-  offsets = collections.Counter()
-
-  def take(leaf):
-    dtype, start = str(leaf.dtype), offsets[str(leaf.dtype)]
-    offsets[dtype] += math.prod(leaf.shape)
-    return np.asarray(packed[dtype][start : offsets[dtype]]).reshape(leaf.shape)
-
-  return jax.tree.map(take, template)
+def best_variables(directory: epath.PathLike, shapes: Any, warn: Callable[[str], None]) -> Any:
+  """The best variables of the run in a directory, which may still be going on; None if there are none yet."""
+  snapshot = snapshots.read_newest(directory, warn)
+  return None if snapshot is None else snapshot.restore("best", shapes)

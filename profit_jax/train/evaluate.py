@@ -7,6 +7,7 @@ import jax
 from profit_jax.data import Source
 from profit_jax.quant.levels import levels
 from profit_jax.settings import ConfigError, Settings
+from profit_jax.train import interrupt
 from profit_jax.train.programs import Programs, Who
 
 
@@ -36,9 +37,12 @@ def evaluate(
   """
   step = programs.eval_step(weight_bits is not None, act_bits is not None, who)
   steps = levels(weight_bits, act_bits)
-  batches = source.eval_batches(settings.train.eval_batch_size)
+  results = []
   # All batches are sent before the first result is asked for.
-  results = jax.device_get([step(variables, programs.split(batch), steps) for batch in batches])
+  for batch in source.eval_batches(settings.train.eval_batch_size):
+    interrupt.check()
+    results.append(step(variables, programs.split(batch), steps))
+  results = jax.device_get(results)
   total = jax.tree.map(lambda *values: float(sum(values)), *results)
   examples, clip_rate = total["examples"], total.pop("clip_rate")
   if not examples:

@@ -1,38 +1,41 @@
-"""The run: phases in order, epochs in each, a checkpoint after every epoch."""
+"""The run: phases in order, epochs in each, checkpoints on the way."""
 
 import collections
-import dataclasses
 import time
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from profit_jax import distributed, snapshots
 from profit_jax.data import Source
 from profit_jax.models import variable_shapes
 from profit_jax.plan import Phase, target_phases
 from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
-from profit_jax.train import aiwq
-from profit_jax.train.checkpoint import Checkpoints
+from profit_jax.train import aiwq, checkpoint, interrupt, sanity, stages
+from profit_jax.train.checkpoint import Moment
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.observer import EpochReport, Observer
-from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
 from profit_jax.train.programs import Frozen, Programs
-from profit_jax.train.progress import Best, EpochRecord, PhaseRecord, Progress
-from profit_jax.train.start import Student, Teacher, evaluate_start, evaluated
-from profit_jax.train.state import TrainState, create_state
+from profit_jax.train.progress import Best, EpochRecord, Progress
+from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, evaluated
+from profit_jax.train.state import create_state
 
 # How many steps may be under way before the loop waits for the oldest one's numbers: enough that no device runs dry,
 # few enough that the progress bar tells the present.
 _STEPS_AHEAD = 8
+# Several processes ask the first one's clock whether to save; not at every step, because the answer is sent around.
+_STEPS_BETWEEN_CLOCKS = 32
 
 
 class Loop:
-  """Runs a plan from its beginning or from its newest checkpoint.
+  """Runs a plan from its beginning or from a checkpoint.
 
-  Every random choice is a function of the seed, the epoch and the step, so that a stopped run ends with the numbers of an
-  unstopped one.
+  Every random choice is a function of the seed, the epoch and the step, and a checkpoint has everything else, so that a
+  stopped run ends with the numbers of an unstopped one. It can stop wherever `interrupt.check` or `_meet` is called: the
+  moment is whole there, because it changes only between such places.
   """
 
   def __init__(
@@ -42,7 +45,7 @@ class Loop:
     phases: tuple[Phase, ...],
     source: Source,
     programs: Programs,
-    checkpoints: Checkpoints,
+    writer: snapshots.Writer,
     observer: Observer,
     student: Student,
     teacher: Teacher,
@@ -52,186 +55,262 @@ class Loop:
     phases: `plan(settings)`.
     source: the data.
     programs: compiled steps.
-    checkpoints: where the run is kept.
+    writer: of checkpoints.
     observer: told of everything.
     student: its module and first weights.
     teacher: its module and weights, as far as they exist.
     """
     self._settings, self._phases, self._source = settings, phases, source
-    self._programs, self._checkpoints, self._observer = programs, checkpoints, observer
+    self._programs, self._writer, self._observer = programs, writer, observer
     self._student, self._first_teacher = student, teacher
     self._shapes = variable_shapes(student.model, settings.data.image_size)
-    self._teacher = None if teacher.variables is None else programs.replicate(teacher.variables)
     self._targets = {phase.index for phase in target_phases(phases)}
     self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
-    self._mark = time.perf_counter(), programs.waited_seconds
     self._key = programs.replicate(jax.random.key(settings.seed))
+    self._pending: collections.deque = collections.deque()
+    self._mark = time.perf_counter(), programs.waited_seconds
+    self._saved_at = time.monotonic()
 
-  def run(self) -> Progress:
-    """Trains to the end of the plan; returns at once if it is there already."""
-    progress = self._checkpoints.restore_progress() or Progress()
+  def run(self, snapshot: snapshots.Snapshot | None) -> Moment:
+    """Trains to the end of the plan; returns at once if it is there already.
+
+    Args:
+      snapshot: where to go on; None begins.
+
+    Returns:
+      The end.
+
+    Raises:
+      Stopped: by a signal; everything is saved.
+      NotFinite: a loss or gradient, more often than `recovery.retries` allows.
+      ConfigError: a checkpoint could not be written or does not fit.
+    """
+    with interrupt.graceful():
+      try:
+        self._begin(snapshot)
+        while not self._to_the_end():
+          self._go_back()
+        self._writer.wait()
+      except interrupt.Stopped as stopped:
+        raise stopped.told(self._save_at_last()) from None
+    self._observer.run_done(self._moment.progress, self._moment.best["params"])
+    return self._moment
+
+  def _to_the_end(self) -> bool:
+    """False if a number was not finite and the run may go back."""
+    try:
+      for phase in stages.ahead(self._phases, self._moment.progress):
+        self._run_phase(phase)
+      return True
+    except sanity.NotFinite as error:
+      progress, allowed = self._moment.progress, self._settings.recovery.retries
+      if progress.retries >= allowed:
+        tried = f" after {progress.retries} retries" if progress.retries else ""
+        raise sanity.NotFinite(
+          f"{error} The run stops{tried}; its last checkpoint stays. The same command with --config.recovery.retries="
+          f"{progress.retries + 1} goes back to it and on with {self._settings.recovery.learning_rate_factor:g} times "
+          f"the learning rates."
+        ) from None
+      self._observer.warned(f"{error} The run goes back to its last checkpoint, retry {progress.retries + 1} of {allowed}.")
+      return False
+
+  def _begin(self, snapshot: snapshots.Snapshot | None) -> None:
+    """Sets the moment: the plan's beginning, or a snapshot's."""
+    progress = Progress() if snapshot is None else checkpoint.progress_of(snapshot)
     # First of all: compilation goes on in the background while weights are made or read.
-    if not progress.total_epochs:
+    if snapshot is None:
       self._programs.prefetch_evaluation(*evaluated(self._student, self._first_teacher))
-    finished = progress.total_epochs and progress.epoch == self._phases[progress.phase - 1].epochs
-    ahead = self._phases[progress.phase - (0 if finished else 1) :]
-    self._programs.prefetch(ahead, lambda phase: self._known_frozen(phase, progress))
+    ahead = stages.ahead(self._phases, progress)
+    self._programs.prefetch(ahead, lambda phase: stages.known_frozen(self._phases, phase, progress))
     self._observer.run_started(self._phases, self._steps_per_epoch, progress)
-    state = self._restore(progress)
-    if not progress.total_epochs:
-      self._evaluate_start(state, progress)
-    for phase in self._phases[progress.phase - 1 :]:
-      state = self._run_phase(phase, state, progress)
-    self._checkpoints.wait()
-    self._observer.run_done(progress, self._checkpoints.restore_best(self._shapes)["params"])
-    return progress
+    given = self._first_teacher.variables
+    if snapshot is None:
+      state = self._programs.replicate(create_state(self._student.make(), ema=self._settings.train.ema_rate > 0))
+      # A teacher of its own goes into every checkpoint: a run that goes on does not read the file again.
+      own = given if self._settings.teacher.model == "self" else None
+      self._moment = Moment(progress, state, teacher=own)
+    else:
+      phase = self._phases[progress.phase - 1]
+      state = self._programs.state_shapes(phase.program.train_kernels, stages.frozen(phase, progress))
+      sampling = aiwq.start(self._shapes["params"]) if phase.kind == "sampling" else None
+      moment = checkpoint.restore(snapshot, checkpoint.Shapes(state, sampling, self._shapes))
+      moment.state = self._programs.replicate(moment.state)
+      moment.sampling = moment.sampling and self._programs.replicate(moment.sampling)
+      self._moment = moment
+    teacher = given if self._moment.teacher is None else self._moment.teacher
+    self._teacher = None if teacher is None else self._programs.replicate(teacher)
+    if snapshot is None:
+      self._evaluate_start()
 
-  def _restore(self, progress: Progress) -> TrainState:
-    if not progress.total_epochs:
-      if self._teacher is not None and self._settings.teacher.model == "self":
-        self._checkpoints.save_teacher(self._first_teacher.variables)  # a run that goes on does not read the file again
-      state = create_state(self._student.make(), ema=self._settings.train.ema_rate > 0)
-      return self._programs.replicate(state)
-    phase = self._phases[progress.phase - 1]
-    template = self._programs.state_shapes(phase.program.train_kernels, self._frozen(phase, progress))
-    state = self._programs.replicate(self._checkpoints.restore_state(template))
-    own_teacher = self._checkpoints.restore_teacher(self._shapes)
-    if own_teacher is not None:
-      self._teacher = self._programs.replicate(own_teacher)
-    return state
-
-  def _evaluate_start(self, state: TrainState, progress: Progress) -> None:
+  def _evaluate_start(self) -> None:
     """What came from files is evaluated before anything is spent on it."""
-    student, teacher = self._student, self._first_teacher
+    student, teacher, moment = self._student, self._first_teacher, self._moment
     if not evaluated(student, teacher):
       return
-    start = evaluate_start(self._programs, self._source, self._settings, student, teacher, state.variables)
-    # A new classifier is no baseline, nor is a net that was trained quantized.
-    if start.top1 is not None and not start.new_head and not start.quantized:
-      top1 = max(start.top1, start.file_top1 or 0.0)
-      progress.full_precision = Best(epoch=0, phase=0, top1=top1, top5=start.top5, weights="raw", examples=start.examples)
-    progress.start = start
+    variables = moment.state.variables
+    start = evaluate_start(self._programs, self._source, self._settings, student, teacher, variables)
+    moment.progress.start, moment.progress.full_precision = start, baseline(start)
     self._observer.start_evaluated(start)
 
-  def _run_phase(self, phase: Phase, state: TrainState, progress: Progress) -> TrainState:
-    if progress.phase == phase.index and progress.epoch == phase.epochs:
-      return state  # its last epoch was the newest checkpoint
-    if progress.phase != phase.index:
-      progress.phase, progress.epoch = phase.index, 0
-      progress.phase_seconds = progress.phase_compile_seconds = 0.0
-    self._observer.phase_started(phase, progress.epoch)
+  def _go_back(self) -> None:
+    """To the last checkpoint, or to the beginning where there is none, and on with lower learning rates."""
+    before = self._moment.progress
+    self._pending.clear()
+    self._begin(self._writer.read_newest(self._observer.warned))
+    progress = self._moment.progress
+    progress.retries = before.retries + 1
+    progress.learning_rate_scale = before.learning_rate_scale * self._settings.recovery.learning_rate_factor
+
+  def _run_phase(self, phase: Phase) -> None:
+    progress = self._moment.progress
+    under_way = progress.phase == phase.index
+    self._observer.phase_started(phase, progress.epoch * self._steps_per_epoch + progress.step if under_way else 0)
     self._mark = time.perf_counter(), self._programs.waited_seconds
-    frozen = self._frozen(phase, progress)
-    sampling = None
-    if progress.epoch == 0:
-      state = self._calibrate(phase, state)
-      state = self._programs.fresh_optimizer(state, phase.program.train_kernels, frozen)
-      if phase.kind == "sampling":
-        progress.ranking, progress.metric = [], {}
-    if phase.kind == "sampling":
-      sampling = aiwq.start(state.params)
-      metric = {layer: np.float32(value) for layer, value in progress.metric.items()}
-      sampling = self._programs.replicate(sampling._replace(metric={**sampling.metric, **metric}))
-
+    frozen = stages.frozen(phase, progress)
+    if not under_way:
+      self._enter(phase, frozen)
     while progress.epoch < phase.epochs:
-      state, sampling = self._run_epoch(phase, state, sampling, frozen, progress)
-      if progress.epoch == phase.epochs:
-        self._end_phase(phase, state, frozen, progress)
-      self._checkpoints.save(state, progress)
-    return state
+      self._train_epoch(phase, frozen)
+      self._end_epoch(phase, frozen)
 
-  def _run_epoch(
-    self, phase: Phase, state: TrainState, sampling: aiwq.AiwqState | None, frozen: Frozen, progress: Progress
-  ) -> tuple[TrainState, aiwq.AiwqState | None]:
-    if sampling is not None:
-      sampling = sampling._replace(has_previous=self._programs.replicate(np.zeros((), bool)))
-    state, sampling, train = self._train_epoch(phase, state, sampling, frozen, progress)
+  def _enter(self, phase: Phase, frozen: Frozen) -> None:
+    moment, progress = self._moment, self._moment.progress
+    state = stages.calibrate(phase, moment.state, self._programs, self._source, self._settings, self._key)
+    moment.state = self._programs.fresh_optimizer(state, phase.program.train_kernels, frozen)
+    progress.phase, progress.epoch, progress.step, progress.totals = phase.index, 0, 0, {}
+    progress.phase_seconds = progress.phase_compile_seconds = 0.0
+    moment.sampling = None
+    if phase.kind == "sampling":
+      moment.sampling = self._programs.replicate(aiwq.start(moment.state.params))
+      progress.ranking, progress.metric = [], {}
+
+  def _train_epoch(self, phase: Phase, frozen: Frozen) -> None:
+    """The steps of one epoch that are not done yet."""
+    moment, progress = self._moment, self._moment.progress
+    step = self._programs.train_step(phase.program, frozen)
+    if moment.sampling is not None and not progress.step:
+      moment.sampling = moment.sampling._replace(has_previous=self._programs.replicate(np.zeros((), bool)))
+    phase_levels = levels(phase.weight_bits, phase.act_bits)
+    rate = np.float32(phase.learning_rate_at(progress.epoch) * progress.learning_rate_scale)
+    teacher = self._teacher if phase.distill else None
+    self._epoch_started = time.perf_counter(), progress.step
+    for batch in self._source.train_batches(progress.total_epochs, self._settings.train.batch_size, progress.step):
+      self._meet()
+      moment.state, metrics, moment.sampling = step(
+        moment.state, self._programs.split(batch), phase_levels, rate, self._key, teacher, moment.sampling
+      )
+      progress.step += 1
+      self._pending.append(metrics)
+      if len(self._pending) > _STEPS_AHEAD:
+        self._collect()
+      # At an epoch's last step, what its evaluation finds should be part of it.
+      if progress.step < self._steps_per_epoch and self._save_is_due():
+        self._save()
+    self._collect_all()
+    self._meet()
+
+  def _meet(self) -> None:
+    """Stops where a signal asks for it; several processes at the same step."""
+    interrupt.check()
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._number):
+      raise interrupt.Stopped(interrupt.PREEMPTED)
+
+  def _collect(self) -> None:
+    """Adds the numbers of the oldest step under way to the epoch's."""
+    progress = self._moment.progress
+    metrics = {name: float(value) for name, value in jax.device_get(self._pending.popleft()).items()}
+    step = progress.step - len(self._pending)
+    phase = self._phases[progress.phase - 1]
+    if not metrics.pop("finite"):
+      where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, step {step}"
+      rates = self._learning_rates(phase, progress.epoch)
+      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, self._moment.state.params))
+    metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
+    for name, value in metrics.items():
+      progress.totals[name] = progress.totals.get(name, 0.0) + value
+    start, steps_before = self._epoch_started
+    speed = (step - steps_before) * self._settings.train.batch_size / (time.perf_counter() - start)
+    self._observer.step_done(phase, metrics, speed)
+
+  def _collect_all(self) -> None:
+    while self._pending:
+      self._collect()
+
+  @property
+  def _number(self) -> int:
+    return self._moment.number(self._steps_per_epoch)
+
+  def _save_is_due(self) -> bool:
+    """Whether the time between two saves is over; the same in all processes."""
+    if jax.process_count() > 1 and self._moment.progress.step % _STEPS_BETWEEN_CLOCKS:
+      return False
+    return distributed.from_first(time.monotonic() - self._saved_at >= 60.0 * self._settings.checkpoint.minutes)
+
+  def _save(self) -> None:
+    """Begins to save the moment; what is not finite is never saved."""
+    self._collect_all()
+    self._keep_time()
+    checkpoint.save(self._writer, self._moment, self._number)
+    self._saved_at = time.monotonic()
+
+  def _save_at_last(self) -> str:
+    """Saves, waits for it, and says where the run stands."""
+    progress = self._moment.progress
+    if not self._number:
+      return "before its first step; the same command begins again"
+    self._save()
+    self._writer.wait()
+    return stages.place(self._phases, progress, self._steps_per_epoch)
+
+  def _end_epoch(self, phase: Phase, frozen: Frozen) -> None:
+    """Evaluates; then, with nothing that could stop it half-way, counts the epoch."""
+    moment, progress = self._moment, self._moment.progress
+    raw, clip_rate = self._evaluate(phase, moment.state.variables)
+    average = None if moment.state.ema_params is None else self._evaluate(phase, moment.state.ema_variables)[0]
+    train = {name: total / progress.step for name, total in progress.totals.items()}
     progress.epoch += 1
     progress.total_epochs += 1
-    if sampling is not None:
-      progress.metric = {layer: float(value) for layer, value in jax.device_get(sampling.metric).items()}
-    raw, clip_rate = self._evaluate(phase, state.variables)
-    average = None if state.ema_params is None else self._evaluate(phase, state.ema_variables)[0]
-    self._keep_best(phase, state, raw, average, progress)
-
-    self._keep_time(progress)
+    progress.step, progress.totals = 0, {}
+    if moment.sampling is not None:
+      progress.metric = {layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()}
+    self._keep_best(phase, raw, average)
+    self._keep_time()
     record = EpochRecord(phase=phase.index, top1=raw["top1"], top1_ema=average and average["top1"], loss=train["loss"])
     progress.epochs.append(record)
     self._observer.epoch_done(
       EpochReport(
         phase=phase,
         epoch=progress.epoch,
-        step=int(state.step),
+        step=int(moment.state.step),
         train=train,
         evaluation=raw,
         evaluation_ema=average,
         learning_rates=self._learning_rates(phase, progress.epoch - 1),
         clip_rate=clip_rate,
         aiwq=dict(progress.metric) if phase.kind == "sampling" else {},
-        params=state.params,
+        params=moment.state.params,
       )
     )
-    return state, sampling
+    if progress.epoch == phase.epochs:
+      self._end_phase(phase, frozen)
+      self._save()
+    elif self._save_is_due():
+      self._save()
 
   def _evaluate(self, phase: Phase, variables: Any) -> tuple[dict[str, float], dict[str, float]]:
     bits = {"weight_bits": phase.weight_bits, "act_bits": phase.act_bits}
     return evaluate(self._programs, self._source, self._settings, variables, **bits)
 
-  def _keep_time(self, progress: Progress) -> None:
+  def _keep_time(self) -> None:
     """Adds what has passed since the last call to the phase: calibration, training, evaluation, the last save."""
-    now = time.perf_counter(), self._programs.waited_seconds
+    progress, now = self._moment.progress, (time.perf_counter(), self._programs.waited_seconds)
     progress.phase_seconds += now[0] - self._mark[0]
     progress.phase_compile_seconds += now[1] - self._mark[1]
     self._mark = now
 
-  def _train_epoch(self, phase, state, sampling, frozen, progress):
-    """The steps of one epoch, and the means of their metrics."""
-    step = self._programs.train_step(phase.program, frozen)
-    phase_levels = levels(phase.weight_bits, phase.act_bits)
-    rate = np.float32(phase.learning_rate_at(progress.epoch))
-    teacher = self._teacher if phase.distill else None
-    batch_size = self._settings.train.batch_size
-    pending, totals = collections.deque(), collections.Counter()
-    start = time.perf_counter()
-
-    def collect():
-      metrics = {name: float(value) for name, value in jax.device_get(pending.popleft()).items()}
-      metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
-      totals.update(metrics)
-      totals["steps"] += 1
-      speed = totals["steps"] * batch_size / (time.perf_counter() - start)
-      self._observer.step_done(phase, metrics, speed)
-
-    for batch in self._source.train_batches(progress.total_epochs, batch_size):
-      state, metrics, sampling = step(state, self._programs.split(batch), phase_levels, rate, self._key, teacher, sampling)
-      pending.append(metrics)
-      if len(pending) > _STEPS_AHEAD:
-        collect()
-    while pending:
-      collect()
-    steps = totals.pop("steps")
-    return state, sampling, {name: total / steps for name, total in totals.items()}
-
-  def _calibrate(self, phase: Phase, state: TrainState) -> TrainState:
-    """First values of a and c where a kind is quantized for the first time, of the student and of its average."""
-    if phase.calibrate is None:
-      return state
-    if phase.calibrate == "weight":
-      calibrate = self._programs.calibrate_weights()
-      state = state.replace(params=calibrate(state.params))
-      return state if state.ema_params is None else state.replace(ema_params=calibrate(state.ema_params))
-    # The same batch whenever it is asked for: epoch 0's first.
-    batch = next(iter(self._source.train_batches(0, self._settings.train.batch_size)))
-    part = {"image": batch["image"][:: self._settings.train.accumulation_steps]}
-    image = self._programs.split(part)["image"]
-    calibrate = self._programs.calibrate_acts()
-    state = state.replace(params=calibrate(state.variables, image, self._key))
-    if state.ema_params is None:
-      return state
-    return state.replace(ema_params=calibrate(state.ema_variables, image, self._key))
-
-  def _keep_best(self, phase, state, raw, average, progress):
+  def _keep_best(self, phase: Phase, raw: dict[str, float], average: dict[str, float] | None) -> None:
     """The better of the raw weights and their average counts; the first of equals stays."""
+    moment, progress = self._moment, self._moment.progress
     full_precision, target = phase.kind == "full_precision", phase.index in self._targets
     choices = [("raw", raw)] + ([("ema", average)] if average else [])
     weights, chosen = max(choices, key=lambda choice: choice[1]["top1"])
@@ -247,72 +326,22 @@ class Loop:
       progress.full_precision = found
     if target and (progress.best is None or found.top1 > progress.best.top1):
       progress.best = found
-      self._checkpoints.save_best(found.epoch, state.ema_variables if weights == "ema" else state.variables)
+      state = moment.state
+      moment.best = checkpoint.host_copy(state.ema_variables if weights == "ema" else state.variables)
 
-  def _end_phase(self, phase: Phase, state: TrainState, frozen: Frozen, progress: Progress) -> None:
+  def _end_phase(self, phase: Phase, frozen: Frozen) -> None:
+    moment, progress = self._moment, self._moment.progress
     last = progress.epochs[-1]
     if phase.kind == "sampling":
       progress.ranking = list(aiwq.rank(progress.metric))
-      self._programs.prefetch(self._phases[phase.index :], lambda later: self._known_frozen(later, progress))
+      self._programs.prefetch(self._phases[phase.index :], lambda later: stages.known_frozen(self._phases, later, progress))
     if phase.kind == "full_precision" and self._teacher is None and any(p.distill for p in self._phases):
       better_ema = last.top1_ema is not None and last.top1_ema > last.top1
-      own = state.ema_variables if better_ema else state.variables
-      self._checkpoints.save_teacher(own)
-      self._teacher = self._programs.replicate(own)
-    record = PhaseRecord(
-      index=phase.index,
-      name=phase.name,
-      kind=phase.kind,
-      weight_bits=phase.weight_bits,
-      act_bits=phase.act_bits,
-      epochs=phase.epochs,
-      steps=phase.epochs * self._steps_per_epoch,
-      top1=last.top1,
-      top1_ema=last.top1_ema,
-      loss=last.loss,
-      seconds=progress.phase_seconds,
-      compile_seconds=progress.phase_compile_seconds,
-      frozen=sorted(frozen),
-    )
+      moment.teacher = checkpoint.host_copy(moment.state.ema_variables if better_ema else moment.state.variables)
+      self._teacher = self._programs.replicate(moment.teacher)
+    record = stages.phase_record(phase, progress, self._steps_per_epoch, frozen)
     progress.records.append(record)
     self._observer.phase_done(record)
 
-  def _frozen(self, phase: Phase, progress: Progress) -> Frozen:
-    return aiwq.frozen_layers(progress.ranking, phase.frozen_fraction)
-
-  def _known_frozen(self, phase: Phase, progress: Progress) -> Frozen | None:
-    """The frozen set of a phase to come; None while its sampling phase has not ended."""
-    ranked_by = [p.index for p in self._phases[: phase.index - 1] if p.kind == "sampling"][-1:]
-    under_way = ranked_by == [progress.phase] and not progress.ranking
-    if phase.frozen_fraction and (under_way or ranked_by > [progress.phase]):
-      return None
-    return self._frozen(phase, progress)
-
   def _learning_rates(self, phase: Phase, epoch: int) -> dict[str, float]:
-    rate = phase.learning_rate_at(epoch)
-    return {
-      WEIGHT: rate if phase.program.train_kernels else 0.0,
-      NORM: rate,
-      QUANT: rate * self._settings.train.quantizer_lr_scale,
-      FROZEN: 0.0,
-    }
-
-
-def summary(progress: Progress, phases: tuple[Phase, ...]) -> dict[str, Any]:
-  """The parts of `result.json` that the loop knows: phases, aiwq, final."""
-  best = progress.best
-  return {
-    "phases": [dataclasses.asdict(record) for record in progress.records],
-    "aiwq": [
-      {"layer": layer, "metric": progress.metric[layer], "rank": rank} for rank, layer in enumerate(progress.ranking, 1)
-    ],
-    "final": {
-      "weight_bits": phases[-1].weight_bits,
-      "act_bits": phases[-1].act_bits,
-      "top1": best.top1,
-      "top5": best.top5,
-      "weights": best.weights,
-      "full_precision_top1": progress.full_precision and progress.full_precision.top1,
-      "examples": best.examples,
-    },
-  }
+    return stages.learning_rates(phase, epoch, self._moment.progress.learning_rate_scale, self._settings)

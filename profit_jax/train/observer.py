@@ -46,8 +46,11 @@ class Observer:
   def start_evaluated(self, start: Start) -> None:
     """In a fresh run with weights files, before training."""
 
-  def phase_started(self, phase: Phase, epochs_done: int) -> None:
-    """Before a phase's programs are waited for."""
+  def warned(self, text: str) -> None:
+    """Something that the user should know of now."""
+
+  def phase_started(self, phase: Phase, steps_done: int) -> None:
+    """Before a phase's programs are waited for; steps_done is not 0 in a run that goes on within the phase."""
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """After a step: `loss` and `top1` (percent) of the latest step whose numbers have arrived."""
@@ -82,10 +85,15 @@ class Observers(Observer):
     for observer in self._observers:
       observer.start_evaluated(start)
 
-  def phase_started(self, phase: Phase, epochs_done: int) -> None:
+  def warned(self, text: str) -> None:
     """See `Observer`."""
     for observer in self._observers:
-      observer.phase_started(phase, epochs_done)
+      observer.warned(text)
+
+  def phase_started(self, phase: Phase, steps_done: int) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.phase_started(phase, steps_done)
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """See `Observer`."""

@@ -17,7 +17,7 @@ from profit_jax.models import variable_shapes
 from profit_jax.plan import Phase, Program
 from profit_jax.quant.levels import Levels
 from profit_jax.settings import ConfigError, Settings
-from profit_jax.train import aiwq, optimizer, steps
+from profit_jax.train import aiwq, interrupt, optimizer, steps
 from profit_jax.train.state import TrainState, create_state
 
 Frozen = frozenset[str]
@@ -179,8 +179,11 @@ class Programs:
     return self._made[key]
 
   def _wait(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
-    start = time.perf_counter()
-    compiled = self._request(key, compile_key).result()
+    start, request = time.perf_counter(), self._request(key, compile_key)
+    # Python runs signal handlers in this thread only, and compilation can take minutes.
+    while not concurrent.futures.wait([request], timeout=0.5).done:
+      interrupt.check()
+    compiled = request.result()
     self.waited_seconds += time.perf_counter() - start
     return compiled
 

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from profit_jax.plan import Phase
+
 
 @dataclasses.dataclass(kw_only=True)
 class PhaseRecord:
@@ -81,11 +83,13 @@ class Progress:
   """Where a run stands.
 
   Attributes:
-    phase: index of the phase under way, from 1.
+    phase: index of the phase under way, from 1; 0 before the first.
     epoch: epochs finished in it.
     total_epochs: epochs finished in all.
+    step: steps done in the epoch under way.
+    totals: sums over them of what the steps measured, in the order of the steps.
     ranking: the convolutions by AIWQ, largest first; empty before a sampling phase ends.
-    metric: their AIWQ; in mid-sampling the running values.
+    metric: their AIWQ at the end of the last sampling epoch.
     phase_seconds: wall time that the phase under way has taken.
     phase_compile_seconds: the part of it spent waiting for compilation.
     epochs: every epoch so far.
@@ -94,11 +98,15 @@ class Progress:
     full_precision: the best of the first weights, where they came from a file, and of the full-precision phase; None
       without either.
     start: what the weights files were worth before training; None without any.
+    retries: how often the run went back to a checkpoint because its numbers were not finite.
+    learning_rate_scale: what all learning rates are multiplied by since.
   """
 
-  phase: int = 1
+  phase: int = 0
   epoch: int = 0
   total_epochs: int = 0
+  step: int = 0
+  totals: dict[str, float] = dataclasses.field(default_factory=dict)
   ranking: list[str] = dataclasses.field(default_factory=list)
   metric: dict[str, float] = dataclasses.field(default_factory=dict)
   phase_seconds: float = 0.0
@@ -108,6 +116,8 @@ class Progress:
   best: Best | None = None
   full_precision: Best | None = None
   start: Start | None = None
+  retries: int = 0
+  learning_rate_scale: float = 1.0
 
   def to_dict(self) -> dict[str, Any]:
     """Plain values."""
@@ -122,3 +132,23 @@ class Progress:
     for name, kind in (("best", Best), ("full_precision", Best), ("start", Start)):
       values[name] = kind(**values[name]) if values[name] else None
     return cls(**values)
+
+
+def summary(progress: Progress, phases: tuple[Phase, ...]) -> dict[str, Any]:
+  """The parts of `result.json` that a run's progress knows: phases, aiwq, final."""
+  best = progress.best
+  return {
+    "phases": [dataclasses.asdict(record) for record in progress.records],
+    "aiwq": [
+      {"layer": layer, "metric": progress.metric[layer], "rank": rank} for rank, layer in enumerate(progress.ranking, 1)
+    ],
+    "final": {
+      "weight_bits": phases[-1].weight_bits,
+      "act_bits": phases[-1].act_bits,
+      "top1": best.top1,
+      "top5": best.top5,
+      "weights": best.weights,
+      "full_precision_top1": progress.full_precision and progress.full_precision.top1,
+      "examples": best.examples,
+    },
+  }

@@ -12,7 +12,7 @@ from profit_jax.models import build, init_variables, variable_shapes
 from profit_jax.settings import Settings
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.programs import Programs
-from profit_jax.train.progress import Progress, Start
+from profit_jax.train.progress import Best, Progress, Start
 from profit_jax.weights.load import HEAD, Loaded, Variables, differing_settings, load_variables
 
 
@@ -161,6 +161,14 @@ def evaluate_start(
     scores = of("teacher", programs.replicate(teacher.variables))
     start = dataclasses.replace(start, teacher_top1=scores["top1"], examples=int(scores["examples"]))
   return start
+
+
+def baseline(start: Start) -> Best | None:
+  """The full precision that a run is measured against; a new classifier is none, nor a net that was trained quantized."""
+  if start.top1 is None or start.new_head or start.quantized:
+    return None
+  top1 = max(start.top1, start.file_top1 or 0.0)
+  return Best(epoch=0, phase=0, top1=top1, top5=start.top5, weights="raw", examples=start.examples)
 
 
 def evaluated(student: Student, teacher: Teacher) -> list[str]:

@@ -52,8 +52,10 @@ def make_train_step(
     key: folded with `state.step` for dropout.
     teacher: the teacher's variables, or None. It runs in full precision.
     sampling: an `AiwqState`, or None outside the sampling phase.
-  and returns the new state, the metrics `{loss, ce, kd, correct, examples}` (means over the examples; kd only with a
-  teacher; the last two are counts), and the new `AiwqState` (or None).
+  and returns the new state, the metrics `{loss, ce, kd, correct, examples, finite}` (means over the examples; kd only with
+  a teacher; then two counts, and whether the loss and all that the optimizer makes of its gradient are finite), and the new
+  `AiwqState` (or None). Where `finite` is False, the state is the old one: of a net that has become NaN, nobody could say
+  what was wrong with it.
 
   Args:
     model: the student.
@@ -106,7 +108,9 @@ def make_train_step(
     else:
       grads, metrics, updates = _accumulate(of, batch, key, accumulation_steps)
     metrics["examples"] = examples
-    state = _apply_gradients(state, tx, grads, learning_rate, updates["batch_stats"], ema_rate)
+    new, sums = _apply_gradients(state, tx, grads, learning_rate, updates["batch_stats"], ema_rate)
+    metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(sums)
+    state = jax.tree.map(lambda n, o: jnp.where(metrics["finite"], n, o), new, state)
     if sampling is not None:
       sampling = aiwq.update(sampling, updates["moments"], updates["quantized"])
     return state, metrics, sampling
@@ -149,8 +153,8 @@ def _forward(model, params, state, image, levels, key, sampling):
   )
 
 
-def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> TrainState:
-  """The state after an update, its average included."""
+def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> tuple[TrainState, jax.Array]:
+  """The state after an update, its average included; and a number that is finite if all changes are."""
   changes, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
   new = state.replace(
     step=state.step + 1,
@@ -158,12 +162,14 @@ def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> 
     batch_stats=batch_stats,
     opt_state=opt_state,
   )
-  if state.ema_params is None:
-    return new
-  return new.replace(
-    ema_params=_ema(state.ema_params, new.params, ema_rate),
-    ema_batch_stats=_ema(state.ema_batch_stats, new.batch_stats, ema_rate),
-  )
+  # Of the changes, not the gradients: those of frozen kernels are never computed.
+  total = sum(jnp.sum(change) for change in jax.tree.leaves(changes))
+  if state.ema_params is not None:
+    new = new.replace(
+      ema_params=_ema(state.ema_params, new.params, ema_rate),
+      ema_batch_stats=_ema(state.ema_batch_stats, new.batch_stats, ema_rate),
+    )
+  return new, total
 
 
 def _ema(average: Any, value: Any, rate: float) -> Any:

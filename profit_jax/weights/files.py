@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 from etils import epath
-from flax import traverse_util
 
+from profit_jax import snapshots
 from profit_jax.settings import ConfigError
 from profit_jax.weights import torch_file
 
@@ -126,21 +125,13 @@ def _read_torch(content: bytes) -> Contents:
 
 
 def _read_run(workdir: epath.Path) -> Contents:
-  """The best weights of a run of ours, the same that `train/checkpoint.py` gives.
-
-  The files are read directly, because orbax's managers tidy up, and the run may still be going on.
-  """
-  checkpoints = workdir / "checkpoints"
-  newest = max((int(step.name) for step in (checkpoints / "last").glob("*") if step.name.isdigit()), default=None)
-  best = None
-  if newest is not None:
-    best = json.loads((checkpoints / "last" / str(newest) / "progress" / "metadata").read_text())["progress"]["best"]
-  if best is None:
+  """The best weights of a run of ours; it may still be going on."""
+  notes: list[str] = []
+  snapshot = snapshots.read_newest(workdir / "checkpoints", notes.append)
+  best = {} if snapshot is None else snapshot.section("best")
+  if not best:
     raise ConfigError(
       f"The directory {os.fspath(workdir)!r} holds no weights: it must be the --workdir of a run that has reached its "
       f"plan's last bits, or give a file, one of {_FORMATS}."
     )
-  with ocp.StandardCheckpointer() as checkpointer:
-    tree: Any = checkpointer.restore(checkpoints / "best" / str(best["epoch"]) / "variables")
-  tensors = {"/".join(path): np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
-  return Contents(tensors, dict(json.loads((workdir / "config.json").read_text())["model"]))
+  return Contents(best, dict(json.loads((workdir / "config.json").read_text())["model"]), tuple(notes))

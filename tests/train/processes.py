@@ -6,11 +6,12 @@ python -m tests.train.processes WORKDIR COORDINATOR PROCESSES ID
 import sys
 
 import jax
+import pytest
 
 from profit_jax import app
 from profit_jax.models import REGISTRY
-from profit_jax.train.checkpoint import Checkpoints
 from tests.train.conftest import tiny_config
+from tests.train.runs import number, stop_at
 from tests.train.tiny import TinyNet
 
 EPOCHS_BEFORE_THE_STOP = 2  # of four
@@ -31,19 +32,12 @@ def config():
 def main(workdir, coordinator, processes, process):
   REGISTRY["tiny"] = TinyNet
   cluster = app.Cluster(coordinator, int(processes), int(process))
-  save = Checkpoints.save
-
-  def save_and_stop(self, state, progress):
-    save(self, state, progress)
-    if progress.total_epochs == EPOCHS_BEFORE_THE_STOP:
-      raise KeyboardInterrupt
-
-  Checkpoints.save = save_and_stop
-  try:
-    app.main(config(), workdir, "train", None, cluster)
-  except KeyboardInterrupt:
-    Checkpoints.save = save
-    app.main(config(), workdir, "train", None, cluster)
+  with pytest.MonkeyPatch.context() as patch:
+    stop_at(patch, [number(EPOCHS_BEFORE_THE_STOP)])
+    try:
+      app.main(config(), workdir, "train", None, cluster)
+    except KeyboardInterrupt:
+      app.main(config(), workdir, "train", None, cluster)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,18 @@
 """A whole run: its files, and that stopping it changes nothing."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from profit_jax import app
+from profit_jax import app, snapshots
 from profit_jax.models import variable_shapes
 from profit_jax.settings import ConfigError
-from profit_jax.train.checkpoint import Checkpoints
+from profit_jax.train.state import create_state
 from tests.train.conftest import tiny_config
+from tests.train.runs import assert_same_run, newest_of, number, result_of, stop_at
 from tests.train.tiny import CONVS, TinyNet
-
-
-def result_of(workdir):
-  return json.loads((workdir / "result.json").read_text())
-
-
-def best_of(workdir):
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
-  best = checkpoints.restore_best(variable_shapes(TinyNet(), 16))
-  checkpoints.close()
-  return best
 
 
 def test_result_keeps_its_contract(finished_run):
@@ -84,37 +72,22 @@ def test_tensorboard_has_every_promised_tag(finished_run):
   assert any(rate > 0 for rate in rates)  # a is 0.9 of the largest weight at first
 
 
-# After so many epochs of the run: at the end of the full-precision phase (which makes the teacher), in mid-sampling, and in
-# a frozen phase.
-@pytest.mark.parametrize("stops", [(2, 24, 28)])
-def test_a_stopped_run_ends_with_the_same_numbers(finished_run, tmp_path, monkeypatch, stops):
-  save = Checkpoints.save
-
-  def save_and_stop(self, state, progress):
-    save(self, state, progress)
-    if progress.total_epochs in stops and progress.total_epochs not in stopped:
-      stopped.append(progress.total_epochs)
-      raise KeyboardInterrupt
-
-  stopped = []
-  monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+def test_a_stopped_run_ends_with_the_same_numbers(finished_run, tmp_path, monkeypatch):
+  # At the end of the full-precision phase (which makes the teacher), in the middle of an epoch with quantized activations,
+  # in mid-sampling and in a frozen phase.
+  stops = [number(2), number(5, 3), number(24, 5), number(28, 9)]
+  come = stop_at(monkeypatch, stops)
   for _ in stops:
     with pytest.raises(KeyboardInterrupt):
       app.main(tiny_config(), str(tmp_path), "train")
   app.main(tiny_config(), str(tmp_path), "train")
-  assert stopped == list(stops)
-
-  def without_times(result):
-    phases = [{k: v for k, v in p.items() if "seconds" not in k} for p in result["phases"]]
-    return {**result, "phases": phases}
-
-  assert without_times(result_of(tmp_path)) == without_times(result_of(finished_run))
-  jax.tree.map(np.testing.assert_array_equal, best_of(tmp_path), best_of(finished_run))
+  assert come == stops
+  assert_same_run(tmp_path, finished_run)
 
 
 def test_a_finished_run_is_not_trained_again(finished_run, monkeypatch, capsys):
   before = result_of(finished_run)
-  monkeypatch.setattr(Checkpoints, "save", lambda *_: pytest.fail("trained again"))
+  monkeypatch.setattr(snapshots.Writer, "save", lambda *_: pytest.fail("trained again"))
   app.main(tiny_config(), str(finished_run), "train")
   assert result_of(finished_run) == before
 
@@ -132,14 +105,11 @@ def test_a_workdir_of_another_run_is_refused(finished_run):
 
 
 def test_state_of_another_optimizer_is_refused(finished_run):
-  checkpoints = Checkpoints(finished_run / "checkpoints", keep=2)
-  shapes = variable_shapes(TinyNet(), 16)
-  from profit_jax.train.state import create_state
-
-  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  with pytest.raises(ConfigError, match="does not hold the state"):
-    checkpoints.restore_state(create_state(zeros, ema=True))
-  checkpoints.close()
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(TinyNet(), 16))
+  with pytest.raises(
+    ConfigError, match=r"does not hold the state of this plan's phase; the first differences: .*opt_state"
+  ):
+    newest_of(finished_run).restore("state", create_state(zeros, ema=True))
 
 
 @pytest.mark.parametrize(

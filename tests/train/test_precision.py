@@ -3,8 +3,9 @@
 import numpy as np
 
 from profit_jax import app
-from profit_jax.train.checkpoint import Checkpoints
+from profit_jax.train.checkpoint import progress_of
 from tests.train.conftest import tiny_config
+from tests.train.runs import newest_of
 
 SEEDS = (0, 1)
 
@@ -27,9 +28,7 @@ def top1(dtype, seed, workdir):
     }
   )
   app.main(config, str(workdir), "train")
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
-  epochs = checkpoints.restore_progress().epochs
-  checkpoints.close()
+  epochs = progress_of(newest_of(workdir)).epochs
   return np.mean([np.mean([[e.top1, e.top1_ema] for e in epochs if e.phase == phase][-10:]) for phase in (1, 2, 3)])
 
 

@@ -1,6 +1,5 @@
 """Several processes and devices compute what one alone computes, and one of them writes."""
 
-import json
 import os
 import pathlib
 import socket
@@ -13,25 +12,16 @@ import pytest
 from jax.sharding import Mesh
 
 from profit_jax import app, distributed
-from profit_jax.models import variable_shapes
 from profit_jax.settings import ConfigError
-from profit_jax.train.checkpoint import Checkpoints
 from tests.data import pictures
 from tests.train.processes import config
-from tests.train.tiny import TinyNet
+from tests.train.runs import newest_of, result_of
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def best_of(workdir):
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
-  best = checkpoints.restore_best(variable_shapes(TinyNet(), 16))
-  checkpoints.close()
-  return best
-
-
-def result_of(workdir):
-  return json.loads((workdir / "result.json").read_text())
+  return newest_of(workdir).section("best")
 
 
 @pytest.fixture(scope="module")

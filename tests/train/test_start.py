@@ -9,14 +9,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from configs import base, digits_w4
-from profit_jax import app, to_torch
+from profit_jax import app, snapshots, to_torch
 from profit_jax.models import REGISTRY
 from profit_jax.report.console import near_chance
 from profit_jax.settings import ConfigError, parse
 from profit_jax.train import start
-from profit_jax.train.checkpoint import Checkpoints
 from tests import golden_data
 from tests.train.conftest import tiny_config
+from tests.train.runs import number, stop_at
 
 SHORT = {"plan.full_precision_epochs": 1, "plan.finetune_epochs": 1, "plan.sampling_epochs": 1, "plan.act_bits": (4,)}
 SHORT |= {"plan.weight_bits": (4,)}
@@ -145,16 +145,9 @@ def test_a_run_that_starts_from_a_run_is_evaluated_before_training(finished_run,
 def test_a_run_from_a_file_goes_on_without_it(finished_run, tmp_path, monkeypatch):
   file = tmp_path / "w.safetensors"
   assert to_torch.main([str(finished_run), str(file)]) == 0
-  save = Checkpoints.save
-
-  def save_and_stop(self, state, progress):
-    save(self, state, progress)
-    if progress.total_epochs == 2:
-      raise KeyboardInterrupt
-
   config = tiny_config(**SHORT, **{"init.weights": str(file)})
   with monkeypatch.context() as patched:
-    patched.setattr(Checkpoints, "save", save_and_stop)
+    stop_at(patched, [number(2)])
     with pytest.raises(KeyboardInterrupt):
       app.main(config, str(tmp_path / "run"), "train")
   file.unlink()
@@ -261,11 +254,9 @@ def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys)
   variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
   (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
   (tmp_path / "data.json").write_text(json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10}))
-  progress = tmp_path / "checkpoints" / "last" / "5" / "progress"
-  progress.mkdir(parents=True)
-  (progress / "metadata").write_text(json.dumps({"progress": {"best": {"epoch": 4}}}))
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / "checkpoints" / "best" / "4" / "variables", variables)
+  writer = snapshots.Writer(tmp_path / "checkpoints", keep=1)
+  writer.save(5, {"best": variables}, {})
+  writer.close()
   file = str(tmp_path / "w.safetensors")
   assert to_torch.main([str(tmp_path), file]) == 0
   told = capsys.readouterr().out

@@ -1,0 +1,65 @@
+"""Signals that ask a run to stop: it goes on to the next step, saves, and ends."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import jax
+
+from profit_jax.settings import Ending
+
+_requested: signal.Signals | None = None
+
+
+PREEMPTED = signal.SIGTERM  # what clusters send before they take a machine away
+
+
+class Stopped(Ending):
+  """Somebody asked the run to stop, and it did; the exit code is what shells give a program that a signal ended."""
+
+  label = "stopped"
+
+  def __init__(self, asked: signal.Signals, where: str = ""):
+    """Args: asked: the signal; where: the run stands, and how it goes on."""
+    super().__init__(f"by {asked.name} {where}.")
+    self.asked, self.code = asked, 128 + asked
+
+  def told(self, where: str) -> "Stopped":
+    """The same, with words on where the run stands."""
+    return Stopped(self.asked, where)
+
+
+@contextlib.contextmanager
+def graceful() -> Iterator[None]:
+  """Within, SIGTERM (a preemption, a batch system) and SIGINT (Ctrl-C) make `check` raise; a second one ends at once.
+
+  Of several processes, JAX listens for SIGTERM itself and lets all of them agree on a step; see
+  `multihost_utils.reached_preemption_sync_point`. Nothing changes outside the main thread, where Python allows no handlers.
+  """
+  global _requested
+  if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = {asked: signal.getsignal(asked) for asked in (signal.SIGTERM, signal.SIGINT)}
+
+  def handle(number, _):
+    global _requested
+    _requested = signal.Signals(number)
+    for asked, handler in before.items():
+      signal.signal(asked, handler)
+
+  for asked in before:
+    signal.signal(asked, handle)
+  try:
+    yield
+  finally:
+    for asked, handler in before.items():
+      signal.signal(asked, handler)
+    _requested = None
+
+
+def check() -> None:
+  """Raises Stopped if a signal has come. Whoever calls it must be where a run can be saved."""
+  if _requested is not None:
+    raise Stopped(_requested)

@@ -1,0 +1,56 @@
+"""Numbers that are not finite: what is known when a run meets them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from profit_jax.settings import Ending
+
+# Of a and c, after softplus. Inputs of quantizers are of the order of 1 behind batch normalization, kernels of 0.01 to 1.
+SANE = (1e-4, 1e3)
+_SHOWN = 8
+
+
+class NotFinite(Ending):
+  """A training step whose loss or gradient is not finite; the command ends with exit code 3."""
+
+  code = 3
+
+
+def quantizer_scalars(params: Mapping[str, Any]) -> dict[str, float]:
+  """`quant_a/{layer}` and `quant_c/{layer}` of every quantizer, as positive values (after softplus)."""
+  flat = traverse_util.flatten_dict(params)
+  raw = {f"{path[-1]}/{'/'.join(path[:-1])}": leaf for path, leaf in flat.items() if path[-1] in ("quant_a", "quant_c")}
+  return {name: float(np.logaddexp(value, 0.0)) for name, value in jax.device_get(raw).items()}
+
+
+def describe(where: str, loss: float, rates: Mapping[str, float], params: Mapping[str, Any]) -> str:
+  """What happened, in sentences.
+
+  Args:
+    where: phase, epoch and step.
+    loss: the step's.
+    rates: learning rates by optimizer group.
+    params: before the step.
+  """
+  what = f"The loss is {loss}" if not np.isfinite(loss) else f"The loss is {loss:.4g}, but its gradient is not finite"
+  used = ", ".join(f"{group} {rate:.3g}" for group, rate in rates.items() if rate)
+  scalars = quantizer_scalars(params)
+  odd = {name: value for name, value in scalars.items() if not SANE[0] <= value <= SANE[1]}
+  # The farthest out first, on a scale of factors.
+  odd = sorted(odd.items(), key=lambda entry: -abs(np.log(max(entry[1], 1e-30))) if np.isfinite(entry[1]) else -np.inf)
+  text = f"{what} in {where}. Learning rates: {used}."
+  if odd:
+    listed = ", ".join(f"{name} = {value:.3g}" for name, value in odd[:_SHOWN])
+    more = f" and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
+    return f"{text} Quantizers whose a or c lies outside {SANE[0]:g} to {SANE[1]:g}: {listed}{more}."
+  if not scalars:
+    return text
+  low, high = min(scalars, key=scalars.get), max(scalars, key=scalars.get)
+  return (
+    f"{text} Every quantizer's a and c lie within {SANE[0]:g} to {SANE[1]:g}, from {low} = {scalars[low]:.3g} to "
+    f"{high} = {scalars[high]:.3g}."
+  )

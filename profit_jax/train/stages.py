@@ -1,0 +1,87 @@
+"""What a phase of the plan means for a run that stands somewhere: who is frozen, what is calibrated, which rates."""
+
+from profit_jax.data import Source
+from profit_jax.plan import Phase
+from profit_jax.settings import Settings
+from profit_jax.train import aiwq
+from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
+from profit_jax.train.programs import Frozen, Programs
+from profit_jax.train.progress import PhaseRecord, Progress
+from profit_jax.train.state import TrainState
+
+
+def ahead(phases: tuple[Phase, ...], progress: Progress) -> tuple[Phase, ...]:
+  """The phases that are not finished, the one under way first."""
+  finished = not progress.phase or progress.epoch == phases[progress.phase - 1].epochs
+  return phases[progress.phase - (0 if finished else 1) :]
+
+
+def frozen(phase: Phase, progress: Progress) -> Frozen:
+  """The layers that a phase freezes, by the newest ranking."""
+  return aiwq.frozen_layers(progress.ranking, phase.frozen_fraction)
+
+
+def known_frozen(phases: tuple[Phase, ...], phase: Phase, progress: Progress) -> Frozen | None:
+  """The frozen set of a phase to come; None while its sampling phase has not ended."""
+  ranked_by = [p.index for p in phases[: phase.index - 1] if p.kind == "sampling"][-1:]
+  under_way = ranked_by == [progress.phase] and not progress.ranking
+  if phase.frozen_fraction and (under_way or ranked_by > [progress.phase]):
+    return None
+  return frozen(phase, progress)
+
+
+def learning_rates(phase: Phase, epoch: int, scale: float, settings: Settings) -> dict[str, float]:
+  """The rate of each optimizer group in an epoch (from 0) of a phase; scale: `Progress.learning_rate_scale`."""
+  rate = phase.learning_rate_at(epoch) * scale
+  return {
+    WEIGHT: rate if phase.program.train_kernels else 0.0,
+    NORM: rate,
+    QUANT: rate * settings.train.quantizer_lr_scale,
+    FROZEN: 0.0,
+  }
+
+
+def calibrate(phase: Phase, state: TrainState, programs: Programs, source: Source, settings: Settings, key) -> TrainState:
+  """First values of a and c where a kind is quantized for the first time, of the student and of its average."""
+  if phase.calibrate is None:
+    return state
+  if phase.calibrate == "weight":
+    weights = programs.calibrate_weights()
+    state = state.replace(params=weights(state.params))
+    return state if state.ema_params is None else state.replace(ema_params=weights(state.ema_params))
+  # The same batch whenever it is asked for: epoch 0's first.
+  batch = next(iter(source.train_batches(0, settings.train.batch_size)))
+  image = programs.split({"image": batch["image"][:: settings.train.accumulation_steps]})["image"]
+  acts = programs.calibrate_acts()
+  state = state.replace(params=acts(state.variables, image, key))
+  if state.ema_params is None:
+    return state
+  return state.replace(ema_params=acts(state.ema_variables, image, key))
+
+
+def phase_record(phase: Phase, progress: Progress, steps_per_epoch: int, frozen: Frozen) -> PhaseRecord:
+  """What `result.json` says of a phase whose last epoch is counted."""
+  last = progress.epochs[-1]
+  return PhaseRecord(
+    index=phase.index,
+    name=phase.name,
+    kind=phase.kind,
+    weight_bits=phase.weight_bits,
+    act_bits=phase.act_bits,
+    epochs=phase.epochs,
+    steps=phase.epochs * steps_per_epoch,
+    top1=last.top1,
+    top1_ema=last.top1_ema,
+    loss=last.loss,
+    seconds=progress.phase_seconds,
+    compile_seconds=progress.phase_compile_seconds,
+    frozen=sorted(frozen),
+  )
+
+
+def place(phases: tuple[Phase, ...], progress: Progress, steps_per_epoch: int) -> str:
+  """Where a run stands: `in phase 3 of 22 (a8 ft), after 1 of its 4 epochs and 7 of 21 steps`."""
+  phase = phases[progress.phase - 1]
+  done = f"after {progress.epoch} of its {phase.epochs} epochs"
+  steps = f" and {progress.step} of {steps_per_epoch} steps" if progress.step else ""
+  return f"in phase {phase.index} of {len(phases)} ({phase.name}), {done}{steps}"
