@@ -167,8 +167,10 @@ def require_equal(what: str, text: str) -> None:
 
 
 def leave(code: int) -> int:
-  """The exit code; of several processes, this one ends here, because JAX would wait minutes for others that wait for it."""
-  if jax.distributed.is_initialized() and code:
+  """The exit code. Where it is not 0 the process ends here: Python would wait for what is being compiled in the background,
+  and JAX, of several processes, minutes for others that wait for this one.
+  """
+  if code:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

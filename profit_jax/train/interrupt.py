@@ -9,10 +9,9 @@ import jax
 
 from profit_jax.settings import Ending
 
-_requested: signal.Signals | None = None
-
-
 PREEMPTED = signal.SIGTERM  # what clusters send before they take a machine away
+
+_requested: signal.Signals | None = None
 
 
 class Stopped(Ending):

@@ -260,7 +260,8 @@ class Loop:
       return "before its first step; the same command begins again"
     self._save()
     self._writer.wait()
-    return stages.place(self._phases, progress, self._steps_per_epoch)
+    place = stages.place(self._phases, progress, self._steps_per_epoch)
+    return f"{place}; everything is saved, and the same command goes on from there"
 
   def _end_epoch(self, phase: Phase, frozen: Frozen) -> None:
     """Evaluates; then, with nothing that could stop it half-way, counts the epoch."""

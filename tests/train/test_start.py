@@ -244,7 +244,6 @@ def test_both_paddings_of_a_torchvision_v3_are_evaluated(tmp_path, capsys):
 
 def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys):
   # A run's directory as `train/checkpoint.py` leaves it, without the run.
-  import orbax.checkpoint as ocp
 
   from profit_jax.models import build, variable_shapes
 
