@@ -1,0 +1,165 @@
+"""Moments on disk: whole or not at all, and damage is noticed."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from profit_jax import snapshots
+from profit_jax.settings import ConfigError
+
+
+def trees(number, size=1000):
+  rng = np.random.default_rng(number)
+  return {
+    "state": {"step": np.asarray(number, np.int32), "kernel": rng.normal(size=(4, size)).astype(np.float32)},
+    "sampling": None,
+    "best": {"flag": np.asarray(True)},
+  }
+
+
+def values(number):
+  return {"epoch": number, "loss": 0.1 + 0.2, "top1_ema": None, "frozen": ["block01/expand_conv"]}
+
+
+def write(directory, numbers, keep=3, size=1000):
+  writer = snapshots.Writer(directory, keep=keep)
+  for number in numbers:
+    writer.save(number, trees(number, size), values(number))
+  writer.close()
+
+
+def assert_is(snapshot, number, size=1000):
+  assert (snapshot.number, snapshot.values) == (number, values(number))
+  expected = trees(number, size)
+  np.testing.assert_array_equal(snapshot.restore("state", expected["state"])["kernel"], expected["state"]["kernel"])
+  assert snapshot.arrays["state/step"].dtype == np.int32
+  assert snapshot.restore("sampling", {"metric": np.zeros(3)}) is None
+  assert snapshot.section("best")["flag"].dtype == bool
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("two") / "checkpoints"
+  write(directory, [3, 7])
+  return directory
+
+
+@pytest.fixture
+def copy(two, tmp_path):
+  return shutil.copytree(two, tmp_path / "checkpoints")
+
+
+def test_the_newest_comes_back(two):
+  assert_is(snapshots.read_newest(two, pytest.fail), 7)
+  assert snapshots.read_newest(two.parent / "absent", pytest.fail) is None
+
+
+def test_the_last_few_stay(tmp_path):
+  write(tmp_path / "c", [1, 2, 3, 5, 8], keep=2)
+  assert snapshots.saved_numbers(tmp_path / "c") == [5, 8]
+  # The number that is there is the same moment; and what a killed process left unfinished is swept away.
+  unfinished = shutil.copytree(tmp_path / "c" / "8", tmp_path / "c" / "9.orbax-checkpoint-tmp")
+  write(tmp_path / "c", [8, 9], keep=2)
+  assert not unfinished.exists()
+  assert snapshots.saved_numbers(tmp_path / "c") == [8, 9]
+
+
+def test_saved_arrays_may_be_overwritten_at_once(tmp_path):
+  writer = snapshots.Writer(tmp_path / "c", keep=1)
+  given = trees(1, 100_000)
+  writer.save(1, given, values(1))
+  given["state"]["kernel"][:] = 0
+  writer.close()
+  assert_is(snapshots.read_newest(tmp_path / "c", pytest.fail), 1, 100_000)
+
+
+_DAMAGES = ("truncated", "altered", "removed")
+
+
+def damages(directory):
+  files = sorted(str(path.relative_to(directory / "7")) for path in (directory / "7").rglob("*") if path.is_file())
+  return [(file, how) for file in files for how in _DAMAGES]
+
+
+def damage(path, how):
+  content = path.read_bytes()
+  if how == "removed":
+    path.unlink()
+  elif how == "truncated":
+    path.write_bytes(content[: len(content) // 2])
+  else:
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 0x40]) + content[middle + 1 :])
+
+
+def test_any_damage_to_any_file_falls_back_or_does_not_matter(two, tmp_path):
+  fell_back = set()
+  for index, (file, how) in enumerate(damages(two)):
+    directory = shutil.copytree(two, tmp_path / str(index) / "checkpoints")
+    damage(directory / "7" / file, how)
+    warnings = []
+    found = snapshots.read_newest(directory, warnings.append)
+    if warnings:
+      fell_back.add((file, how))
+      assert f"checkpoint {directory}/7 is damaged (" in warnings[0]
+      assert "; 3 is used." in warnings[0]
+    # Whatever the damage, what comes back is one of the moments, to the bit.
+    assert_is(found, 3 if warnings else 7)
+  assert fell_back == {(f"moment/moment.{kind}", how) for kind in ("safetensors", "sha256") for how in _DAMAGES}
+
+
+def test_who_trains_sets_damaged_ones_aside(copy):
+  damage(copy / "7" / "moment" / "moment.safetensors", "altered")
+  warnings = []
+  writer = snapshots.Writer(copy, keep=3)
+  assert_is(writer.read_newest(warnings.append), 3)
+  assert len(warnings) == 1
+  assert "it was moved to" in warnings[0]
+  assert (copy.parent / "damaged_checkpoints" / "7" / "moment" / "moment.sha256").exists()
+  writer.save(7, trees(7), values(7))  # the run comes to the same number again
+  writer.close()
+  assert_is(snapshots.read_newest(copy, pytest.fail), 7)
+
+
+def test_nothing_is_changed_where_all_are_damaged(copy):
+  for number in (3, 7):
+    damage(copy / str(number) / "moment" / "moment.sha256", "truncated")
+  writer = snapshots.Writer(copy, keep=3)
+  with pytest.raises(ConfigError, match=r"No checkpoint in .* can be read back; nothing was changed[\s\S]*/7: [\s\S]*/3: "):
+    writer.read_newest(pytest.fail)
+  writer.close()
+  assert snapshots.saved_numbers(copy) == [3, 7]
+
+
+def test_another_structure_is_named(two):
+  newest = snapshots.read_newest(two, pytest.fail)
+  with pytest.raises(ConfigError, match=r"Checkpoint 7 does not hold the state .*\['weights', 'kernel'\]"):
+    newest.restore("state", {"step": np.zeros((), np.int32), "weights": np.zeros((4, 1000), np.float32)})
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path):
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False)
+  if mounted.returncode:
+    pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+  try:
+    size = 25_000  # 400 kB that cannot be compressed much
+    write(disk / "checkpoints", [1, 2], size=size)
+    writer = snapshots.Writer(disk / "checkpoints", keep=1)
+    writer.save(3, trees(3, size), values(3))
+    with pytest.raises(ConfigError, match=r"could not be written to .*No space left on device.* the last good one is 2\."):
+      writer.wait()
+    assert snapshots.saved_numbers(disk / "checkpoints") == [1, 2]  # nor has the old one made room
+    assert_is(snapshots.read_newest(disk / "checkpoints", pytest.fail), 2, size)
+    # With room again, the same command goes on.
+    shutil.rmtree(disk / "checkpoints" / "1")
+    writer = snapshots.Writer(disk / "checkpoints", keep=5)
+    assert_is(writer.read_newest(pytest.fail), 2, size)
+    writer.save(3, trees(3, size), values(3))
+    writer.close()
+    assert_is(snapshots.read_newest(disk / "checkpoints", pytest.fail), 3, size)
+  finally:
+    subprocess.run(["umount", "-l", str(disk)], check=True)
