@@ -3,10 +3,9 @@
     python benchmarks/kill_resume.py 50
 
 The run takes a small MobileNet-v1 on scikit-learn's digits to 4 bits in ten phases, with a checkpoint every second. Each
-trial starts it anew, kills it once at an instant drawn uniformly from the time in which an undisturbed run trains (in every
-second trial, while the next checkpoint after that instant is being written), starts the same command again, and lets it
-finish. It has survived when `result.json` is equal apart from times, and so is everything in the last checkpoint, to the
-bit.
+trial starts it anew, kills it once at an instant drawn uniformly from its steps (in every second trial, while the next
+checkpoint after that instant is being written), starts the same command again, and lets it finish. It has survived when
+`result.json` is equal apart from times, and so is everything in the last checkpoint, to the bit.
 """
 
 import argparse
@@ -83,24 +82,30 @@ def without_times(tree):
   return [without_times(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def trial(run: Run, instant: float, in_save: bool) -> str:
-  """Kills the run once and lets it finish; says where it was killed."""
-  process = run.start()
-  begun = run.wait_for(process, "checkpoints")
-  while time.monotonic() < begun + instant and process.poll() is None:
+def trial(run: Run, instant: int, minutes: float, in_save: bool) -> str:
+  """Kills the run once, soon after the checkpoint with that number, and lets it finish; says where it was killed."""
+  process, checkpoints = run.start(), run.workdir / "checkpoints"
+  run.wait_for(process, "checkpoints")
+  while process.poll() is None and max(numbers(checkpoints), default=0) < instant:
     time.sleep(0.001)
-  if in_save and process.poll() is None:
-    while process.poll() is None and not list((run.workdir / "checkpoints").glob("*tmp*")):
+  time.sleep(random.uniform(0, 60 * minutes))
+  if in_save:
+    while process.poll() is None and not list(checkpoints.glob("*tmp*")):
       time.sleep(0.0005)
     time.sleep(random.uniform(0, 0.03))
-  unfinished = [path.name for path in (run.workdir / "checkpoints").glob("*tmp*")]
+  unfinished = list(checkpoints.glob("*tmp*"))
   process.kill()
   done = process.wait() == 0
-  numbers = sorted(int(path.name) for path in (run.workdir / "checkpoints").iterdir() if path.name.isdigit())
+  newest = max(numbers(checkpoints), default=0)
   run.finish()
   if done:
-    return "after the end"
-  return f"at {instant:5.1f} s, checkpoint {numbers[-1] if numbers else 'none':>4}{', in a save' if unfinished else ''}"
+    return "after its end"
+  return f"after checkpoint {newest:>4}{', in a save' if unfinished else ''}"
+
+
+def numbers(checkpoints: pathlib.Path) -> list[int]:
+  """The checkpoints that are there."""
+  return [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
 
 
 def main() -> None:
@@ -115,17 +120,19 @@ def main() -> None:
     root = pathlib.Path(directory)
     Run(root / "warm", options.minutes).finish()  # compiles
     reference = Run(root / "reference", options.minutes)
-    process = reference.start()
-    begun = reference.wait_for(process, "checkpoints")
-    seconds = reference.wait_for(process, "report.md") - begun
-    process.wait()
+    start = time.monotonic()
+    reference.finish()
+    seconds = time.monotonic() - start
     expected = reference.outcome()
+    last = max(numbers(reference.workdir / "checkpoints"))
     top1 = expected[0]["final"]["top1"]
-    print(f"undisturbed: {seconds:.1f} s of training, W4A4 top-1 {top1:.2f} %; {options.trials} kills", flush=True)
+    print(
+      f"undisturbed: {seconds:.1f} s, {last} steps and epochs, W4A4 top-1 {top1:.2f} %; {options.trials} kills", flush=True
+    )
     identical = in_saves = 0
     for number in range(1, options.trials + 1):
       run = Run(root / f"trial{number}", options.minutes)
-      where = trial(run, random.uniform(0, seconds), in_save=number % 2 == 0)
+      where = trial(run, random.randrange(last), options.minutes, in_save=number % 2 == 0)
       same = run.outcome() == expected
       identical += same
       in_saves += "in a save" in where

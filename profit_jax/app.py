@@ -85,7 +85,8 @@ def main(
   elif mode == "eval":
     run_eval(settings, phases, directory)
   else:
-    train(settings, phases, directory)
+    with distributed.peers_needed():
+      train(settings, phases, directory)
 
 
 def print_plan(settings: Settings, phases: tuple[plan.Phase, ...], images_per_second: float | None) -> None:
@@ -170,8 +171,16 @@ def _claim(workdir: epath.Path, settings: Settings, facts: data.Facts, closing: 
   distributed.first_does(claim)
   distributed.together(lambda: files.read_sizes(workdir))  # a directory that only the first process sees
   writer = snapshots.Writer(workdir / "checkpoints", keep=settings.checkpoint.keep)
-  # After an error in this process alone, closing would wait for the others.
-  closing.push(lambda error, *_: writer.close() if error is None or jax.process_count() == 1 else None)
+
+  def close(error, *_):
+    # After an error in this process alone, closing would wait for the others; and the first error is the one to tell.
+    if error is None:
+      writer.close()
+    elif jax.process_count() == 1:
+      with contextlib.suppress(Exception):
+        writer.close()
+
+  closing.push(close)
   return writer
 
 
@@ -183,7 +192,8 @@ def _watchers(screen, facts, workdir):
   # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
   from profit_jax.report.tensorboard import TensorBoardObserver
 
-  return [console.ConsoleObserver(screen, facts.num_classes), TensorBoardObserver(os.fspath(workdir))]
+  events = TensorBoardObserver(os.fspath(workdir), lambda text: _warn(screen, text))
+  return [console.ConsoleObserver(screen, facts.num_classes), events]
 
 
 def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, float]:

@@ -4,21 +4,23 @@ Every process runs the same program on the same configuration, each with its own
 prints, writes TensorBoard events and reports; checkpoints are orbax's business, which lets the first one write too.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from profit_jax.settings import ConfigError
+from profit_jax.settings import ConfigError, Ending
 
 _T = TypeVar("_T")
 PATIENCE = 300.0  # seconds in which the processes must have started; JAX's own is the same
@@ -164,6 +166,33 @@ def require_equal(what: str, text: str) -> None:
   others = [i for i, theirs in enumerate(everyone) if not np.array_equal(theirs, everyone[0])]
   if others:
     raise ConfigError(f"processes {others} have other {what} than process 0: it must be the same on all.")
+
+
+class PeerLost(Ending):
+  """Another process of the run is gone."""
+
+
+# What collectives and the coordination service say then: gloo (CPUs), NCCL (GPUs), JAX's own.
+_PEER_LOST = re.compile("gloo|nccl|connection|unavailable|heartbeat|deadline|peer|another task", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def peers_needed() -> Iterator[None]:
+  """Within, the loss of another process is told as such.
+
+  Raises:
+    PeerLost: a collective failed because of it. JAX itself notices after 100 s at the latest, by missing heartbeats.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    text = " ".join(str(error).split())
+    if jax.process_count() == 1 or not _PEER_LOST.search(text):
+      raise
+    raise PeerLost(
+      f"Another process of this run has ended or cannot be reached; its own output may say why ({text[:200]}). Start the "
+      f"same command on all machines again: the run goes on from its last checkpoint."
+    ) from error
 
 
 def leave(code: int) -> int:

@@ -179,8 +179,8 @@ def write_report(
   start = start_lines(progress.start) if progress.start else []
   if progress.retries:
     start.append(
-      f"The run went back to a checkpoint {progress.retries} times because a loss or gradient was not finite; since the "
-      f"last time, all learning rates are multiplied by {progress.learning_rate_scale:g}."
+      f"Losses or gradients that were not finite sent the run back to a checkpoint (retries: {progress.retries}); since "
+      f"then all learning rates are multiplied by {progress.learning_rate_scale:g}."
     )
   try:
     captions = write_plots(workdir / "plots", progress, phases, params)

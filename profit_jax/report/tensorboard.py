@@ -1,5 +1,8 @@
 """TensorBoard through clu: scalars per epoch, and the training loss per step."""
 
+import contextlib
+from collections.abc import Callable
+
 from clu import metric_writers
 
 from profit_jax.plan import Phase
@@ -32,10 +35,24 @@ class TensorBoardObserver(Observer):
   * at the first, every fifth and the last epoch of a phase.
   """
 
-  def __init__(self, logdir: str):
-    """Args: logdir: any path that TensorFlow's file system opens."""
-    self._writer = metric_writers.SummaryWriter(logdir)
+  def __init__(self, logdir: str, warn: Callable[[str], None]):
+    """Args: logdir: any path that TensorFlow's file system opens; warn: told when nothing more can be written."""
+    self._writer: metric_writers.SummaryWriter | None = metric_writers.SummaryWriter(logdir)
+    self._warn = warn
     self._step = 0
+
+  def _write(self, step: int, scalars: dict[str, float], flush: bool = False) -> None:
+    if self._writer is None:
+      return
+    try:
+      self._writer.write_scalars(step, scalars)
+      if flush:
+        self._writer.flush()
+    except Exception as error:  # TensorFlow's own; a full disk, mostly
+      # Training is worth more than its curves, and a checkpoint that finds the same disk full says so.
+      self._writer = None
+      reason = " ".join(str(error).split())[:200]
+      self._warn(f"TensorBoard's events cannot be written any more, training goes on without them: {reason}")
 
   def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
     """See `Observer`."""
@@ -44,16 +61,14 @@ class TensorBoardObserver(Observer):
   def start_evaluated(self, start: Start) -> None:
     """See `Observer`."""
     if start.top1 is not None:
-      self._writer.write_scalars(0, {"eval/top1": start.top1, "eval/top5": start.top5})
+      self._write(0, {"eval/top1": start.top1, "eval/top5": start.top5})
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """See `Observer`."""
     self._step += 1
     if self._step % _STEPS_BETWEEN:
       return
-    self._writer.write_scalars(
-      self._step, {"train/step_loss": metrics["loss"], "train/images_per_second": images_per_second}
-    )
+    self._write(self._step, {"train/step_loss": metrics["loss"], "train/images_per_second": images_per_second})
 
   def epoch_done(self, report: EpochReport) -> None:
     """See `Observer`."""
@@ -72,9 +87,10 @@ class TensorBoardObserver(Observer):
     if report.epoch in (1, report.phase.epochs) or report.epoch % _EPOCHS_BETWEEN == 0:
       scalars |= {f"clip_rate/{name}": value for name, value in report.clip_rate.items()}
       scalars |= quantizer_scalars(report.params)
-    self._writer.write_scalars(report.step, scalars)
-    self._writer.flush()
+    self._write(report.step, scalars, flush=True)
 
   def close(self) -> None:
     """See `Observer`."""
-    self._writer.close()
+    if self._writer is not None:
+      with contextlib.suppress(Exception):  # what it still had to write, and could not
+        self._writer.close()

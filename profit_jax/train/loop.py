@@ -224,7 +224,8 @@ class Loop:
     if not metrics.pop("finite"):
       where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, step {step}"
       rates = self._learning_rates(phase, progress.epoch)
-      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, self._moment.state.params))
+      quantized = self._moment.state.params if phase.weight_bits or phase.act_bits else {}
+      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, quantized))
     metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
     for name, value in metrics.items():
       progress.totals[name] = progress.totals.get(name, 0.0) + value

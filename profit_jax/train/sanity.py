@@ -34,7 +34,7 @@ def describe(where: str, loss: float, rates: Mapping[str, float], params: Mappin
     where: phase, epoch and step.
     loss: the step's.
     rates: learning rates by optimizer group.
-    params: before the step.
+    params: before the step; empty in full precision, which uses no quantizers.
   """
   what = f"The loss is {loss}" if not np.isfinite(loss) else f"The loss is {loss:.4g}, but its gradient is not finite"
   used = ", ".join(f"{group} {rate:.3g}" for group, rate in rates.items() if rate)
