@@ -1,6 +1,7 @@
 """What tests read from the directory of a run, and how they stop one."""
 
 import json
+import os
 
 import pytest
 
@@ -37,6 +38,20 @@ def assert_same_run(one, other):
   assert without_times(a.values) == without_times(b.values)
   assert a.arrays.keys() == b.arrays.keys()
   assert [path for path in a.arrays if a.arrays[path].tobytes() != b.arrays[path].tobytes()] == []
+
+
+def signal_at(patch, signals):
+  """Before it goes on from each of these numbers, the run gets the signal, once; returns the numbers that have come."""
+  meet, come = Loop._meet, []
+
+  def signalled(self):
+    if self._number in signals and self._number not in come:
+      come.append(self._number)
+      os.kill(os.getpid(), signals[self._number])
+    meet(self)
+
+  patch.setattr(Loop, "_meet", signalled)
+  return come
 
 
 def stop_at(patch, numbers):

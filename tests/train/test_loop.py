@@ -1,5 +1,7 @@
 """A whole run: its files, and that stopping it changes nothing."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ from tensorboard.util.tensor_util import make_ndarray
 from profit_jax import app, snapshots
 from profit_jax.models import variable_shapes
 from profit_jax.settings import ConfigError
+from profit_jax.train.interrupt import Stopped
 from profit_jax.train.state import create_state
 from tests.train.conftest import tiny_config
-from tests.train.runs import assert_same_run, newest_of, number, result_of, stop_at
+from tests.train.runs import assert_same_run, newest_of, number, result_of, signal_at
 from tests.train.tiny import CONVS, TinyNet
 
 
@@ -72,16 +75,27 @@ def test_tensorboard_has_every_promised_tag(finished_run):
   assert any(rate > 0 for rate in rates)  # a is 0.9 of the largest weight at first
 
 
-def test_a_stopped_run_ends_with_the_same_numbers(finished_run, tmp_path, monkeypatch):
-  # At the end of the full-precision phase (which makes the teacher), in the middle of an epoch with quantized activations,
-  # in mid-sampling and in a frozen phase.
-  stops = [number(2), number(5, 3), number(24, 5), number(28, 9)]
-  come = stop_at(monkeypatch, stops)
-  for _ in stops:
-    with pytest.raises(KeyboardInterrupt):
+def test_a_run_stopped_by_signals_ends_with_the_same_numbers(finished_run, tmp_path, monkeypatch):
+  # In the middle of full precision, where the teacher is made, with quantized activations, in mid-sampling, and between a
+  # frozen phase's last step and its evaluation.
+  stops = {
+    number(0, 4): (
+      signal.SIGTERM,
+      r"in phase 1 of 22 \(fp\), after 0 of its 2 epochs and 4 of 10 steps; everything is saved",
+    ),
+    number(2): (signal.SIGINT, r"phase 2 of 22"),
+    number(4, 3): (signal.SIGTERM, r"a8 ft\), after 1 of its 2 epochs and 3 of 10 steps"),
+    number(24, 5): (signal.SIGTERM, r"w4a4 sampling\), after 1 of its 2 epochs and 5 of 10 steps"),
+    number(29, 10): (signal.SIGINT, r"w4a4 ft3\), after 0 of its 2 epochs and 10 of 10 steps"),
+  }
+  come = signal_at(monkeypatch, {at: asked for at, (asked, _) in stops.items()})
+  for asked, where in stops.values():
+    with pytest.raises(Stopped, match=f"by {asked.name} .*{where}") as stopped:
       app.main(tiny_config(), str(tmp_path), "train")
+    assert stopped.value.code == 128 + asked
   app.main(tiny_config(), str(tmp_path), "train")
-  assert come == stops
+  assert come == list(stops)
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   assert_same_run(tmp_path, finished_run)
 
 

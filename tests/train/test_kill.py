@@ -1,0 +1,71 @@
+"""SIGKILL at any instant: the same command goes on, and ends with the same bits."""
+
+import multiprocessing
+import time
+
+import jax
+import pytest
+
+from profit_jax import app, snapshots
+from profit_jax.settings import ConfigError
+from tests.train.conftest import tiny_config
+from tests.train.runs import assert_same_run, number
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+  """Starts the tiny run, forked from a process that has imported everything once."""
+  server = multiprocessing.get_context("forkserver")
+  server.set_forkserver_preload(["tests.train.killed"])
+  log = tmp_path_factory.mktemp("log") / "log"
+
+  def start(workdir):
+    from tests.train import killed
+
+    changes = {"checkpoint.minutes": 0.002}  # a save at nearly every step
+    process = server.Process(target=killed.train, args=(str(workdir), jax.config.jax_compilation_cache_dir, log, changes))
+    process.start()
+    return process
+
+  return start
+
+
+def wait(process, condition):
+  end = time.monotonic() + 120
+  while not condition():
+    assert process.is_alive(), "the run ended by itself"
+    assert time.monotonic() < end
+    time.sleep(0.001)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_numbers(finished_run, started, tmp_path):
+  run = tmp_path / "run"
+  checkpoints = run / "checkpoints"
+
+  def reached(least):
+    return lambda: max(snapshots.saved_numbers(checkpoints), default=-1) >= least
+
+  def saving(least):
+    return lambda: reached(least)() and any(checkpoints.glob("*tmp*"))
+
+  instants = {
+    "before the first checkpoint": checkpoints.exists,
+    "in the first save": saving(-1),
+    "in mid-epoch": reached(number(3, 2)),
+    "in a save in mid-sampling": saving(number(24, 1)),
+    "in a frozen phase": reached(number(28)),
+  }
+  for instant, condition in instants.items():
+    process = started(run)
+    wait(process, condition)
+    if instant == "in mid-epoch":
+      # While it lives, nobody else trains there; once it is killed, anybody may.
+      with pytest.raises(ConfigError, match=rf"{run} is in use by a run that is still going on: process {process.pid} on"):
+        app.main(tiny_config(), str(run), "train")
+    process.kill()
+    process.join()
+    assert process.exitcode == -9, instant
+  process = started(run)
+  process.join(120)
+  assert process.exitcode == 0
+  assert_same_run(run, finished_run)
