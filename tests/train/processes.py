@@ -1,20 +1,21 @@
-"""One of several processes: trains the tiny net, stops in the middle as if interrupted, and goes on.
+"""One of several processes that train the tiny net; the last one can be made to end on the way.
 
-python -m tests.train.processes WORKDIR COORDINATOR PROCESSES ID
+python -m tests.train.processes WORKDIR COORDINATOR PROCESSES ID [SIGNAL STEP]
 """
 
+import functools
+import signal
 import sys
 
 import jax
 import pytest
 
-from profit_jax import app
+from profit_jax import app, distributed
 from profit_jax.models import REGISTRY
+from profit_jax.settings import Ending
 from tests.train.conftest import tiny_config
-from tests.train.runs import number, stop_at
+from tests.train.runs import signal_at
 from tests.train.tiny import TinyNet
-
-EPOCHS_BEFORE_THE_STOP = 2  # of four
 
 
 def config():
@@ -29,15 +30,20 @@ def config():
   )
 
 
-def main(workdir, coordinator, processes, process):
+def main(workdir, coordinator, processes, process, asked="", at=""):
   REGISTRY["tiny"] = TinyNet
-  cluster = app.Cluster(coordinator, int(processes), int(process))
   with pytest.MonkeyPatch.context() as patch:
-    stop_at(patch, [number(EPOCHS_BEFORE_THE_STOP)])
+    # Ten seconds instead of a hundred: the tests wait for it.
+    patch.setattr(
+      jax.distributed, "initialize", functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
+    )
+    if asked and int(process) == int(processes) - 1:
+      signal_at(patch, {int(at): signal.Signals[asked]})
     try:
-      app.main(config(), workdir, "train", None, cluster)
-    except KeyboardInterrupt:
-      app.main(config(), workdir, "train", None, cluster)
+      app.main(config(), workdir, "train", None, app.Cluster(coordinator, int(processes), int(process)))
+    except Ending as ending:
+      print(f"{ending.label}: {ending}")
+      distributed.leave(ending.code)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from profit_jax import app, distributed
 from profit_jax.settings import ConfigError
 from tests.data import pictures
 from tests.train.processes import config
-from tests.train.runs import newest_of, result_of
+from tests.train.runs import newest_of, number, result_of
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -26,26 +27,26 @@ def best_of(workdir):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-  """The directory of a run of two processes with two devices each, and what each printed."""
-  workdir = tmp_path_factory.mktemp("processes")
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
-  command = [sys.executable, "-m", "tests.train.processes", str(workdir), address, "2"]
-  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
-  started = [
-    subprocess.Popen(
-      [*command, str(i)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for i in range(2)
-  ]
-  try:
-    printed = [process.communicate(timeout=300) for process in started]
-  finally:
-    for process in started:
-      process.kill()
-  assert [process.returncode for process in started] == [0, 0], printed
-  return workdir, [out for out, _ in printed]
+  """The directory of a run of two processes with two devices each, and how they ended and what they printed, each time."""
+  workdir, cache = tmp_path_factory.mktemp("processes"), str(tmp_path_factory.mktemp("cache"))
+
+  def start(*stop):
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.train.processes", str(workdir), address, "2"]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, str(i), *stop], cwd=ROOT, env=environment, **pipes) for i in range(2)]
+    try:
+      printed = [process.communicate(timeout=150) for process in started]
+    finally:
+      for process in started:
+        process.kill()
+    return [process.returncode for process in started], printed
+
+  # The second one is told that its machine goes away; then, after a checkpoint, it goes away without a word.
+  return workdir, [start("SIGTERM", str(number(0, 5))), start("SIGKILL", str(number(2, 4))), start()]
 
 
 def alone(workdir, monkeypatch, devices):
@@ -74,11 +75,34 @@ def test_two_processes_of_two_devices_compute_what_one_device_computes(tiny, two
 
 
 def test_the_first_process_prints_and_writes(two_processes):
-  workdir, printed = two_processes
-  assert "A4: top-1" in printed[0]
-  assert [line for line in printed[1].splitlines() if not line.startswith("[Gloo]")] == []
-  assert len(list(workdir.glob("events.out.tfevents.*"))) == 2  # one writer before the stop, one after
+  workdir, (_, _, (codes, printed)) = two_processes
+  assert codes == [0, 0], printed
+  assert "A4: top-1" in printed[0][0]
+  assert [line for line in printed[1][0].splitlines() if not line.startswith("[Gloo]")] == []
+  assert len(list(workdir.glob("events.out.tfevents.*"))) == 3  # a writer for every start
   assert {path.name for path in workdir.glob("*.json")} == {"config.json", "data.json", "result.json"}
+
+
+def test_a_preemption_notice_to_one_process_stops_all_at_one_step(two_processes):
+  codes, printed = two_processes[1][0]
+  assert codes == [128 + signal.SIGTERM] * 2, printed
+  told = [out.splitlines()[-1] for out, _ in printed]
+  assert told[0] == told[1]
+  assert told[0].startswith("stopped: by SIGTERM in phase 1 of 2 (fp), after 0 of its 2 epochs and ")
+  assert "everything is saved" in told[0]
+
+
+def test_where_one_process_is_lost_the_others_end_and_say_so(two_processes):
+  (first, second), printed = two_processes[1][1]
+  assert second == -signal.SIGKILL
+  # Either its collective fails, or (one of its own devices waits for another in vain) JAX misses the other's heartbeats.
+  if first == 1:
+    assert "error: Another process of this run has ended or cannot be reached" in printed[0][0]
+  else:
+    assert first == -signal.SIGABRT, printed
+    assert "This most likely indicates that another task died" in printed[0][1]
+  assert "Going on from the checkpoint: in phase 1 of 2" in printed[0][0]
+  assert "Going on from the checkpoint: in phase 1 of 2 (fp), after 2 of its 2 epochs" in two_processes[1][2][1][0][0]
 
 
 @pytest.mark.parametrize(
