@@ -61,8 +61,7 @@ def main(
     if mode != "eval":
       raise ConfigError("--config is missing: give a configuration file, as --config configs/digits_w4.py.")
     _require_workdir(workdir, mode)
-    config = ml_collections.ConfigDict(files.read_config(directory))
-  settings = parse(config, REGISTRY)
+  settings = parse(config, REGISTRY) if given else files.read_settings(directory)
   only_file = mode == "eval" and given and settings.init.weights and not (workdir and files.is_begun(directory))
   if mode != "plan" and not only_file:
     _require_workdir(workdir, mode)

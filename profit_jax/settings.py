@@ -183,17 +183,15 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   Raises:
     ConfigError: naming the field, its value, and what is allowed.
   """
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(f"the configuration is a {type(config).__name__}: its get_config() must return a ConfigDict.")
   settings = _build(Settings, config.to_dict(), "config")
   _check_model(settings, models)
   _check_data(settings.data)
   _check_plan(settings.plan)
   epochs = settings.plan.full_precision_epochs
-  _require(
-    epochs >= 1 or not settings.new_classifier,
-    "plan.full_precision_epochs",
-    epochs,
-    "1 or above without init.weights, and with init.reset_head",
-  )
+  needed = "1 or above without init.weights, and with init.reset_head"
+  _require(epochs >= 1 or not settings.new_classifier, "plan.full_precision_epochs", epochs, needed)
   _require(
     bool(settings.init.weights) or not settings.init.reset_head,
     "init.reset_head",
@@ -204,6 +202,8 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   _require(0 <= settings.seed < 2**32, "seed", settings.seed, "0 or above, below 2^32")
   for name in ("batch_size", "accumulation_steps", "eval_batch_size"):
     _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "1 or above")
+  parts, fitting = train.accumulation_steps, f"a divisor of train.batch_size = {train.batch_size}"
+  _require(train.batch_size % parts == 0, "train.accumulation_steps", parts, fitting)
   for name in ("learning_rate", "full_precision_learning_rate"):
     _require(0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10")
   _require(0 <= train.quantizer_lr_scale <= 1, "train.quantizer_lr_scale", train.quantizer_lr_scale, "0 to 1")
@@ -239,12 +239,10 @@ def _check_model(settings: Settings, models: Collection[str]) -> None:
     none = f'"" with teacher.model = {teacher.model}, which reads none'
     _require(not teacher.weights, "teacher.weights", teacher.weights, none)
   else:
-    _require(
-      bool(teacher.weights),
-      "teacher.weights",
-      teacher.weights,
-      f"a weights file: teacher.model = {teacher.model} cannot teach without one; or set teacher.model to self or none",
+    needed = (
+      f"a weights file: teacher.model = {teacher.model} cannot teach without one; or set teacher.model to self or none"
     )
+    _require(bool(teacher.weights), "teacher.weights", teacher.weights, needed)
 
 
 def _check_data(data: DataSettings) -> None:

@@ -4,13 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import ml_collections
 from etils import epath
 
 from profit_jax import plan
-from profit_jax.models import REGISTRY, build, variable_shapes
-from profit_jax.report.files import read_config, read_sizes
-from profit_jax.settings import ConfigError, parse
+from profit_jax.models import build, variable_shapes
+from profit_jax.report.files import read_settings, read_sizes
+from profit_jax.settings import ConfigError
 from profit_jax.weights.load import differing_settings, load_variables, namings
 from profit_jax.weights.save import leaves_quantizers_out, named_tensors, settings_metadata, write_safetensors
 
@@ -26,7 +25,7 @@ def write(run: str, file: str, names: str | None) -> str:
   Raises:
     ConfigError: anything that the user can mend.
   """
-  settings = parse(ml_collections.ConfigDict(read_config(epath.Path(run))), REGISTRY)
+  settings = read_settings(epath.Path(run))
   model = settings.model.name
   if names is None:
     names = next(source for source in ("authors", "torchvision", "timm", "profit_jax") if source in namings(model))

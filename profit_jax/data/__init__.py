@@ -92,10 +92,19 @@ def _images(settings, host):
   return images.Images(splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, host)
 
 
+_SMALL_BATCH = 1024  # of which nobody minds the padding
+
+
 def _check_batch(settings, found):
   batch = settings.train.batch_size
   if batch > found.train_examples:
     raise ConfigError(
       f"config.train.batch_size = {batch} is larger than the data: {settings.data.name} has {found.train_examples} "
       f"training images, and an epoch needs at least one full batch. Use {found.train_examples} or less."
+    )
+  evaluated, most = settings.train.eval_batch_size, max(found.eval_examples, _SMALL_BATCH)
+  if evaluated > most:
+    raise ConfigError(
+      f"config.train.eval_batch_size = {evaluated} is not allowed: {settings.data.name} has {found.eval_examples} "
+      f"evaluation images, and the rest of a batch would be padding. Use {most} or less."
     )

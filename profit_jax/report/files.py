@@ -12,13 +12,15 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import ml_collections
 from etils import epath
 
 from profit_jax.data import Facts
+from profit_jax.models import REGISTRY
 from profit_jax.plan import Phase, bits_name
 from profit_jax.report.console import final_line, start_lines
 from profit_jax.report.plots import write_plots
-from profit_jax.settings import ConfigError, Settings
+from profit_jax.settings import ConfigError, Settings, parse
 from profit_jax.train.progress import Progress, summary
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "clu", "ml-collections", "numpy")
@@ -126,6 +128,15 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
   if not isinstance(config, dict):
     raise ConfigError(f"{path} does not hold a configuration. Use another --workdir, or restore the file.")
   return config
+
+
+def read_settings(workdir: epath.Path) -> Settings:
+  """The settings of a run; raises as `read_config`, and where the file does not hold allowed values."""
+  config = read_config(workdir)
+  try:
+    return parse(ml_collections.ConfigDict(config), REGISTRY)
+  except ConfigError as error:
+    raise ConfigError(f"--workdir {workdir}: config.json is damaged, or of another release: {error}") from error
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:

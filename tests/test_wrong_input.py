@@ -1,0 +1,258 @@
+"""Whatever is wrong with a configuration, a command line or a file: one message that names it, and exit code 2."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import pathlib
+import sys
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from absl import flags
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+from configs import base, digits_w4
+from profit_jax import distributed, plan
+from profit_jax.data.digits import FACTS
+from profit_jax.models import REGISTRY, build, variable_shapes
+from profit_jax.settings import ConfigError, parse
+from profit_jax.train import aiwq, start, steps
+from profit_jax.train.programs import Programs
+from profit_jax.train.progress import Progress
+from profit_jax.weights.files import read_contents
+from tests.wrong_input import FIELDS, TEXT, WORDS
+
+# `HYPOTHESIS_PROFILE=full pytest tests/test_wrong_input.py` draws 500 of each kind.
+hypothesis.settings.register_profile("ci", max_examples=120, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("full", max_examples=500, deadline=None, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+FLAGS = ("config", "workdir", "mode", "images_per_second", "coordinator_address", "num_processes", "process_id")
+# ml_collections' way to load a configuration file.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
+DIGITS = "--config=configs/digits_w4.py:mobilenet_v1"
+
+
+@pytest.fixture(scope="module")
+def main():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(distributed, "leave", lambda code: code)
+    patch.setattr(sys, "argv", sys.argv)
+    patch.chdir(os.path.dirname(os.path.dirname(__file__)))
+    yield importlib.import_module("main")
+
+
+def command(main, arguments):
+  """What `python main.py` does with arguments, in this process; returns exit code, output and errors."""
+  for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+    delattr(flags.FLAGS, name)
+  flags.FLAGS.unparse_flags()
+  for name in FLAGS:
+    flags.FLAGS[name].unparse()
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+      sys.argv = ["main.py", *arguments]  # where ml_collections looks for overrides
+      code = main.main(main._parse(sys.argv))
+    except SystemExit as left:
+      code = left.code
+  return code, out.getvalue(), err.getvalue()
+
+
+def overrides(changes):
+  return [
+    f"--config.{field}={value!r}" if isinstance(value, tuple) else f"--config.{field}={value}"
+    for field, value in changes.items()
+  ]
+
+
+def assert_refused(code, err, names):
+  assert code == 2, err
+  errors = [line for line in err.splitlines() if line.startswith("error: ")]
+  assert len(errors) == 1, err
+  assert "Traceback" not in err
+  assert any(name in err for name in names), err
+
+
+def test_every_field_is_drawn_from():
+  config = base.get_config()
+  fields = {f"{section}.{name}" for section in config if hasattr(config[section], "keys") for name in config[section]}
+  assert set(FIELDS) == fields | {name for name in config if not hasattr(config[name], "keys")}
+
+
+def test_an_override_arrives(main):
+  assert "22 phases, 79 epochs" in command(main, [DIGITS, "--mode=plan", "--config.plan.full_precision_epochs=33"])[1]
+  assert "22 phases, 76 epochs" in command(main, [DIGITS, "--mode=plan"])[1]
+
+
+wrong_changes = st.lists(
+  st.sampled_from([field for field, (wrong, _) in FIELDS.items() if not wrong.is_empty]),
+  min_size=1,
+  max_size=3,
+  unique=True,
+).flatmap(lambda fields: st.fixed_dictionaries({field: FIELDS[field][0] for field in fields}))
+right_changes = st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=6, unique=True).flatmap(
+  lambda fields: st.fixed_dictionaries({field: FIELDS[field][1] for field in fields})
+)
+
+
+@hypothesis.given(changes=wrong_changes)
+def test_wrong_values_are_named(main, changes):
+  code, _, err = command(main, [DIGITS, "--mode=plan", *overrides(changes)])
+  assert_refused(code, err, [name for field in changes for name in (field, field.split(".")[-1])])
+
+
+def deep_check(changes):
+  """Traces the training step with everything quantized, as a run would before it compiles it."""
+  config = digits_w4.get_config("mobilenet_v1")
+  config.update_from_flattened_dict({**changes, "compilation_cache": ""})
+  settings = parse(config, REGISTRY)
+  phases = plan.plan(settings)
+  model = build(settings.model, 10)
+  teacher = start.load_teacher(settings, start.load_student(settings, 10, Progress()), 10, Progress()).model
+  programs = Programs(settings, FACTS, model, teacher, Mesh(np.asarray(jax.devices()[:1]), ("data",)))
+  last = phases[-1].program
+  programs.close()
+  step = steps.make_train_step(
+    programs._in_training(model),
+    programs.optimizer(last.train_kernels, frozenset()),
+    normalization=programs._normalization,
+    ema_rate=settings.train.ema_rate,
+    teacher_model=teacher,
+    accumulation_steps=settings.train.accumulation_steps,
+  )
+  sampling = aiwq.start(programs._params) if last.sampling else None
+  jax.eval_shape(
+    step,
+    programs.state_shapes(last.train_kernels, frozenset()),
+    programs._batch_shapes(settings.train.batch_size),
+    programs._levels_shapes(last.quantized_weights, last.quantized_acts),
+    jax.ShapeDtypeStruct((), np.float32),
+    jax.eval_shape(lambda: jax.random.key(0)),
+    variable_shapes(teacher, settings.data.image_size) if last.distill else None,
+    sampling,
+  )
+
+
+def accepted(main, changes):
+  """Whether mode plan takes the values; where it does not, it names a field."""
+  code, out, err = command(main, [DIGITS, "--mode=plan", *overrides(changes)])
+  if code == 2:
+    assert_refused(code, err, [f"config.{field}" for field in FIELDS])
+    return False
+  assert (code, err) == (0, "")
+  assert "phases, " in out
+  return True
+
+
+@hypothesis.given(changes=right_changes)
+def test_right_values_are_taken_or_a_field_is_named(main, changes):
+  accepted(main, changes)
+
+
+@hypothesis.settings(max_examples=60 if os.environ.get("HYPOTHESIS_PROFILE") == "full" else 5)
+@hypothesis.given(changes=right_changes)
+def test_what_is_accepted_does_not_fail_later(main, changes):
+  hypothesis.assume(accepted(main, changes))
+  deep_check(changes)
+
+
+wrong_arguments = st.one_of(
+  st.builds("--{}={}".format, WORDS, TEXT),
+  st.builds("--{}".format, WORDS),
+  TEXT.filter(lambda text: not text.startswith("-")),
+  st.builds("--mode={}".format, TEXT.filter(lambda text: text not in ("train", "eval", "plan"))),
+  st.builds("--images_per_second={}".format, WORDS | st.sampled_from(["0", "-1", "nan", "inf", ""])),
+  st.builds("--num_processes={}".format, WORDS | st.sampled_from(["1.5", ""])),
+  st.builds("--config=configs/{}.py".format, WORDS),
+  st.builds("--config.{}=1".format, WORDS),
+  st.builds("--config.train.{}=1".format, WORDS),
+  st.builds("--config.train.batch_size={}".format, WORDS | st.sampled_from(["", "1.5", "(1,)", "True"])),
+)
+
+
+@hypothesis.given(arguments=st.lists(wrong_arguments, min_size=1, max_size=3))
+def test_wrong_command_lines_are_refused(main, arguments):
+  code, _, err = command(main, [DIGITS, "--mode=plan", *arguments])
+  assert_refused(code, err, [""])
+
+
+wrong_lines = st.sampled_from(
+  [
+    "del config.train",
+    "config.train = 3",
+    "config.train = None",
+    "config.extra = 1",
+    "config.train.extra = 1",
+    "config.plan.weight_bits = None",
+    "config.plan.weight_bits = 4",
+    "config.train.momentum = [0.9]",
+    "config = None",
+    "config = {}",
+    "config = 'text'",
+    "raise RuntimeError('of the file')",
+    "raise KeyError('of the file')",
+    "import no_such_module",
+    "this is no python",
+    "config.model.name = b'mobilenet_v1'",
+    "config.data.image_size = 32.0",
+    "config.train.batch_size = 10**30",
+    "config.plan.freeze_fractions = ('a',)",
+    "return",
+  ]
+)
+
+
+@hypothesis.given(line=wrong_lines, unlocked=st.booleans())
+def test_wrong_configuration_files_are_refused(main, tmp_path_factory, line, unlocked):
+  path = tmp_path_factory.mktemp("config") / "config.py"
+  opening = "  config.unlock()\n" if unlocked else ""
+  opening = f"from configs import digits_w4\n\ndef get_config():\n  config = digits_w4.get_config()\n{opening}"
+  path.write_text(f"{opening}  {line}\n  return config\n")
+  code, _, err = command(main, [f"--config={path}", "--mode=plan"])
+  assert_refused(code, err, [""])
+
+
+@st.composite
+def damaged(draw, content):
+  """Bytes with something cut out, changed, or put in between."""
+  first = draw(st.integers(0, len(content)))
+  length = draw(st.sampled_from([0, 1, 4, 100, len(content)]))
+  put = draw(st.binary(max_size=8))
+  return content[:first] + put + content[first + length :]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  """Contents of small weights files, by suffix."""
+  directory = tmp_path_factory.mktemp("weights")
+  tensors = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float16)}
+  np.savez(directory / "w.npz", **tensors)
+  torch = pathlib.Path("tests/golden/torch_files/zip.pth").read_bytes()
+  return {".npz": (directory / "w.npz").read_bytes(), ".safetensors": safetensors.numpy.save(tensors), ".pth": torch}
+
+
+@hypothesis.given(data=st.data(), suffix=st.sampled_from([".npz", ".safetensors", ".pth"]))
+def test_damaged_weights_files_are_named(weights, tmp_path_factory, data, suffix):
+  path = tmp_path_factory.mktemp("damaged") / f"w{suffix}"
+  path.write_bytes(data.draw(damaged(weights[suffix])))
+  with contextlib.suppress(ConfigError):  # nothing else; and a changed number cannot be seen
+    read_contents(str(path))
+
+
+@hypothesis.settings(max_examples=200 if os.environ.get("HYPOTHESIS_PROFILE") == "full" else 30)
+@hypothesis.given(data=st.data(), name=st.sampled_from(["config.json", "data.json"]))
+def test_damaged_files_of_a_run_are_refused(main, tmp_path_factory, data, name):
+  workdir = tmp_path_factory.mktemp("run")
+  config = digits_w4.get_config("mobilenet_v1")
+  config.data.image_size, config.compilation_cache = 16, ""
+  (workdir / "config.json").write_text(json.dumps(parse(config, REGISTRY).to_dict(), indent=2))
+  (workdir / "data.json").write_text(json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10}))
+  (workdir / name).write_bytes(data.draw(damaged((workdir / name).read_bytes())))
+  code, _, err = command(main, ["--mode=eval", f"--workdir={workdir}"])
+  assert_refused(code, err, [str(workdir), "config."])  # as there is no checkpoint either, nothing can come of it

@@ -1,0 +1,121 @@
+"""Every field of a configuration with values that are wrong, and with values that are right: what the tests draw from."""
+
+import math
+
+from hypothesis import strategies as st
+
+TEXT = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S")), min_size=1, max_size=12)
+WORDS = st.from_regex(r"[a-z]{3,8}_[a-z]{1,8}", fullmatch=True)  # no name of anything here
+NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
+
+
+def ints(low, high):
+  """(wrong, right) whole numbers around an interval."""
+  return st.integers(-(2**40), low - 1) | st.integers(high + 1, 2**40), st.integers(low, high)
+
+
+def at_least(low):
+  """(wrong, right) whole numbers where any large one will do."""
+  return st.integers(-(2**40), low - 1), st.integers(low, 10**6)
+
+
+def floats(low, high, *, open_low=False, open_high=False):
+  """(wrong, right) numbers around an interval."""
+  below = st.floats(max_value=low, exclude_max=not open_low, allow_nan=False)
+  above = st.floats(min_value=high, exclude_min=not open_high, allow_nan=False)
+  return below | above | NOT_FINITE, st.floats(low, high, exclude_min=open_low, exclude_max=open_high)
+
+
+def choice(*names):
+  """(wrong, right) names."""
+  return WORDS | TEXT.filter(lambda name: name not in names), st.sampled_from(names)
+
+
+def truth():
+  """(wrong, right) booleans; the wrong ones are of another type."""
+  return WORDS, st.booleans()
+
+
+BITS = st.lists(st.integers(2, 8), max_size=4, unique=True).map(lambda bits: tuple(sorted(bits, reverse=True)))
+WRONG_BITS = (
+  st.lists(st.integers(-3, 12), min_size=1, max_size=4).map(tuple).filter(lambda bits: any(not 2 <= b <= 8 for b in bits))
+  | st.lists(st.integers(2, 8), min_size=2, max_size=4).map(tuple).filter(lambda b: list(b) != sorted(set(b), reverse=True))
+  | WORDS
+)
+FRACTIONS = st.lists(st.floats(0, 1), min_size=1, max_size=4).map(lambda shares: tuple(sorted(shares)))
+WRONG_FRACTIONS = (
+  st.just(())
+  | st.lists(st.floats(-2, 3), min_size=1, max_size=4).map(tuple).filter(lambda f: any(not 0 <= x <= 1 for x in f))
+  | st.lists(st.floats(0, 1), min_size=2, max_size=4).map(tuple).filter(lambda f: list(f) != sorted(f))
+)
+STRIDES = (
+  (st.lists(st.integers(-1, 4), min_size=1, max_size=9).map(tuple).filter(lambda s: len(s) != 6 or set(s) - {1, 2})),
+  st.just(()),
+)
+NORMALIZATIONS = ("dataset", "imagenet", "inception", "none")
+# digits in memory, MobileNet-v1, no files: what the tests start from.
+FIELDS = {
+  "seed": ints(0, 2**32 - 1),
+  "model.name": choice("mobilenet_v1"),
+  "model.width": floats(0, 4, open_low=True),
+  "model.activation": choice("relu", "relu6"),
+  "model.dropout": floats(0, 1, open_high=True),
+  "model.strides": STRIDES,
+  "model.bn_momentum": floats(0, 1, open_high=True),
+  "model.bn_epsilon": floats(0, 0.1, open_low=True),
+  "model.squeeze_excite": choice("before", "after"),
+  "model.pad_value": (st.floats().filter(lambda value: value not in (0.0, -0.375)), st.sampled_from([0.0, -0.375])),
+  "model.channel_rounding": choice("nearest", "up"),
+  "init.weights": (st.nothing(), st.just("")),  # a plan is made without reading it
+  "init.reset_head": (st.just(True), st.just(False)),
+  "teacher.model": choice("self", "none"),
+  "teacher.weights": (WORDS, st.just("")),
+  "teacher.batch_stats": choice("batch", "running"),
+  "teacher.normalization": choice(*NORMALIZATIONS),
+  "teacher.width": floats(0, 4, open_low=True),
+  "teacher.activation": choice("relu", "relu6"),
+  "teacher.strides": (st.lists(st.sampled_from([0, 3]), min_size=1).map(tuple), st.just(())),
+  "teacher.bn_epsilon": floats(0, 0.1, open_low=True),
+  "teacher.squeeze_excite": choice("before", "after"),
+  "teacher.pad_value": (st.floats().filter(lambda value: value not in (0.0, -0.375)), st.sampled_from([0.0, -0.375])),
+  "teacher.channel_rounding": choice("nearest", "up"),
+  "data.name": (st.sampled_from(["", " ", "../digits", "digits:x", "no_such_set", "folder"]), st.just("digits")),
+  "data.data_dir": (st.nothing(), st.just("")),
+  "data.train_split": (st.just(""), st.just("train")),
+  "data.eval_split": (st.nothing(), st.just("")),
+  "data.image_size": ints(8, 1024),
+  "data.normalization": choice(*NORMALIZATIONS),
+  "data.augment": truth(),
+  "data.train_crop": choice("resized", "padded"),
+  "data.eval_share": floats(0.1, 1),
+  "data.interpolation": choice("bicubic", "bilinear"),
+  "data.max_broken": floats(0, 1),
+  "data.readers": ints(1, 1024),
+  "plan.weight_bits": (WRONG_BITS, BITS),
+  "plan.act_bits": (WRONG_BITS, BITS),
+  "plan.progressive": truth(),
+  "plan.stabilize": truth(),
+  "plan.profit": truth(),
+  "plan.profit_bits": (st.just((7,)), st.just((4,)) | BITS),
+  "plan.freeze_fractions": (WRONG_FRACTIONS, FRACTIONS),
+  "plan.full_precision_epochs": at_least(0),
+  "plan.finetune_epochs": at_least(1),
+  "plan.bn_epochs": at_least(0),
+  "plan.sampling_epochs": at_least(1),
+  "plan.warmup_epochs": at_least(0),
+  "train.batch_size": ints(1, 1347),
+  "train.accumulation_steps": ints(1, 1347),
+  "train.eval_batch_size": ints(1, 1024),
+  "train.learning_rate": floats(0, 10, open_low=True),
+  "train.full_precision_learning_rate": floats(0, 10, open_low=True),
+  "train.quantizer_lr_scale": floats(0, 1),
+  "train.weight_decay": floats(0, 1, open_high=True),
+  "train.momentum": floats(0, 1, open_high=True),
+  "train.ema_rate": floats(0, 1, open_high=True),
+  "train.dtype": choice("float32", "bfloat16"),
+  "checkpoint.keep": at_least(1),
+  "checkpoint.minutes": (st.floats(max_value=0, exclude_max=True, allow_nan=False) | NOT_FINITE, st.floats(0, 1e6)),
+  "recovery.retries": at_least(0),
+  "recovery.learning_rate_factor": floats(0, 1, open_low=True, open_high=True),
+  "compilation_cache": (st.nothing(), st.just("")),
+}
