@@ -184,7 +184,7 @@ def _claim(workdir: epath.Path, settings: Settings, facts: data.Facts, closing: 
 
 
 def _warn(screen: Console, text: str) -> None:
-  screen.print(f"WARNING: {text}", style="yellow")
+  screen.print(f"WARNING: {text}", style="yellow", soft_wrap=True)  # whole in a log file, where a path is not cut in two
 
 
 def _watchers(screen, facts, workdir):

@@ -13,7 +13,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from profit_jax.settings import ConfigError, Ending
 
 _T = TypeVar("_T")
+_LAST = 2.0  # seconds by which the first process outlives the others: without it, JAX would abort them as they leave
 PATIENCE = 300.0  # seconds in which the processes must have started; JAX's own is the same
 
 
@@ -115,6 +116,15 @@ def from_first(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def numbers_of_first(numbers: Sequence[int]) -> list[int]:
+  """The numbers (below 2^31) that the first process gives, on all: another may see a directory as it was a second ago."""
+  if jax.process_count() == 1:
+    return list(numbers)
+  count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(numbers), np.int32)))
+  padded = np.resize(np.asarray(numbers, np.int32), count) if len(numbers) else np.zeros(count, np.int32)
+  return [int(number) for number in multihost_utils.broadcast_one_to_all(padded)]
+
+
 def on_all(value: bool) -> bool:
   """Whether it is true in every process."""
   if jax.process_count() == 1:
@@ -202,5 +212,7 @@ def leave(code: int) -> int:
   if code:
     sys.stdout.flush()
     sys.stderr.flush()
+    if jax.distributed.is_initialized() and is_first():
+      time.sleep(_LAST)
     os._exit(code)
   return code

@@ -4,8 +4,8 @@ WORKDIR/checkpoints/N/moment/  written through orbax: moment.safetensors has the
                                metadata; `sha256sum -c moment.sha256` checks it
 WORKDIR/damaged_checkpoints/   what could not be read back, set aside
 
-Orbax writes into a directory of another name and renames it: a process that is killed leaves no half of a moment. What
-happens to the files later, only a checksum tells; orbax has none.
+Orbax writes into a directory of another name and renames it (on `gs://`: marks it at the end): a process that is killed
+leaves no half of a moment. What happens to the files later, only a checksum tells; orbax has none.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from profit_jax.settings import ConfigError
 absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
 
 Warn = Callable[[str], None]
+_TIMEOUT = 120  # seconds
 _ITEM, _FILE, _CHECKSUM = "moment", "moment.safetensors", "moment.sha256"
 
 
@@ -73,6 +74,14 @@ class Snapshot(NamedTuple):
     return jax.tree_util.tree_map_with_path(lambda path, _: saved[_name(path)], template)
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, but for preemptions: the loop asks for them, and a second caller with other numbers would upset the count."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """Never."""
+    return False
+
+
 class Writer:
   """Writes moments, in the background, and keeps the last few."""
 
@@ -80,9 +89,17 @@ class Writer:
     """Args: directory: `WORKDIR/checkpoints`; keep: how many stay."""
     self._directory = epath.Path(directory)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True
+      max_to_keep=keep,
+      create=True,
+      cleanup_tmp_directories=True,
+      # How long the other processes wait for one that could not write.
+      async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT),
     )
-    self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def open_manager():
+      self._manager = _Manager(self._directory, options=options)
+
+    self._guarded(open_manager)
     self._newest = self._manager.latest_step()
 
   def save(self, number: int, trees: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -98,9 +115,11 @@ class Writer:
     """
     if number == self._newest:
       return
-    # A copy in memory: orbax writes in the background, while the next step is already given the originals to overwrite.
-    arrays = {path: np.asarray(leaf, order="C") for path, leaf in _leaves(jax.device_get(dict(trees)))}
-    content = safetensors.numpy.save(arrays, {"values": json.dumps(values)})
+    content = b""
+    if distributed.is_first():
+      # A copy in memory: orbax writes in the background, while the next step is already given the originals to overwrite.
+      arrays = {path: np.asarray(leaf, order="C") for path, leaf in _leaves(jax.device_get(dict(trees)))}
+      content = safetensors.numpy.save(arrays, {"values": json.dumps(values)})
     self._guarded(lambda: self._manager.save(number, args=ocp.args.Composite(**{_ITEM: _Save(content)})))
     self._newest = number
 
@@ -123,9 +142,14 @@ class Writer:
   def _guarded(self, action: Callable[[], Any]) -> None:
     try:
       action()
-    except (AssertionError, LookupError, TypeError, ValueError):
+    except (AssertionError, LookupError, TypeError):
       raise  # ours to mend
     except Exception as error:  # remote file systems have their own
+      lost = error
+      while lost is not None and not isinstance(lost, jax.errors.JaxRuntimeError):
+        lost = lost.__cause__
+      if lost is not None and jax.process_count() > 1:
+        raise lost from None  # another process is gone, see `distributed.peers_needed`
       there = saved_numbers(self._directory)
       good = f"the last good one is {there[-1]}" if there else "there is no earlier one"
       raise ConfigError(
@@ -139,7 +163,9 @@ def saved_numbers(directory: epath.PathLike) -> list[int]:
   directory = epath.Path(directory)
   if not directory.exists():
     return []
-  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+  # Where a directory cannot be renamed (`gs://`), orbax writes into it and marks it at the end.
+  there = (path for path in directory.iterdir() if path.name.isdigit())
+  return sorted(int(path.name) for path in there if ocp.path.step.is_path_finalized(path))
 
 
 def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = False) -> Snapshot | None:
@@ -159,7 +185,7 @@ def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = Fals
   directory = epath.Path(directory)
   damaged = {}
   found = None
-  for number in reversed(saved_numbers(directory)):
+  for number in reversed(distributed.numbers_of_first(saved_numbers(directory))):
     found, damage = _read_on_all(directory, number)
     if found is not None:
       break
@@ -236,7 +262,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
     """See orbax; `directory` may not be there yet, which the future waits for."""
 
     async def write():
-      if jax.process_index() == 0:
+      if distributed.is_first():
         (directory / _FILE).write_bytes(args.content)
         (directory / _CHECKSUM).write_text(f"{hashlib.sha256(args.content).hexdigest()}  {_FILE}\n")
 

@@ -38,7 +38,7 @@ class ConsoleObserver(Observer):
 
   def warned(self, text: str) -> None:
     """See `Observer`."""
-    self._console.print(f"WARNING: {text}", style="yellow")
+    self._console.print(f"WARNING: {text}", style="yellow", soft_wrap=True)
 
   def phase_started(self, phase: Phase, steps_done: int) -> None:
     """See `Observer`."""

@@ -87,23 +87,33 @@ def hold(workdir: epath.Path) -> Iterator[None]:
   Not in remote file systems (`gs://`), which have none.
 
   Raises:
-    ConfigError: a run that lives holds it.
+    ConfigError: a run that lives holds it, or it cannot be written.
   """
   if "://" in os.fspath(workdir):
     yield
     return
-  with open(workdir / "lock", "a+") as lock:
+  try:
+    lock = open(workdir / "lock", "a+")  # noqa: SIM115  held open by the caller's `with`
+  except OSError as error:
+    raise ConfigError(
+      f"--workdir {workdir} cannot be written: {error}. Make room, or give a directory that can."
+    ) from error
+  with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
       lock.seek(0)
       raise ConfigError(
         f"--workdir {workdir} is in use by a run that is still going on: {lock.read().strip() or 'it has not said which'}. "
         f"Wait for its end, stop it, or use another directory."
       ) from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
-    lock.flush()
+    except OSError:  # a file system without locks, as `gs://`
+      yield
+      return
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+      lock.truncate(0)
+      lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+      lock.flush()
     yield
 
 

@@ -38,10 +38,13 @@ def evaluate(
   step = programs.eval_step(weight_bits is not None, act_bits is not None, who)
   steps = levels(weight_bits, act_bits)
   results = []
-  # All batches are sent before the first result is asked for.
+  # All batches are sent before the first result is asked for; not on a CPU, where a run that is asked to stop would wait.
+  ahead = 2 if jax.default_backend() == "cpu" else None
   for batch in source.eval_batches(settings.train.eval_batch_size):
     interrupt.check()
     results.append(step(variables, programs.split(batch), steps))
+    if ahead and len(results) > ahead:
+      jax.block_until_ready(results[-1 - ahead])
   results = jax.device_get(results)
   total = jax.tree.map(lambda *values: float(sum(values)), *results)
   examples, clip_rate = total["examples"], total.pop("clip_rate")

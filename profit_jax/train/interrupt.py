@@ -31,8 +31,9 @@ class Stopped(Ending):
 
 @contextlib.contextmanager
 def graceful() -> Iterator[None]:
-  """Within, SIGTERM (a preemption, a batch system) and SIGINT (Ctrl-C) make `check` raise; a second one ends at once.
+  """Within, SIGTERM (a preemption, a batch system) and SIGINT (Ctrl-C) make `check` raise.
 
+  A second Ctrl-C ends at once; batch systems may send SIGTERM twice and mean the same.
   Of several processes, JAX listens for SIGTERM itself and lets all of them agree on a step; see
   `multihost_utils.reached_preemption_sync_point`. Nothing changes outside the main thread, where Python allows no handlers.
   """
@@ -45,8 +46,7 @@ def graceful() -> Iterator[None]:
   def handle(number, _):
     global _requested
     _requested = signal.Signals(number)
-    for asked, handler in before.items():
-      signal.signal(asked, handler)
+    signal.signal(signal.SIGINT, before[signal.SIGINT])
 
   for asked in before:
     signal.signal(asked, handle)

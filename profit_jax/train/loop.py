@@ -15,17 +15,16 @@ from profit_jax.plan import Phase, target_phases
 from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
 from profit_jax.train import aiwq, checkpoint, interrupt, sanity, stages
-from profit_jax.train.checkpoint import Moment
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.programs import Frozen, Programs
-from profit_jax.train.progress import Best, EpochRecord, Progress
+from profit_jax.train.progress import EpochRecord, Progress
 from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, evaluated
 from profit_jax.train.state import create_state
 
 # How many steps may be under way before the loop waits for the oldest one's numbers: enough that no device runs dry,
-# few enough that the progress bar tells the present.
-_STEPS_AHEAD = 8
+# few enough that the progress bar tells the present. On a CPU they take long, and a run that is asked to stop waits.
+_STEPS_AHEAD = {"cpu": 2}
 # Several processes ask the first one's clock whether to save; not at every step, because the answer is sent around.
 _STEPS_BETWEEN_CLOCKS = 32
 
@@ -70,8 +69,9 @@ class Loop:
     self._pending: collections.deque = collections.deque()
     self._mark = time.perf_counter(), programs.waited_seconds
     self._saved_at = time.monotonic()
+    self._meetings = 0
 
-  def run(self, snapshot: snapshots.Snapshot | None) -> Moment:
+  def run(self, snapshot: snapshots.Snapshot | None) -> checkpoint.Moment:
     """Trains to the end of the plan; returns at once if it is there already.
 
     Args:
@@ -93,6 +93,9 @@ class Loop:
         self._writer.wait()
       except interrupt.Stopped as stopped:
         raise stopped.told(self._save_at_last()) from None
+      except sanity.NotFinite:
+        self._writer.wait()  # for a moment before it that is under way
+        raise
     self._observer.run_done(self._moment.progress, self._moment.best["params"])
     return self._moment
 
@@ -103,15 +106,10 @@ class Loop:
         self._run_phase(phase)
       return True
     except sanity.NotFinite as error:
-      progress, allowed = self._moment.progress, self._settings.recovery.retries
-      if progress.retries >= allowed:
-        tried = f" after {progress.retries} retries" if progress.retries else ""
-        raise sanity.NotFinite(
-          f"{error} The run stops{tried}; its last checkpoint stays. The same command with --config.recovery.retries="
-          f"{progress.retries + 1} goes back to it and on with {self._settings.recovery.learning_rate_factor:g} times "
-          f"the learning rates."
-        ) from None
-      self._observer.warned(f"{error} The run goes back to its last checkpoint, retry {progress.retries + 1} of {allowed}.")
+      retries, recovery = self._moment.progress.retries, self._settings.recovery
+      if retries >= recovery.retries:
+        raise sanity.gives_up(error, retries, recovery.learning_rate_factor) from None
+      self._observer.warned(f"{error} The run goes back to its last checkpoint, retry {retries + 1} of {recovery.retries}.")
       return False
 
   def _begin(self, snapshot: snapshots.Snapshot | None) -> None:
@@ -128,7 +126,7 @@ class Loop:
       state = self._programs.replicate(create_state(self._student.make(), ema=self._settings.train.ema_rate > 0))
       # A teacher of its own goes into every checkpoint: a run that goes on does not read the file again.
       own = given if self._settings.teacher.model == "self" else None
-      self._moment = Moment(progress, state, teacher=own)
+      self._moment = checkpoint.Moment(progress, state, teacher=own)
     else:
       phase = self._phases[progress.phase - 1]
       state = self._programs.state_shapes(phase.program.train_kernels, stages.frozen(phase, progress))
@@ -139,6 +137,7 @@ class Loop:
       self._moment = moment
     teacher = given if self._moment.teacher is None else self._moment.teacher
     self._teacher = None if teacher is None else self._programs.replicate(teacher)
+    self._meet()
     if snapshot is None:
       self._evaluate_start()
 
@@ -192,16 +191,21 @@ class Loop:
       moment.sampling = moment.sampling._replace(has_previous=self._programs.replicate(np.zeros((), bool)))
     phase_levels = levels(phase.weight_bits, phase.act_bits)
     rate = np.float32(phase.learning_rate_at(progress.epoch) * progress.learning_rate_scale)
-    teacher = self._teacher if phase.distill else None
     self._epoch_started = time.perf_counter(), progress.step
     for batch in self._source.train_batches(progress.total_epochs, self._settings.train.batch_size, progress.step):
       self._meet()
       moment.state, metrics, moment.sampling = step(
-        moment.state, self._programs.split(batch), phase_levels, rate, self._key, teacher, moment.sampling
+        moment.state,
+        self._programs.split(batch),
+        phase_levels,
+        rate,
+        self._key,
+        self._teacher if phase.distill else None,
+        moment.sampling,
       )
       progress.step += 1
       self._pending.append(metrics)
-      if len(self._pending) > _STEPS_AHEAD:
+      if len(self._pending) > _STEPS_AHEAD.get(jax.default_backend(), 8):
         self._collect()
       # At an epoch's last step, what its evaluation finds should be part of it.
       if progress.step < self._steps_per_epoch and self._save_is_due():
@@ -212,7 +216,9 @@ class Loop:
   def _meet(self) -> None:
     """Stops where a signal asks for it; several processes at the same step."""
     interrupt.check()
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._number):
+    # All processes have met as often, and JAX wants numbers that follow on each other from 1.
+    self._meetings += 1
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._meetings):
       raise interrupt.Stopped(interrupt.PREEMPTED)
 
   def _collect(self) -> None:
@@ -223,9 +229,10 @@ class Loop:
     phase = self._phases[progress.phase - 1]
     if not metrics.pop("finite"):
       where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, step {step}"
-      rates = self._learning_rates(phase, progress.epoch)
       quantized = self._moment.state.params if phase.weight_bits or phase.act_bits else {}
-      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, quantized))
+      raise sanity.NotFinite(
+        sanity.describe(where, metrics["loss"], self._learning_rates(phase, progress.epoch), quantized)
+      )
     metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
     for name, value in metrics.items():
       progress.totals[name] = progress.totals.get(name, 0.0) + value
@@ -259,7 +266,10 @@ class Loop:
     progress = self._moment.progress
     if not self._number:
       return "before its first step; the same command begins again"
-    self._save()
+    try:
+      self._save()
+    except sanity.NotFinite as error:
+      return f"at a bad moment: {error} The same command goes on from the last checkpoint"
     self._writer.wait()
     place = stages.place(self._phases, progress, self._steps_per_epoch)
     return f"{place}; everything is saved, and the same command goes on from there"
@@ -311,25 +321,16 @@ class Loop:
     self._mark = now
 
   def _keep_best(self, phase: Phase, raw: dict[str, float], average: dict[str, float] | None) -> None:
-    """The better of the raw weights and their average counts; the first of equals stays."""
+    """The first of equals stays."""
     moment, progress = self._moment, self._moment.progress
     full_precision, target = phase.kind == "full_precision", phase.index in self._targets
-    choices = [("raw", raw)] + ([("ema", average)] if average else [])
-    weights, chosen = max(choices, key=lambda choice: choice[1]["top1"])
-    found = Best(
-      epoch=progress.total_epochs,
-      phase=phase.index,
-      top1=chosen["top1"],
-      top5=chosen["top5"],
-      weights=weights,
-      examples=int(chosen["examples"]),
-    )
+    found = stages.better(phase, progress, raw, average)
     if full_precision and (progress.full_precision is None or found.top1 > progress.full_precision.top1):
       progress.full_precision = found
     if target and (progress.best is None or found.top1 > progress.best.top1):
       progress.best = found
       state = moment.state
-      moment.best = checkpoint.host_copy(state.ema_variables if weights == "ema" else state.variables)
+      moment.best = checkpoint.host_copy(state.ema_variables if found.weights == "ema" else state.variables)
 
   def _end_phase(self, phase: Phase, frozen: Frozen) -> None:
     moment, progress = self._moment, self._moment.progress

@@ -34,7 +34,7 @@ def describe(where: str, loss: float, rates: Mapping[str, float], params: Mappin
     where: phase, epoch and step.
     loss: the step's.
     rates: learning rates by optimizer group.
-    params: before the step; empty in full precision, which uses no quantizers.
+    params: after the last steps that were finite; empty in full precision, which uses no quantizers.
   """
   what = f"The loss is {loss}" if not np.isfinite(loss) else f"The loss is {loss:.4g}, but its gradient is not finite"
   used = ", ".join(f"{group} {rate:.3g}" for group, rate in rates.items() if rate)
@@ -53,4 +53,14 @@ def describe(where: str, loss: float, rates: Mapping[str, float], params: Mappin
   return (
     f"{text} Every quantizer's a and c lie within {SANE[0]:g} to {SANE[1]:g}, from {low} = {scalars[low]:.3g} to "
     f"{high} = {scalars[high]:.3g}."
+  )
+
+
+def gives_up(error: NotFinite, retries: int, factor: float) -> NotFinite:
+  """The end of a run that has tried `retries` times; factor: `recovery.learning_rate_factor`."""
+  tried = f" after {retries} retries" if retries else ""
+  return NotFinite(
+    f"{error} The run stops{tried}; its last checkpoint stays. The same command with --config.recovery.retries="
+    f"{retries + 1} begins there and, when it comes to this again, goes back and on with {factor:g} times the learning "
+    f"rates."
   )

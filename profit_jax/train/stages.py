@@ -6,7 +6,7 @@ from profit_jax.settings import Settings
 from profit_jax.train import aiwq
 from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
 from profit_jax.train.programs import Frozen, Programs
-from profit_jax.train.progress import PhaseRecord, Progress
+from profit_jax.train.progress import Best, PhaseRecord, Progress
 from profit_jax.train.state import TrainState
 
 
@@ -57,6 +57,20 @@ def calibrate(phase: Phase, state: TrainState, programs: Programs, source: Sourc
   if state.ema_params is None:
     return state
   return state.replace(ema_params=acts(state.ema_variables, image, key))
+
+
+def better(phase: Phase, progress: Progress, raw: dict[str, float], average: dict[str, float] | None) -> Best:
+  """The better evaluation of an epoch that is counted: of the raw weights, or of their average; raw if they are equal."""
+  choices = [("raw", raw)] + ([("ema", average)] if average else [])
+  weights, chosen = max(choices, key=lambda choice: choice[1]["top1"])
+  return Best(
+    epoch=progress.total_epochs,
+    phase=phase.index,
+    top1=chosen["top1"],
+    top5=chosen["top5"],
+    weights=weights,
+    examples=int(chosen["examples"]),
+  )
 
 
 def phase_record(phase: Phase, progress: Progress, steps_per_epoch: int, frozen: Frozen) -> PhaseRecord:

@@ -54,6 +54,14 @@ def signal_at(patch, signals):
   return come
 
 
+def damage(checkpoint):
+  """Changes one bit in the middle of a moment."""
+  file = checkpoint / "moment" / "moment.safetensors"
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 0x40
+  file.write_bytes(content)
+
+
 def stop_at(patch, numbers):
   """Every one of these snapshots is saved, and then the run ends, once for each; returns those that have come."""
   save, come = snapshots.Writer.save, []

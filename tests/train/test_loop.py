@@ -1,5 +1,6 @@
 """A whole run: its files, and that stopping it changes nothing."""
 
+import shutil
 import signal
 
 import jax
@@ -12,9 +13,11 @@ from profit_jax import app, snapshots
 from profit_jax.models import variable_shapes
 from profit_jax.settings import ConfigError
 from profit_jax.train.interrupt import Stopped
+from profit_jax.train.loop import Loop
+from profit_jax.train.sanity import NotFinite
 from profit_jax.train.state import create_state
 from tests.train.conftest import tiny_config
-from tests.train.runs import assert_same_run, newest_of, number, result_of, signal_at
+from tests.train.runs import assert_same_run, damage, newest_of, number, result_of, signal_at
 from tests.train.tiny import CONVS, TinyNet
 
 
@@ -104,6 +107,69 @@ def test_a_finished_run_is_not_trained_again(finished_run, monkeypatch, capsys):
   monkeypatch.setattr(snapshots.Writer, "save", lambda *_: pytest.fail("trained again"))
   app.main(tiny_config(), str(finished_run), "train")
   assert result_of(finished_run) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(finished_run, tmp_path, capsys):
+  run = shutil.copytree(finished_run, tmp_path / "run")
+  newest = snapshots.saved_numbers(run / "checkpoints")[-1]
+  damage(run / "checkpoints" / str(newest))
+  app.main(tiny_config(), str(run), "train")
+  printed = capsys.readouterr().out
+  assert f"WARNING: checkpoint {run}/checkpoints/{newest} is damaged" in printed
+  assert "phase 21 of 22" in printed  # it went on from the end of the phase before
+  assert (run / "damaged_checkpoints" / str(newest)).exists()
+  assert_same_run(run, finished_run)
+
+
+def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(finished_run, tmp_path):
+  run = shutil.copytree(finished_run, tmp_path / "run")
+  for number_ in snapshots.saved_numbers(run / "checkpoints"):
+    damage(run / "checkpoints" / str(number_))
+  before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+  for mode in ("train", "eval"):
+    with pytest.raises(ConfigError, match=r"No checkpoint in .* can be read back; nothing was changed"):
+      app.main(tiny_config(), str(run), mode)
+  assert {path: path.read_bytes() for path in before} == before
+
+
+# Weight decay that multiplies every kernel by 1 - 4 * 0.9 = -2.6 in each step, until it overflows; with half the rate, by
+# -0.8. Without momentum and cosine's fall it takes 93 steps.
+DIVERGING = {
+  "plan.weight_bits": (),
+  "plan.act_bits": (),
+  "plan.full_precision_epochs": 30,
+  "plan.warmup_epochs": 0,
+  "train.full_precision_learning_rate": 4.0,
+  "train.weight_decay": 0.9,
+  "train.momentum": 0.0,
+}
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(tiny, tmp_path, monkeypatch, capsys):
+  run = tmp_path / "run"
+  monkeypatch.setattr(Loop, "_save_is_due", lambda self: self._number == number(2, 5))
+  with pytest.raises(
+    NotFinite, match=r"in phase 1 \(fp\), epoch \d+ of 30, step \d+\. Learning rates: weight 3"
+  ) as stopped:
+    app.main(tiny_config(**DIVERGING), str(run), "train")
+  assert stopped.value.code == 3
+  assert "--config.recovery.retries=1" in str(stopped.value)
+  kept = newest_of(run)
+  assert kept.number == number(2, 5)
+  assert all(np.isfinite(array).all() for array in kept.arrays.values())
+  # A signal on the way after the retry changes nothing.
+  config = tiny_config(**DIVERGING, **{"recovery.retries": 2})
+  app.main(config, str(shutil.copytree(run, tmp_path / "other")), "train")
+  assert "The run goes back to its last checkpoint, retry 1 of 2." in " ".join(capsys.readouterr().out.split())
+  monkeypatch.setattr(Loop, "_save_is_due", lambda self: False)
+  signal_at(monkeypatch, {number(20, 3): signal.SIGTERM})
+  with pytest.raises(Stopped):
+    app.main(config, str(run), "train")
+  app.main(config, str(run), "train")
+  assert_same_run(run, tmp_path / "other")
+  end = newest_of(run)
+  assert (end.values["retries"], end.values["learning_rate_scale"]) == (1, 0.5)
+  assert "all learning rates are multiplied by 0.5" in (run / "report.md").read_text()
 
 
 def test_eval_gives_the_result_of_the_best_checkpoint(finished_run, capsys):
