@@ -26,7 +26,7 @@ def _parse(argv):
   try:
     rest = flags.FLAGS(argv)
     if _CONFIG.value is not None:
-      _CONFIG.value.keys()  # a file that could not be loaded says so only when it is used
+      getattr(_CONFIG.value, "keys", None)  # a file that could not be loaded says so only when it is used
     return rest
   except Exception as error:  # a configuration file is code: it can raise anything
     text = str(error)
@@ -57,7 +57,7 @@ def main(argv):
     return 0
   except Ending as ending:
     print(f"{ending.label}: {ending}", file=sys.stderr)
-    return profit.distributed.leave(ending.code)
+    return profit.distributed.leave(ending.code, ending.everywhere)
   except KeyboardInterrupt:
     _fail("stopped; the same command goes on from the last checkpoint.")
     return profit.distributed.leave(130)  # what shells give a program that was interrupted

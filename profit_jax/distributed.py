@@ -12,6 +12,7 @@ import pathlib
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -23,7 +24,8 @@ from jax.experimental import multihost_utils
 from profit_jax.settings import ConfigError, Ending
 
 _T = TypeVar("_T")
-_LAST = 2.0  # seconds by which the first process outlives the others: without it, JAX would abort them as they leave
+# Without the first process, JAX aborts the others: it leaves with them, or some seconds after it has failed.
+_LAST, _OUTLIVES = 20.0, 2.0
 PATIENCE = 300.0  # seconds in which the processes must have started; JAX's own is the same
 
 
@@ -205,14 +207,22 @@ def peers_needed() -> Iterator[None]:
     ) from error
 
 
-def leave(code: int) -> int:
+def leave(code: int, everywhere: bool = False) -> int:
   """The exit code. Where it is not 0 the process ends here: Python would wait for what is being compiled in the background,
   and JAX, of several processes, minutes for others that wait for this one.
+
+  Args:
+    code: to exit with.
+    everywhere: all processes leave for the same reason, and wait for each other.
   """
   if code:
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.distributed.is_initialized() and is_first():
-      time.sleep(_LAST)
+    if jax.distributed.is_initialized() and everywhere:
+      meeting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+      meeting.start()
+      meeting.join(_LAST)
+    elif jax.distributed.is_initialized() and is_first():
+      time.sleep(_OUTLIVES)
     os._exit(code)
   return code

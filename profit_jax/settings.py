@@ -16,9 +16,9 @@ MIN_BITS, MAX_BITS = 2, 8
 
 
 class Ending(Exception):
-  """Ends the command with one message, behind the label, and the exit code."""
+  """Ends the command with one message, behind the label, and the exit code; `everywhere`: in all processes alike."""
 
-  label, code = "error", 1
+  label, code, everywhere = "error", 1, False
 
 
 class ConfigError(Ending, ValueError):

@@ -17,7 +17,7 @@ _requested: signal.Signals | None = None
 class Stopped(Ending):
   """Somebody asked the run to stop, and it did; the exit code is what shells give a program that a signal ended."""
 
-  label = "stopped"
+  label, everywhere = "stopped", True
 
   def __init__(self, asked: signal.Signals, where: str = ""):
     """Args: asked: the signal; where: the run stands, and how it goes on."""

@@ -17,7 +17,7 @@ _SHOWN = 8
 class NotFinite(Ending):
   """A training step whose loss or gradient is not finite; the command ends with exit code 3."""
 
-  code = 3
+  code, everywhere = 3, True
 
 
 def quantizer_scalars(params: Mapping[str, Any]) -> dict[str, float]:

@@ -43,7 +43,7 @@ def main(workdir, coordinator, processes, process, asked="", at=""):
       app.main(config(), workdir, "train", None, app.Cluster(coordinator, int(processes), int(process)))
     except Ending as ending:
       print(f"{ending.label}: {ending}")
-      distributed.leave(ending.code)
+      distributed.leave(ending.code, ending.everywhere)
 
 
 if __name__ == "__main__":
