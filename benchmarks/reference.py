@@ -1,8 +1,8 @@
 """The authors' PyTorch training step, run from a checkout of their repository (github.com/EunhyeokPark/PROFIT).
 
 Nothing of their code is here: their model and `train_ts` are imported and called. What this adds is what their script
-expects around them: the parameter groups of its optimizer, `DataParallel`, a loader, and, on a machine without CUDA, tensors
-whose `.cuda()` is themselves. torch is imported only when it is asked for.
+expects around them: the parameter groups of its optimizer, `DataParallel`, a loader, and, where there is no CUDA,
+tensors whose `.cuda()` is themselves. torch is imported only when it is asked for.
 """
 
 import copy

@@ -1,4 +1,4 @@
-r"""The training step of every stage: time, images a second, operations, bytes, compilation, memory; beside the authors' code.
+r"""The training step of every stage: time, images a second, operations, bytes, compilation, memory; and the authors'.
 
     python benchmarks/train_step.py [--model mobilenet_v2] [--image_size 224] [--batch_size 16] [--dtype float32] \
       [--stages fp,a,wa,bn,sampling,ft2,ft3,forward] [--turns 7] [--steps 4] [--json FILE]
@@ -77,6 +77,7 @@ class Contender:
 
   @property
   def median(self) -> float:
+    """Seconds."""
     return statistics.median(self.seconds)
 
 
@@ -154,8 +155,12 @@ def _forward(programs, variables, arrays, before) -> Contender:
 def compiler_facts(compiled: Any, seconds: float) -> dict[str, float]:
   """What the compiled program says of itself; XLA counts each kernel's operands and results as bytes."""
   cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-  peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  kernels = sum(" fusion(" in line or " convolution(" in line or " dot(" in line for line in compiled.as_text().splitlines())
+  peak = (
+    memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  )
+  kernels = sum(
+    " fusion(" in line or " convolution(" in line or " dot(" in line for line in compiled.as_text().splitlines()
+  )
   return {
     "compile_seconds": seconds,
     "gflop": cost.get("flops", float("nan")) / 1e9,
@@ -193,7 +198,9 @@ def print_table(contenders: list[Contender], batch_size: int) -> None:
   head = f"{'stage':9} {'code':26} {'ms':>8} {'smallest':>8} {'largest':>8} {'images/s':>8} {'ops G':>7} {'bytes GB':>8}"
   print(f"{head} {'kernels':>7} {'peak MB':>8} {'compile s':>9}")
   for one in contenders:
-    line = f"{one.stage:9} {one.code:26} {one.median * 1e3:8.1f} {min(one.seconds) * 1e3:8.1f} {max(one.seconds) * 1e3:8.1f}"
+    line = (
+      f"{one.stage:9} {one.code:26} {one.median * 1e3:8.1f} {min(one.seconds) * 1e3:8.1f} {max(one.seconds) * 1e3:8.1f}"
+    )
     line += f" {batch_size / one.median:8.1f}"
     if one.facts:
       facts = one.facts
@@ -239,7 +246,7 @@ def main() -> None:
   parser.add_argument("--image_size", type=int, default=224, help="pixels")
   parser.add_argument("--batch_size", type=int, default=16, help="images")
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is multiplied")
-  parser.add_argument("--teacher", default="none", choices=("none", "self"), help="self: a forward pass more, on both sides")
+  parser.add_argument("--teacher", default="none", choices=("none", "self"), help="self: a forward pass more")
   parser.add_argument("--stages", default=",".join(PROGRAMS), help="separated by commas")
   parser.add_argument("--turns", type=int, default=7)
   parser.add_argument("--steps", type=int, default=4, help="of each stage in a turn")
