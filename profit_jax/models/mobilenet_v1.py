@@ -42,12 +42,11 @@ class DepthwiseSeparable(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
-    act = getattr(nn, self.activation)
     x = self.conv(x.shape[-1], 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
-    x = act(self.norm(name="depthwise_norm")(x, train))
+    x = self.norm(name="depthwise_norm").pending(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, levels)
     x = self.conv(self.features, name="pointwise_conv")(x, levels)
-    x = act(self.norm(name="pointwise_norm")(x, train))
+    x = self.norm(name="pointwise_norm").pending(x, train, self.activation)
     return QuantAct("unsigned", RELU6_BOUND, name="pointwise_quant")(x, levels)
 
 
@@ -81,7 +80,7 @@ class MobileNetV1(nn.Module):
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
     x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
-    x = getattr(nn, self.activation)(norm(name="stem_norm")(x, train))
+    x = norm(name="stem_norm").pending(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 
     index = 0

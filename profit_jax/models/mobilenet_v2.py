@@ -46,16 +46,15 @@ class InvertedResidual(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
-    act = getattr(nn, self.activation)
     shortcut, hidden = x, x.shape[-1] * self.expansion
     if self.quantize_input:
       x = QuantAct("symmetric", name="input_quant")(x, levels)
     if self.expansion != 1:
       x = self.conv(hidden, name="expand_conv")(x, levels)
-      x = act(self.norm(name="expand_norm")(x, train))
+      x = self.norm(name="expand_norm").pending(x, train, self.activation)
       x = QuantAct("unsigned", RELU6_BOUND, name="expand_quant")(x, levels)
     x = self.conv(hidden, 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
-    x = act(self.norm(name="depthwise_norm")(x, train))
+    x = self.norm(name="depthwise_norm").pending(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, levels)
     x = self.conv(self.features, name="project_conv")(x, levels)
     x = self.norm(name="project_norm")(x, train)
@@ -95,12 +94,11 @@ class MobileNetV2(nn.Module):
       levels: steps of the quantizers; full precision by default.
       train: batch statistics and dropout (which wants a `dropout` key unless its rate is 0).
     """
-    act = getattr(nn, self.activation)
     conv = functools.partial(QuantConv, dtype=self.dtype)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
     x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
-    x = act(norm(name="stem_norm")(x, train))
+    x = norm(name="stem_norm").pending(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 
     index = 0
@@ -120,7 +118,7 @@ class MobileNetV2(nn.Module):
 
     x = QuantAct("symmetric", name="head_input_quant")(x, levels)
     x = conv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, levels)
-    x = act(norm(name="head_norm")(x, train))
+    x = norm(name="head_norm")(x, train, self.activation)
     x = jnp.mean(x, axis=(1, 2))
     x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, levels)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)

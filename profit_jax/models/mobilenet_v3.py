@@ -24,9 +24,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from profit_jax.fused import activate
 from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense, at_least_float32
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
-from profit_jax.quant.duq import HSWISH_MINIMUM, Kind
+from profit_jax.quant.duq import HSWISH_MINIMUM
 from profit_jax.quant.levels import Levels
 
 # torch's kaiming_uniform_(mode="fan_out") with gain 1, which the authors start their dense layers from.
@@ -94,11 +95,6 @@ VARIANTS = {
 }
 
 
-def _nonlinearity(hswish: bool) -> tuple[Any, Kind]:
-  """A non-linearity and the kind of the quantizer after it."""
-  return (nn.hard_swish, "hswish") if hswish else (nn.relu, "unsigned")
-
-
 class SqueezeExcite(nn.Module):
   """Scales each channel by a number in [0, 1] that two dense layers make of the channels' means.
 
@@ -156,14 +152,14 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
-    act, kind = _nonlinearity(self.hswish)
+    activation, kind = ("hard_swish", "hswish") if self.hswish else ("relu", "unsigned")
     shortcut, expands = x, self.hidden != x.shape[-1]
     after_hswish = self.hswish if expands else self.hswish_input
 
     x = QuantAct("hswish" if self.hswish_input else "symmetric", name="input_quant")(x, levels)
     if expands:
       x = self.conv(self.hidden, name="expand_conv")(x, levels)
-      x = act(self.norm(name="expand_norm")(x, train))
+      x = self.norm(name="expand_norm").pending(x, train, activation)
       x = QuantAct(kind, name="expand_quant")(x, levels)
     x = self.conv(
       self.hidden,
@@ -173,12 +169,15 @@ class Block(nn.Module):
       pad_value=self.pad_value if after_hswish else 0.0,
       name="depthwise_conv",
     )(x, levels)
-    x = self.norm(name="depthwise_norm")(x, train)
+    norm = self.norm(name="depthwise_norm")
     if self.squeezed:
       squeeze_excite = SqueezeExcite(self.squeezed, self.dense, name="squeeze_excite")
-      x = act(squeeze_excite(x, levels)) if self.squeeze_excite == "before" else squeeze_excite(act(x), levels)
+      if self.squeeze_excite == "before":
+        x = activate(squeeze_excite(norm(x, train), levels), activation)
+      else:
+        x = squeeze_excite(norm(x, train, activation), levels)
     else:
-      x = act(x)
+      x = norm.pending(x, train, activation)
     x = QuantAct(kind, name="depthwise_quant")(x, levels)
     x = self.conv(self.features, name="project_conv")(x, levels)
     x = self.norm(name="project_norm")(x, train)
@@ -224,7 +223,7 @@ class MobileNetV3(nn.Module):
     strides = self.strides or variant.strides
 
     x = conv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(x, levels)
-    x = nn.hard_swish(norm(name="stem_norm")(x, train))
+    x = norm(name="stem_norm")(x, train, "hard_swish")
 
     index = 0
     for stage, stage_stride in zip(variant.stages, strides[1:], strict=True):
@@ -249,7 +248,7 @@ class MobileNetV3(nn.Module):
 
     x = QuantAct("symmetric", name="head_input_quant")(x, levels)
     x = conv(self._head_channels(variant), name="head_conv")(x, levels)
-    x = nn.hard_swish(norm(name="head_norm")(x, train))
+    x = norm(name="head_norm")(x, train, "hard_swish")
     x = jnp.mean(x, axis=(1, 2))
     x = QuantAct("hswish", name="head_quant")(x, levels)
     features = self._channels(variant.pre_classifier)

@@ -64,9 +64,8 @@ class ResidualBlock(nn.Module):
     else:
       layers = [(features, 3, self.stride), (features, 3, 1)]
     for number, (channels, size, stride) in enumerate(layers, 1):
-      x = self.norm(name=f"norm{number}")(self.conv(x, channels, size, stride, name=f"conv{number}"), train)
-      if number < len(layers):
-        x = nn.relu(x)
+      activation = "relu" if number < len(layers) else None
+      x = self.norm(name=f"norm{number}")(self.conv(x, channels, size, stride, name=f"conv{number}"), train, activation)
     if shortcut.shape != x.shape:
       shortcut = self.conv(shortcut, x.shape[-1], 1, self.stride, name="shortcut_conv")
       shortcut = self.norm(name="shortcut_norm")(shortcut, train)
@@ -106,7 +105,7 @@ class ResNet(nn.Module):
     blocks, bottleneck = DEPTHS[self.depth]
     stem_stride, pool_stride, *stage_strides = self.strides or IMAGENET_STRIDES
 
-    x = nn.relu(norm(name="stem_norm")(conv(x, STEM_CHANNELS, 7, stem_stride, name="stem_conv"), train))
+    x = norm(name="stem_norm")(conv(x, STEM_CHANNELS, 7, stem_stride, name="stem_conv"), train, "relu")
     if pool_stride != 1:
       x = nn.max_pool(x, (3, 3), (pool_stride, pool_stride), ((1, 1), (1, 1)))
     for stage, (count, stage_stride) in enumerate(zip(blocks, stage_strides, strict=True)):

@@ -18,6 +18,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from profit_jax.sums import total_sums
+
 Kind = Literal["symmetric", "unsigned", "hswish"]
 
 # h-swish has its minimum, -3/8, at x = -3/2. A convolution whose input is quantized after h-swish pads with this value,
@@ -25,8 +27,8 @@ Kind = Literal["symmetric", "unsigned", "hswish"]
 HSWISH_MINIMUM = -3.0 / 8.0
 
 # Per kind: the lower clip end in units of `a`, and the offset of the input.
-_LOWER = {"symmetric": -1.0, "unsigned": 0.0, "hswish": 0.0}
-_OFFSET = {"symmetric": 0.0, "unsigned": 0.0, "hswish": HSWISH_MINIMUM}
+LOWER = {"symmetric": -1.0, "unsigned": 0.0, "hswish": 0.0}
+OFFSET = {"symmetric": 0.0, "unsigned": 0.0, "hswish": HSWISH_MINIMUM}
 
 
 def inverse_softplus(value: jax.Array) -> jax.Array:
@@ -53,7 +55,7 @@ def quantize(x: jax.Array, raw_a: jax.Array, raw_c: jax.Array, steps: jax.Array,
 def codes(x: jax.Array, raw_a: jax.Array, steps: jax.Array, kind: Kind) -> jax.Array:
   """The integer codes of a tensor, `round(clip((x - offset)/a) * n)`, as int32 of x's shape."""
   a = jax.nn.softplus(raw_a)
-  ratio = jnp.clip((x.astype(a.dtype) - _OFFSET[kind]) / a, _LOWER[kind], 1.0)
+  ratio = jnp.clip((x.astype(a.dtype) - OFFSET[kind]) / a, LOWER[kind], 1.0)
   return jnp.round(ratio * steps.astype(a.dtype)).astype(jnp.int32)
 
 
@@ -62,21 +64,26 @@ def clipped(x: jax.Array, raw_a: jax.Array, kind: Kind) -> jax.Array:
 
   An element exactly at 0 of an unsigned or h-swish quantizer is represented exactly and does not count.
   """
-  ratio = (x.astype(raw_a.dtype) - _OFFSET[kind]) / jax.nn.softplus(raw_a)
-  return (ratio > 1.0) | (ratio < _LOWER[kind])
+  ratio = (x.astype(raw_a.dtype) - OFFSET[kind]) / jax.nn.softplus(raw_a)
+  return (ratio > 1.0) | (ratio < LOWER[kind])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _quantize(x, raw_a, raw_c, steps, kind):
-  q, _ = _grid(x, raw_a, steps, kind)
-  return (jax.nn.softplus(raw_c) * q + _OFFSET[kind]).astype(x.dtype)
+  q, _ = grid(x, raw_a, steps, kind)
+  return (jax.nn.softplus(raw_c) * q + OFFSET[kind]).astype(x.dtype)
 
 
-def _grid(x, raw_a, steps, kind):
-  """The pair `q = round(clip(v) * n) / n` and `v = (x - offset) / a`."""
+def grid(x: jax.Array, raw_a: jax.Array, steps: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
+  """The pair `q = round(clip(v) * n) / n` and `v = (x - offset) / a`, in the dtype of `raw_a`."""
   a, n = jax.nn.softplus(raw_a), steps.astype(raw_a.dtype)
-  v = (x.astype(a.dtype) - _OFFSET[kind]) / a
-  return jnp.round(jnp.clip(v, _LOWER[kind], 1.0) * n) / n, v
+  v = (x.astype(a.dtype) - OFFSET[kind]) / a
+  return jnp.round(jnp.clip(v, LOWER[kind], 1.0) * n) / n, v
+
+
+def inside(v: jax.Array, kind: Kind) -> jax.Array:
+  """Where the gradient passes to the input: within the interval. The ends pass nothing; jnp.clip would pass half there."""
+  return (v > LOWER[kind]) & (v < 1.0)
 
 
 def _forward(x, raw_a, raw_c, steps, kind):
@@ -84,16 +91,15 @@ def _forward(x, raw_a, raw_c, steps, kind):
 
 
 def _backward(kind, residuals, upstream):
-  # With inside = (lower < v < 1):  dy/dx = c/a inside,  dy/da = -c*v/a inside,  dy/dc = q,  and d softplus(r)/dr =
-  # sigmoid(r). The ends of the interval, a tie included, pass nothing: jnp.clip would pass half of the gradient there.
+  # dy/dx = c/a inside,  dy/da = -c*v/a inside,  dy/dc = q,  and d softplus(r)/dr = sigmoid(r).
   # Only the input is kept from the forward pass; the rest is cheaper to compute again than to store.
   x, raw_a, raw_c, steps = residuals
-  q, v = _grid(x, raw_a, steps, kind)
+  q, v = grid(x, raw_a, steps, kind)
   upstream = upstream.astype(q.dtype)
   ratio = jax.nn.softplus(raw_c) / jax.nn.softplus(raw_a)
-  through = jnp.where((v > _LOWER[kind]) & (v < 1.0), upstream, 0.0)
-  d_raw_a = -ratio * jax.nn.sigmoid(raw_a) * jnp.sum(through * v)
-  d_raw_c = jax.nn.sigmoid(raw_c) * jnp.sum(upstream * q)
+  through = jnp.where(inside(v, kind), upstream, 0.0)
+  moved, scaled = total_sums([through * v, upstream * q])
+  d_raw_a, d_raw_c = -ratio * jax.nn.sigmoid(raw_a) * moved, jax.nn.sigmoid(raw_c) * scaled
   return (through * ratio).astype(x.dtype), d_raw_a, d_raw_c, None
 
 
