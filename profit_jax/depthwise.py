@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from profit_jax.sums import channel_sums
+from profit_jax.lowering import channel_sums, own_kernel
 
 # XLA on CPU is 4-5x slower with `feature_group_count` than with one shifted multiply-add per tap; GPUs and TPUs have
 # kernels of their own for the grouped form. `platform_dependent` decides at lowering, so a program that is lowered here
@@ -14,27 +14,55 @@ from profit_jax.sums import channel_sums
 # differentiating through it would make both forms' residuals live.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  """Convolves each channel with its own filter, without padding.
+def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, margin: int = 0, pad_value: float = 0.0) -> jax.Array:
+  """Convolves each channel with its own filter.
 
   Args:
-    x: `[N, H, W, C]`, already padded.
+    x: `[N, H, W, C]`.
     kernel: `[KH, KW, 1, C]`.
     stride: in both directions.
+    margin: so many rows and columns are put around the images, on every side.
+    pad_value: what they are filled with.
 
   Returns:
-    `[N, (H - KH) // stride + 1, (W - KW) // stride + 1, C]`.
+    `[N, (H + 2 * margin - KH) // stride + 1, (W + 2 * margin - KW) // stride + 1, C]`.
   """
-  return lax.platform_dependent(
-    x, kernel, cpu=functools.partial(_shifted, stride=stride), default=functools.partial(_grouped, stride=stride)
-  )
+  return _depthwise_conv(x, kernel, stride, margin, pad_value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise_conv(x, kernel, stride, margin, pad_value):
+  return _forward(x, kernel, stride, margin, pad_value)[0]
+
+
+def _forward(x, kernel, stride, margin, pad_value):
+  padded = x
+  if margin:
+    around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
+    padded = own_kernel(lambda x: lax.pad(x, jnp.asarray(pad_value, x.dtype), around), kernel, x)
+  forms = {"cpu": _shifted, "default": _grouped}
+  y = lax.platform_dependent(padded, kernel, **{key: functools.partial(form, stride=stride) for key, form in forms.items()})
+  return y, (padded, kernel)
+
+
+def _backward(stride, margin, pad_value, residuals, upstream):
+  forms = {"cpu": _shifted_backward, "default": _grouped_backward}
+  forms = {key: functools.partial(form, stride=stride, margin=margin) for key, form in forms.items()}
+  return lax.platform_dependent(*residuals, upstream, **forms)
+
+
+_depthwise_conv.defvjp(_forward, _backward)
 
 
 def _grouped(x, kernel, stride):
   return lax.conv_general_dilated(
     x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
   )
+
+
+def _grouped_backward(padded, kernel, upstream, stride, margin):
+  dx, dk = jax.vjp(functools.partial(_grouped, stride=stride), padded, kernel)[1](upstream)
+  return dx[:, margin : dx.shape[1] - margin, margin : dx.shape[2] - margin], dk
 
 
 def _taps(x_shape, kernel_shape, stride):
@@ -53,6 +81,10 @@ def _widened(*arrays):
 
 
 def _shifted(x, kernel, stride):
+  return own_kernel(functools.partial(_sum_of_taps, stride=stride), kernel, x, kernel)
+
+
+def _sum_of_taps(x, kernel, stride):
   dtype, (x, kernel) = x.dtype, _widened(x, kernel)
   total = None
   for i, j, rows, columns in _taps(x.shape, kernel.shape, stride):
@@ -61,42 +93,20 @@ def _shifted(x, kernel, stride):
   return total.astype(dtype)
 
 
-def _shifted_backward(x, kernel, upstream, stride):
-  dtype, (x, kernel, upstream) = x.dtype, _widened(x, kernel, upstream)
-  size_h, size_w = kernel.shape[:2]
-  # dx is the upstream, spread out by the stride, convolved with the flipped kernel: one padding and one fused sum.
-  low_high = []
-  for size, extent, out in ((size_h, x.shape[1], upstream.shape[1]), (size_w, x.shape[2], upstream.shape[2])):
-    low_high.append((size - 1, extent - 1 - stride * (out - 1), stride - 1))
-  spread = lax.pad(upstream, jnp.zeros((), upstream.dtype), [(0, 0, 0), *low_high, (0, 0, 0)])
+def _shifted_backward(padded, kernel, upstream, stride, margin):
+  # dx is the upstream, spread out by the stride, convolved with the flipped kernel.
+  around = []
+  for size, extent, out in zip(kernel.shape[:2], padded.shape[1:3], upstream.shape[1:3], strict=True):
+    around.append((size - 1 - margin, extent - 1 - stride * (out - 1) - margin, stride - 1))
+  zero = jnp.zeros((), upstream.dtype)
+  spread = own_kernel(lambda upstream: lax.pad(upstream, zero, [(0, 0, 0), *around, (0, 0, 0)]), kernel, upstream)
   dx = _shifted(spread, kernel[::-1, ::-1], 1)
 
-  # Sums of some rows at a time, see sums.py: their error is 2e-7 where that of one long sum in float32 is 5e-6.
+  # Sums of some rows at a time, see lowering.py: their error is 2e-7 where that of one long sum in float32 is 5e-6.
+  wide, upstream = _widened(padded, upstream)
   products = [
-    x[:, slice(*rows, stride), slice(*columns, stride), :] * upstream
-    for _, _, rows, columns in _taps(x.shape, kernel.shape, stride)
+    wide[:, slice(*rows, stride), slice(*columns, stride), :] * upstream
+    for _, _, rows, columns in _taps(padded.shape, kernel.shape, stride)
   ]
   dk = channel_sums(products, rows=16)
-  return dx.astype(dtype), jnp.stack(dk).reshape(kernel.shape).astype(dtype)
-
-
-def _grouped_backward(x, kernel, upstream, stride):
-  return jax.vjp(functools.partial(_grouped, stride=stride), x, kernel)[1](upstream)
-
-
-def _forward(x, kernel, stride):
-  return depthwise_conv(x, kernel, stride), (x, kernel)
-
-
-def _backward(stride, residuals, upstream):
-  x, kernel = residuals
-  return lax.platform_dependent(
-    x,
-    kernel,
-    upstream,
-    cpu=functools.partial(_shifted_backward, stride=stride),
-    default=functools.partial(_grouped_backward, stride=stride),
-  )
-
-
-depthwise_conv.defvjp(_forward, _backward)
+  return dx.astype(padded.dtype), jnp.stack(dk).reshape(kernel.shape).astype(kernel.dtype)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from profit_jax.lowering import channel_sums, own_kernel
 from profit_jax.quant import duq
-from profit_jax.sums import channel_sums
 
 Activation = Literal["relu", "relu6", "hard_swish"]
 
@@ -77,10 +77,13 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 # none of their own.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
 def _fused(x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation, kind):
-  # Subtracting first keeps a channel exact whose mean is far above its deviation.
-  z = (x.astype(scale.dtype) - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
-  y = activate(z, activation)
-  return (y if kind is None else duq.quantize(y, raw_a, raw_c, steps, kind)).astype(x.dtype)
+  def compute(x, mean, var, scale, bias, raw_a, raw_c, steps):
+    # Subtracting first keeps a channel exact whose mean is far above its deviation.
+    z = (x.astype(scale.dtype) - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
+    y = activate(z, activation)
+    return (y if kind is None else duq.quantize(y, raw_a, raw_c, steps, kind)).astype(x.dtype)
+
+  return own_kernel(compute, scale, x, mean, var, scale, bias, raw_a, raw_c, steps)
 
 
 def _forward(x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation, kind):
@@ -90,32 +93,40 @@ def _forward(x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation
 
 def _backward(epsilon, activation, kind, residuals, upstream):
   x, mean, var, scale, bias, raw_a, raw_c, steps = residuals
-  shape, channels = x.shape, x.shape[-1]
-  upstream, inverse = upstream.reshape(-1, channels).astype(scale.dtype), lax.rsqrt(var + epsilon)
-  centred = x.reshape(-1, channels).astype(scale.dtype) - mean
-  z = centred * (scale * inverse) + bias
-  if kind is None:
-    dz, more, ratio = activate_backward(z, upstream, activation), [], 1.0
-  else:
-    # The quantizer's own gradient, see duq.py; its factor c/a is taken out of all sums.
+  channels, inverse = x.shape[-1], lax.rsqrt(var + epsilon)
+  ratio = 1.0 if kind is None else jax.nn.softplus(raw_c) / jax.nn.softplus(raw_a)
+
+  def rows(x, upstream):
+    """The normalized input and what comes back to it, `[N*H*W, C]`; the quantizer's factor c/a is left to the end."""
+    upstream = upstream.reshape(-1, channels).astype(scale.dtype)
+    centred = x.reshape(-1, channels).astype(scale.dtype) - mean
+    z = centred * (scale * inverse) + bias
+    if kind is None:
+      return centred, activate_backward(z, upstream, activation), []
+    # The quantizer's own gradient, see duq.py.
     q, v = duq.grid(activate(z, activation), raw_a, steps, kind)
     through = jnp.where(duq.inside(v, kind), upstream, 0.0)
-    dz, ratio = activate_backward(z, through, activation), jax.nn.softplus(raw_c) / jax.nn.softplus(raw_a)
-    more = [upstream * q]
-    if activation not in (None, "relu") or duq.OFFSET[kind]:
-      more.append(through * v)
-  d_bias, product, *more = channel_sums([dz, dz * centred, *more])
+    return centred, activate_backward(z, through, activation), [upstream * q, through * v]
 
+  centred, dz, quantizer = rows(x, upstream)
+  # Without a corner beyond the interval's own, dz is all that passes and v = z/a: their product is summed already.
+  derived = activation in (None, "relu") and kind is not None and not duq.OFFSET[kind]
+  d_bias, product, *sums = channel_sums([dz, dz * centred, *(quantizer[:1] if derived else quantizer)])
   d_raw_a = d_raw_c = None
   if kind is not None:
-    # Without a third sum, dz is what passes and v = z/a: their product is summed already.
-    a = jax.nn.softplus(raw_a)
-    moved = jnp.sum(more[1]) if len(more) > 1 else jnp.sum(scale * inverse * product + bias * d_bias) / a
-    d_raw_a = -ratio * jax.nn.sigmoid(raw_a) * moved
-    d_raw_c = jax.nn.sigmoid(raw_c) * jnp.sum(more[0])
-  d_bias, d_scale, count = ratio * d_bias, ratio * inverse * product, len(z)
-  dx = (scale * inverse) * (ratio * dz - d_bias / count - centred * (inverse * d_scale / count))
-  return dx.reshape(shape).astype(x.dtype), None, None, d_scale, d_bias, d_raw_a, d_raw_c, None
+    if derived:
+      sums.append((scale * inverse * product + bias * d_bias) / jax.nn.softplus(raw_a))
+    d_raw_c = jax.nn.sigmoid(raw_c) * jnp.sum(sums[0])
+    d_raw_a = -ratio * jax.nn.sigmoid(raw_a) * jnp.sum(sums[1])
+  d_bias, d_scale = ratio * d_bias, ratio * inverse * product
+
+  def input_gradient(x, upstream):
+    (centred, dz, _), count = rows(x, upstream), x.size // channels
+    dx = (scale * inverse) * (ratio * dz - d_bias / count - centred * (inverse * d_scale / count))
+    return dx.reshape(x.shape).astype(x.dtype)
+
+  dx = own_kernel(input_gradient, scale, x, upstream)
+  return dx, None, None, d_scale, d_bias, d_raw_a, d_raw_c, None
 
 
 _fused.defvjp(_forward, _backward)

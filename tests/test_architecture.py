@@ -12,7 +12,7 @@ ORDER = [
   "distributed",
   "snapshots",
   "data",
-  "sums",
+  "lowering",
   "quant",
   "fused",
   "depthwise",

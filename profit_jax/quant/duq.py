@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from profit_jax.sums import total_sums
+from profit_jax.lowering import total_sums
 
 Kind = Literal["symmetric", "unsigned", "hswish"]
 

@@ -1,10 +1,36 @@
-"""Sums over a whole batch: what gradients of scales, biases, quantizer scalars and depthwise kernels come down to."""
+"""Operations in the form that each platform's compiler makes fast.
 
-from collections.abc import Sequence
+GPUs and TPUs get the plain form. What XLA makes of it on a CPU was measured on 2 cores; the figures stand beside each.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def own_kernel(compute: Callable[..., jax.Array], witness: jax.Array, *operands: Any) -> jax.Array:
+  """`compute(*operands)` as an array of its own, in programs for CPUs.
+
+  XLA on CPU fuses an elementwise result into each of its uses, which compute it again and then are too long for LLVM to
+  vectorize; it removes `optimization_barrier` before it fuses. The branch of a conditional is compiled by itself. Forward
+  and backward pass of an expansion and a depthwise convolution, norms and quantizers, [16, 56, 56, 144]: 41 ms, not 125.
+
+  Args:
+    compute: gives one array.
+    witness: not NaN, and the same on every device: a parameter. Where its first element is NaN, so is the result.
+    operands: of `compute`.
+  """
+
+  def conditional(witness, *operands):
+    first = witness.reshape(-1)[0].astype(jnp.float32)
+    shape = jax.eval_shape(compute, *operands)
+    return lax.cond(first == first, compute, lambda *_: jnp.full(shape.shape, jnp.nan, shape.dtype), *operands)
+
+  return lax.platform_dependent(witness, *operands, cpu=conditional, default=lambda _, *operands: compute(*operands))
+
 
 # XLA on CPU writes the operand of a sum to memory first, and once for each sum; one reduction of several operands computes
 # them as it goes. LLVM vectorizes it where it can unroll the loop over the reduced axis, which depends on what the loop
