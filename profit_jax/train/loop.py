@@ -229,10 +229,9 @@ class Loop:
     phase = self._phases[progress.phase - 1]
     if not metrics.pop("finite"):
       where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, step {step}"
-      quantized = self._moment.state.params if phase.weight_bits or phase.act_bits else {}
-      raise sanity.NotFinite(
-        sanity.describe(where, metrics["loss"], self._learning_rates(phase, progress.epoch), quantized)
-      )
+      state, rates = self._moment.state, self._learning_rates(phase, progress.epoch)
+      quantized = state.params if phase.weight_bits or phase.act_bits else {}
+      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, quantized, state.batch_stats))
     metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
     for name, value in metrics.items():
       progress.totals[name] = progress.totals.get(name, 0.0) + value
