@@ -10,7 +10,7 @@ import ml_collections
 from etils import epath
 from rich.console import Console
 
-from profit_jax import data, distributed, plan, snapshots
+from profit_jax import data, distributed, paths, plan, snapshots
 from profit_jax.models import REGISTRY, build, check, variable_shapes
 from profit_jax.report import console, files
 from profit_jax.settings import ConfigError, Settings, parse
@@ -55,7 +55,7 @@ def main(
   if mode not in MODES:
     later = " (export is not part of this release)" if mode == "export" else ""
     raise ConfigError(f"--mode={mode} is not allowed{later}: it must be one of {', '.join(MODES)}.")
-  directory = epath.Path(os.path.abspath(workdir) if workdir and "://" not in workdir else workdir)
+  directory = paths.opened("--workdir", workdir) if workdir else epath.Path()
   given = config is not None
   if not given:
     if mode != "eval":
@@ -71,7 +71,8 @@ def main(
     print_plan(settings, phases, images_per_second)
     return
   if settings.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.compilation_cache))
+    cache = paths.opened("config.compilation_cache =", os.path.expanduser(settings.compilation_cache))
+    jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
   # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in TensorFloat-32.
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.initialize(*cluster)

@@ -1,11 +1,12 @@
 """A plain folder of images: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg."""
 
 import concurrent.futures
+import os
 from collections.abc import Iterable
 
 import tensorflow as tf
-from etils import epath
 
+from profit_jax import paths
 from profit_jax.data.records import Record, Table
 from profit_jax.settings import ConfigError, DataSettings
 
@@ -32,7 +33,7 @@ class Folder:
     """
     if not settings.data_dir:
       raise ConfigError("config.data.data_dir = '' is not allowed: with data.name = folder it must be the folder's path.")
-    root = epath.Path(settings.data_dir).expanduser()
+    root = paths.opened("config.data.data_dir =", os.path.expanduser(settings.data_dir))
     if not root.is_dir():
       raise ConfigError(f"config.data.data_dir = {settings.data_dir!r} is not allowed: there is no such directory.")
     train = _split(root, "train_split", (settings.train_split,))
