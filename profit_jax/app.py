@@ -10,7 +10,7 @@ import ml_collections
 from etils import epath
 from rich.console import Console
 
-from profit_jax import data, distributed, plan, snapshots
+from profit_jax import data, distributed, paths, plan, snapshots
 from profit_jax.models import REGISTRY, build, check, variable_shapes
 from profit_jax.report import console, files
 from profit_jax.settings import ConfigError, Settings, parse
@@ -55,7 +55,7 @@ def main(
   if mode not in MODES:
     later = " (export is not part of this release)" if mode == "export" else ""
     raise ConfigError(f"--mode={mode} is not allowed{later}: it must be one of {', '.join(MODES)}.")
-  directory = epath.Path(os.path.abspath(workdir) if workdir and "://" not in workdir else workdir)
+  directory = paths.opened("--workdir", workdir) if workdir else epath.Path()
   given = config is not None
   if not given:
     if mode != "eval":
@@ -71,11 +71,12 @@ def main(
     print_plan(settings, phases, images_per_second)
     return
   if settings.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(settings.compilation_cache))
+    cache = paths.opened("config.compilation_cache =", os.path.expanduser(settings.compilation_cache))
+    jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
   # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in TensorFloat-32.
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.initialize(*cluster)
-  numbers = json.dumps(files.comparable(settings.to_dict()), sort_keys=True)
+  numbers = json.dumps(files.of_all_processes(settings.to_dict()), sort_keys=True)
   distributed.require_equal("settings", f"{mode} {workdir} {numbers}")
   if only_file:
     if workdir:
@@ -122,13 +123,13 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
   with contextlib.ExitStack() as closing:  # in reverse: the last checkpoints are written whatever else fails
     # A fresh directory is claimed only when what the run starts from has been read.
     begun = distributed.from_first(files.is_begun(workdir))
-    writer = _claim(workdir, settings, facts, closing) if begun else None
+    writer = _claim(workdir, settings, source, closing) if begun else None
     snapshot = writer and writer.read_newest(lambda text: _warn(screen, text))
     progress = snapshot and progress_of(snapshot)
     student = distributed.together(lambda: start.load_student(settings, facts.num_classes, progress))
     teacher = distributed.together(lambda: start.load_teacher(settings, student, facts.num_classes, progress))
     if writer is None:
-      writer = _claim(workdir, settings, facts, closing)
+      writer = _claim(workdir, settings, source, closing)
       if snapshots.saved_numbers(workdir / "checkpoints"):
         raise ConfigError(f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its end.")
 
@@ -160,15 +161,16 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
   return result
 
 
-def _claim(workdir: epath.Path, settings: Settings, facts: data.Facts, closing: contextlib.ExitStack) -> snapshots.Writer:
+def _claim(workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack) -> snapshots.Writer:
   """Makes the directory this run's, until `closing`; gives the writer of its checkpoints."""
 
   def claim():
-    files.claim_workdir(workdir, settings, facts)
+    # In this order: of two that start together, the second must not find the first one's files half written.
     closing.enter_context(files.hold(workdir))
+    files.claim_workdir(workdir, settings, source)
 
   distributed.first_does(claim)
-  distributed.together(lambda: files.read_sizes(workdir))  # a directory that only the first process sees
+  distributed.together(lambda: files.read_data(workdir))  # a directory that only the first process sees
   writer = snapshots.Writer(workdir / "checkpoints", keep=settings.checkpoint.keep)
 
   def close(error, *_):
@@ -197,9 +199,9 @@ def _watchers(screen, facts, workdir):
 
 def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, float]:
   """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
-  files.read_config(workdir)  # before claiming, which would make a run of an empty directory
+  files.read_config(workdir)  # before the data, which takes longer
   mesh, source = make_mesh(settings), _load_data(settings)
-  distributed.first_does(lambda: files.claim_workdir(workdir, settings, source.facts))
+  distributed.first_does(lambda: files.require_same_run(workdir, settings, source))
   model = build(settings.model, source.facts.num_classes)
   programs = Programs(settings, source.facts, model, None, mesh)
   try:

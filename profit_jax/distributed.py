@@ -56,15 +56,13 @@ def initialize(
   if missing and len(missing) < len(given):
     raise ConfigError(f"--{missing[0]} is missing: --{', --'.join(given)} belong together. Give all of them or none.")
   if not missing:
+    if not 1 <= num_processes < 2**31:
+      raise ConfigError(f"--num_processes={num_processes} is not allowed: it must be 1 or above, below 2^31.")
     if not 0 <= process_id < num_processes:
       raise ConfigError(f"--process_id={process_id} is not allowed: it must be 0 to {num_processes - 1} (--num_processes).")
-    host, _, port = coordinator_address.rpartition(":")
-    if not host or not port.isdigit():
-      raise ConfigError(
-        f"--coordinator_address={coordinator_address} is not allowed: it must be HOST:PORT, as 10.0.0.2:8476."
-      )
+    host, port = _host_and_port(coordinator_address)
     if process_id:
-      _wait_for(host.strip("[]"), int(port))
+      _wait_for(host, port)
   elif not (_on_tpu() or started_tasks(environment) > 1):
     return
   try:
@@ -75,6 +73,17 @@ def initialize(
       f"This process could not join the others ({told}): {' '.join(str(error).split())[:300]} Start the same command on "
       f"every machine at the same time, and let them reach the first one's port; or give --{', --'.join(given)}."
     ) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+  host, _, port = address.rpartition(":")
+  with contextlib.suppress(UnicodeError):
+    host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
+    if host.encode("idna") and re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) < 2**16:
+      return host, int(port)
+  raise ConfigError(
+    f"--coordinator_address={address} is not allowed: it must be HOST:PORT, as 10.0.0.2:8476, with a port from 1 to 65535."
+  )
 
 
 def _wait_for(host: str, port: int, seconds: float = PATIENCE) -> None:

@@ -33,6 +33,7 @@ absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.
 
 Warn = Callable[[str], None]
 _TIMEOUT = 120  # seconds
+_LISTINGS = 5  # of a directory whose moments go away while they are read
 _ITEM, _FILE, _CHECKSUM = "moment", "moment.safetensors", "moment.sha256"
 
 
@@ -89,8 +90,9 @@ class Writer:
   """Writes moments, in the background, and keeps the last few."""
 
   def __init__(self, directory: epath.PathLike, *, keep: int):
-    """Args: directory: `WORKDIR/checkpoints`; keep: how many stay."""
+    """Args: directory: `WORKDIR/checkpoints`; keep: how many stay. Raises as `saved_numbers`, and as `save`."""
     self._directory = epath.Path(directory)
+    _listed(self._directory)  # orbax would only stumble at the first save over what is no directory
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       create=True,
@@ -162,13 +164,23 @@ class Writer:
 
 
 def saved_numbers(directory: epath.PathLike) -> list[int]:
-  """The moments in a directory, oldest first, damaged ones among them."""
+  """The moments in a directory, oldest first, damaged ones among them.
+
+  Raises:
+    ConfigError: it is no directory, or cannot be listed.
+  """
   directory = epath.Path(directory)
-  if not directory.exists():
-    return []
-  # Where a directory cannot be renamed (`gs://`), orbax writes into it and marks it at the end.
-  there = (path for path in directory.iterdir() if path.name.isdigit())
-  return sorted(int(path.name) for path in there if ocp.path.step.is_path_finalized(path))
+  try:
+    if not directory.exists():
+      return []
+    # Where a directory cannot be renamed (`gs://`), orbax writes into it and marks it at the end.
+    there = (path for path in directory.iterdir() if path.name.isascii() and path.name.isdigit())
+    return sorted(int(path.name) for path in there if ocp.path.step.is_path_finalized(path))
+  except Exception as error:  # remote file systems have their own
+    raise ConfigError(
+      f"{directory} must be the directory of a run's checkpoints, and cannot be listed: {_short(error)}. Move away what is "
+      f"there, or give another --workdir."
+    ) from error
 
 
 def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = False) -> Snapshot | None:
@@ -183,16 +195,16 @@ def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = Fals
     None in a fresh directory.
 
   Raises:
-    ConfigError: there are moments, and none of them is whole. All stay where they are.
+    ConfigError: there are moments, and none of them is whole; or one cannot be read at present. All stay where they are.
   """
   directory = epath.Path(directory)
-  damaged = {}
-  found = None
-  for number in reversed(distributed.numbers_of_first(saved_numbers(directory))):
-    found, damage = _read_on_all(directory, number)
-    if found is not None:
+  numbers = _listed(directory)
+  for _ in range(_LISTINGS):
+    found, damaged = _newest_of(directory, numbers)
+    before, numbers = numbers, _listed(directory)
+    # A run that is going on may have written a newer one meanwhile, and deleted these.
+    if found is not None or before == numbers:
       break
-    damaged[number] = damage
   if damaged and found is None:
     listing = "\n  ".join(f"{directory / str(number)}: {damage}" for number, damage in damaged.items())
     raise ConfigError(
@@ -210,6 +222,22 @@ def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = Fals
   return found
 
 
+def _listed(directory: epath.Path) -> list[int]:
+  """The moments that the first process sees, on all."""
+  return distributed.numbers_of_first(distributed.together(lambda: saved_numbers(directory)))
+
+
+def _newest_of(directory: epath.Path, numbers: list[int]) -> tuple[Snapshot | None, dict[int, str]]:
+  """The newest of these moments that is whole, and what is wrong with newer ones, newest first."""
+  damaged = {}
+  for number in reversed(numbers):
+    found, damage = _read_on_all(directory, number)
+    if found is not None:
+      return found, damaged
+    damaged[number] = damage
+  return None, damaged
+
+
 def _move(place: epath.Path, target: epath.Path) -> None:
   target.parent.mkdir(parents=True, exist_ok=True)
   if target.exists():
@@ -221,21 +249,43 @@ def _read_on_all(directory: epath.Path, number: int) -> tuple[Snapshot | None, s
   """A moment, or what is wrong with it; the same in all processes."""
 
   def read():
+    place = directory / str(number) / _ITEM
     try:
-      return _read(directory, number), ""
+      content, checksum = _content(place / _FILE), _content(place / _CHECKSUM)
+      return _parse(number, content, checksum), ""
+    except ConfigError:
+      raise
     except Exception as error:  # damaged files raise whatever their parsers stumble over
       return None, _short(error)
 
-  found, damage = read()
+  found, damage = distributed.together(read)
   if not distributed.on_all(found is not None):
     return None, damage or "another process could not read it"
   return found, ""
 
 
-def _read(directory: epath.Path, number: int) -> Snapshot:
-  place = directory / str(number) / _ITEM
-  content, expected = (place / _FILE).read_bytes(), (place / _CHECKSUM).read_text().split()
-  if expected[:1] != [hashlib.sha256(content).hexdigest()]:
+def _content(path: epath.Path) -> bytes:
+  """A file of a moment.
+
+  Raises:
+    FileNotFoundError: it is not there.
+    ConfigError: it may be whole, but cannot be read: a disk or a network that has failed for a while.
+  """
+  try:
+    if path.exists() and not path.is_dir():
+      return path.read_bytes()
+  except FileNotFoundError:
+    pass
+  except Exception as error:  # remote file systems have their own
+    raise ConfigError(
+      f"The checkpoint file {path} cannot be read at present: {_short(error)}. Nothing was changed. Run the same command "
+      f"again when it can; or, if it is lost, move its checkpoint's directory away: the one before is used then."
+    ) from error
+  raise FileNotFoundError(f"{path.name} is missing")
+
+
+def _parse(number: int, content: bytes, checksum: bytes) -> Snapshot:
+  if checksum.decode().split()[:1] != [hashlib.sha256(content).hexdigest()]:
     raise ValueError(f"the checksum of {_FILE} is not what {_CHECKSUM} says")
   header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
   return Snapshot(number, json.loads(header["__metadata__"]["values"]), safetensors.numpy.load(content))

@@ -4,11 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from etils import epath
-
-from profit_jax import plan
+from profit_jax import paths, plan
 from profit_jax.models import build, variable_shapes
-from profit_jax.report.files import read_settings, read_sizes
+from profit_jax.report.files import read_data, read_settings
 from profit_jax.settings import ConfigError
 from profit_jax.weights.load import differing_settings, load_variables, namings
 from profit_jax.weights.save import leaves_quantizers_out, named_tensors, settings_metadata, write_safetensors
@@ -25,11 +23,12 @@ def write(run: str, file: str, names: str | None) -> str:
   Raises:
     ConfigError: anything that the user can mend.
   """
-  settings = read_settings(epath.Path(run))
+  directory = paths.opened("The run", run)
+  settings = read_settings(directory)
   model = settings.model.name
   if names is None:
     names = next(source for source in ("authors", "torchvision", "timm", "profit_jax") if source in namings(model))
-  module = build(settings.model, read_sizes(epath.Path(run))["num_classes"])
+  module = build(settings.model, read_data(directory)["num_classes"])
   loaded = load_variables(run, model, variable_shapes(module, settings.data.image_size))
   tensors = named_tensors(model, loaded.variables, names)
   last = plan.plan(settings)[-1]

@@ -8,6 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 ORDER = [
   "settings",
+  "paths",
   "plan",
   "distributed",
   "snapshots",

@@ -1,10 +1,14 @@
 """Moments on disk: whole or not at all, and damage is noticed."""
 
+import errno
+import itertools
+import pathlib
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from etils import epath
 
 from profit_jax import snapshots
 from profit_jax.settings import ConfigError
@@ -131,6 +135,59 @@ def test_nothing_is_changed_where_all_are_damaged(copy):
     writer.read_newest(pytest.fail)
   writer.close()
   assert snapshots.saved_numbers(copy) == [3, 7]
+
+
+def test_a_disk_that_fails_for_a_while_is_no_damage(copy, monkeypatch):
+  read, failing = pathlib.Path.read_bytes, [copy / "7" / "moment" / "moment.safetensors"]
+
+  def read_bytes(path):
+    if failing and pathlib.Path(path) == failing[0]:
+      raise OSError(errno.EIO, "Input/output error")
+    return read(path)
+
+  monkeypatch.setattr(type(epath.Path(copy)), "read_bytes", read_bytes)
+  writer = snapshots.Writer(copy, keep=3)
+  with pytest.raises(
+    ConfigError, match=r"7/moment/moment.safetensors cannot be read at present: .*Input/output error\. Nothing was changed"
+  ):
+    writer.read_newest(pytest.fail)
+  failing.clear()
+  assert_is(writer.read_newest(pytest.fail), 7)
+  writer.close()
+
+
+def test_a_moment_that_a_run_replaces_while_it_is_read_is_looked_for_again(copy, monkeypatch):
+  content, calls = snapshots._content, []
+
+  def slowly(path):
+    if not calls:
+      # What a run that keeps one does meanwhile.
+      write(copy, [9], keep=1)
+      assert snapshots.saved_numbers(copy) == [9]
+    calls.append(path)
+    return content(path)
+
+  monkeypatch.setattr(snapshots, "_content", slowly)
+  assert_is(snapshots.read_newest(copy, pytest.fail), 9)
+
+
+def test_a_run_that_is_always_faster_ends_in_a_message(copy, monkeypatch):
+  listed = itertools.count(100)
+  monkeypatch.setattr(snapshots, "saved_numbers", lambda directory: [next(listed)])
+  with pytest.raises(ConfigError, match=r"No checkpoint in .* can be read back"):
+    snapshots.read_newest(copy, pytest.fail)
+
+
+def test_a_file_in_the_place_of_the_directory_is_named(tmp_path):
+  (tmp_path / "checkpoints").write_text("not a directory")
+  for action in (
+    lambda: snapshots.read_newest(tmp_path / "checkpoints", pytest.fail),
+    lambda: snapshots.Writer(tmp_path / "checkpoints", keep=1),
+  ):
+    with pytest.raises(
+      ConfigError, match=r"/checkpoints must be the directory of a run's checkpoints, and cannot be listed"
+    ):
+      action()
 
 
 def test_another_structure_is_named(two):

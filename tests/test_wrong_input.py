@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import sys
 
 import hypothesis
@@ -26,16 +27,32 @@ from profit_jax.train import aiwq, start, steps
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress
 from profit_jax.weights.files import read_contents
-from tests.wrong_input import FIELDS, TEXT, WORDS
+from profit_jax.weights.load import load_variables
+from profit_jax.weights.save import named_tensors
+from tests.wrong_input import (
+  FIELDS,
+  MODELS,
+  NO_FOLDER,
+  NO_RUN,
+  NO_WEIGHTS,
+  SCHEMES,
+  TEXT,
+  WORDS,
+  clusters,
+  damaged,
+  wrong_tensors,
+)
 
 # `HYPOTHESIS_PROFILE=full pytest tests/test_wrong_input.py` draws 500 of each kind.
 hypothesis.settings.register_profile("ci", max_examples=120, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("full", max_examples=500, deadline=None, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+FULL = os.environ.get("HYPOTHESIS_PROFILE") == "full"
 FLAGS = ("config", "workdir", "mode", "images_per_second", "coordinator_address", "num_processes", "process_id")
 # ml_collections' way to load a configuration file.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
 DIGITS = "--config=configs/digits_w4.py:mobilenet_v1"
+configs = st.sampled_from([f"--config=configs/digits_w4.py:{model}" for model in MODELS])
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +118,16 @@ right_changes = st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=6
 )
 
 
-@hypothesis.given(changes=wrong_changes)
-def test_wrong_values_are_named(main, changes):
-  code, _, err = command(main, [DIGITS, "--mode=plan", *overrides(changes)])
+@hypothesis.given(config=configs, changes=wrong_changes)
+def test_wrong_values_are_named(main, config, changes):
+  code, _, err = command(main, [config, "--mode=plan", *overrides(changes)])
   # ml_collections refuses a wrong type with the field's last name only.
   assert_refused(code, err, [f"config.{field}" for field in changes] + [f"flag --config.{field}" for field in changes])
 
 
-def deep_check(changes):
+def deep_check(model, changes):
   """Traces the training step with everything quantized, as a run would before it compiles it."""
-  config = digits_w4.get_config("mobilenet_v1")
+  config = digits_w4.get_config(model)
   config.update_from_flattened_dict({**changes, "compilation_cache": ""})
   settings = parse(config, REGISTRY)
   phases = plan.plan(settings)
@@ -140,9 +157,9 @@ def deep_check(changes):
   )
 
 
-def accepted(main, changes):
+def accepted(main, config, changes):
   """Whether mode plan takes the values; where it does not, it names a field."""
-  code, out, err = command(main, [DIGITS, "--mode=plan", *overrides(changes)])
+  code, out, err = command(main, [config, "--mode=plan", *overrides(changes)])
   if code == 2:
     assert_refused(code, err, [f"config.{field}" for field in FIELDS])
     return False
@@ -151,16 +168,16 @@ def accepted(main, changes):
   return True
 
 
-@hypothesis.given(changes=right_changes)
-def test_right_values_are_taken_or_a_field_is_named(main, changes):
-  accepted(main, changes)
+@hypothesis.given(config=configs, changes=right_changes)
+def test_right_values_are_taken_or_a_field_is_named(main, config, changes):
+  accepted(main, config, changes)
 
 
-@hypothesis.settings(max_examples=60 if os.environ.get("HYPOTHESIS_PROFILE") == "full" else 5)
-@hypothesis.given(changes=right_changes)
-def test_what_is_accepted_does_not_fail_later(main, changes):
-  hypothesis.assume(accepted(main, changes))
-  deep_check(changes)
+@hypothesis.settings(max_examples=60 if FULL else 5)
+@hypothesis.given(model=st.sampled_from(MODELS if FULL else MODELS[:1]), changes=right_changes)
+def test_what_is_accepted_does_not_fail_later(main, model, changes):
+  hypothesis.assume(accepted(main, f"--config=configs/digits_w4.py:{model}", changes))
+  deep_check(model, changes)
 
 
 wrong_arguments = st.one_of(
@@ -181,6 +198,59 @@ wrong_arguments = st.one_of(
 def test_wrong_command_lines_are_refused(main, arguments):
   code, _, err = command(main, [DIGITS, "--mode=plan", *arguments])
   assert_refused(code, err, [argument.lstrip("-").split("=")[0].split(".")[-1] for argument in arguments])
+
+
+# Small, without the cache of compiled programs, which would be that of this process too.
+START = [DIGITS, "--config.compilation_cache=", "--config.data.image_size=16"]
+
+
+@hypothesis.given(arguments=clusters(), mode=st.sampled_from(["train", "eval"]))
+def test_wrong_clusters_are_refused(main, tmp_path_factory, arguments, mode):
+  workdir = tmp_path_factory.getbasetemp() / "never"
+  code, _, err = command(main, [*START, f"--mode={mode}", f"--workdir={workdir}", *arguments])
+  assert_refused(code, err, ["coordinator_address", "num_processes", "process_id"])
+  assert not workdir.exists()
+
+
+@hypothesis.given(workdir=NO_RUN | st.just(""))
+def test_wrong_workdirs_are_refused(main, workdir):
+  code, _, err = command(main, [*START, "--mode=eval", f"--workdir={workdir}"])
+  assert_refused(code, err, [f"--workdir {workdir}", f"--workdir {workdir!r}", f"/{workdir} holds no run", "--workdir is"])
+
+
+@hypothesis.settings(max_examples=40 if FULL else 10)
+@hypothesis.given(workdir=SCHEMES | st.sampled_from(["", "README.md", "README.md/run", "/dev/null/run", "a" * 256]))
+def test_wrong_workdirs_to_train_in_are_refused(main, workdir):
+  code, _, err = command(main, [*START, f"--workdir={workdir}"])
+  assert_refused(code, err, ["--workdir "])
+
+
+@hypothesis.settings(max_examples=200 if FULL else 30)
+@hypothesis.given(path=NO_WEIGHTS, teacher=st.booleans())
+def test_wrong_weights_are_named(main, tmp_path_factory, path, teacher):
+  workdir = tmp_path_factory.getbasetemp() / "never"
+  chosen = [f"--config.init.weights={path}", "--mode=eval"]
+  if teacher:
+    chosen = [f"--config.teacher.weights={path}", "--config.teacher.model=mobilenet_v1", f"--workdir={workdir}"]
+    chosen.append("--config.teacher.strides=(1, 1, 2, 2, 2, 1)")
+  code, _, err = command(main, [*START, *chosen])
+  assert_refused(code, err, [path])
+  assert not workdir.exists()
+
+
+@hypothesis.given(path=NO_FOLDER, mode=st.sampled_from(["plan", "eval"]))
+def test_wrong_places_of_data_are_named(main, path, mode):
+  chosen = ["--config.data.name=folder", f"--config.data.data_dir={path}", "--config.init.weights=absent.npz"]
+  code, _, err = command(main, [*START, *chosen, f"--mode={mode}"])
+  assert_refused(code, err, ["config.data.data_dir = ", "config.data.eval_split is not there"])
+
+
+@hypothesis.settings(max_examples=40 if FULL else 10)
+@hypothesis.given(path=SCHEMES, mode=st.sampled_from(["train", "eval"]))
+def test_wrong_places_of_programs_are_named(main, tmp_path_factory, path, mode):
+  workdir = tmp_path_factory.getbasetemp() / "never"
+  code, _, err = command(main, [DIGITS, f"--config.compilation_cache={path}", f"--mode={mode}", f"--workdir={workdir}"])
+  assert_refused(code, err, [f"config.compilation_cache = '{path}'"])
 
 
 # With a word that the message must have.
@@ -220,15 +290,6 @@ def test_wrong_configuration_files_are_refused(main, tmp_path_factory, line, unl
   assert_refused(code, err, [word])
 
 
-@st.composite
-def damaged(draw, content):
-  """Bytes with something cut out, changed, or put in between."""
-  first = draw(st.integers(0, len(content)))
-  length = draw(st.sampled_from([0, 1, 4, 100, len(content)]))
-  put = draw(st.binary(max_size=8))
-  return content[:first] + put + content[first + length :]
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
   """Contents of small weights files, by suffix."""
@@ -243,11 +304,34 @@ def weights(tmp_path_factory):
 def test_damaged_weights_files_are_named(weights, tmp_path_factory, data, suffix):
   path = tmp_path_factory.mktemp("damaged") / f"w{suffix}"
   path.write_bytes(data.draw(damaged(weights[suffix])))
-  with contextlib.suppress(ConfigError):  # nothing else; and a changed number cannot be seen
-    read_contents(str(path))
+  try:
+    contents, told = read_contents(str(path)), ""
+  except ConfigError as error:
+    contents, told = None, str(error)
+  # What was changed may be no more than a number, which cannot be seen.
+  assert told.startswith(f"The weights file '{path}' ") if contents is None else contents.tensors
 
 
-@hypothesis.settings(max_examples=200 if os.environ.get("HYPOTHESIS_PROFILE") == "full" else 30)
+@pytest.fixture(scope="module")
+def model():
+  """A model's shapes, and tensors of it under its own names."""
+  shapes = variable_shapes(build(parse(digits_w4.get_config("mobilenet_v1"), REGISTRY).model, 10), 16)
+  ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+  return shapes, named_tensors("mobilenet_v1", ones, "timm")
+
+
+@hypothesis.settings(max_examples=200 if FULL else 40)
+@hypothesis.given(data=st.data())
+def test_wrong_tensors_are_named(model, tmp_path_factory, data):
+  shapes, tensors = model
+  changed, name = data.draw(wrong_tensors(tensors))
+  path = tmp_path_factory.getbasetemp() / "tensors.npz"
+  np.savez(path, **changed)
+  with pytest.raises(ConfigError, match=re.escape(name)):
+    load_variables(str(path), "mobilenet_v1", shapes)
+
+
+@hypothesis.settings(max_examples=200 if FULL else 30)
 @hypothesis.given(data=st.data(), name=st.sampled_from(["config.json", "data.json"]))
 def test_damaged_files_of_a_run_are_refused(main, tmp_path_factory, data, name):
   workdir = tmp_path_factory.mktemp("run")

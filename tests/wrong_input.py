@@ -1,7 +1,10 @@
-"""Every field of a configuration with values that are wrong, and with values that are right: what the tests draw from."""
+"""Every field of a configuration with values that are wrong, and with values that are right; and wrong places, addresses
+and damaged files: what the tests draw from.
+"""
 
 import math
 
+import numpy as np
 from hypothesis import strategies as st
 
 TEXT = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S")), min_size=1, max_size=12)
@@ -49,14 +52,19 @@ WRONG_FRACTIONS = (
   | st.lists(st.floats(0, 1), min_size=2, max_size=4).map(tuple).filter(lambda f: list(f) != sorted(f))
 )
 STRIDES = (
-  (st.lists(st.integers(-1, 4), min_size=1, max_size=9).map(tuple).filter(lambda s: len(s) != 6 or set(s) - {1, 2})),
+  (
+    st.lists(st.integers(-1, 4), min_size=1, max_size=9)
+    .map(tuple)
+    .filter(lambda s: len(s) not in (6, 7, 8) or set(s) - {1, 2})
+  ),
   st.just(()),
 )
 NORMALIZATIONS = ("dataset", "imagenet", "inception", "none")
-# digits in memory, MobileNet-v1, no files: what the tests start from.
+MODELS = ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
+# Digits in memory, no files: what the tests start from. What only files tell is below.
 FIELDS = {
   "seed": ints(0, 2**32 - 1),
-  "model.name": choice("mobilenet_v1"),
+  "model.name": choice(*MODELS),
   "model.width": floats(0, 4, open_low=True),
   "model.activation": choice("relu", "relu6"),
   "model.dropout": floats(0, 1, open_high=True),
@@ -119,3 +127,79 @@ FIELDS = {
   "recovery.learning_rate_factor": floats(0, 1, open_low=True, open_high=True),
   "compilation_cache": (st.nothing(), st.just("")),
 }
+
+# Places that are wrong for whatever is looked for there. README.md is a file, and tests a directory of nothing of ours.
+SCHEMES = st.builds("{}://{}".format, WORDS, WORDS)  # file systems that nobody knows
+LONG = st.integers(256, 400).map("a".__mul__)  # for a file's name
+NO_RUN = SCHEMES | LONG | WORDS | st.sampled_from(["README.md", "README.md/run", "tests", "/dev/null"])
+NO_WEIGHTS = (
+  SCHEMES
+  | LONG
+  | st.builds("{}{}".format, WORDS, st.sampled_from([".npz", ".pth", ".safetensors", ".zip", ""]))
+  | st.sampled_from(
+    ["README.md", "README.md/w.npz", "tests", "tests/golden/quantizers.npz", "tests/golden/torch_files/zip.pth"]
+  )
+)
+NO_FOLDER = SCHEMES | LONG | WORDS | st.sampled_from(["", "README.md", "README.md/data", "tests"])
+
+# HOST:PORT that is none.
+PORTS = (
+  WORDS | (st.integers(-(2**40), 0) | st.integers(2**16, 2**80)).map(str) | st.sampled_from(["", "²", "٣", "1.5", " 1"])
+)
+ADDRESSES = (
+  TEXT.filter(lambda text: ":" not in text)
+  | st.builds("localhost:{}".format, PORTS)
+  | st.builds("{}:8476".format, st.sampled_from(["", "..", ".a", "[]", "a" * 64]))
+)
+
+
+@st.composite
+def clusters(draw):
+  """Options for several processes of which one is wrong or missing."""
+  processes = draw(st.integers(1, 2**31 - 1))
+  options = {
+    "coordinator_address": "localhost:8476",
+    "num_processes": processes,
+    "process_id": draw(st.integers(0, processes - 1)),
+  }
+  no_number = WORDS | st.sampled_from(["", "1.5", "²", "1e3"])
+  wrong = {
+    "coordinator_address": ADDRESSES,
+    "num_processes": st.integers(-(2**40), 0) | st.integers(2**31, 2**40) | no_number,
+    "process_id": st.integers(-(2**40), -1) | st.integers(processes, 2**40) | no_number,
+  }
+  name = draw(st.sampled_from(sorted(options)))
+  if draw(st.booleans()):
+    options[name] = draw(wrong[name])
+  else:
+    del options[name]
+  return [f"--{option}={value}" for option, value in options.items()]
+
+
+@st.composite
+def damaged(draw, content):
+  """Bytes with something cut out, changed, or put in between."""
+  first = draw(st.integers(0, len(content)))
+  length = draw(st.sampled_from([0, 1, 4, 100, len(content)]))
+  put = draw(st.binary(max_size=8))
+  return content[:first] + put + content[first + length :]
+
+
+@st.composite
+def wrong_tensors(draw, tensors):
+  """A copy of a model's tensors of which one is wrong, and its name."""
+  name = draw(st.sampled_from(sorted(tensors)))
+  value, changed = tensors[name], dict(tensors)
+  how = draw(st.sampled_from(["missing", "unexpected", "shape", "integers", "not finite"]))
+  if how == "missing":
+    del changed[name]
+  elif how == "unexpected":
+    name = draw(WORDS)
+    changed[name] = value
+  elif how == "shape":
+    changed[name] = value[None]
+  elif how == "integers":
+    changed[name] = value.astype(np.int32)
+  else:
+    changed[name] = np.full_like(value, draw(NOT_FINITE))
+  return changed, name

@@ -1,10 +1,12 @@
 """A plain folder of images: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg."""
 
 import concurrent.futures
+import os
+from collections.abc import Iterable
 
 import tensorflow as tf
-from etils import epath
 
+from profit_jax import paths
 from profit_jax.data.records import Record, Table
 from profit_jax.settings import ConfigError, DataSettings
 
@@ -31,7 +33,7 @@ class Folder:
     """
     if not settings.data_dir:
       raise ConfigError("config.data.data_dir = '' is not allowed: with data.name = folder it must be the folder's path.")
-    root = epath.Path(settings.data_dir).expanduser()
+    root = paths.opened("config.data.data_dir =", os.path.expanduser(settings.data_dir))
     if not root.is_dir():
       raise ConfigError(f"config.data.data_dir = {settings.data_dir!r} is not allowed: there is no such directory.")
     train = _split(root, "train_split", (settings.train_split,))
@@ -85,9 +87,27 @@ class _Files(Table):
         f"them from both splits, or fill them."
       )
     self._paths = [str(split / name / image) for name, images in zip(classes, found, strict=True) for image in images]
+    self._firsts = [str(split / name / images[0]) for name, images in zip(classes, found, strict=True)]
     labels = [label for label, images in enumerate(found) for _ in images]
     names = [f"{name}/{image}" for name, images in zip(classes, found, strict=True) for image in images]
     super().__init__({"path": tf.constant(self._paths), "label": tf.constant(labels, tf.int32)}, names)
+
+  def sample(self) -> Iterable[bytes]:
+    """See `Table.sample`: the first of every class, so that two directories whose files have the same names differ.
+
+    Raises:
+      ConfigError: one cannot be read.
+    """
+
+    def content(path):
+      with tf.io.gfile.GFile(path, "rb") as file:
+        return file.read()
+
+    try:
+      with concurrent.futures.ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
+        return list(pool.map(content, self._firsts))
+    except tf.errors.OpError as error:
+      raise ConfigError(f"folder cannot be read: {' '.join(error.message.split())[:500]}. Restore the file.") from error
 
   def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
     """See `Records.read`."""

@@ -1,6 +1,7 @@
 """Any classification set of tensorflow-datasets that lies prepared in a directory, local or gs://."""
 
 import itertools
+from collections.abc import Iterable
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -166,6 +167,10 @@ class _InMemory(Table):
   def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
     """See `Records.read`."""
     return record["contents"], record["label"]
+
+  def sample(self) -> Iterable[bytes]:
+    """See `Table.sample`: all of them."""
+    return self._columns["contents"].numpy()
 
   def name(self, key) -> str:
     """See `Records.name`."""

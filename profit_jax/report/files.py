@@ -15,7 +15,8 @@ import jax
 import ml_collections
 from etils import epath
 
-from profit_jax.data import Facts
+from profit_jax import snapshots
+from profit_jax.data import Source
 from profit_jax.models import REGISTRY
 from profit_jax.plan import Phase, bits_name
 from profit_jax.report.console import final_line, start_lines
@@ -26,39 +27,49 @@ from profit_jax.train.progress import Progress, summary
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "clu", "ml-collections", "numpy")
 
 
-def claim_workdir(workdir: epath.Path, settings: Settings, facts: Facts) -> None:
-  """Writes `config.json` and `data.json`, or checks that those that are there are this run's.
+def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> None:
+  """Writes `config.json` and `data.json`, or checks that those that are there are this run's; for who holds the directory.
 
   Raises:
-    ConfigError: the directory belongs to another configuration, the data has changed, or it cannot be written.
+    ConfigError: the directory belongs to another configuration or to nobody knows which, the data has changed, or it
+      cannot be written.
   """
   path = workdir / "config.json"
   if path.exists():
-    _require_same_data(workdir, facts)
-    found = differences(comparable(read_config(workdir)), comparable(settings.to_dict()))
-    if found:
-      listing = "\n  ".join(found)
-      raise ConfigError(
-        f"--workdir {workdir} holds another run's configuration and checkpoint. "
-        f"Use an empty directory, or that run's configuration. "
-        f"The fields that differ:\n  {listing}"
-      )
+    require_same_run(workdir, settings, source)
     return
+  if snapshots.saved_numbers(workdir / "checkpoints"):
+    raise ConfigError(
+      f"--workdir {workdir} has checkpoints, but {path}, which says what run they belong to, does not exist. Restore it "
+      f"(that run's command in an empty directory writes the same file), or use an empty directory."
+    )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, content in (("data.json", _sizes(facts)), ("config.json", settings.to_dict())):
+    for name, content in (("data.json", _identity(source)), ("config.json", settings.to_dict())):
       _write(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
     raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
 
 
-def _sizes(facts: Facts) -> dict[str, int]:
-  return {name: getattr(facts, name) for name in ("train_examples", "eval_examples", "num_classes")}
+def require_same_run(workdir: epath.Path, settings: Settings, source: Source) -> None:
+  """Checks that the run in a directory is this one.
 
-
-def _require_same_data(workdir: epath.Path, facts: Facts) -> None:
-  """An epoch's order is a function of the number of examples: with another one, a run would not go on but begin anew."""
-  found = differences(read_sizes(workdir), _sizes(facts))
+  Raises:
+    ConfigError: it has another configuration, or its data was other.
+  """
+  found = differences(comparable(read_config(workdir)), comparable(settings.to_dict()))
+  if found:
+    listing = "\n  ".join(found)
+    raise ConfigError(
+      f"--workdir {workdir} holds another run's configuration and checkpoint. "
+      f"Use an empty directory, or that run's configuration. "
+      f"The fields that differ:\n  {listing}"
+    )
+  # An epoch's order is a function of the number of examples: with another one, a run would not go on but begin anew.
+  saved, present = read_data(workdir), _identity(source)
+  found = differences(*({name: count for name, count in facts.items() if name in _COUNTS} for facts in (saved, present)))
+  if not found and saved["fingerprint"] not in (None, present["fingerprint"]):
+    found = ["as many images, but others or of other classes (another fingerprint)"]
   if found:
     raise ConfigError(
       f"--workdir {workdir} belongs to a run on other data: {'; '.join(found)}. Give the data back as it was, or use an "
@@ -66,17 +77,27 @@ def _require_same_data(workdir: epath.Path, facts: Facts) -> None:
     )
 
 
-def read_sizes(workdir: epath.Path) -> dict[str, int]:
-  """The `data.json` of a run: train_examples, eval_examples, num_classes.
+_COUNTS = ("train_examples", "eval_examples", "num_classes")
+
+
+def _identity(source: Source) -> dict[str, Any]:
+  return {**{name: getattr(source.facts, name) for name in _COUNTS}, "fingerprint": source.fingerprint()}
+
+
+def read_data(workdir: epath.Path) -> dict[str, Any]:
+  """The `data.json` of a run: train_examples, eval_examples, num_classes, fingerprint (None where an older release ran).
 
   Raises:
     ConfigError: it is not there or cannot be read.
   """
   path = workdir / "data.json"
   try:
-    sizes = json.loads(path.read_text())
-    return {name: int(sizes[name]) for name in ("train_examples", "eval_examples", "num_classes")}
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    saved = json.loads(path.read_text())
+    counts = {name: int(saved[name]) for name in _COUNTS}
+    if min(counts.values()) < 1:
+      raise ValueError(f"every count must be 1 or above: {counts}")
+    return {**counts, "fingerprint": saved.get("fingerprint")}
+  except Exception as error:  # a damaged file raises whatever its parts stumble over
     raise ConfigError(f"{path} cannot be read: {error!r}. Use another --workdir, or restore the file.") from error
 
 
@@ -93,6 +114,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
     yield
     return
   try:
+    workdir.mkdir(parents=True, exist_ok=True)
     lock = open(workdir / "lock", "a+")  # noqa: SIM115  held open by the caller's `with`
   except OSError as error:
     raise ConfigError(
@@ -133,11 +155,19 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     raise ConfigError(f"--workdir {workdir} holds no run: {path} does not exist. Train first, or give the right directory.")
   try:
     config = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise ConfigError(f"{path} cannot be read: {error}. Use another --workdir, or restore the file.") from error
-  if not isinstance(config, dict):
+  # Sections of fields, of which some are lists.
+  if not isinstance(config, dict) or not _is_at_most(config, 3):
     raise ConfigError(f"{path} does not hold a configuration. Use another --workdir, or restore the file.")
   return config
+
+
+def _is_at_most(tree: Any, depth: int) -> bool:
+  """Whether lists and dictionaries stand in each other no deeper."""
+  if not isinstance(tree, (dict, list)):
+    return True
+  return depth > 0 and all(_is_at_most(item, depth - 1) for item in (tree.values() if isinstance(tree, dict) else tree))
 
 
 def read_settings(workdir: epath.Path) -> Settings:
@@ -145,17 +175,22 @@ def read_settings(workdir: epath.Path) -> Settings:
   config = read_config(workdir)
   try:
     return parse(ml_collections.ConfigDict(config), REGISTRY)
-  except ConfigError as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:  # ConfigDict refuses dots, and names of its methods
     raise ConfigError(f"--workdir {workdir}: config.json is damaged, or of another release: {error}") from error
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-  """The fields on which a run's numbers depend.
+  """The part of a `config.json` that must stay as it is while a run goes on.
 
-  Where programs are cached, when checkpoints are made and how many stay, what happens after bad numbers, and where the data
-  lies may change.
+  Where the data lies and where programs are cached may change with the machine; how often is saved, and what is done about
+  numbers that are not finite, whenever somebody likes.
   """
-  config = {name: value for name, value in config.items() if name not in ("compilation_cache", "checkpoint", "recovery")}
+  return {name: value for name, value in of_all_processes(config).items() if name not in ("checkpoint", "recovery")}
+
+
+def of_all_processes(config: dict[str, Any]) -> dict[str, Any]:
+  """The part of a configuration in which the processes of a run must agree: all but where data and programs lie."""
+  config = {name: value for name, value in config.items() if name != "compilation_cache"}
   if isinstance(config.get("data"), dict):
     config["data"] = {name: value for name, value in config["data"].items() if name != "data_dir"}
   return config

@@ -40,8 +40,10 @@ class Moment:
   teacher: Any = None
 
   def number(self, steps_per_epoch: int) -> int:
-    """Grows with every step and with every end of an epoch (which has an evaluation, and may end a phase)."""
-    return self.progress.total_epochs * (steps_per_epoch + 1) + self.progress.step
+    """Grows with every step, every end of an epoch (which has an evaluation, and may end a phase), and every retry: where a
+    run has gone back to, it is at a later moment than the one on disk.
+    """
+    return self.progress.total_epochs * (steps_per_epoch + 1) + self.progress.step + self.progress.retries
 
 
 def save(writer: snapshots.Writer, moment: Moment, number: int) -> None:

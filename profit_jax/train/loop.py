@@ -112,9 +112,11 @@ class Loop:
       self._observer.warned(f"{error} The run goes back to its last checkpoint, retry {retries + 1} of {recovery.retries}.")
       return False
 
-  def _begin(self, snapshot: snapshots.Snapshot | None) -> None:
-    """Sets the moment: the plan's beginning, or a snapshot's."""
+  def _begin(self, snapshot: snapshots.Snapshot | None, bad: Progress | None = None) -> None:
+    """Sets the moment: the plan's beginning, or a snapshot's; bad: where the run has gone back from."""
     progress = Progress() if snapshot is None else checkpoint.progress_of(snapshot)
+    if bad is not None:
+      progress.count_retry(bad, self._settings.recovery.learning_rate_factor)
     # First of all: compilation goes on in the background while weights are made or read.
     if snapshot is None:
       self._programs.prefetch_evaluation(*evaluated(self._student, self._first_teacher))
@@ -132,6 +134,7 @@ class Loop:
       state = self._programs.state_shapes(phase.program.train_kernels, stages.frozen(phase, progress))
       sampling = aiwq.start(self._shapes["params"]) if phase.kind == "sampling" else None
       moment = checkpoint.restore(snapshot, checkpoint.Shapes(state, sampling, self._shapes))
+      moment.progress = progress
       moment.state = self._programs.replicate(moment.state)
       moment.sampling = moment.sampling and self._programs.replicate(moment.sampling)
       self._moment = moment
@@ -153,12 +156,10 @@ class Loop:
 
   def _go_back(self) -> None:
     """To the last checkpoint, or to the beginning where there is none, and on with lower learning rates."""
-    before = self._moment.progress
     self._pending.clear()
-    self._begin(self._writer.read_newest(self._observer.warned))
-    progress = self._moment.progress
-    progress.retries = before.retries + 1
-    progress.learning_rate_scale = before.learning_rate_scale * self._settings.recovery.learning_rate_factor
+    self._begin(self._writer.read_newest(self._observer.warned), self._moment.progress)
+    if self._moment.progress.begun:
+      self._save()  # at once, so that the retry counts whatever happens to the run
 
   def _run_phase(self, phase: Phase) -> None:
     progress = self._moment.progress
@@ -229,10 +230,9 @@ class Loop:
     phase = self._phases[progress.phase - 1]
     if not metrics.pop("finite"):
       where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, step {step}"
-      quantized = self._moment.state.params if phase.weight_bits or phase.act_bits else {}
-      raise sanity.NotFinite(
-        sanity.describe(where, metrics["loss"], self._learning_rates(phase, progress.epoch), quantized)
-      )
+      state, rates = self._moment.state, self._learning_rates(phase, progress.epoch)
+      quantized = state.params if phase.weight_bits or phase.act_bits else {}
+      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, quantized, state.batch_stats))
     metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
     for name, value in metrics.items():
       progress.totals[name] = progress.totals.get(name, 0.0) + value
@@ -264,7 +264,7 @@ class Loop:
   def _save_at_last(self) -> str:
     """Saves, waits for it, and says where the run stands."""
     progress = self._moment.progress
-    if not self._number:
+    if not progress.begun:
       return "before its first step; the same command begins again"
     try:
       self._save()

@@ -119,6 +119,16 @@ class Progress:
   retries: int = 0
   learning_rate_scale: float = 1.0
 
+  @property
+  def begun(self) -> bool:
+    """Whether a step has been made."""
+    return bool(self.total_epochs or self.step)
+
+  def count_retry(self, bad: "Progress", factor: float) -> None:
+    """The run has gone back here from `bad`, and goes on with `factor` times its learning rates."""
+    self.retries = bad.retries + 1
+    self.learning_rate_scale = bad.learning_rate_scale * factor
+
   def to_dict(self) -> dict[str, Any]:
     """Plain values."""
     return dataclasses.asdict(self)

@@ -53,9 +53,9 @@ def make_train_step(
     teacher: the teacher's variables, or None. It runs in full precision.
     sampling: an `AiwqState`, or None outside the sampling phase.
   and returns the new state, the metrics `{loss, ce, kd, correct, examples, finite}` (means over the examples; kd only with
-  a teacher; then two counts, and whether the loss and all that the optimizer makes of its gradient are finite), and the new
-  `AiwqState` (or None). Where `finite` is False, the state is the old one: of a net that has become NaN, nobody could say
-  what was wrong with it.
+  a teacher; then two counts, and whether the loss, all that the optimizer makes of its gradient, and the new running
+  statistics are finite), and the new `AiwqState` (or None). Where `finite` is False, the state is the old one: of a net
+  that has become NaN, nobody could say what was wrong with it.
 
   Args:
     model: the student.
@@ -154,7 +154,7 @@ def _forward(model, params, state, image, levels, key, sampling):
 
 
 def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> tuple[TrainState, jax.Array]:
-  """The state after an update, its average included; and a number that is finite if all changes are."""
+  """The state after an update, its average included; and a number that is finite if all changes and statistics are."""
   changes, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
   new = state.replace(
     step=state.step + 1,
@@ -163,7 +163,8 @@ def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> 
     opt_state=opt_state,
   )
   # Of the changes, not the gradients: those of frozen kernels are never computed.
-  total = sum(jnp.sum(change) for change in jax.tree.leaves(changes))
+  # Where a variance overflows, its inverse is 0: loss and gradient stay finite, the running variance does not.
+  total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves((changes, batch_stats)))
   if state.ema_params is not None:
     new = new.replace(
       ema_params=_ema(state.ema_params, new.params, ema_rate),

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from profit_jax import snapshots
+from profit_jax import paths, snapshots
 from profit_jax.settings import ConfigError
 from profit_jax.weights import torch_file
 
@@ -49,13 +49,9 @@ def read_contents(path: str) -> Contents:
   Raises:
     ConfigError: nothing there, an unknown format, a damaged file, one that carries code, or one without tensors.
   """
-  place = epath.Path(path if "://" in path else os.path.abspath(path))
-  try:
-    there, is_directory = place.exists(), place.is_dir()
-  # Remote file systems raise errors of their own.
-  except Exception as error:
-    raise ConfigError(f"The weights file {path!r} cannot be reached: {error}.") from error
-  if not there:
+  place = paths.opened("The weights file", path)
+  is_directory = place.is_dir()
+  if not place.exists():
     raise ConfigError(f"The weights file {path!r} does not exist. Give the path of one of {_FORMATS}.")
   readers = {".safetensors": _read_safetensors, ".npz": _read_npz, **dict.fromkeys(_TORCH, _read_torch)}
   suffix = next((suffix for suffix in readers if path.endswith(suffix)), None)

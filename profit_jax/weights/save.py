@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import safetensors.numpy
-from etils import epath
 from flax import traverse_util
 
+from profit_jax import paths
 from profit_jax.settings import ConfigError, ModelSettings
 from profit_jax.weights.files import SETTINGS_KEY
 from profit_jax.weights.load import Variables, namings
@@ -52,7 +52,7 @@ def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Ma
   """
   if not path.endswith(".safetensors"):
     raise ConfigError(f"The file {path!r} must be called .safetensors.")
-  place = epath.Path(path)
+  place = paths.opened("The file", path)
   try:
     place.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place, so that nobody finds half a file.

@@ -268,18 +268,41 @@ def test_a_file_that_went_away_is_no_broken_image(tmp_path):
     list(source.train_batches(0, 8))
 
 
-def test_hosts_with_other_files_can_tell(written, tmp_path):
+def fingerprint(name, path):
+  return data.load(settings(**{"data.name": name, "data.data_dir": str(path)})).fingerprint()
+
+
+def test_other_files_have_another_fingerprint(written, tmp_path):
   other = pictures.write_folder(tmp_path, TRAIN, EVAL)
-
-  def fingerprint(name, path):
-    return data.load(settings(**{"data.name": name, "data.data_dir": str(path)})).fingerprint()
-
-  assert fingerprint("folder", written / "folder") == fingerprint("folder", other)
+  assert fingerprint("folder", written / "folder") == fingerprint("folder", other)  # wherever they lie
   path = sorted((other / "train" / "wide").iterdir())[0]
   path.rename(path.with_name("renamed.jpg"))
   (other / "train" / "wide" / "._hidden.jpg").write_bytes(b"not an image")
   assert fingerprint("folder", written / "folder") != fingerprint("folder", other)
   assert data.load(settings(**{"data.name": "folder", "data.data_dir": str(other)})).facts.train_examples == TRAIN
+
+
+def test_classes_that_were_swapped_have_another_fingerprint(tmp_path):
+  for split in ("train", "val"):
+    for name in ("cat", "dog"):
+      (tmp_path / "data" / split / name).mkdir(parents=True)
+      (tmp_path / "data" / split / name / "0.jpg").write_bytes(f"a {name}".encode())
+  config = {"data.name": "folder", "data.data_dir": str(tmp_path / "data"), "train.batch_size": 1}
+  before = data.load(settings(**config)).fingerprint()
+  for source, target in (("cat", "other"), ("dog", "cat"), ("other", "dog")):
+    (tmp_path / "data" / "train" / source).rename(tmp_path / "data" / "train" / target)
+  after = data.load(settings(**config)).fingerprint()
+  assert before.split()[0] != after.split()[0]
+  assert before.split()[1] == after.split()[1]
+
+
+def test_small_sets_differ_where_their_images_do(written, tmp_path):
+  copy = shutil.copytree(written / "tfds", tmp_path / "copy")
+  other = pictures.write_tfds(
+    tmp_path / "other", train=TRAIN, evaluation=EVAL, shards=3, make=lambda count, seed: pictures.cuttings(count, seed + 5)
+  )
+  assert fingerprint("cuttings", written / "tfds") == fingerprint("cuttings", copy)
+  assert fingerprint("cuttings", written / "tfds") != fingerprint("cuttings", other)
 
 
 def test_a_plan_knows_published_sets_by_name_and_asks_the_files_for_parts(written):

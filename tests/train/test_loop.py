@@ -1,5 +1,6 @@
 """A whole run: its files, and that stopping it changes nothing."""
 
+import os
 import shutil
 import signal
 
@@ -157,11 +158,18 @@ def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(tiny, tmp
   kept = newest_of(run)
   assert kept.number == number(2, 5)
   assert all(np.isfinite(array).all() for array in kept.arrays.values())
-  # A signal on the way after the retry changes nothing.
+  # Whatever stops the run right after it has gone back, or on the way, changes nothing, and the retry counts.
   config = tiny_config(**DIVERGING, **{"recovery.retries": 2})
   app.main(config, str(shutil.copytree(run, tmp_path / "other")), "train")
   assert "The run goes back to its last checkpoint, retry 1 of 2." in " ".join(capsys.readouterr().out.split())
   monkeypatch.setattr(Loop, "_save_is_due", lambda self: False)
+  with monkeypatch.context() as patch:
+    go_back = Loop._go_back
+    patch.setattr(Loop, "_go_back", lambda self: (go_back(self), self._writer.wait(), os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(Stopped, match=r"after 2 of its 30 epochs and 5 of 10 steps; everything is saved"):
+      app.main(config, str(run), "train")
+  again = newest_of(run)
+  assert (again.number, again.values["retries"], again.values["learning_rate_scale"]) == (number(2, 6), 1, 0.5)
   signal_at(monkeypatch, {number(20, 3): signal.SIGTERM})
   with pytest.raises(Stopped):
     app.main(config, str(run), "train")

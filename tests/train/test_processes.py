@@ -111,7 +111,12 @@ def test_where_one_process_is_lost_the_others_end_and_say_so(two_processes):
     (("localhost:1", 2, None), "--process_id is missing"),
     ((None, None, 0), "--coordinator_address is missing"),
     (("localhost:1", 2, 2), "--process_id=2 .* 0 to 1"),
-    (("localhost", 2, 0), "--coordinator_address=localhost .* HOST:PORT"),
+    (("localhost:1", 0, 0), "--num_processes=0 .* 1 or above"),
+    (("localhost:1", 2**31, 0), "--num_processes=2147483648 .* 1 or above"),
+    *(
+      ((address, 2, 1), "--coordinator_address=.* is not allowed: .* HOST:PORT, .* from 1 to 65535")
+      for address in ("localhost", "", ":1", "localhost:", "localhost:²", "localhost:0", "localhost:99999", "..:1", "[]:1")
+    ),
   ],
 )
 def test_incomplete_clusters_are_refused(arguments, message):

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax.data import Normalization
 from profit_jax.data.normalize import normalize
 from profit_jax.models import init_variables
 from profit_jax.quant.levels import Levels, levels
-from profit_jax.train import aiwq, optimizer, steps
+from profit_jax.train import aiwq, optimizer, sanity, steps
 from profit_jax.train.state import create_state
 from tests.train.tiny import CONVS, TinyNet
 
@@ -141,6 +142,28 @@ def test_rows_without_an_example_have_no_part_in_the_loss(variables):
   np.testing.assert_allclose(12 * part[1]["loss"] + 4 * rest[1]["loss"], 16 * whole[1]["loss"], rtol=1e-6)
   assert int(part[1]["correct"]) + int(rest[1]["correct"]) == int(whole[1]["correct"])
   assert float(after(labels, np.zeros(16, bool))[1]["loss"]) == 0.0
+
+
+def test_a_variance_that_overflows_is_not_finite_and_changes_nothing(variables):
+  step, tx = make_step(TinyNet(), variables["params"])
+  flat = traverse_util.flatten_dict(variables)
+  flat["params", "conv0", "kernel"] = flat["params", "conv0", "kernel"] * 1e22
+  state = create_state(traverse_util.unflatten_dict(flat), ema=False)
+  state = state.replace(opt_state=tx.init(state.params))
+  after, metrics, _ = jax.jit(step)(state, batch(16), Levels(), np.float32(0.1), jax.random.key(0), None, None)
+  # The inverse of its deviation is 0, so that the loss does not show it.
+  assert np.isfinite(metrics["loss"])
+  assert not metrics["finite"]
+  jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_what_is_told_of_numbers_that_are_not_finite_names_layers():
+  statistics = {"norm0": {"mean": np.zeros(2), "var": np.asarray([1.0, 2e30])}, "norm1": {"var": np.ones(2)}}
+  told = sanity.describe("phase 1", 2.3, {"weight": 0.1}, {}, statistics)
+  assert "The loss is 2.3, but its gradient, or the mean or variance of a batch in some layer, is not finite in" in told
+  assert told.endswith("Running variances above 1e+12: norm0 2e+30.")
+  statistics = {"norm0": {"var": np.ones(2)}}
+  assert "variance" not in sanity.describe("phase 1", float("nan"), {"weight": 0.1}, {}, statistics)
 
 
 def test_a_batch_in_parts_has_the_gradient_of_its_loss(variables):

@@ -1,0 +1,29 @@
+"""Paths that users give: local ones, and those of file systems that `etils.epath` opens (`gs://`)."""
+
+import os
+
+from etils import epath
+
+from profit_jax.settings import ConfigError
+
+
+def opened(what: str, path: str) -> epath.Path:
+  """The place of a path, absolute where it is local; whether anything is there, its caller asks.
+
+  Args:
+    what: the path is, as a message begins: `--workdir`.
+    path: not empty.
+
+  Raises:
+    ConfigError: a file system that nobody knows, or that does not answer.
+  """
+  try:
+    place = epath.Path(path if "://" in path else os.path.abspath(path))
+    place.exists()
+    return place
+  except Exception as error:  # remote file systems have their own, and epath raises KeyError('s4://')
+    told = " ".join(str(error).split())[:300]
+    raise ConfigError(
+      f"{what} {path!r} cannot be reached: {told}. It must be a local path, or one of a file system that can be opened "
+      f"from here, as gs://BUCKET/NAME."
+    ) from error

@@ -1,0 +1,135 @@
+"""Whose a directory is: its configuration, its data, its lock."""
+
+import json
+import types
+
+import pytest
+
+from configs import digits_w4
+from profit_jax import app, distributed
+from profit_jax.data.digits import FACTS
+from profit_jax.models import REGISTRY
+from profit_jax.report import files
+from profit_jax.settings import ConfigError, parse
+
+
+def settings(**changes):
+  config = digits_w4.get_config("mobilenet_v1")
+  config.update_from_flattened_dict(changes)
+  return parse(config, REGISTRY)
+
+
+def source(fingerprint="these"):
+  return types.SimpleNamespace(facts=FACTS, fingerprint=lambda: fingerprint)
+
+
+@pytest.fixture
+def run(tmp_path):
+  """The directory of a run that has begun."""
+  files.claim_workdir(tmp_path, settings(), source())
+  (tmp_path / "checkpoints" / "7" / "moment").mkdir(parents=True)
+  return tmp_path
+
+
+def test_the_same_run_goes_on_wherever_its_data_lies(run):
+  files.claim_workdir(run, settings(**{"data.data_dir": "/elsewhere", "recovery.retries": 2}), source())
+  assert json.loads((run / "data.json").read_text()) == {
+    "train_examples": 1347,
+    "eval_examples": 450,
+    "num_classes": 10,
+    "fingerprint": "these",
+  }
+
+
+def test_another_configuration_is_refused_before_other_data(run):
+  with pytest.raises(ConfigError, match=r"another run's configuration[\s\S]*seed: 0 there, 1 here"):
+    files.claim_workdir(run, settings(seed=1), source("others"))
+
+
+def test_as_many_other_images_are_refused(run):
+  for check in (files.claim_workdir, files.require_same_run):
+    with pytest.raises(ConfigError, match="belongs to a run on other data: as many images, but others or of other classes"):
+      check(run, settings(), source("others"))
+
+
+def test_a_run_of_a_release_without_fingerprints_goes_on(run):
+  (run / "data.json").write_text(json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10}))
+  files.claim_workdir(run, settings(), source())
+
+
+def test_checkpoints_without_a_configuration_are_nobodys(run):
+  (run / "config.json").unlink()
+  with pytest.raises(ConfigError, match=rf"has checkpoints, but {run}/config.json.* does not exist\. Restore it"):
+    files.claim_workdir(run, settings(), source())
+  assert not (run / "config.json").exists()
+  # Without any checkpoint there is nothing to mix up.
+  (run / "checkpoints" / "7" / "moment").rmdir()
+  (run / "checkpoints" / "7").rmdir()
+  files.claim_workdir(run, settings(), source())
+
+
+@pytest.mark.parametrize(
+  "content",
+  ["1e999", "-3", "NaN", "[]", "null", "{}", "[" * 100_000],
+  ids=["infinite", "negative", "nan", "list", "null", "section", "deep"],
+)
+def test_a_damaged_data_json_is_named(run, content):
+  (run / "data.json").write_text(f'{{"train_examples": {content}, "eval_examples": 450, "num_classes": 10}}')
+  with pytest.raises(ConfigError, match=rf"{run}/data.json cannot be read: "):
+    files.read_data(run)
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    '{"mod.l": 1}',
+    '{"keys": {}}',
+    '{"model": {"get": 1}}',
+    "[" * 100_000,
+    '{"a":' * 400 + "1" + "}" * 400,
+    '{"model": {"strides": [[[[2]]]]}}',
+    "3",
+  ],
+  ids=["dotted", "method", "method in a section", "deep", "deep sections", "deep lists", "number"],
+)
+def test_a_damaged_config_json_is_named(run, content):
+  (run / "config.json").write_text(content)
+  with pytest.raises(ConfigError, match=rf"{run}(: config.json is damaged|/config.json (cannot be read|does not hold))"):
+    files.read_settings(run)
+  with pytest.raises(ConfigError):
+    files.claim_workdir(run, settings(), source())
+
+
+def test_a_directory_in_use_is_left_as_it_is(tmp_path):
+  config = digits_w4.get_config("mobilenet_v1")
+  config.compilation_cache = ""
+  with files.hold(tmp_path / "run"):
+    with pytest.raises(ConfigError, match="is in use by a run that is still going on"):
+      app.main(config, str(tmp_path / "run"), "train")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_processes_agree_in_all_but_where_data_and_programs_lie(monkeypatch, tmp_path):
+  def compared(**changes):
+    seen = []
+
+    def require_equal(what, text):
+      seen.append(text)
+      raise ConfigError(what)
+
+    monkeypatch.setattr(distributed, "require_equal", require_equal)
+    config = digits_w4.get_config("mobilenet_v1")
+    config.update_from_flattened_dict({"compilation_cache": "", **changes})
+    with pytest.raises(ConfigError, match="settings"):
+      app.main(config, str(tmp_path), "train")
+    return seen[0]
+
+  first = compared()
+  assert first == compared(**{"data.data_dir": "/elsewhere"})
+  for field, value in {
+    "recovery.learning_rate_factor": 0.25,
+    "recovery.retries": 1,
+    "checkpoint.keep": 1,
+    "train.learning_rate": 0.5,
+  }.items():
+    assert first != compared(**{field: value}), field
