@@ -90,8 +90,7 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
   config.train.batch_size = config.train.eval_batch_size = options.batch_size
   config.train.dtype = options.dtype
   config.train.learning_rate = config.train.full_precision_learning_rate = 1e-6  # weights stay what they are
-  if options.sampling_share is not None:
-    config.train.sampling_share = options.sampling_share
+  config.plan.sampling_every = options.sampling_every
   settings = parse(config, REGISTRY)
   facts = data.KNOWN["imagenet2012"]
   model = build(settings.model, facts.num_classes)
@@ -251,7 +250,7 @@ def main() -> None:
   parser.add_argument("--turns", type=int, default=7)
   parser.add_argument("--steps", type=int, default=4, help="of each stage in a turn")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--sampling_share", type=float, help="config.train.sampling_share; the configuration's by default")
+  parser.add_argument("--sampling_every", type=int, default=1, help="as config.plan.sampling_every")
   parser.add_argument("--torch-reference", metavar="DIR", help="a checkout of the authors' repository")
   parser.add_argument("--torch-variants", default="eager", help=f"of {', '.join(reference.VARIANTS)}, separated by commas")
   parser.add_argument("--json", metavar="FILE", help="where all figures go as well")

@@ -57,6 +57,11 @@ def _quantized_kernel(module: nn.Module, kernel: jax.Array, levels: Levels) -> j
   return duq.quantize(kernel, raw_a, raw_c, levels.weight, "symmetric")
 
 
+def _every(x: jax.Array, count: int) -> jax.Array:
+  # Not `x[::count]`: each device takes its own part's.
+  return x.reshape(len(x) // count, count, *x.shape[1:])[:, 0] if count > 1 else x
+
+
 class QuantConv(nn.Module):
   """A convolution without bias whose kernel is quantized when `levels.weight` is given.
 
@@ -70,6 +75,7 @@ class QuantConv(nn.Module):
     pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish (paper
       section 3.3).
     dtype: in which it multiplies, as bfloat16; None is the input's. The output has the input's dtype.
+    sampling_every: the moments are those of every so many-th image of the batch, which it divides.
   """
 
   features: int
@@ -78,6 +84,7 @@ class QuantConv(nn.Module):
   depthwise: bool = False
   pad_value: float = 0.0
   dtype: Any = None
+  sampling_every: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
@@ -94,8 +101,9 @@ class QuantConv(nn.Module):
     y = self._convolve(operand, quantized).astype(x.dtype)
 
     if self.has_variable("previous", "kernel"):
-      previous = jax.lax.stop_gradient(self._convolve(operand, self.get_variable("previous", "kernel")).astype(x.dtype))
-      _sow(self, "moments", "present", output_moments(jax.lax.stop_gradient(y)))
+      sampled, present = (_every(array, self.sampling_every) for array in jax.lax.stop_gradient((operand, y)))
+      previous = self._convolve(sampled, self.get_variable("previous", "kernel")).astype(x.dtype)
+      _sow(self, "moments", "present", output_moments(present))
       _sow(self, "moments", "previous", output_moments(previous))
       _sow(self, "quantized", "kernel", jax.lax.stop_gradient(quantized))
     return y

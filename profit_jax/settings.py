@@ -108,6 +108,7 @@ class PlanSettings:
   finetune_epochs: int
   bn_epochs: int
   sampling_epochs: int
+  sampling_every: int
   warmup_epochs: int
 
 
@@ -204,6 +205,9 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
     _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "1 or above")
   parts, fitting = train.accumulation_steps, f"a divisor of train.batch_size = {train.batch_size}"
   _require(train.batch_size % parts == 0, "train.accumulation_steps", parts, fitting)
+  part, every = train.batch_size // parts, settings.plan.sampling_every
+  fitting = f"a divisor of {part}, the images in a part of a batch"
+  _require(every >= 1 and part % every == 0, "plan.sampling_every", every, fitting)
   for name in ("learning_rate", "full_precision_learning_rate"):
     _require(0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10")
   _require(0 <= train.quantizer_lr_scale <= 1, "train.quantizer_lr_scale", train.quantizer_lr_scale, "0 to 1")
@@ -211,8 +215,7 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
     _require(0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1")
   _require(settings.checkpoint.keep >= 1, "checkpoint.keep", settings.checkpoint.keep, "1 or above")
   _require(settings.checkpoint.minutes >= 0, "checkpoint.minutes", settings.checkpoint.minutes, "0 or above")
-  recovery = settings.recovery
-  factor = recovery.learning_rate_factor
+  recovery, factor = settings.recovery, settings.recovery.learning_rate_factor
   _require(recovery.retries >= 0, "recovery.retries", recovery.retries, "0 or above")
   _require(0 < factor < 1, "recovery.learning_rate_factor", factor, "above 0, below 1")
   return settings

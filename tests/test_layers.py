@@ -142,3 +142,20 @@ def test_authors_aiwq(layer):
   kl = float(golden[f"{layer}_kl"])
   assert 0 < kl <= 1
   np.testing.assert_allclose(state.metric["conv"], 0.001 * kl, rtol=1e-10)
+
+
+def test_aiwq_of_every_second_image_is_that_of_those_images():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(6, 5, 5, 4)), jnp.float32)
+  previous = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)}
+
+  def moments(x, every):
+    module = QuantConv(features=8, kernel_size=3, sampling_every=every)
+    variables = module.init(jax.random.key(0), x, levels(4, None))
+    y, sown = module.apply({**variables, "previous": previous}, x, levels(4, None), mutable=["moments", "quantized"])
+    return y, sown["moments"]
+
+  (whole, of_some), (_, expected) = moments(x, 2), moments(x[::2], 1)
+  assert len(whole) == len(x)
+  for ours, theirs in zip(jax.tree.leaves(of_some), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)

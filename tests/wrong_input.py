@@ -110,6 +110,7 @@ FIELDS = {
   "plan.finetune_epochs": at_least(1),
   "plan.bn_epochs": at_least(0),
   "plan.sampling_epochs": at_least(1),
+  "plan.sampling_every": ints(1, 1347),
   "plan.warmup_epochs": at_least(0),
   "train.batch_size": ints(1, 1347),
   "train.accumulation_steps": ints(1, 1347),

@@ -74,6 +74,7 @@ class MobileNetV2(nn.Module):
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
     dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
+    sampling_every: as `QuantConv`'s.
   """
 
   num_classes: int = 1000
@@ -84,6 +85,7 @@ class MobileNetV2(nn.Module):
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
   dtype: Any = None
+  sampling_every: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
@@ -94,7 +96,7 @@ class MobileNetV2(nn.Module):
       levels: steps of the quantizers; full precision by default.
       train: batch statistics and dropout (which wants a `dropout` key unless its rate is 0).
     """
-    conv = functools.partial(QuantConv, dtype=self.dtype)
+    conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
     x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)

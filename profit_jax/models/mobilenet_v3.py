@@ -199,6 +199,7 @@ class MobileNetV3(nn.Module):
     pad_value: what depthwise convolutions after h-swish pad with, -3/8 or 0.
     channel_rounding: of scaled channels to a multiple of 8: nearest (torchvision), or up (the authors).
     dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
+    sampling_every: as `QuantConv`'s.
   """
 
   variant: Literal["large", "small"]
@@ -212,11 +213,12 @@ class MobileNetV3(nn.Module):
   pad_value: float = HSWISH_MINIMUM
   channel_rounding: Literal["nearest", "up"] = "nearest"
   dtype: Any = None
+  sampling_every: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
-    conv = functools.partial(QuantConv, dtype=self.dtype)
+    conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
     dense = functools.partial(QuantDense, kernel_init=_dense_init, dtype=self.dtype)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     variant = VARIANTS[self.variant]

@@ -164,7 +164,9 @@ def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> 
   )
   # Of the changes, not the gradients: those of frozen kernels are never computed.
   # Where a variance overflows, its inverse is 0: loss and gradient stay finite, the running variance does not.
-  total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves((changes, batch_stats)))
+  # Joined first: sums of 500 leaves apart were 800 of the 5,000 kernels that XLA compiles for a CPU.
+  leaves = [jnp.sum(leaf, axis=tuple(range(leaf.ndim - 1))) for leaf in jax.tree.leaves((changes, batch_stats))]
+  total = jnp.sum(jnp.concatenate([jnp.atleast_1d(leaf) for leaf in leaves]))
   if state.ema_params is not None:
     new = new.replace(
       ema_params=_ema(state.ema_params, new.params, ema_rate),

@@ -69,7 +69,17 @@ def equations(jaxpr):
 
 
 PRODUCTS = {"conv_general_dilated", "dot_general"}
-MOVES = {"convert_element_type", "pad", "slice", "squeeze", "reshape", "broadcast_in_dim", "transpose", "rev"}
+MOVES = {
+  "convert_element_type",
+  "pad",
+  "slice",
+  "squeeze",
+  "reshape",
+  "broadcast_in_dim",
+  "transpose",
+  "rev",
+  "stop_gradient",
+}
 
 
 @pytest.mark.parametrize(("step", "dtype"), [("train", "bfloat16"), ("sampling", "bfloat16"), ("eval", "float32")])
