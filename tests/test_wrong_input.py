@@ -197,7 +197,8 @@ wrong_arguments = st.one_of(
 @hypothesis.given(arguments=st.lists(wrong_arguments, min_size=1, max_size=3))
 def test_wrong_command_lines_are_refused(main, arguments):
   code, _, err = command(main, [DIGITS, "--mode=plan", *arguments])
-  assert_refused(code, err, [argument.lstrip("-").split("=")[0].split(".")[-1] for argument in arguments])
+  fields = [argument.lstrip("-").split("=")[0].split(".")[-1] for argument in arguments]
+  assert_refused(code, err, [*fields, *map(repr, arguments)])
 
 
 # Small, without the cache of compiled programs, which would be that of this process too.
