@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax.data import Facts, normalization
@@ -19,7 +18,6 @@ from profit_jax.plan import Phase, Program
 from profit_jax.quant.levels import Levels
 from profit_jax.settings import ConfigError, Settings
 from profit_jax.train import aiwq, interrupt, optimizer, steps
-from profit_jax.train.kept import Kept
 from profit_jax.train.state import TrainState, create_state
 
 Frozen = frozenset[str]
@@ -69,11 +67,8 @@ class Programs:
     teacher_model: nn.Module | None,
     mesh: Mesh,
     file_model: nn.Module | None = None,
-    keep_in: epath.PathLike | None = None,
   ):
-    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none; mesh; keep_in: a
-    directory where programs are kept between runs.
-    """
+    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none; mesh."""
     self._settings, self._facts = settings, facts
     self._model, self._teacher_model = model, teacher_model
     self._models: dict[Who, nn.Module | None] = {"student": model, "teacher": teacher_model, "file": file_model}
@@ -88,10 +83,6 @@ class Programs:
     # XLA works on a program on one thread for half of the time, and Python traces the next meanwhile.
     self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
     self._made: dict[Any, concurrent.futures.Future] = {}
-    # Of several processes each would load what only all together can run.
-    self._kept = None
-    if keep_in is not None and jax.process_count() == 1:
-      self._kept = Kept(keep_in, settings.to_dict(), mesh.devices.flat, models=str(self._models), facts=facts)
 
   def close(self) -> None:
     """Drops what is not compiled yet."""
@@ -185,14 +176,8 @@ class Programs:
 
   def _request(self, key: Any, compile_key: Callable[..., Any]) -> concurrent.futures.Future:
     if key not in self._made:
-      self._made[key] = self._pool.submit(self._make, key, compile_key)
+      self._made[key] = self._pool.submit(compile_key, *key[1:])
     return self._made[key]
-
-  def _make(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
-    if self._kept is None:
-      return compile_key(*key[1:])
-    name = [sorted(part) if isinstance(part, frozenset) else part for part in key]
-    return self._kept.get(name, lambda: compile_key(*key[1:]))
 
   def _wait(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
     start, request = time.perf_counter(), self._request(key, compile_key)
@@ -222,7 +207,7 @@ class Programs:
     if program.distill:
       teacher = _with_sharding(variable_shapes(self._teacher_model, settings.data.image_size), self._replicated)
     student = self._in_training(self._model)
-    if program.sampling:
+    if program.sampling and settings.plan.sampling_every > 1:
       student = student.clone(sampling_every=settings.plan.sampling_every)
     step = steps.make_train_step(
       student,

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -88,7 +89,8 @@ def test_a_preemption_notice_to_one_process_stops_all_at_one_step(two_processes)
   assert codes == [128 + signal.SIGTERM] * 2, printed
   told = [out.splitlines()[-1] for out, _ in printed]
   assert told[0] == told[1]
-  assert told[0].startswith("stopped: by SIGTERM in phase 1 of 2 (fp), after 0 of its 2 epochs and ")
+  # How far they had come depends on the machine.
+  assert re.match(r"stopped: by SIGTERM in phase 1 of 2 \(fp\), after [01] of its 2 epochs", told[0])
   assert "everything is saved" in told[0]
 
 
