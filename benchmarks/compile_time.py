@@ -61,7 +61,7 @@ def compile_all(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-  """Runs itself three times."""
+  """Runs itself, a process for each line of the table."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", default="configs/digits_w4.py")
   parser.add_argument("--cache", help=argparse.SUPPRESS)

@@ -335,7 +335,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
     raise NotImplementedError
 
   def restore(self, directory: epath.Path, args: Any = None) -> Any:
-    """Not used: `_read` needs no orbax."""
+    """Not used: `read_newest` needs no orbax."""
     raise NotImplementedError
 
 

@@ -55,6 +55,7 @@ def test_as_many_other_images_are_refused(run):
 def test_a_run_of_a_release_without_fingerprints_goes_on(run):
   (run / "data.json").write_text(json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10}))
   files.claim_workdir(run, settings(), source())
+  assert files.read_data(run)["fingerprint"] is None  # and what the older release wrote stays
 
 
 def test_checkpoints_without_a_configuration_are_nobodys(run):
