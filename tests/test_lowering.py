@@ -1,0 +1,38 @@
+"""What a CPU computes in a form of its own has the values of the plain form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from profit_jax.lowering import channel_sums, own_kernel, total_sums
+
+
+# 13 has no divisor that a CPU could sum first, 24 has 8 and 12.
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("shape", [(13, 3), (24, 3), (1, 5, 5, 2)], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_sums_are_sums(shape, rows, count):
+  draw = np.random.default_rng(0)
+  operands = [draw.normal(size=shape).astype(np.float32) for _ in range(count)]
+  ours = jax.jit(lambda *operands: (channel_sums(operands, rows), total_sums(operands)))(*operands)
+  for operand, channels, total in zip(operands, *ours, strict=True):
+    np.testing.assert_allclose(channels, operand.sum(axis=tuple(range(operand.ndim - 1))), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(total, operand.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_total_of_a_scalar():
+  assert total_sums([jnp.asarray(3.0)])[0] == 3.0
+
+
+def test_a_kernel_of_its_own_is_a_branch_on_cpus_only():
+  step = jax.jit(lambda witness, x: own_kernel(lambda x: 2 * x, witness, x))
+  witness, x = jnp.ones((2, 2)), jnp.arange(3.0)
+  np.testing.assert_array_equal(step(witness, x), 2 * x)
+  texts = {name: step.trace(witness, x).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+  # The choice of a platform is a branch too, but on a constant.
+  assert {name for name, text in texts.items() if "stablehlo.compare" in text} == {"cpu"}
+
+
+def test_a_witness_that_is_not_a_number_is_not_hidden():
+  assert np.isnan(own_kernel(lambda x: 2 * x, jnp.full(1, jnp.nan), jnp.arange(3.0))).all()
