@@ -22,6 +22,7 @@ ORDER = [
   "weights",
   "train",
   "report",
+  "export",
   "app",
   "to_torch",
 ]
