@@ -40,7 +40,7 @@ def _forward(x, kernel, stride, margin, pad_value):
   if margin:
     around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
     padded = own_kernel(lambda x: lax.pad(x, jnp.asarray(pad_value, x.dtype), around), kernel, x)
-  forms = {"cpu": _shifted, "default": _grouped}
+  forms = {"cpu": _shifted, "default": grouped}
   y = lax.platform_dependent(padded, kernel, **{key: functools.partial(form, stride=stride) for key, form in forms.items()})
   return y, (padded, kernel)
 
@@ -54,14 +54,15 @@ def _backward(stride, margin, pad_value, residuals, upstream):
 _depthwise_conv.defvjp(_forward, _backward)
 
 
-def _grouped(x, kernel, stride):
+def grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """The form of accelerators, of an x that is padded already; shapes as `depthwise_conv`'s."""
   return lax.conv_general_dilated(
     x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
   )
 
 
 def _grouped_backward(padded, kernel, upstream, stride, margin):
-  dx, dk = jax.vjp(functools.partial(_grouped, stride=stride), padded, kernel)[1](upstream)
+  dx, dk = jax.vjp(functools.partial(grouped, stride=stride), padded, kernel)[1](upstream)
   return dx[:, margin : dx.shape[1] - margin, margin : dx.shape[2] - margin], dk
 
 
@@ -81,10 +82,11 @@ def _widened(*arrays):
 
 
 def _shifted(x, kernel, stride):
-  return own_kernel(functools.partial(_sum_of_taps, stride=stride), kernel, x, kernel)
+  return own_kernel(functools.partial(sum_of_taps, stride=stride), kernel, x, kernel)
 
 
-def _sum_of_taps(x, kernel, stride):
+def sum_of_taps(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """The form of CPUs, of an x that is padded already; shapes as `depthwise_conv`'s."""
   dtype, (x, kernel) = x.dtype, _widened(x, kernel)
   total = None
   for i, j, rows, columns in _taps(x.shape, kernel.shape, stride):

@@ -14,7 +14,7 @@ floating point, as they were trained.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -133,7 +133,6 @@ class Product:
 
 
 Node = Layer | Quantizer | Activation | Value | Mean | Sum | Product
-KINDS = {kind.__name__: kind for kind in (Layer, Quantizer, Activation, Value, Mean, Sum, Product)}
 
 
 class Net(NamedTuple):
@@ -191,13 +190,3 @@ class Net(NamedTuple):
       if (isinstance(node, Layer) and node.input in codes) or (isinstance(node, Activation) and node.input in exact):
         exact.add(node.name)
     return frozenset(node.name for node in self.quantizers if node.input not in exact)
-
-
-def describe(node: Node) -> dict[str, Any]:
-  """A node as plain values, without its arrays and what it has by default."""
-  values = {}
-  for field in dataclasses.fields(node):
-    value = getattr(node, field.name)
-    if not isinstance(value, np.ndarray) and value != field.default:
-      values[field.name] = value
-  return {"kind": type(node).__name__, **values}

@@ -1,0 +1,214 @@
+"""The format `onnx`: integer codes in packed initializers, executed by onnxruntime.
+
+Kernels of 3 and 4 bits stand as INT4 (opset 21), of 2 bits as INT2 (opset 25), of 5 to 8 as INT8. A layer is
+
+    DequantizeLinear(codes, 1) -> Conv -> Mul(multiplier) -> Add(bias)
+
+and a quantizer `[Add(3/8) ->] Mul(n/a) -> QuantizeLinear(scale 1, uint8 or int8) -> Clip -> DequantizeLinear(scale 1)`. What
+looks odd is deliberate (measured with onnxruntime 1.32):
+
+- Scales stay 1 and the bias outside of Conv: onnxruntime rounds a Conv's float bias to int32 steps of the two scales where it
+  finds DequantizeLinear -> Conv -> QuantizeLinear, and 3 % of the codes change without a word.
+- Activation codes are carried in bytes: a Clip before a QuantizeLinear to INT4 does not load, and INT4 activations are slower.
+- Initializers are raw bytes: as lists of numbers, INT4 files are a third larger.
+- A multiplication by n/a, and no QuantizeLinear with scale a/n, so that JAX computes the same at ties.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from profit_jax.export.net import IMAGE, Activation, Layer, Mean, Net, Product, Quantizer, Sum, Value
+from profit_jax.export.packing import field_bits, pack
+
+LOGITS = "logits"
+_OPSETS = {2: 25, 4: 21, 8: 21}
+_KERNEL_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
+
+
+def write(net: Net, path: str | os.PathLike) -> None:
+  """Writes the model: input `image` uint8 `[N, H, W, 3]`, output `logits` float32 `[N, num_classes]`."""
+  graph = _Graph(net)
+  width = field_bits(net.weight_bits)
+  model = helper.make_model(
+    helper.make_graph(
+      graph.nodes,
+      f"{net.model}_{net.bits_name}",
+      [helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["N", net.image_size, net.image_size, 3])],
+      [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["N", net.num_classes])],
+      graph.initializers,
+    ),
+    opset_imports=[helper.make_opsetid("", _OPSETS[width])],
+    ir_version=13 if width == 2 else 10,  # the first that have these types
+    producer_name="profit_jax",
+  )
+  onnx.checker.check_model(model)
+  onnx.save_model(model, os.fspath(path))
+
+
+class _Graph:
+  """Appends what the nodes of a net are in ONNX; images are NCHW inside.
+
+  Attributes:
+    nodes: so far.
+    initializers: so far.
+  """
+
+  def __init__(self, net: Net):
+    self.nodes: list[onnx.NodeProto] = []
+    self.initializers: list[onnx.TensorProto] = []
+    self._bits = field_bits(net.weight_bits)
+    self._known: dict[tuple[float, str], str] = {}
+    factor, summand = net.pixel_scale()
+    x = self._op("Cast", [IMAGE], f"{IMAGE}/float", to=TensorProto.FLOAT)
+    x = self._op("Mul", [x, self._array(f"{IMAGE}/factor", factor)], f"{IMAGE}/scaled")
+    x = self._op("Add", [x, self._array(f"{IMAGE}/summand", summand)], f"{IMAGE}/normalized")
+    self._names = {IMAGE: self._op("Transpose", [x], f"{IMAGE}/nchw", perm=[0, 3, 1, 2])}
+    for node in net.nodes:
+      result = LOGITS if node is net.nodes[-1] else node.name
+      if isinstance(node, Layer):
+        self._names[node.name] = self._layer(node, result)
+      else:
+        self._names[node.name] = _WRITERS[type(node)](self, node, result)
+
+  def _op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+    self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+    return output
+
+  def _array(self, name: str, array: np.ndarray) -> str:
+    self.initializers.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+    return name
+
+  def _constant(self, value: float, dtype: str = "float32") -> str:
+    """The name of a scalar, which is written once."""
+    if (value, dtype) not in self._known:
+      self._known[value, dtype] = self._array(f"{dtype}_{value!r}", np.asarray(value, dtype))
+    return self._known[value, dtype]
+
+  def _per_channel(self, node: Layer, what: str) -> str:
+    array = getattr(node, what)
+    return self._array(f"{node.name}/{what}", array if node.dense else array.reshape(-1, 1, 1))
+
+  def _layer(self, node: Layer, result: str) -> str:
+    kernel = node.kernel if node.dense else node.kernel.transpose(3, 2, 0, 1)
+    raw = pack(np.ascontiguousarray(kernel), self._bits).tobytes()
+    codes = f"{node.name}/codes"
+    self.initializers.append(helper.make_tensor(codes, _KERNEL_TYPES[self._bits], kernel.shape, raw, raw=True))
+    weight = self._op("DequantizeLinear", [codes, self._constant(1.0)], f"{node.name}/kernel")
+    x = self._names[node.input]
+    if node.dense:
+      x = self._op("MatMul", [x, weight], f"{node.name}/sums")
+    else:
+      group = node.kernel.shape[-1] if node.depthwise else 1
+      x = self._op(
+        "Conv",
+        [x, weight],
+        f"{node.name}/sums",
+        group=group,
+        kernel_shape=node.kernel.shape[:2],
+        pads=[node.margin] * 4,
+        strides=[node.stride] * 2,
+      )
+    x = self._op("Mul", [x, self._per_channel(node, "multiplier")], f"{node.name}/scaled")
+    return self._op("Add", [x, self._per_channel(node, "bias")], result)
+
+  def quantizer(self, node: Quantizer, result: str) -> str:
+    x, dtype = self._names[node.input], "int8" if node.signed else "uint8"
+    if node.margin:
+      x = self._op("Add", [x, self._constant(node.margin)], f"{node.name}/shifted")
+    x = self._op("Mul", [x, self._constant(node.inverse)], f"{node.name}/scaled")
+    x = self._op("QuantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], f"{node.name}/rounded")
+    x = self._op("Clip", [x, self._constant(node.low, dtype), self._constant(node.high, dtype)], codes_of(node))
+    return self._op("DequantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], result)
+
+  def activation(self, node: Activation, result: str) -> str:
+    x = self._names[node.input]
+    if node.function == "relu":
+      return self._op("Relu", [x], result)
+    bounds = [self._constant(0.0), self._constant(6.0)]
+    if node.function == "relu6":
+      return self._op("Clip", [x, *bounds], result)
+    # Not HardSwish and HardSigmoid, which divide before they add: other roundings.
+    gate = self._op("Add", [x, self._constant(3.0)], f"{node.name}/shifted")
+    gate = self._op("Clip", [gate, *bounds], f"{node.name}/gate")
+    if node.function == "hard_swish":
+      gate = self._op("Mul", [x, gate], f"{node.name}/gated")
+    return self._op("Mul", [gate, self._constant(float(np.float32(1 / 6)))], result)
+
+  def value(self, node: Value, result: str) -> str:
+    x = self._op("Mul", [self._names[node.input], self._constant(node.scale)], f"{node.name}/scaled")
+    return self._op("Add", [x, self._constant(node.offset)], result)
+
+  def mean(self, node: Mean, result: str) -> str:
+    axes = self._array(f"{node.name}/axes", np.int64([2, 3]))
+    return self._op("ReduceMean", [self._names[node.input], axes], result, keepdims=0)
+
+  def add(self, node: Sum, result: str) -> str:
+    return self._op("Add", [self._names[node.input], self._names[node.other]], result)
+
+  def multiply(self, node: Product, result: str) -> str:
+    axes = self._array(f"{node.name}/axes", np.int64([2, 3]))
+    scale = self._op("Unsqueeze", [self._names[node.other], axes], f"{node.name}/scale")
+    return self._op("Mul", [self._names[node.input], scale], result)
+
+
+_WRITERS = {
+  Quantizer: _Graph.quantizer,
+  Activation: _Graph.activation,
+  Value: _Graph.value,
+  Mean: _Graph.mean,
+  Sum: _Graph.add,
+  Product: _Graph.multiply,
+}
+
+
+def codes_of(node: Quantizer) -> str:
+  """The name of the tensor of a quantizer's codes, uint8 or int8."""
+  return f"{node.name}/codes"
+
+
+def open_file(path: str | os.PathLike, threads: int = 0) -> "Runner":
+  """Reads a file that `write` wrote; threads: of onnxruntime, 0 leaves it to it."""
+  return Runner(onnx.load_model(os.fspath(path)), threads)
+
+
+class Runner:
+  """The model in onnxruntime, on the CPU."""
+
+  def __init__(self, model: onnx.ModelProto, threads: int = 0):
+    """Args: model, as read from the file."""
+    self._model, self._threads = model, threads
+    self._logits, self._with_codes, self._names = _session(model, threads), None, []
+
+  def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The logits, and if asked for every quantizer's codes, NHWC: those of the same graph, with more outputs."""
+    if not with_codes:
+      return self._logits.run([LOGITS], {IMAGE: image})[0], {}
+    if self._with_codes is None:
+      self._names = [node.output[0] for node in self._model.graph.node if node.op_type == "Clip" and _is_codes(node)]
+      observed = onnx.ModelProto()
+      observed.CopyFrom(self._model)
+      observed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._names)
+      self._with_codes = _session(observed, self._threads)
+    logits, *codes = self._with_codes.run([LOGITS, *self._names], {IMAGE: image})
+    named = zip(self._names, codes, strict=True)
+    return logits, {name.removesuffix("/codes"): _nhwc(array) for name, array in named}
+
+
+def _is_codes(node: onnx.NodeProto) -> bool:
+  return node.output[0].endswith("/codes")
+
+
+def _nhwc(codes: np.ndarray) -> np.ndarray:
+  return codes.transpose(0, 2, 3, 1) if codes.ndim == 4 else codes
+
+
+def _session(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = threads
+  options.log_severity_level = 3
+  return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
