@@ -23,24 +23,15 @@ from tests.train.conftest import tiny_config
 
 
 @pytest.fixture(autouse=True)
-def other_tests_have_jax_cache_again():
-  yield
+def jax_cache(tmp_path_factory):
+  """JAX's own cache, empty; other tests have theirs again."""
+  before, own = jax.config.jax_compilation_cache_dir, tmp_path_factory.mktemp("jax")
+  jax.config.update("jax_compilation_cache_dir", str(own))
+  compilation_cache.reset_cache()
+  yield own
+  jax.config.update("jax_compilation_cache_dir", before)
   jax.config.update("jax_enable_compilation_cache", True)
   compilation_cache.reset_cache()
-
-
-@pytest.fixture
-def hits():
-  """What JAX's own cache has given since."""
-  seen = []
-
-  def listen(event, **_):
-    if event == "/jax/compilation_cache/cache_hits":
-      seen.append(event)
-
-  jax.monitoring.register_event_listener(listen)
-  yield seen
-  jax.monitoring.unregister_event_listener(listen)
 
 
 @pytest.fixture
@@ -129,7 +120,7 @@ class Noting:
 
 
 PROGRAM = Program(
-  quantized_weights=True, quantized_acts=True, train_kernels=True, sampling=True, frozen_fraction=0.0, distill=True
+  quantized_weights=True, quantized_acts=True, train_kernels=True, sampling=True, frozen_fraction=0.0, distill=False
 )
 FROZEN = frozenset({"conv1"})
 
@@ -150,36 +141,32 @@ def outputs(programs, variables):
   sampling = programs.replicate(aiwq.start(variables["params"]))
   step, shown = programs.train_step(PROGRAM, FROZEN), []
   for _ in range(2):  # each takes what the one before has given, in memory that was donated
-    state, metrics, sampling = step(state, batch, levels(4, 4), np.float32(0.01), key, given, sampling)
+    state, metrics, sampling = step(state, batch, levels(4, 4), np.float32(0.01), key, None, sampling)
     shown.append(jax.device_get(metrics))
   return jax.device_get((weights, acts, scores, state, sampling, shown))
 
 
-def test_kept_programs_compute_the_same_also_where_jax_had_cached_them(tiny, tmp_path, hits):
+def test_kept_programs_compute_the_same_also_where_jax_had_cached_them(tiny, tmp_path, jax_cache, monkeypatch):
   settings = parse(tiny_config(**{"model.dropout": 0.1}), REGISTRY)
   facts, mesh, read = load(settings).facts, make_mesh(settings), set()
   model = build(settings.model, facts.num_classes)
   variables = init_variables(model, jax.random.key(1), settings.data.image_size)
 
   def run(keep_in):
-    programs = Programs(Noting(settings, read), facts, model, model, mesh, keep_in=keep_in)
-    before = len(hits)
+    programs = Programs(Noting(settings, read), facts, model, None, mesh, keep_in=keep_in)
     try:
-      return outputs(programs, variables), len(hits) - before
+      return outputs(programs, variables)
     finally:
       programs.close()
 
-  compiled, _ = run(None)
-  _, found = run(None)
-  assert found >= 3  # in its cache (one more in memory): serialized again after that, they load and do not run
-  again, found = run(tmp_path / "kept")
-  assert not found
-  files = {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").iterdir()}
-  assert len(files) == 4
-  with pytest.MonkeyPatch.context() as patch:
+  compiled = run(None)
+  # Given from there and serialized again, they would load and not run.
+  assert [len(list(jax_cache.glob(f"{name}-*-cache"))) for name in ("jit_step", "jit_calibrate")] == [2, 1]
+  again = run(tmp_path / "kept")
+  assert len(list((tmp_path / "kept").iterdir())) == 4
+  with monkeypatch.context() as patch:
     patch.setattr(jax, "jit", None)  # nothing is traced
-    loaded, found = run(tmp_path / "kept")
-  assert not found
+    loaded = run(tmp_path / "kept")
   for other in (again, loaded):
     jax.tree.map(np.testing.assert_array_equal, compiled, other)
   # No program is made of what its name leaves out, and what is left out exists.
