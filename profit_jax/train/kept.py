@@ -49,30 +49,23 @@ class Kept:
   """The programs of one configuration, in a directory that only its user writes (they are pickled: code that is run)."""
 
   def __init__(self, directory: epath.PathLike, config: dict[str, Any], devices: Sequence[jax.Device], **more: Any):
-    """Turns JAX's own cache off, in this process and from now on.
-
-    A program that came from there can be serialized and loaded again, but ends with "Function ... not found" when it runs
-    (jaxlib 0.10.2, CPU). There is no way to ask JAX for a program from nowhere else in one thread only: it decides once in
-    a process whether it has a cache.
-
-    Args:
-      directory: local or remote, made when needed.
-      config: `Settings.to_dict()`.
-      devices: that the programs run on, in this order.
-      more: what else decides.
+    """Args: directory, local or remote, made when needed; config: `Settings.to_dict()`; devices: that the programs run on,
+    in this order; more: what else decides.
     """
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # or what has been decided stays so
     self._directory, self._devices = epath.Path(directory), list(devices)
     self._common = repr((_deciding(config), sorted(more.items()), _surroundings(self._devices)))
 
   def get(self, name: Any, compile_it: Callable[[], Any]) -> Any:
-    """The program of that name (its `repr` is what counts), kept or compiled now."""
+    """The program of that name (its `repr` is what counts), kept or compiled now.
+
+    The first that must be compiled turns JAX's own cache off, for all programs in this process from then on.
+    """
     place = self._directory / f"{hashlib.sha256(f'{self._common} {name!r}'.encode()).hexdigest()}.program"
     try:
       content = pickle.loads(zlib.decompress(place.read_bytes()))
       loaded = serialize_executable.deserialize_and_load(*content, execution_devices=self._devices)
     except Exception:  # not there, cut off, of another machine after all: it is only a cache
+      _turn_off_jax_cache()
       compiled = compile_it()
     else:
       with contextlib.suppress(OSError):  # remote, or not ours to touch
@@ -90,6 +83,14 @@ class Kept:
     except Exception:  # no room, no permission, a platform that cannot serialize: the program runs all the same
       pass
     return compiled
+
+
+def _turn_off_jax_cache() -> None:
+  """A program that came from there can be serialized and loaded, but ends with "Function ... not found" when it runs
+  (jaxlib 0.10.2, CPU). JAX decides once in a process whether it asks its cache, and has no switch for one thread.
+  """
+  jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # or what has been decided stays so
 
 
 def _deciding(config: dict[str, Any]) -> dict[str, Any]:

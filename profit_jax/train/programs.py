@@ -72,7 +72,7 @@ class Programs:
     keep_in: epath.PathLike | None = None,
   ):
     """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none; mesh; keep_in: a
-    directory where programs are kept between runs, instead of in JAX's own cache (see `Kept`).
+    directory where programs are kept between runs; compiling one turns JAX's own cache off (see `Kept`).
     """
     self._settings, self._facts = settings, facts
     self._model, self._teacher_model = model, teacher_model
