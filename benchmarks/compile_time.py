@@ -41,7 +41,7 @@ def compile_all(options: argparse.Namespace) -> None:
   jax.config.update("jax_compilation_cache_dir", options.cache)
   facts = data.load(settings).facts
   model = build(settings.model, facts.num_classes)
-  programs = Programs(settings, facts, model, model, make_mesh(settings))
+  programs = Programs(settings, facts, model, model, make_mesh(settings), keep_in=f"{options.cache}/programs")
   layers = sorted(aiwq.conv_kernels(variable_shapes(model, settings.data.image_size)["params"]))
   random.Random(options.seed).shuffle(layers)
   phases, seen, start = plan.plan(settings), 0, time.perf_counter()

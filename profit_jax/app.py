@@ -71,8 +71,7 @@ def main(
     print_plan(settings, phases, images_per_second)
     return
   if settings.compilation_cache:
-    cache = paths.opened("config.compilation_cache =", os.path.expanduser(settings.compilation_cache))
-    jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
+    jax.config.update("jax_compilation_cache_dir", os.fspath(_cache(settings)))
   # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in TensorFloat-32.
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.initialize(*cluster)
@@ -138,7 +137,9 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
       screen.print("The student starts from random weights (config.init.weights is empty).")
     for doubt in start.doubts(settings, student, teacher):
       _warn(screen, doubt)
-    programs = Programs(settings, facts, student.model, teacher.model, mesh, student.file_model)
+    programs = Programs(
+      settings, facts, student.model, teacher.model, mesh, student.file_model, _programs_directory(settings)
+    )
     closing.callback(programs.close)
     observer = Observers(_watchers(screen, facts, workdir) if distributed.is_first() else [])
     closing.callback(observer.close)
@@ -189,6 +190,15 @@ def _warn(screen: Console, text: str) -> None:
   screen.print(f"WARNING: {text}", style="yellow", soft_wrap=True)  # whole in a log file, where a path is not cut in two
 
 
+def _cache(settings: Settings) -> epath.Path:
+  return paths.opened("config.compilation_cache =", os.path.expanduser(settings.compilation_cache))
+
+
+def _programs_directory(settings: Settings) -> epath.Path | None:
+  """Beside what JAX keeps there."""
+  return _cache(settings) / "programs" if settings.compilation_cache else None
+
+
 def _watchers(screen, facts, workdir):
   # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
   from profit_jax.report.tensorboard import TensorBoardObserver
@@ -203,7 +213,7 @@ def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.
   mesh, source = make_mesh(settings), _load_data(settings)
   distributed.first_does(lambda: files.require_same_run(workdir, settings, source))
   model = build(settings.model, source.facts.num_classes)
-  programs = Programs(settings, source.facts, model, None, mesh)
+  programs = Programs(settings, source.facts, model, None, mesh, keep_in=_programs_directory(settings))
   try:
     screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
     shapes = variable_shapes(model, settings.data.image_size)
@@ -223,7 +233,7 @@ def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
   screen = Console(highlight=False, quiet=not distributed.is_first())
   for doubt in start.doubts(settings, student, teacher):
     _warn(screen, doubt)
-  programs = Programs(settings, source.facts, student.model, None, mesh, student.file_model)
+  programs = Programs(settings, source.facts, student.model, None, mesh, student.file_model, _programs_directory(settings))
   try:
     variables = programs.replicate(student.make())
     scores = start.evaluate_start(programs, source, settings, student, teacher, variables)

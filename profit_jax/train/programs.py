@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax.data import Facts, normalization
@@ -18,6 +19,7 @@ from profit_jax.plan import Phase, Program
 from profit_jax.quant.levels import Levels
 from profit_jax.settings import ConfigError, Settings
 from profit_jax.train import aiwq, interrupt, optimizer, steps
+from profit_jax.train.kept import Kept
 from profit_jax.train.state import TrainState, create_state
 
 Frozen = frozenset[str]
@@ -67,8 +69,11 @@ class Programs:
     teacher_model: nn.Module | None,
     mesh: Mesh,
     file_model: nn.Module | None = None,
+    keep_in: epath.PathLike | None = None,
   ):
-    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none; mesh."""
+    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none; mesh; keep_in: a
+    directory where programs are kept between runs; compiling one turns JAX's own cache off (see `Kept`).
+    """
     self._settings, self._facts = settings, facts
     self._model, self._teacher_model = model, teacher_model
     self._models: dict[Who, nn.Module | None] = {"student": model, "teacher": teacher_model, "file": file_model}
@@ -83,6 +88,11 @@ class Programs:
     # XLA works on a program on one thread for half of the time, and Python traces the next meanwhile.
     self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
     self._made: dict[Any, concurrent.futures.Future] = {}
+    # Of several processes each would load what only all together can run.
+    self._kept = None
+    if keep_in is not None and jax.process_count() == 1:
+      seen = self._normalization, self._teacher_normalization
+      self._kept = Kept(keep_in, settings.to_dict(), mesh.devices.flat, seen=seen, num_classes=facts.num_classes)
 
   def close(self) -> None:
     """Drops what is not compiled yet."""
@@ -176,8 +186,18 @@ class Programs:
 
   def _request(self, key: Any, compile_key: Callable[..., Any]) -> concurrent.futures.Future:
     if key not in self._made:
-      self._made[key] = self._pool.submit(compile_key, *key[1:])
+      self._made[key] = self._pool.submit(self._make, key, compile_key)
     return self._made[key]
+
+  def _make(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
+    if self._kept is None:
+      return compile_key(*key[1:])
+    # Only the models that are in it: evaluation of the run, later, has no teacher.
+    models = [self._models[key[1]] if key[0] == "eval" else self._model]
+    if key[0] == "train" and key[1].distill:
+      models.append(self._teacher_model)
+    name = [sorted(part) if isinstance(part, frozenset) else part for part in key], list(map(str, models))
+    return self._kept.get(name, lambda: compile_key(*key[1:]))
 
   def _wait(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
     start, request = time.perf_counter(), self._request(key, compile_key)
