@@ -3,9 +3,9 @@
     exported = jax.export.deserialize(bytearray(open(FILE, "rb").read()))
     logits = exported.call(images)          # uint8 [N, image_size, image_size, 3] -> float32 [N, num_classes]
 
-Any batch; lowered for CPU, CUDA and TPU. Kernels stand in the program as uint8 constants, several codes each, since StableHLO
-writes int4 constants with a byte per code; the program takes them apart with shifts. Every quantizer is a function of its
-own, `codes_of__` and its name with `__` for `/`: `open_file` finds them there.
+Any batch; lowered for CPU, CUDA and TPU. Kernels stand in the program as uint8 constants, several codes each, since
+StableHLO writes int4 constants with a byte per code; the program takes them apart with shifts. Every quantizer is a
+function of its own, `codes_of__` and its name with `__` for `/`: `open_file` finds them there.
 """
 
 import dataclasses

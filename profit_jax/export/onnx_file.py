@@ -4,12 +4,16 @@ Kernels of 3 and 4 bits stand as INT4 (opset 21), of 2 bits as INT2 (opset 25), 
 
     DequantizeLinear(codes, 1) -> Conv -> Mul(multiplier) -> Add(bias)
 
-and a quantizer `[Add(3/8) ->] Mul(n/a) -> QuantizeLinear(scale 1, uint8 or int8) -> Clip -> DequantizeLinear(scale 1)`. What
-looks odd is deliberate (measured with onnxruntime 1.32):
+and a quantizer
 
-- Scales stay 1 and the bias outside of Conv: onnxruntime rounds a Conv's float bias to int32 steps of the two scales where it
-  finds DequantizeLinear -> Conv -> QuantizeLinear, and 3 % of the codes change without a word.
-- Activation codes are carried in bytes: a Clip before a QuantizeLinear to INT4 does not load, and INT4 activations are slower.
+    [Add(3/8) ->] Mul(n/a) -> QuantizeLinear(scale 1, uint8 or int8) -> Clip -> DequantizeLinear(scale 1)
+
+What looks odd is deliberate (measured with onnxruntime 1.32):
+
+- Scales stay 1 and the bias outside of Conv: onnxruntime rounds a Conv's float bias to int32 steps of the two scales
+  where it finds DequantizeLinear -> Conv -> QuantizeLinear, and 3 % of the codes change without a word.
+- Activation codes are carried in bytes: a Clip before a QuantizeLinear to INT4 does not load, and INT4 activations are
+  slower.
 - Initializers are raw bytes: as lists of numbers, INT4 files are a third larger.
 - A multiplication by n/a, and no QuantizeLinear with scale a/n, so that JAX computes the same at ties.
 """
