@@ -2,11 +2,11 @@
 
 Tensors, of every layer:
 
-| name           | type             | what                                                                                    |
-|----------------|------------------|-----------------------------------------------------------------------------------------|
-| `LAYER.codes`  | uint8 `[bytes]`  | the kernel's codes, row-major, as two's complement, 8 / `field_bits` to a byte, the     |
-|                |                  | first in the lowest bits                                                                |
-| `LAYER.affine` | float32 `[2, F]` | multiplier and bias per channel: `y = acc * affine[0] + affine[1]`                      |
+| name           | type             | what                                                               |
+|----------------|------------------|--------------------------------------------------------------------|
+| `LAYER.codes`  | uint8 `[bytes]`  | the kernel's codes, row-major, as two's complement,                |
+|                |                  | 8 / `field_bits` to a byte, the first in the lowest bits           |
+| `LAYER.affine` | float32 `[2, F]` | multiplier and bias per channel: `y = acc * affine[0] + affine[1]` |
 
 The metadata entry `net` is JSON: `model`, `image_size`, `mean`, `std` (of pixels / 255, per channel), `weight_bits`,
 `act_bits`, `field_bits`, and `nodes`, in order of execution: `[kind, name, input, ...]` with
