@@ -20,12 +20,14 @@ class Facts:
     eval_examples: their number.
     num_classes: labels are 0 to num_classes - 1.
     normalization: of its images.
+    class_names: by label; empty where nobody has named them.
   """
 
   train_examples: int
   eval_examples: int
   num_classes: int
   normalization: Normalization
+  class_names: tuple[str, ...] = ()
 
 
 class Host(NamedTuple):
