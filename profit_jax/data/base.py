@@ -10,6 +10,9 @@ from profit_jax.data.normalize import Normalization
 
 Batch = dict[str, np.ndarray]
 
+# Longer side to shorter side: of an image that is longer still, the evaluation cuts the ends off first.
+LONGEST = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:

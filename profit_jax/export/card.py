@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from profit_jax.data import Facts
+from profit_jax.data import Facts, eval_preparation
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
@@ -54,6 +54,7 @@ def make(
   content, rows = path.read_bytes(), costs(net)
   float_bytes, macs = (sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs"))
   before, after = (round(100.0 * count / examples, 4) for count in correct)
+  share, interpolation = eval_preparation(settings)
   return {
     "file": path.name,
     "format": name,
@@ -67,8 +68,8 @@ def make(
       "type": "uint8",
       "layout": "NHWC, RGB",
       "image_size": net.image_size,
-      "eval_share": settings.data.eval_share,
-      "interpolation": settings.data.interpolation,
+      "eval_share": share,
+      "interpolation": interpolation,
     },
     "num_classes": net.num_classes,
     "class_names": list(facts.class_names),
