@@ -64,8 +64,8 @@ def export(
   trained = verify.compare(net, images, verify.trained_codes(net, model, variables, pixels))
   bits = bits_name(net.weight_bits, net.act_bits)
   screen.print(
-    f"{net.model} {bits} in the code domain, {count} images: {trained.differing} of {trained.codes:,} codes differ from the "
-    "trained model's",
+    f"{net.model} {bits} in the code domain, {count} images: {trained.differing} of {trained.codes:,} codes differ from "
+    "the trained model's",
     soft_wrap=True,
   )
   if not verify.is_trained(trained, net.act_bits):
