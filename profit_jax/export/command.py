@@ -68,7 +68,7 @@ def export(
     "the trained model's",
     soft_wrap=True,
   )
-  if not verify.is_trained(trained, net.act_bits):
+  if not trained.at_ties:
     _print_layers(screen, trained)
     raise NotEqual("the code-domain net does not compute what the trained model does; nothing was written.")
   failed = []

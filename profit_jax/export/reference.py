@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,26 +45,6 @@ def run(
       if last_use[name] == index:
         del values[name]
   return values[net.nodes[-1].name]
-
-
-def run_forced(net: Net, image: jax.Array, forced: Mapping[str, Any]) -> tuple[jax.Array, Arrays]:
-  """Teacher-forced: every quantizer computes from the codes that another runtime had before it.
-
-  Args:
-    net: what to compute.
-    image: uint8 `[N, H, W, 3]`.
-    forced: the other runtime's codes, by quantizer.
-
-  Returns:
-    The logits, and the codes that this net has in place of those.
-  """
-  found = {}
-
-  def quantize(node, x):
-    found[node.name] = codes(node, x)
-    return jnp.asarray(forced[node.name], jnp.float32)
-
-  return run(net, image, quantize=quantize), found
 
 
 def run_with_codes(net: Net, image: jax.Array) -> tuple[jax.Array, Arrays]:
