@@ -24,6 +24,8 @@ ORDER = [
   "report",
   "export",
   "app",
+  "ablation",
+  "ablate",
   "to_torch",
 ]
 FILES = sorted(ROOT.glob("profit_jax/**/*.py"))
