@@ -235,7 +235,7 @@ def sentences(axes: Sequence[str], compared: Sequence[Difference]) -> list[str]:
     lines += [f"{few} pairs of cells have fewer than two seeds in common: nothing is said of them.", ""]
   lines.append(
     "A difference is the mean over seeds of one run's top-1 minus the other's of the same seed, in points, with its "
-    "standard error; it exceeds the spread where it is beyond the 95 % point of Student's t. One in twenty does so by chance."
+    "standard error; it exceeds the spread where it is beyond the 95 % point of Student's t. One in twenty does by chance."
   )
   return lines
 
