@@ -36,7 +36,7 @@ _KERNEL_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
 
 def write(net: Net, path: str | os.PathLike) -> None:
   """Writes the model: input `image` uint8 `[N, H, W, 3]`, output `logits` float32 `[N, num_classes]`."""
-  graph = _Graph(net)
+  graph = Graph(net)
   width = field_bits(net.weight_bits)
   model = helper.make_model(
     helper.make_graph(
@@ -54,8 +54,10 @@ def write(net: Net, path: str | os.PathLike) -> None:
   onnx.save_model(model, os.fspath(path))
 
 
-class _Graph:
+class Graph:
   """Appends what the nodes of a net are in ONNX; images are NCHW inside.
+
+  How the codes are written is up to `image`, `kernel` and `quantizer`.
 
   Attributes:
     nodes: so far.
@@ -68,16 +70,12 @@ class _Graph:
     self._bits = field_bits(net.weight_bits)
     self._known: dict[tuple[float, str], str] = {}
     factor, summand = net.pixel_scale()
-    x = self._op("Cast", [IMAGE], f"{IMAGE}/float", to=TensorProto.FLOAT)
-    x = self._op("Mul", [x, self._array(f"{IMAGE}/factor", factor)], f"{IMAGE}/scaled")
+    x = self._op("Mul", [self.image(), self._array(f"{IMAGE}/factor", factor)], f"{IMAGE}/scaled")
     x = self._op("Add", [x, self._array(f"{IMAGE}/summand", summand)], f"{IMAGE}/normalized")
     self._names = {IMAGE: self._op("Transpose", [x], f"{IMAGE}/nchw", perm=[0, 3, 1, 2])}
     for node in net.nodes:
       result = LOGITS if node is net.nodes[-1] else node.name
-      if isinstance(node, Layer):
-        self._names[node.name] = self._layer(node, result)
-      else:
-        self._names[node.name] = _WRITERS[type(node)](self, node, result)
+      self._names[node.name] = getattr(self, _WRITERS[type(node)])(node, result)
 
   def _op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
     self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
@@ -97,12 +95,19 @@ class _Graph:
     array = getattr(node, what)
     return self._array(f"{node.name}/{what}", array if node.dense else array.reshape(-1, 1, 1))
 
-  def _layer(self, node: Layer, result: str) -> str:
-    kernel = node.kernel if node.dense else node.kernel.transpose(3, 2, 0, 1)
-    raw = pack(np.ascontiguousarray(kernel), self._bits).tobytes()
-    codes = f"{node.name}/codes"
-    self.initializers.append(helper.make_tensor(codes, _KERNEL_TYPES[self._bits], kernel.shape, raw, raw=True))
-    weight = self._op("DequantizeLinear", [codes, self._constant(1.0)], f"{node.name}/kernel")
+  def image(self) -> str:
+    """The image as floats."""
+    return self._op("Cast", [IMAGE], f"{IMAGE}/float", to=TensorProto.FLOAT)
+
+  def kernel(self, node: Layer, codes: np.ndarray) -> str:
+    """The codes as floats; `codes`: int8 `[F, C, K, K]`, `[F, 1, K, K]` or `[C, F]`."""
+    raw = pack(np.ascontiguousarray(codes), self._bits).tobytes()
+    name = f"{node.name}/codes"
+    self.initializers.append(helper.make_tensor(name, _KERNEL_TYPES[self._bits], codes.shape, raw, raw=True))
+    return self._op("DequantizeLinear", [name, self._constant(1.0)], f"{node.name}/kernel")
+
+  def layer(self, node: Layer, result: str) -> str:
+    weight = self.kernel(node, node.kernel if node.dense else node.kernel.transpose(3, 2, 0, 1))
     x = self._names[node.input]
     if node.dense:
       x = self._op("MatMul", [x, weight], f"{node.name}/sums")
@@ -120,11 +125,16 @@ class _Graph:
     x = self._op("Mul", [x, self._per_channel(node, "multiplier")], f"{node.name}/scaled")
     return self._op("Add", [x, self._per_channel(node, "bias")], result)
 
-  def quantizer(self, node: Quantizer, result: str) -> str:
-    x, dtype = self._names[node.input], "int8" if node.signed else "uint8"
+  def scaled(self, node: Quantizer) -> str:
+    """What a quantizer rounds."""
+    x = self._names[node.input]
     if node.margin:
       x = self._op("Add", [x, self._constant(node.margin)], f"{node.name}/shifted")
-    x = self._op("Mul", [x, self._constant(node.inverse)], f"{node.name}/scaled")
+    return self._op("Mul", [x, self._constant(node.inverse)], f"{node.name}/scaled")
+
+  def quantizer(self, node: Quantizer, result: str) -> str:
+    """The codes as floats."""
+    x, dtype = self.scaled(node), "int8" if node.signed else "uint8"
     x = self._op("QuantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], f"{node.name}/rounded")
     x = self._op("Clip", [x, self._constant(node.low, dtype), self._constant(node.high, dtype)], codes_of(node))
     return self._op("DequantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], result)
@@ -161,12 +171,13 @@ class _Graph:
 
 
 _WRITERS = {
-  Quantizer: _Graph.quantizer,
-  Activation: _Graph.activation,
-  Value: _Graph.value,
-  Mean: _Graph.mean,
-  Sum: _Graph.add,
-  Product: _Graph.multiply,
+  Layer: "layer",
+  Quantizer: "quantizer",
+  Activation: "activation",
+  Value: "value",
+  Mean: "mean",
+  Sum: "add",
+  Product: "multiply",
 }
 
 
@@ -200,14 +211,15 @@ class Runner:
       self._with_codes = _session(observed, self._threads)
     logits, *codes = self._with_codes.run([LOGITS, *self._names], {IMAGE: image})
     named = zip(self._names, codes, strict=True)
-    return logits, {name.removesuffix("/codes"): _nhwc(array) for name, array in named}
+    return logits, {name.removesuffix("/codes"): nhwc(array) for name, array in named}
 
 
 def _is_codes(node: onnx.NodeProto) -> bool:
   return node.output[0].endswith("/codes")
 
 
-def _nhwc(codes: np.ndarray) -> np.ndarray:
+def nhwc(codes: np.ndarray) -> np.ndarray:
+  """Codes `[N, C, H, W]` as `[N, H, W, C]`; `[N, C]` as they are."""
   return codes.transpose(0, 2, 3, 1) if codes.ndim == 4 else codes
 
 
