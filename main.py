@@ -1,4 +1,4 @@
-"""Trains, evaluates or plans a PROFIT run: python main.py --config configs/digits_w4.py --workdir RUN [--mode MODE]."""
+"""Trains, evaluates, plans, exports: python main.py --config configs/digits_w4.py --workdir RUN [--mode MODE]."""
 
 import os
 import sys
@@ -14,11 +14,11 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; fields: --config.train.batch_size=64.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run, local or gs://; a run found there goes on.")
 _SPEED = flags.DEFINE_float("images_per_second", None, "Training speed; mode plan then prints hours.")
-# For several processes; Cloud TPUs, Slurm and Open MPI need none of them.
-_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first process.")
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first of several processes, if needed.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
-_MODE = flags.DEFINE_string("mode", "train", "train, eval, plan.")
+_MODE = flags.DEFINE_string("mode", "train", "train, eval, plan, export.")
+_FORMATS = flags.DEFINE_list("formats", "onnx,jax,safetensors", "That mode export writes; also qonnx, litert.")
 
 
 def _parse(argv):
@@ -53,7 +53,7 @@ def main(argv):
   absl_logging.set_verbosity(absl_logging.ERROR)
   try:
     cluster = profit.Cluster(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value, cluster)
+    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value, cluster, _FORMATS.value)
     return 0
   except Ending as ending:
     print(f"{ending.label}: {ending}", file=sys.stderr)

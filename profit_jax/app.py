@@ -3,14 +3,17 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import ml_collections
 from etils import epath
 from rich.console import Console
 
 from profit_jax import data, distributed, paths, plan, snapshots
+from profit_jax.export import command, formats
 from profit_jax.models import REGISTRY, build, check, variable_shapes
 from profit_jax.report import console, files
 from profit_jax.settings import ConfigError, Settings, parse
@@ -20,8 +23,9 @@ from profit_jax.train.evaluate import evaluate
 from profit_jax.train.loop import Loop
 from profit_jax.train.observer import Observers
 from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.progress import Progress, summary
 
-MODES = ("train", "eval", "plan")
+MODES = ("train", "eval", "plan", "export")
 
 
 class Cluster(NamedTuple):
@@ -38,27 +42,29 @@ def main(
   mode: str,
   images_per_second: float | None = None,
   cluster: Cluster = Cluster(),
+  export_formats: Sequence[str] = formats.DEFAULT,
 ) -> None:
   """Runs one mode.
 
   Args:
-    config: from `--config`; in mode eval None takes the run's own `config.json`.
+    config: from `--config`; in modes eval and export None takes the run's own `config.json`.
     workdir: the run's directory; mode plan needs none, nor does mode eval with `init.weights`, which it evaluates where
       there is no run.
     mode: one of `MODES`.
     images_per_second: of training; mode plan then prints hours.
     cluster: where the processes meet.
+    export_formats: what mode export writes.
 
   Raises:
     ConfigError: anything that the user can mend.
   """
   if mode not in MODES:
-    later = " (export is not part of this release)" if mode == "export" else ""
-    raise ConfigError(f"--mode={mode} is not allowed{later}: it must be one of {', '.join(MODES)}.")
+    raise ConfigError(f"--mode={mode} is not allowed: it must be one of {', '.join(MODES)}.")
+  names = formats.named(list(export_formats))
   directory = paths.opened("--workdir", workdir) if workdir else epath.Path()
   given = config is not None
   if not given:
-    if mode != "eval":
+    if mode not in ("eval", "export"):
       raise ConfigError("--config is missing: give a configuration file, as --config configs/digits_w4.py.")
     _require_workdir(workdir, mode)
   settings = parse(config, REGISTRY) if given else files.read_settings(directory)
@@ -83,6 +89,8 @@ def main(
     evaluate_file(settings, phases)
   elif mode == "eval":
     run_eval(settings, phases, directory)
+  elif mode == "export":
+    run_export(settings, phases, directory, names)
   else:
     with distributed.peers_needed():
       train(settings, phases, directory)
@@ -207,8 +215,18 @@ def _watchers(screen, facts, workdir):
   return [console.ConsoleObserver(screen, facts.num_classes), events]
 
 
-def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, float]:
-  """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
+class Trained(NamedTuple):
+  """A run's best checkpoint at the plan's last bits, its model and data, and the compiled steps."""
+
+  source: data.Source
+  model: nn.Module
+  programs: Programs
+  progress: Progress
+  variables: Any
+
+
+@contextlib.contextmanager
+def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   files.read_config(workdir)  # before the data, which takes longer
   mesh, source = make_mesh(settings), _load_data(settings)
   distributed.first_does(lambda: files.require_same_run(workdir, settings, source))
@@ -217,12 +235,42 @@ def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.
   try:
     screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
     shapes = variable_shapes(model, settings.data.image_size)
-    best = best_variables(workdir / "checkpoints", shapes, lambda text: _warn(screen, text))
-    if best is None:
+    found = best_variables(workdir / "checkpoints", shapes, lambda text: _warn(screen, text))
+    if found is None:
       raise ConfigError(f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first.")
-    return _evaluate_quantized(settings, phases, programs, source, best)
+    yield Trained(source, model, programs, *found)
   finally:
     programs.close()
+
+
+def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, float]:
+  """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
+  with _trained(settings, workdir) as best:
+    return _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
+
+
+def run_export(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path, names: Sequence[str]) -> None:
+  """Writes a run's best checkpoint at the plan's last bits as integer model files; raises as `command.export`."""
+  if jax.process_count() > 1:
+    raise ConfigError(f"--mode=export runs in one process, not in {jax.process_count()}. Start it on one machine alone.")
+  if None in (phases[-1].weight_bits, phases[-1].act_bits):
+    bits = plan.bits_name(phases[-1].weight_bits, phases[-1].act_bits)
+    raise ConfigError(
+      f"--workdir {workdir}: the plan ends with {bits}, and only a run whose weights and activations are both quantized "
+      f"can be exported. Train with config.plan.weight_bits and config.plan.act_bits."
+    )
+  with _trained(settings, workdir) as best:
+    command.export(
+      settings=settings,
+      source=best.source,
+      model=best.model,
+      variables=best.variables,
+      run=summary(best.progress, phases),
+      trained_top1=_evaluate_quantized(settings, phases, best.programs, best.source, best.variables)["top1"],
+      names=names,
+      directory=workdir / "export",
+      screen=Console(highlight=False),
+    )
 
 
 def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:

@@ -31,6 +31,11 @@ def normalization(name: str, facts: Facts) -> Normalization:
   return facts.normalization if name == "dataset" else NORMALIZATIONS[name]
 
 
+def eval_preparation(settings: Settings) -> tuple[float, str]:
+  """How evaluation images are prepared: the share of their shorter side that is kept, and the interpolation."""
+  return (1.0, "bicubic") if settings.data.name == "digits" else (settings.data.eval_share, settings.data.interpolation)
+
+
 def facts(settings: Settings) -> Facts:
   """The facts of the configured source, for a plan; reads its files only where nothing else knows.
 

@@ -10,6 +10,9 @@ from profit_jax.data.normalize import Normalization
 
 Batch = dict[str, np.ndarray]
 
+# Longer side to shorter side: of an image that is longer still, the evaluation cuts the ends off first.
+LONGEST = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -20,12 +23,14 @@ class Facts:
     eval_examples: their number.
     num_classes: labels are 0 to num_classes - 1.
     normalization: of its images.
+    class_names: by label; empty where nobody has named them.
   """
 
   train_examples: int
   eval_examples: int
   num_classes: int
   normalization: Normalization
+  class_names: tuple[str, ...] = ()
 
 
 class Host(NamedTuple):

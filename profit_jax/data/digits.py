@@ -17,6 +17,7 @@ FACTS = Facts(
   eval_examples=EVAL_EXAMPLES,
   num_classes=10,
   normalization=Normalization(mean=(0.3,) * 3, std=(0.35,) * 3),
+  class_names=tuple("0123456789"),
 )
 
 

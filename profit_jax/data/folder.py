@@ -22,7 +22,7 @@ class Folder:
   Attributes:
     train: records to train on.
     eval: records to evaluate on.
-    num_classes: folders in the training split.
+    class_names: folders of the training split.
   """
 
   def __init__(self, settings: DataSettings):
@@ -45,7 +45,7 @@ class Folder:
         f"{train} has {len(classes)} classes and {evaluation} has {len(others)}; they must be the same folders. In one "
         f"alone: {', '.join(differing[:10])}{' ...' if len(differing) > 10 else ''}."
       )
-    self.num_classes = len(classes)
+    self.class_names = tuple(classes)
     self.train, self.eval = _Files(train, classes), _Files(evaluation, classes)
 
 

@@ -27,11 +27,11 @@ _log.setLevel(logging.WARNING)  # of its own, because main.py quiets the root
 
 
 class Splits(Protocol):
-  """What a data set opens to: `train` and `eval` records, and `num_classes`."""
+  """What a data set opens to: `train` and `eval` records, and `class_names`."""
 
   train: Records
   eval: Records
-  num_classes: int
+  class_names: tuple[str, ...]
 
 
 def _cores() -> int:
@@ -66,8 +66,9 @@ class Images:
     self.facts = Facts(
       train_examples=splits.train.examples,
       eval_examples=splits.eval.examples,
-      num_classes=splits.num_classes,
+      num_classes=len(splits.class_names),
       normalization=normalization,
+      class_names=splits.class_names,
     )
 
   def fingerprint(self) -> str:

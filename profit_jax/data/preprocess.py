@@ -10,12 +10,13 @@ from typing import Literal
 
 import tensorflow as tf
 
+from profit_jax.data.base import LONGEST
+
 # Shares of the area and ratios of width to height that a random part may have (Szegedy et al., CVPR 2015), and how often
 # one is drawn before the largest centred one is taken.
 AREA = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
-_LONGEST = 4
 
 Interpolation = Literal["bicubic", "bilinear"]
 _KERNELS = {"bicubic": "keyscubic", "bilinear": "triangle"}
@@ -126,7 +127,7 @@ def center_crop(contents: tf.Tensor, size: int, share: float, interpolation: Int
   """The centre of an encoded image as `[size, size, 3]`: its shorter side is scaled to `size / share`; uint8."""
   shape = image_shape(contents)
   # A strip of 20,000x10 pixels would become one of 512,000x256: of what is longer than 4 to 1 the ends go first.
-  kept = tf.minimum(shape, _LONGEST * tf.reduce_min(shape))
+  kept = tf.minimum(shape, LONGEST * tf.reduce_min(shape))
   whole, shape = decode(contents, tf.concat([(shape - kept) // 2, kept], 0)), kept
   shorter = round(size / share)
   # As torchvision: the longer side is cut to a whole number, the crop's offset is rounded.

@@ -19,7 +19,7 @@ class Splits:
   Attributes:
     train: records to train on.
     eval: records to evaluate on.
-    num_classes: of the label.
+    class_names: of the label.
   """
 
   def __init__(self, settings: DataSettings):
@@ -33,7 +33,7 @@ class Splits:
     keys = class_keys(builder)
     _require_prepared(builder, settings)
     self._image, self._label = keys
-    self.num_classes = builder.info.features[self._label].num_classes
+    self.class_names = tuple(builder.info.features[self._label].names)
     self.train = self._records("train_split", settings.train_split)
     self.eval = self._records("eval_split", settings.eval_split or self._first_of("validation", "val", "test"))
 

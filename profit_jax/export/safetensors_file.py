@@ -21,10 +21,12 @@ The metadata entry `net` is JSON: `model`, `image_size`, `mean`, `std` (of pixel
 Images and activations are NHWC, kernels HWIO; every border is zeros, `(K - 1) / 2` wide. Round half to even.
 """
 
+import functools
 import json
 import os
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -112,11 +114,11 @@ class Runner:
 
   def __init__(self, net: Net):
     """Args: net, as read from the file."""
-    self._net = net
+    self._logits = jax.jit(functools.partial(reference.run, net))
+    self._with_codes = jax.jit(functools.partial(reference.run_with_codes, net))
 
   def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The logits, and if asked for every quantizer's codes."""
     if not with_codes:
-      return np.asarray(reference.run(self._net, image)), {}
-    logits, codes = reference.run_with_codes(self._net, image)
-    return np.asarray(logits), {name: np.asarray(array) for name, array in codes.items()}
+      return np.asarray(self._logits(image)), {}
+    return jax.device_get(self._with_codes(image))

@@ -73,7 +73,8 @@ def host_copy(tree: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.copy(), jax.device_get(tree))
 
 
-def best_variables(directory: epath.PathLike, shapes: Any, warn: Callable[[str], None]) -> Any:
-  """The best variables of the run in a directory, which may still be going on; None if there are none yet."""
+def best_variables(directory: epath.PathLike, shapes: Any, warn: Callable[[str], None]) -> tuple[Progress, Any] | None:
+  """Where the run in a directory stands, and its best variables; it may still be going on. None if there are none yet."""
   snapshot = snapshots.read_newest(directory, warn)
-  return None if snapshot is None else snapshot.restore("best", shapes)
+  best = snapshot and snapshot.restore("best", shapes)
+  return None if best is None else (progress_of(snapshot), best)

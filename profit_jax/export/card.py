@@ -1,0 +1,219 @@
+"""The card beside an exported file, `FILE.json` for programs and `FILE.md` for people."""
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+from importlib import metadata
+from typing import Any
+
+from etils import epath
+
+from profit_jax.data import Facts, eval_preparation
+from profit_jax.export import verify
+from profit_jax.export.costs import costs
+from profit_jax.export.formats import FORMATS
+from profit_jax.export.net import Net
+from profit_jax.export.packing import field_bits
+from profit_jax.plan import bits_name
+from profit_jax.settings import ConfigError, Settings
+
+_FLOAT_BITS = 32
+
+
+def make(
+  *,
+  name: str,
+  path: pathlib.Path,
+  net: Net,
+  settings: Settings,
+  facts: Facts,
+  run: dict[str, Any],
+  trained: verify.Comparison,
+  file: verify.Comparison,
+  images: int,
+  correct: tuple[int, int],
+  examples: int,
+) -> dict[str, Any]:
+  """The content of a card.
+
+  Args:
+    name: of the format.
+    path: of the file, which is read for its size and checksum.
+    net: what it holds.
+    settings: of the run.
+    facts: of its data.
+    run: `phases`, `aiwq`, `final` of its `result.json`.
+    trained: the trained model's codes beside the reference's.
+    file: the file's.
+    images: whose codes were compared.
+    correct: images of the evaluation set that the trained model and the file got right.
+    examples: in the evaluation set.
+  """
+  content, rows = path.read_bytes(), costs(net)
+  float_bytes, macs = (sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs"))
+  before, after = (round(100.0 * count / examples, 4) for count in correct)
+  share, interpolation = eval_preparation(settings)
+  return {
+    "file": path.name,
+    "format": name,
+    "sha256": hashlib.sha256(content).hexdigest(),
+    "model": net.model,
+    "width": settings.model.width,
+    "weight_bits": net.weight_bits,
+    "act_bits": net.act_bits,
+    "input": {
+      "name": "image",
+      "type": "uint8",
+      "layout": "NHWC, RGB",
+      "image_size": net.image_size,
+      "eval_share": share,
+      "interpolation": interpolation,
+    },
+    "num_classes": net.num_classes,
+    "class_names": list(facts.class_names),
+    "size": {"bytes": len(content), "float_bytes": float_bytes, "ratio": round(float_bytes / len(content), 3)},
+    "cost": {
+      "macs": macs,
+      "bops": sum(row.bops for row in rows),
+      "float_bops": macs * _FLOAT_BITS**2,
+    },
+    "top1": {
+      "full_precision": run["final"]["full_precision_top1"],
+      "trained": before,
+      "file": after,
+      "equal": verify.top1_equal(*correct, examples),
+      "examples": examples,
+    },
+    "verification": {
+      "images": images,
+      "trained": {"codes": trained.codes, "differing": trained.differing},
+      "file": {"codes": file.codes, "differing": file.differing, "largest_logit_difference": file.logits},
+      "quantizers": [
+        {**vars(row), "trained_differing": other.differing} for row, other in zip(file.rows, trained.rows, strict=True)
+      ],
+    },
+    "policy": {
+      "weights": f"all kernels, the first and the last layer's too, {net.weight_bits} bits symmetric without the lowest "
+      f"code, one interval per layer; {field_bits(net.weight_bits)} bits of the file each",
+      "activations": f"the input of every layer, {net.act_bits} bits: unsigned after ReLU, symmetric where signed, hswish "
+      "from -3/8 after h-swish; the image as it is",
+      "float32": "batch normalization as multiplier and bias per channel, shortcuts, means, squeeze-excite's gates",
+    },
+    "layers": [row._asdict() for row in rows],
+    "training": {
+      "dataset": settings.data.name,
+      "train_examples": facts.train_examples,
+      "eval_examples": facts.eval_examples,
+      "seed": settings.seed,
+      "weights": run["final"]["weights"],
+      "phases": [
+        {field: phase[field] for field in ("index", "name", "weight_bits", "act_bits", "epochs", "top1", "top1_ema")}
+        for phase in run["phases"]
+      ],
+    },
+    "versions": {
+      "python": platform.python_version(),
+      **{
+        package: metadata.version(package) for package in dict.fromkeys((*FORMATS[name].packages, "jax", "flax", "numpy"))
+      },
+    },
+    "runtime": FORMATS[name].runtime,
+  }
+
+
+def markdown(card: dict[str, Any]) -> str:
+  """The same for people."""
+  size, cost, top1, proof, pixels = (card[key] for key in ("size", "cost", "top1", "verification", "input"))
+  name = bits_name(card["weight_bits"], card["act_bits"])
+  before = "" if top1["full_precision"] is None else f" In full precision the run had {top1['full_precision']:.2f} %."
+  lines = [
+    f"# {card['file']}",
+    "",
+    f"{card['model']}, width {card['width']:g}, {name}, {card['num_classes']} classes; format {card['format']}.",
+    "",
+    "| | |",
+    "|:--|:--|",
+    f"| top-1 of the trained model | {top1['trained']:.2f} % ({top1['examples']} images) |",
+    f"| top-1 of this file | {top1['file']:.2f} % ({'equal' if top1['equal'] else 'NOT EQUAL'}) |",
+    f"| size | {size['bytes']:,} bytes; kernels and biases in float32 {size['float_bytes']:,}, {size['ratio']:.1f}x |",
+    f"| multiply-accumulates | {cost['macs']:,} an image |",
+    f"| bit operations (BOPs) | {cost['bops']:,} an image; in float32 {cost['float_bops']:,} |",
+    f"| input | `{pixels['name']}`, uint8 `[N, {pixels['image_size']}, {pixels['image_size']}, 3]`, RGB, 0 to 255; "
+    f"normalized by the file |",
+    f"| preparing an image | shorter side to {pixels['image_size']} / {pixels['eval_share']:g} pixels "
+    f"({pixels['interpolation']}), centre cut out |",
+    f"| sha256 | `{card['sha256']}` |",
+    "",
+    f"Accuracy before and after are of the same images.{before}",
+    "",
+    "## Verification",
+    "",
+    f"On {proof['images']} evaluation images, every quantizer's codes compared layer by layer, each computed from the "
+    f"codes of the side that is checked:",
+    "",
+    f"- trained model and code-domain net: {_differ(proof['trained'])};",
+    f"- this file, read back and run in its runtime, and code-domain net: {_differ(proof['file'])}; its logits differ by "
+    f"at most {proof['file']['largest_logit_difference']:.1e} of the largest.",
+    "",
+    "## What computes how",
+    "",
+    card["runtime"],
+    "",
+    *(f"- {what}: {text}." for what, text in card["policy"].items()),
+    "",
+    "No speed is claimed: `python benchmarks/inference.py FILE...` measures it on your machine.",
+    "",
+    "## Training",
+    "",
+    f"On {card['training']['dataset']} ({card['training']['train_examples']:,} images, seed {card['training']['seed']}); "
+    f"the weights are the {card['training']['weights']} ones of the best evaluation at the last bits.",
+    "",
+    "| # | phase | bits | epochs | top-1 raw | top-1 EMA |",
+    "|--:|:--|:--|--:|--:|--:|",
+  ]
+  for phase in card["training"]["phases"]:
+    average = "-" if phase["top1_ema"] is None else f"{phase['top1_ema']:.2f}"
+    lines.append(
+      f"| {phase['index']} | {phase['name']} | {bits_name(phase['weight_bits'], phase['act_bits'])} | {phase['epochs']} "
+      f"| {phase['top1']:.2f} | {average} |"
+    )
+  lines += [
+    "",
+    "## Layers",
+    "",
+    "| layer | kind | kernel | weight bits | input | input bits | bytes | float bytes | MACs | BOPs |",
+    "|:--|:--|:--|--:|:--|--:|--:|--:|--:|--:|",
+  ]
+  for row in card["layers"]:
+    lines.append(
+      f"| {row['layer']} | {row['kind']} | {'x'.join(map(str, row['kernel']))} | {row['weight_bits']} | {row['input']} | "
+      f"{row['input_bits']} | {row['kernel_bytes']:,} | {row['float_bytes']:,} | {row['macs']:,} | {row['bops']:,} |"
+    )
+  versions = ", ".join(f"{package} {version}" for package, version in card["versions"].items())
+  return "\n".join([*lines, "", f"Versions: {versions}."]) + "\n"
+
+
+def _differ(counts):
+  return f"{counts['differing']:,} of {counts['codes']:,} codes differ"
+
+
+def read(path: str | os.PathLike) -> dict[str, Any]:
+  """The card of an exported file.
+
+  Raises:
+    ConfigError: there is none, or it is not a card.
+  """
+  place = epath.Path(f"{os.fspath(path)}.json")
+  try:
+    card = json.loads(place.read_text())
+    for field in ("image_size", "eval_share", "interpolation"):
+      card["input"][field]
+    card["class_names"]
+    return card
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+      f"{place} cannot be read: {error!r}. It lies beside every exported file and says how images are prepared: put it "
+      f"back."
+    ) from error

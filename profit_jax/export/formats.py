@@ -1,0 +1,143 @@
+"""The formats of exported files, by the name that `--formats` takes. Their modules are imported when they are needed."""
+
+import importlib
+import os
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from profit_jax.export.net import Net
+from profit_jax.settings import ConfigError
+
+
+class Runner(Protocol):
+  """An exported file in its own runtime."""
+
+  def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Classifies images.
+
+    Args:
+      image: uint8 `[N, image_size, image_size, 3]`.
+      with_codes: whether codes are wanted.
+
+    Returns:
+      Logits float32 `[N, num_classes]`, and the codes of every quantizer, by its name, `[N, H, W, C]` or `[N, C]`, as the
+      file's own program computes them; without `with_codes` none.
+    """
+    ...
+
+
+class Module(Protocol):
+  """What a format's module holds."""
+
+  def write(self, net: Net, path: str | os.PathLike) -> None:
+    """Writes a net."""
+    ...
+
+  def open_file(self, path: str | os.PathLike) -> Runner:
+    """Reads a file."""
+    ...
+
+
+class Format(NamedTuple):
+  """A kind of file.
+
+  Attributes:
+    suffix: of its files.
+    module: in this package.
+    packages: that execute it and whose versions a card names.
+    runtime: what computes in integers there and what does not, for the card.
+    install: the command that brings them, where they are no part of requirements.txt.
+  """
+
+  suffix: str
+  module: str
+  packages: tuple[str, ...]
+  runtime: str
+  install: str | None = None
+
+
+_EXACT = (
+  "Convolutions and dense layers compute on integer values held in float32: their sums are whole numbers below 2^24, so "
+  "that they are exact in any order. Multipliers, biases, shortcuts, means and squeeze-excite are float32."
+)
+FORMATS = {
+  "onnx": Format(
+    ".onnx",
+    "onnx_file",
+    ("onnx", "onnxruntime"),
+    f"The kernels are packed in the file; onnxruntime unpacks them when it loads it. {_EXACT} Activation codes are uint8 "
+    "or int8 between QuantizeLinear and DequantizeLinear. Nothing computes below 8 bits on a CPU.",
+  ),
+  "jax": Format(
+    ".jax",
+    "jax_file",
+    ("jax", "jaxlib"),
+    f"The kernels are packed in the program, which unpacks them with shifts. {_EXACT} Activation codes are float32. "
+    "Lowered for CPU, CUDA and TPU; any batch. JAX reads an artifact for at least six months after it was written.",
+  ),
+  "safetensors": Format(
+    ".safetensors",
+    "safetensors_file",
+    ("safetensors", "jax", "jaxlib"),
+    f"Data without a program, for kernels of your own; its layout stands in profit_jax/export/safetensors_file.py. In the "
+    f"verification JAX executes it. {_EXACT}",
+  ),
+  "qonnx": Format(
+    ".qonnx.onnx",
+    "qonnx_file",
+    ("qonnx", "onnx", "onnxruntime"),
+    f"For FPGA flows such as FINN: integer datatypes are annotated, the file's kernels are float32 with integer values. In "
+    f"the verification QONNX's executor computes it. {_EXACT}",
+    "pip install -r requirements-qonnx.txt",
+  ),
+  "litert": Format(
+    ".tflite",
+    "litert_file",
+    ("ai-edge-litert", "litert-converter"),
+    "The kernels are packed in the file.",
+    "pip install -r requirements-litert.txt",
+  ),
+}
+DEFAULT = ("onnx", "jax", "safetensors")
+
+
+def named(names: list[str]) -> list[str]:
+  """Names of formats, each once.
+
+  Raises:
+    ConfigError: none, or one that does not exist.
+  """
+  for name in names or [""]:
+    if name not in FORMATS:
+      raise ConfigError(f"--formats={','.join(names)} is not allowed: {name!r} must be one of {', '.join(FORMATS)}.")
+  return list(dict.fromkeys(names))
+
+
+def load(name: str) -> Module:
+  """The module of a format.
+
+  Raises:
+    ConfigError: what executes it is not installed.
+  """
+  try:
+    return importlib.import_module(f"profit_jax.export.{FORMATS[name].module}")
+  except ModuleNotFoundError as error:
+    if error.name and error.name.startswith("profit_jax"):
+      raise
+    install = FORMATS[name].install or "pip install -r requirements.txt"
+    raise ConfigError(f"Format {name} needs {error.name}, which is not installed. Install it: {install}") from error
+
+
+def of_file(path: str | os.PathLike) -> str:
+  """The name of a file's format, by its suffix.
+
+  Raises:
+    ConfigError: no format has it.
+  """
+  # The longest first: a `.qonnx.onnx` is no `.onnx`.
+  for name, format in sorted(FORMATS.items(), key=lambda item: -len(item[1].suffix)):
+    if os.fspath(path).endswith(format.suffix):
+      return name
+  suffixes = ", ".join(format.suffix for format in FORMATS.values())
+  raise ConfigError(f"{os.fspath(path)!r} is no exported model: its name must end in one of {suffixes}.")

@@ -1,0 +1,214 @@
+"""The proof that an exported file is the trained network, on real images of the run's data.
+
+Codes are compared teacher-forced: the reference computes each quantizer's codes from those that the other side had before
+it, so that a code that differs is counted where it arises, and nowhere else. Three comparisons make the chain:
+
+    trained model  --codes-->  reference     that the code-domain net is the trained one, its topology and its numbers
+    file           --codes-->  reference     that the file, read back and run in its own runtime, is that net
+    file           --top-1-->  trained model on the whole evaluation set, without forcing anything
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from profit_jax.data import Source
+from profit_jax.data.normalize import Normalization, normalize
+from profit_jax.export import reference
+from profit_jax.export.formats import Runner
+from profit_jax.export.net import Net
+from profit_jax.layers import QuantAct
+from profit_jax.quant.levels import levels
+
+Codes = dict[str, np.ndarray]
+
+# What may differ between a file and the reference: one code in a million, and only behind sums of floats.
+SHARE = 1e-6
+# Enough for `SHARE` to be seen.
+CODES = 20_000_000
+# Compared at once, as float32.
+_AT_ONCE = 4_000_000
+# Of the evaluation set, half a hundredth of a percent: what two decimals show. Below 20,000 images it is none.
+_TOP1_SHARE = 5e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """How the codes of a quantizer compare.
+
+  Attributes:
+    quantizer: its name.
+    codes: compared.
+    differing: of them.
+    float_fed: whether it reads the float stream, where a code at a tie may differ (see `Net.float_fed`).
+  """
+
+  quantizer: str
+  codes: int
+  differing: int
+  float_fed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Codes of a net in two executions.
+
+  Attributes:
+    rows: by quantizer, in the net's order.
+    logits: the largest difference between their logits, over the largest logit.
+  """
+
+  rows: tuple[Row, ...]
+  logits: float
+
+  @property
+  def codes(self) -> int:
+    """Compared in all."""
+    return sum(row.codes for row in self.rows)
+
+  @property
+  def differing(self) -> int:
+    """Of them."""
+    return sum(row.differing for row in self.rows)
+
+  @property
+  def exact(self) -> bool:
+    """Whether no more differ than may between a file and the reference."""
+    return self.differing <= SHARE * self.codes and not any(row.differing for row in self.rows if not row.float_fed)
+
+
+def eval_images(net: Net, source: Source, batch_size: int) -> list[np.ndarray]:
+  """The first evaluation images, uint8, in equal parts to be compared at once: `CODES` codes, or nearly all images."""
+  shapes = jax.eval_shape(
+    functools.partial(reference.run_with_codes, net), np.zeros((1, net.image_size, net.image_size, 3), np.uint8)
+  )
+  codes = sum(math.prod(shape.shape) for shape in shapes[1].values())
+  wanted, found = -(-CODES // codes), []
+  for batch in source.eval_batches(batch_size):
+    found.append(batch["image"][batch["mask"]])
+    if sum(map(len, found)) >= wanted:
+      break
+  images = np.concatenate(found)[:wanted]
+  parts = -(-len(images) // max(1, _AT_ONCE // codes))
+  size = len(images) // parts
+  return [images[part * size : (part + 1) * size] for part in range(parts)]
+
+
+def trained_codes(net: Net, model: nn.Module, variables: Any, normalization: Normalization) -> Callable[[np.ndarray], Any]:
+  """What the trained model itself computes: images -> logits and codes, from the values that its quantizers give on."""
+  quantizers = {quantizer.name: quantizer for quantizer in net.quantizers}
+
+  @jax.jit
+  def apply(variables, image, steps):
+    logits, state = model.apply(
+      variables,
+      normalize(image, normalization),
+      steps,
+      capture_intermediates=lambda module, _: isinstance(module, QuantAct),
+      mutable=["intermediates"],
+    )
+    return logits, state["intermediates"]
+
+  def run(image):
+    logits, captured = jax.device_get(apply(variables, image, levels(net.weight_bits, net.act_bits)))
+    values = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(captured):
+      values["/".join(part.key for part in path[:-2])] = leaf
+    if values.keys() != quantizers.keys():
+      raise KeyError(f"the net and the model have other quantizers: {sorted(values.keys() ^ quantizers.keys())}")
+    return logits, {name: _codes(quantizers[name], value) for name, value in values.items()}
+
+  return run
+
+
+def _codes(quantizer, value):
+  # Values are codes times the scale; what rounding did to them is far below half a code.
+  return np.rint((np.float64(value) + quantizer.margin) / quantizer.scale)
+
+
+def file_codes(runner: Runner) -> Callable[[np.ndarray], Any]:
+  """What an exported file computes: images -> logits and codes.
+
+  The logits are those of the file as its users run it. Where it computes others while it is being watched, the codes prove
+  nothing: a runtime that fuses operations may do so only where nobody asks for what stands between them.
+  """
+
+  def run(image):
+    logits, codes = runner.run(image, with_codes=True)
+    alone, _ = runner.run(image)
+    largest = np.abs(logits).max()
+    if not np.abs(alone - logits).max() <= 1e-5 * largest:
+      raise WatchedDiffers(float(np.abs(alone - logits).max() / largest))
+    return alone, codes
+
+  return run
+
+
+class WatchedDiffers(Exception):
+  """A file whose logits change when its codes are asked for; the argument: by which part of the largest."""
+
+
+def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]) -> Comparison:
+  """Compares codes with the reference's, which is given them: see the module's beginning.
+
+  Args:
+    net: the reference.
+    images: parts uint8 `[N, H, W, 3]`.
+    run: images -> logits and codes by quantizer.
+
+  Raises:
+    KeyError: codes of other quantizers.
+  """
+  names = [quantizer.name for quantizer in net.quantizers]
+  differing, codes, logits = dict.fromkeys(names, 0), dict.fromkeys(names, 0), 0.0
+  forced = jax.jit(functools.partial(reference.run_forced, net))
+  for image in images:
+    theirs, found = run(image)
+    if found.keys() != codes.keys():
+      raise KeyError(f"codes of other quantizers: {sorted(found.keys() ^ codes.keys())}")
+    found = {name: np.float32(array) for name, array in found.items()}
+    expected, ours = jax.device_get(forced(image, found))
+    logits = max(logits, float(np.abs(theirs - expected).max() / np.abs(expected).max()))
+    for name in names:
+      differing[name] += int(np.count_nonzero(found[name] != ours[name]))
+      codes[name] += found[name].size
+  fed = net.float_fed()
+  return Comparison(tuple(Row(name, codes[name], differing[name], name in fed) for name in names), logits)
+
+
+def is_trained(comparison: Comparison, act_bits: int) -> bool:
+  """Whether the codes of the trained model are those of its code-domain net.
+
+  The trained model rounds after every float operation where the net's sums are exact, so that all of its quantizers may
+  differ at a tie; finer steps have more ties. Measured: none of 1.8 to 4.6 million at 2 to 4 bits, 19 of 3.3 million at 8.
+  A wrong layer shows in more than one code of a hundred.
+  """
+  return comparison.differing <= SHARE * max(1.0, (2**act_bits - 1) / 15) * comparison.codes
+
+
+def count_correct(run: Callable[[np.ndarray], np.ndarray], source: Source, batch_size: int) -> tuple[int, int]:
+  """How many evaluation images get the right class, and how many there are.
+
+  Args:
+    run: uint8 images `[batch_size, H, W, 3]` -> logits.
+    source: the data.
+    batch_size: of all calls, the last one padded.
+  """
+  correct = examples = 0
+  for batch in source.eval_batches(batch_size):
+    mask = batch["mask"]
+    # The first of equal logits, as `np.argmax`, and as the evaluation while training.
+    correct += int(np.count_nonzero((np.argmax(run(batch["image"]), axis=1) == batch["label"]) & mask))
+    examples += int(mask.sum())
+  return correct, examples
+
+
+def top1_equal(correct: int, trained_correct: int, examples: int) -> bool:
+  """Whether two counts are the same top-1, to two decimals of a percent."""
+  return abs(correct - trained_correct) <= _TOP1_SHARE * examples
