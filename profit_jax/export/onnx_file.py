@@ -41,7 +41,7 @@ _KERNEL_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
 
 def write(net: Net, path: str | os.PathLike) -> None:
   """Writes the model: input `image` uint8 `[N, H, W, 3]`, output `logits` float32 `[N, num_classes]`."""
-  graph = _Graph(net)
+  graph = Graph(net)
   width = field_bits(net.weight_bits)
   model = helper.make_model(
     helper.make_graph(
@@ -59,8 +59,10 @@ def write(net: Net, path: str | os.PathLike) -> None:
   onnx.save_model(model, os.fspath(path))
 
 
-class _Graph:
+class Graph:
   """Appends what the nodes of a net are in ONNX; images are NCHW inside.
+
+  How codes are written is up to `image`, `kernel` and `quantizer`; each returns the name of a float32 tensor.
 
   Attributes:
     nodes: so far.
@@ -73,16 +75,30 @@ class _Graph:
     self._bits = field_bits(net.weight_bits)
     self._known: dict[tuple[float, str], str] = {}
     factor, summand = net.pixel_scale()
-    x = self._op("Cast", [IMAGE], f"{IMAGE}/float", to=TensorProto.FLOAT)
-    x = self._op("Mul", [x, self._array(f"{IMAGE}/factor", factor)], f"{IMAGE}/scaled")
+    x = self._op("Mul", [self.image(), self._array(f"{IMAGE}/factor", factor)], f"{IMAGE}/scaled")
     x = self._op("Add", [x, self._array(f"{IMAGE}/summand", summand)], f"{IMAGE}/normalized")
     self._names = {IMAGE: self._op("Transpose", [x], f"{IMAGE}/nchw", perm=[0, 3, 1, 2])}
     for node in net.nodes:
       result = LOGITS if node is net.nodes[-1] else node.name
-      if isinstance(node, Layer):
-        self._names[node.name] = self._layer(node, result)
-      else:
-        self._names[node.name] = _WRITERS[type(node)](self, node, result)
+      self._names[node.name] = getattr(self, _WRITERS[type(node)])(node, result)
+
+  def image(self) -> str:
+    """The pixels, 0..255."""
+    return self._op("Cast", [IMAGE], f"{IMAGE}/float", to=TensorProto.FLOAT)
+
+  def kernel(self, node: Layer, codes: np.ndarray) -> str:
+    """The codes of a kernel, given as int8 `[F, C, K, K]`, depthwise `[F, 1, K, K]`, dense `[C, F]`."""
+    raw = pack(np.ascontiguousarray(codes), self._bits).tobytes()
+    name = f"{node.name}/codes"
+    self.initializers.append(helper.make_tensor(name, _KERNEL_TYPES[self._bits], codes.shape, raw, raw=True))
+    return self._op("Cast", [name], f"{node.name}/kernel", to=TensorProto.FLOAT)
+
+  def quantizer(self, node: Quantizer, result: str) -> str:
+    """The codes of what `_scaled` gives."""
+    x, dtype = self._scaled(node), "int8" if node.signed else "uint8"
+    x = self._op("Clip", [x, self._constant(float(node.low)), self._constant(float(node.high))], f"{node.name}/clipped")
+    x = self._op("QuantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], codes_of(node))
+    return self._op("DequantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], result)
 
   def _op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
     self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
@@ -103,11 +119,7 @@ class _Graph:
     return self._array(f"{node.name}/{what}", array if node.dense else array.reshape(-1, 1, 1))
 
   def _layer(self, node: Layer, result: str) -> str:
-    kernel = node.kernel if node.dense else node.kernel.transpose(3, 2, 0, 1)
-    raw = pack(np.ascontiguousarray(kernel), self._bits).tobytes()
-    codes = f"{node.name}/codes"
-    self.initializers.append(helper.make_tensor(codes, _KERNEL_TYPES[self._bits], kernel.shape, raw, raw=True))
-    weight = self._op("Cast", [codes], f"{node.name}/kernel", to=TensorProto.FLOAT)
+    weight = self.kernel(node, node.kernel if node.dense else node.kernel.transpose(3, 2, 0, 1))
     x = self._names[node.input]
     if node.dense:
       x = self._op("MatMul", [x, weight], f"{node.name}/sums")
@@ -125,16 +137,13 @@ class _Graph:
     x = self._op("Mul", [self._per_channel(node, "multiplier"), x], f"{node.name}/scaled")
     return self._op("Add", [x, self._per_channel(node, "bias")], result)
 
-  def quantizer(self, node: Quantizer, result: str) -> str:
-    x, dtype = self._names[node.input], "int8" if node.signed else "uint8"
+  def _scaled(self, node: Quantizer) -> str:
+    x = self._names[node.input]
     if node.margin:
       x = self._op("Add", [x, self._constant(node.margin)], f"{node.name}/shifted")
-    x = self._op("Mul", [x, self._constant(node.inverse)], f"{node.name}/scaled")
-    x = self._op("Clip", [x, self._constant(float(node.low)), self._constant(float(node.high))], f"{node.name}/clipped")
-    x = self._op("QuantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], codes_of(node))
-    return self._op("DequantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], result)
+    return self._op("Mul", [x, self._constant(node.inverse)], f"{node.name}/scaled")
 
-  def activation(self, node: Activation, result: str) -> str:
+  def _activation(self, node: Activation, result: str) -> str:
     x = self._names[node.input]
     if node.function == "relu":
       return self._op("Relu", [x], result)
@@ -148,30 +157,31 @@ class _Graph:
       gate = self._op("Mul", [x, gate], f"{node.name}/gated")
     return self._op("Mul", [gate, self._constant(float(np.float32(1 / 6)))], result)
 
-  def value(self, node: Value, result: str) -> str:
+  def _value(self, node: Value, result: str) -> str:
     x = self._op("Mul", [self._names[node.input], self._constant(node.scale)], f"{node.name}/scaled")
     return self._op("Add", [x, self._constant(node.offset)], result)
 
-  def mean(self, node: Mean, result: str) -> str:
+  def _mean(self, node: Mean, result: str) -> str:
     axes = self._array(f"{node.name}/axes", np.int64([2, 3]))
     return self._op("ReduceMean", [self._names[node.input], axes], result, keepdims=0)
 
-  def add(self, node: Sum, result: str) -> str:
+  def _add(self, node: Sum, result: str) -> str:
     return self._op("Add", [self._names[node.input], self._names[node.other]], result)
 
-  def multiply(self, node: Product, result: str) -> str:
+  def _multiply(self, node: Product, result: str) -> str:
     axes = self._array(f"{node.name}/axes", np.int64([2, 3]))
     scale = self._op("Unsqueeze", [self._names[node.other], axes], f"{node.name}/scale")
     return self._op("Mul", [self._names[node.input], scale], result)
 
 
-_WRITERS = {
-  Quantizer: _Graph.quantizer,
-  Activation: _Graph.activation,
-  Value: _Graph.value,
-  Mean: _Graph.mean,
-  Sum: _Graph.add,
-  Product: _Graph.multiply,
+_WRITERS = {  # by name, so that a subclass's method is found
+  Layer: "_layer",
+  Quantizer: "quantizer",
+  Activation: "_activation",
+  Value: "_value",
+  Mean: "_mean",
+  Sum: "_add",
+  Product: "_multiply",
 }
 
 
@@ -205,10 +215,11 @@ class Runner:
       self._with_codes = _session(observed, self._threads)
     logits, *codes = self._with_codes.run([LOGITS, *self._names], {IMAGE: image})
     named = zip(self._names, codes, strict=True)
-    return logits, {name.removesuffix("/codes"): _nhwc(array) for name, array in named}
+    return logits, {name.removesuffix("/codes"): nhwc(array) for name, array in named}
 
 
-def _nhwc(codes: np.ndarray) -> np.ndarray:
+def nhwc(codes: np.ndarray) -> np.ndarray:
+  """Codes `[N, C, H, W]` as `[N, H, W, C]`; `[N, C]` as they are."""
   return codes.transpose(0, 2, 3, 1) if codes.ndim == 4 else codes
 
 
