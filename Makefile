@@ -1,5 +1,6 @@
 # make demo: installs into .venv, then trains PROFIT W4A4 on scikit-learn's digits and prints the table
 # make test: installs into .venv, then runs the tests
+# make test-extras: also installs what the export formats qonnx and litert need, and runs their tests
 # make lint: ruff
 PYTHON ?= python3
 RUN ?= runs/digits_w4
@@ -11,13 +12,16 @@ BIN := $(VENV)/bin
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 export TF_CPP_MIN_LOG_LEVEL := 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-extras lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits_w4.py --workdir $(RUN)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-extras: $(VENV)/extras
+	$(BIN)/python -m pytest tests/export/test_extras.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -27,6 +31,11 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+$(VENV)/extras: $(VENV)/installed requirements-qonnx.txt requirements-litert.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt \
+	  --requirement requirements-qonnx.txt --requirement requirements-litert.txt
 	touch $@
 
 clean:

@@ -89,14 +89,15 @@ FORMATS = {
     ("qonnx", "onnx", "onnxruntime"),
     f"For FPGA flows such as FINN: integer datatypes are annotated, the file's kernels are float32 with integer values. In "
     f"the verification QONNX's executor computes it. {_EXACT}",
-    "pip install -r requirements-qonnx.txt",
+    "pip install -r requirements.txt -r requirements-qonnx.txt",
   ),
   "litert": Format(
     ".tflite",
     "litert_file",
-    ("ai-edge-litert", "litert-converter"),
-    "The kernels are packed in the file.",
-    "pip install -r requirements-litert.txt",
+    ("ai-edge-litert",),
+    f"The kernels are packed in the file; LiteRT unpacks them before the first image. {_EXACT} Activation codes are "
+    "float32.",
+    "pip install -r requirements.txt -r requirements-litert.txt",
   ),
 }
 DEFAULT = ("onnx", "jax", "safetensors")

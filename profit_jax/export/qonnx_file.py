@@ -1,16 +1,18 @@
-"""The format `qonnx`: for FPGA flows, ONNX with `Quant` nodes, executed by the package qonnx.
+"""The format `qonnx`: ONNX with `Quant` nodes for FPGA flows such as FINN, executed by the package qonnx.
 
     pip install -r requirements.txt -r requirements-qonnx.txt
 
-As in `onnx_file.py`, except that all codes stand in float32 tensors, kernels too: a file is as large as one of floats.
-A kernel is `codes -> Quant`, a quantizer `[Add(3/8) ->] Mul(n/a) -> Quant`, where Quant has scale 1, zero point 0 and
-the number of bits. From these qonnx infers the types, `INT4` or `UINT4`; with another scale they would stay floats:
+The graph is that of `onnx_file.py`, but all codes, those of kernels too, stand in float32 tensors: a file is as large as
+one of floats. A kernel is `codes -> Quant`, a quantizer `[Add(3/8) ->] Mul(n/a) -> Quant`, with scale 1, zero point 0,
+the number of bits, and a narrow range where codes are signed (from -7 at 4 bits). From that qonnx infers the types, as
+`INT4` and `UINT4`, which the file is annotated with; with another scale they would be no integers. Bit operations of an
+image:
 
     from qonnx.util.inference_cost import inference_cost
-    inference_cost(FILE)["total_cost"]["total_bops"]      # bit operations of an image
+    inference_cost(FILE)["total_cost"]["total_bops"]                          # zeros in kernels are not counted
+    inference_cost(FILE, discount_sparsity=False)["total_cost"]["total_bops"]
 
-The input is float32 `[1, H, W, 3]` with the values 0..255 of the type `UINT8`, the batch 1: qonnx executes only what
-has no open shape (`qonnx.transformation.change_batchsize`).
+The input is float32 with the values of the type `UINT8`, the batch 1: qonnx wants every shape known.
 """
 
 import os
@@ -23,12 +25,15 @@ from qonnx.core.datatype import DataType
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_onnx
 from qonnx.transformation.change_batchsize import ChangeBatchSize
+from qonnx.transformation.infer_datatypes import InferDataTypes
 from qonnx.transformation.infer_shapes import InferShapes
 
 from profit_jax.export import onnx_file
 from profit_jax.export.net import IMAGE, Layer, Mean, Net, Quantizer
 
 _DOMAIN = "qonnx.custom_op.general"
+# Executed at once, in pixels: the executor keeps every tensor.
+_AT_ONCE = 8 * 224 * 224
 
 
 def write(net: Net, path: str | os.PathLike) -> None:
@@ -46,19 +51,16 @@ def write(net: Net, path: str | os.PathLike) -> None:
     ir_version=8,
     producer_name="profit_jax",
   )
-  wrapper = _with_shapes(ModelWrapper(model))
-  wrapper.set_tensor_datatype(IMAGE, DataType["UINT8"])
-  onnx.checker.check_model(wrapper.model)
-  wrapper.save(os.fspath(path))
-
-
-def _with_shapes(model: ModelWrapper) -> ModelWrapper:
-  # Without qonnx's clean-up, which gives tensors other names.
-  return model.transform(InferShapes(), cleanup=False)
+  # Here and below without qonnx's clean-up, which copies constants under random names.
+  typed = ModelWrapper(model).transform(InferShapes(), cleanup=False)
+  typed.set_tensor_datatype(IMAGE, DataType["UINT8"])
+  typed = typed.transform(InferDataTypes(), cleanup=False)
+  onnx.checker.check_model(typed.model)
+  typed.save(os.fspath(path))
 
 
 class _Graph(onnx_file.Graph):
-  """The same with codes behind Quant."""
+  """The same with Quant."""
 
   def image(self) -> str:
     return IMAGE
@@ -68,16 +70,15 @@ class _Graph(onnx_file.Graph):
     return self._quant(name, f"{node.name}/kernel", node.bits, signed=True)
 
   def quantizer(self, node: Quantizer, result: str) -> str:
-    return self._quant(self.scaled(node), result, node.bits, node.signed)
+    return self._quant(self._scaled(node), result, node.bits, node.signed)
 
-  def mean(self, node: Mean, result: str) -> str:
-    # Not ReduceMean: hardware flows look for this one.
+  def _mean(self, node: Mean, result: str) -> str:
+    # FINN has hardware for this one, not for ReduceMean.
     x = self._op("GlobalAveragePool", [self._names[node.input]], f"{node.name}/pooled")
     return self._op("Flatten", [x], result)
 
   def _quant(self, x: str, result: str, bits: int, signed: bool) -> str:
     constants = [self._constant(1.0), self._constant(0.0), self._constant(float(bits))]
-    # Narrow: from -7 at 4 bits. Unsigned codes reach 15.
     options: dict[str, Any] = {"signed": int(signed), "narrow": int(signed), "rounding_mode": "ROUND"}
     return self._op("Quant", [x, *constants], result, domain=_DOMAIN, **options)
 
@@ -88,20 +89,29 @@ def open_file(path: str | os.PathLike) -> "Runner":
 
 
 class Runner:
-  """The model in qonnx, node by node on the CPU; all of its tensors stay in memory until the end."""
+  """The model in qonnx, which executes it node by node, on the CPU."""
 
   def __init__(self, model: ModelWrapper):
     """Args: model, as read from the file."""
-    self._model = model
+    # Annotated, every tensor of integers would be searched for other values, which takes longer than all the rest.
+    del model.graph.quantization_annotation[:]
     constants = {array.name for array in model.graph.initializer}
-    self._names = [
-      node.output[0] for node in model.graph.node if node.op_type == "Quant" and node.input[0] not in constants
-    ]
+    quantizers = [node for node in model.graph.node if node.op_type == "Quant" and node.input[0] not in constants]
+    self._names = [node.output[0] for node in quantizers]
+    self._model = model
 
   def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The logits, and if asked for every quantizer's codes, NHWC."""
-    if self._model.get_tensor_shape(IMAGE) != list(image.shape):
-      self._model = _with_shapes(self._model.transform(ChangeBatchSize(len(image)), cleanup=False))
+    names = [onnx_file.LOGITS, *(self._names if with_codes else [])]
+    size = max(1, _AT_ONCE // (image.shape[1] * image.shape[2]))
+    parts = [self._execute(image[start : start + size], names) for start in range(0, len(image), size)]
+    logits, *codes = [np.concatenate(tensors) for tensors in zip(*parts, strict=True)]
+    return logits, {name: onnx_file.nhwc(array) for name, array in zip(names[1:], codes, strict=True)}
+
+  def _execute(self, image: np.ndarray, names: list[str]) -> list[np.ndarray]:
+    if self._model.get_tensor_shape(IMAGE)[0] != len(image):
+      self._model = self._model.transform(ChangeBatchSize(len(image)), cleanup=False).transform(
+        InferShapes(), cleanup=False
+      )
     tensors = execute_onnx(self._model, {IMAGE: image.astype(np.float32)}, return_full_exec_context=True)
-    codes = {name: onnx_file.nhwc(tensors[name]) for name in self._names} if with_codes else {}
-    return tensors[onnx_file.LOGITS], codes
+    return [tensors[name] for name in names]

@@ -55,7 +55,7 @@ def test_a_wrong_number_in_one_channel_is_found_where_it_is():
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_kernel_codes_are_those_of_the_quantizer(bits):
   rng = np.random.default_rng(bits)
-  kernel, raw = np.float32(rng.normal(size=(3, 3, 8, 16))), np.float32(0.3)
+  kernel, raw = np.float32(rng.normal(size=(3, 3, 64, 64))), np.float32(0.3)
   steps = 2 ** (bits - 1) - 1
   codes = kernel_codes(kernel, raw, steps)
   values = duq.quantize(jnp.asarray(kernel), jnp.asarray(raw), jnp.asarray(raw), jnp.float32(steps), "symmetric")

@@ -1,0 +1,276 @@
+"""The format `litert`: a `.tflite` file, executed by LiteRT (TensorFlow Lite's runtime).
+
+    pip install -r requirements.txt -r requirements-litert.txt
+
+Input `image` uint8 `[N, H, W, 3]`, of which the file says N = 1: other batches after `resize_tensor_input`. Output `logits`
+float32 `[N, num_classes]`. Kernels stand as INT4 (3 and 4 bits), INT2 or INT8 (5 to 8) with scale 1. A layer is
+
+    Dequantize(codes) -> [Pad ->] Conv2D, DepthwiseConv2D or FullyConnected -> Mul(multiplier) -> Add(bias)
+
+and a quantizer `[Add(3/8) ->] Mul(n/a) -> Round -> Maximum(low) -> Minimum(high)`, its codes float32. Kernels are
+dequantized once, before the first image. What is not obvious:
+
+- The format's own Quantize rounds half away from zero; Round rounds to even, as the trained net does.
+- `SAME` puts an even border's odd row at the end, where the trained net has it at the beginning: hence Pad.
+- The file is written with the schema's own classes. Of the converters, those from JAX fix the batch and need a net of fake
+  quantization, from which they find the codes again.
+"""
+
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter
+
+from profit_jax.export.net import IMAGE, Activation, Layer, Mean, Net, Product, Quantizer, Sum, Value
+from profit_jax.export.packing import field_bits, pack
+
+LOGITS = "logits"
+_TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): schema.TensorType.INT32}
+_KERNEL_TYPES = {2: schema.TensorType.INT2, 4: schema.TensorType.INT4, 8: schema.TensorType.INT8}
+_CODES = "/codes"  # how the names of tensors with a quantizer's codes end
+
+
+def write(net: Net, path: str | os.PathLike) -> None:
+  """Writes the model."""
+  graph = _Graph(net)
+  subgraph = schema.SubGraphT()
+  subgraph.name = f"{net.model}_{net.bits_name}"
+  subgraph.tensors, subgraph.operators = graph.tensors, graph.operators
+  subgraph.inputs, subgraph.outputs = [graph.index(IMAGE)], [graph.index(LOGITS)]
+  model = schema.ModelT()
+  model.version = 3
+  model.description = "profit_jax"
+  model.operatorCodes, model.buffers, model.subgraphs = graph.operator_codes, graph.buffers, [subgraph]
+  builder = flatbuffers.Builder(1 << 20)
+  builder.Finish(model.Pack(builder), b"TFL3")
+  pathlib.Path(path).write_bytes(bytes(builder.Output()))
+
+
+class _Graph:
+  """Appends what the nodes of a net are in LiteRT; a tensor is known by its name.
+
+  Attributes:
+    tensors: so far.
+    operators: so far.
+    operator_codes: the kinds of operators.
+    buffers: contents of constants; the first is empty.
+  """
+
+  def __init__(self, net: Net):
+    self.tensors: list[Any] = []
+    self.operators: list[Any] = []
+    self.operator_codes: list[Any] = []
+    self.buffers: list[Any] = [schema.BufferT()]
+    self._bits = field_bits(net.weight_bits)
+    self._indices: dict[str, int] = {}
+    self._shapes: dict[str, tuple[int, ...]] = {}
+    size = net.image_size
+    self._tensor(IMAGE, (1, size, size, 3), schema.TensorType.UINT8)
+    factor, summand = net.pixel_scale()
+    x = self._op("CAST", [IMAGE], f"{IMAGE}/float", (1, size, size, 3), schema.CastOptionsT())
+    x = self._mul(x, self._array(f"{IMAGE}/factor", factor), f"{IMAGE}/scaled")
+    self._names = {IMAGE: self._add(x, self._array(f"{IMAGE}/summand", summand), f"{IMAGE}/normalized")}
+    for node in net.nodes:
+      result = LOGITS if node is net.nodes[-1] else node.name
+      self._names[node.name] = getattr(self, _WRITERS[type(node)])(node, result)
+
+  def index(self, name: str) -> int:
+    """Where a tensor stands."""
+    return self._indices[name]
+
+  def _tensor(self, name: str, shape: Sequence[int], kind: int, content: bytes | None = None) -> str:
+    tensor = schema.TensorT()
+    tensor.name, tensor.shape, tensor.type, tensor.buffer = name, list(shape), kind, 0
+    if content is None:
+      tensor.shapeSignature = [-1, *shape[1:]]
+    else:
+      buffer = schema.BufferT()
+      buffer.data = np.frombuffer(content, np.uint8)
+      tensor.buffer = len(self.buffers)
+      self.buffers.append(buffer)
+    self._indices[name], self._shapes[name] = len(self.tensors), tuple(shape)
+    self.tensors.append(tensor)
+    return name
+
+  def _array(self, name: str, array: np.ndarray) -> str:
+    if name not in self._indices:
+      self._tensor(name, array.shape, _TYPES[array.dtype], array.tobytes())
+    return name
+
+  def _constant(self, value: float) -> str:
+    return self._array(f"float32_{value!r}", np.float32([value]))
+
+  def _op(self, kind: str, inputs: list[str], output: str, shape: Sequence[int], options: Any = None) -> str:
+    number = getattr(schema.BuiltinOperator, kind)
+    known = [code.builtinCode for code in self.operator_codes]
+    if number not in known:
+      code = schema.OperatorCodeT()
+      # Readers take the larger of the two; the older field has 7 bits.
+      code.builtinCode, code.deprecatedBuiltinCode, code.version = number, min(number, 127), _VERSIONS.get(kind, 1)
+      self.operator_codes.append(code)
+      known.append(number)
+    operator = schema.OperatorT()
+    operator.opcodeIndex = known.index(number)
+    operator.inputs = [self.index(name) if name else -1 for name in inputs]
+    self._tensor(output, shape, schema.TensorType.FLOAT32)
+    operator.outputs = [self.index(output)]
+    if options is not None:
+      operator.builtinOptions = options
+      operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+    self.operators.append(operator)
+    return output
+
+  def _mul(self, x: str, other: str, result: str) -> str:
+    return self._op("MUL", [x, other], result, self._shapes[x], schema.MulOptionsT())
+
+  def _add(self, x: str, other: str, result: str) -> str:
+    return self._op("ADD", [x, other], result, self._shapes[x], schema.AddOptionsT())
+
+  def _between(self, x: str, low: float, high: float, name: str, result: str) -> str:
+    shape = self._shapes[x]
+    x = self._op("MAXIMUM", [x, self._constant(low)], f"{name}/raised", shape, schema.MaximumMinimumOptionsT())
+    return self._op("MINIMUM", [x, self._constant(high)], result, shape, schema.MaximumMinimumOptionsT())
+
+  def _kernel(self, node: Layer) -> str:
+    # [F, K, K, C], depthwise [1, K, K, C], dense [F, C].
+    codes = node.kernel if node.depthwise else np.moveaxis(node.kernel, -1, 0)
+    codes = np.moveaxis(codes, 2, 0) if node.depthwise else codes
+    packed = pack(np.ascontiguousarray(codes), self._bits).tobytes()
+    name = self._tensor(f"{node.name}/kernel_codes", codes.shape, _KERNEL_TYPES[self._bits], packed)
+    tensor = self.tensors[self.index(name)]
+    tensor.quantization = schema.QuantizationParametersT()
+    tensor.quantization.scale, tensor.quantization.zeroPoint = np.float32([1.0]), np.int64([0])
+    return self._op("DEQUANTIZE", [name], f"{node.name}/kernel", codes.shape, schema.DequantizeOptionsT())
+
+  def _layer(self, node: Layer, result: str) -> str:
+    x, kernel, features = self._names[node.input], self._kernel(node), node.kernel.shape[-1]
+    self.tensors[self.index(kernel)].shapeSignature = None  # its first axis is no batch
+    bias = self._array(f"zeros_{features}", np.zeros(features, np.float32))
+    if node.dense:
+      shape, options = (1, features), schema.FullyConnectedOptionsT()
+      x = self._op("FULLY_CONNECTED", [x, kernel, bias], f"{node.name}/sums", shape, options)
+    else:
+      x = self._conv(node, x, kernel, bias)
+    x = self._mul(x, self._array(f"{node.name}/multiplier", node.multiplier), f"{node.name}/scaled")
+    return self._add(x, self._array(f"{node.name}/bias", node.bias), result)
+
+  def _conv(self, node: Layer, x: str, kernel: str, bias: str) -> str:
+    margin, size = node.margin, self._shapes[x][1]
+    if margin:
+      borders = self._array(f"borders_{margin}", np.int32([[0, 0], [margin] * 2, [margin] * 2, [0, 0]]))
+      shape = (1, size + 2 * margin, size + 2 * margin, self._shapes[x][3])
+      x = self._op("PAD", [x, borders], f"{node.name}/padded", shape, schema.PadOptionsT())
+    size = (size + 2 * margin - node.kernel.shape[0]) // node.stride + 1
+    options = schema.DepthwiseConv2DOptionsT() if node.depthwise else schema.Conv2DOptionsT()
+    options.padding = schema.Padding.VALID
+    options.strideH = options.strideW = node.stride
+    options.dilationHFactor = options.dilationWFactor = 1
+    if node.depthwise:
+      options.depthMultiplier = 1
+    kind = "DEPTHWISE_CONV_2D" if node.depthwise else "CONV_2D"
+    return self._op(kind, [x, kernel, bias], f"{node.name}/sums", (1, size, size, node.kernel.shape[-1]), options)
+
+  def _quantizer(self, node: Quantizer, result: str) -> str:
+    x = self._names[node.input]
+    if node.margin:
+      x = self._add(x, self._constant(node.margin), f"{node.name}/shifted")
+    x = self._mul(x, self._constant(node.inverse), f"{node.name}/scaled")
+    x = self._op("ROUND", [x], f"{node.name}/rounded", self._shapes[x])
+    return self._between(x, float(node.low), float(node.high), node.name, result + _CODES)
+
+  def _activation(self, node: Activation, result: str) -> str:
+    x = self._names[node.input]
+    if node.function == "relu":
+      return self._op("RELU", [x], result, self._shapes[x])
+    if node.function == "relu6":
+      return self._between(x, 0.0, 6.0, node.name, result)
+    # Not HardSwish, which is computed in another order: other roundings.
+    gate = self._add(x, self._constant(3.0), f"{node.name}/shifted")
+    gate = self._between(gate, 0.0, 6.0, node.name, f"{node.name}/gate")
+    if node.function == "hard_swish":
+      gate = self._mul(x, gate, f"{node.name}/gated")
+    return self._mul(gate, self._constant(float(np.float32(1 / 6))), result)
+
+  def _value(self, node: Value, result: str) -> str:
+    x = self._mul(self._names[node.input], self._constant(node.scale), f"{node.name}/scaled")
+    return self._add(x, self._constant(node.offset), result)
+
+  def _mean(self, node: Mean, result: str) -> str:
+    x = self._names[node.input]
+    axes = self._array("space", np.int32([1, 2]))
+    return self._op("MEAN", [x, axes], result, (1, self._shapes[x][3]), schema.ReducerOptionsT())
+
+  def _sum(self, node: Sum, result: str) -> str:
+    return self._add(self._names[node.input], self._names[node.other], result)
+
+  def _product(self, node: Product, result: str) -> str:
+    x, other = self._names[node.input], self._names[node.other]
+    channels = self._shapes[other][1]
+    options = schema.ReshapeOptionsT()
+    options.newShape = [-1, 1, 1, channels]
+    shape = self._array(f"gate_{channels}", np.int32(options.newShape))
+    other = self._op("RESHAPE", [other, shape], f"{node.name}/gate", (1, 1, 1, channels), options)
+    return self._mul(x, other, result)
+
+
+# Of operators whose first version does not take what they are given here.
+_VERSIONS = {"DEQUANTIZE": 6}
+_WRITERS = {
+  Layer: "_layer",
+  Quantizer: "_quantizer",
+  Activation: "_activation",
+  Value: "_value",
+  Mean: "_mean",
+  Sum: "_sum",
+  Product: "_product",
+}
+
+
+def open_file(path: str | os.PathLike, threads: int | None = None) -> "Runner":
+  """Reads a file that `write` wrote; threads: of LiteRT, None leaves it to it."""
+  return Runner(pathlib.Path(path).read_bytes(), threads)
+
+
+class Runner:
+  """The model in LiteRT, on the CPU."""
+
+  def __init__(self, content: bytes, threads: int | None = None):
+    """Args: content, of the file."""
+    self._content, self._threads = content, threads
+    self._alone = self._observed = None
+
+  def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The logits, and if asked for every quantizer's codes: those of the same model, its tensors kept."""
+    if not with_codes:
+      if self._alone is None:
+        self._alone = Interpreter(model_content=self._content, num_threads=self._threads)
+      return _invoke(self._alone, image), {}
+    if self._observed is None:
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of the memory
+        self._observed = Interpreter(
+          model_content=self._content, num_threads=self._threads, experimental_preserve_all_tensors=True
+        )
+    logits = _invoke(self._observed, image)
+    found = {
+      detail["name"].removesuffix(_CODES): self._observed.get_tensor(detail["index"])
+      for detail in self._observed.get_tensor_details()
+      if detail["name"].endswith(_CODES)
+    }
+    return logits, found
+
+
+def _invoke(interpreter: Interpreter, image: np.ndarray) -> np.ndarray:
+  (detail,) = interpreter.get_input_details()
+  if tuple(detail["shape"]) != image.shape:
+    interpreter.resize_tensor_input(detail["index"], image.shape)
+  interpreter.allocate_tensors()
+  interpreter.set_tensor(detail["index"], image)
+  interpreter.invoke()
+  return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
