@@ -50,7 +50,8 @@ class Phase:
     learning_rate: its peak.
     constant_rate: no schedule (the sampling phase).
     frozen_fraction: share of the AIWQ ranking whose kernels are frozen.
-    calibrate: quantizers that get their first a and c just before it: "act", "weight" or None.
+    calibrate: quantizers that get their first a and c just before it: "act", "weight" (the first values), "fit" (kernels',
+      fitted to the phase's bits) or None.
     distill: the loss has the teacher's part.
   """
 
@@ -64,7 +65,7 @@ class Phase:
   learning_rate: float
   constant_rate: bool = False
   frozen_fraction: float = 0.0
-  calibrate: Literal["act", "weight"] | None = None
+  calibrate: Literal["act", "weight", "fit"] | None = None
   distill: bool = False
 
   @property
@@ -134,7 +135,7 @@ class _Builder:
       self.act_bits = bits
       self._stable("finetune")
     for bits in self._ladder(options.weight_bits):
-      self.calibrate = "weight" if self.weight_bits is None else None
+      self.calibrate = "fit" if bits in options.fitted_bits else "weight" if self.weight_bits is None else None
       self.weight_bits = bits
       self._stable("profit" if options.profit and bits in options.profit_bits else "finetune")
     return tuple(self.phases)

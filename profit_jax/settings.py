@@ -5,26 +5,16 @@
 
 import dataclasses
 import itertools
-import math
-import typing
 from collections.abc import Collection
 from typing import Any, Literal
 
 import ml_collections
 
+from profit_jax.fields import ConfigError as ConfigError  # every room takes both from here
+from profit_jax.fields import Ending as Ending
+from profit_jax.fields import as_lists, build, listed, require
+
 MIN_BITS, MAX_BITS = 2, 8
-
-
-class Ending(Exception):
-  """Ends the command with one message, behind the label, and the exit code; `everywhere`: in all processes alike."""
-
-  label, code, everywhere = "error", 1, False
-
-
-class ConfigError(Ending, ValueError):
-  """Something the user can mend: what is wrong, the value, what is allowed, what to do."""
-
-  code = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +89,7 @@ class PlanSettings:
 
   weight_bits: tuple[int, ...]
   act_bits: tuple[int, ...]
+  fitted_bits: tuple[int, ...]
   progressive: bool
   stabilize: bool
   profit: bool
@@ -171,7 +162,7 @@ class Settings:
 
   def to_dict(self) -> dict[str, Any]:
     """Nested plain values, tuples as lists: what `config.json` holds."""
-    return _as_lists(dataclasses.asdict(self))
+    return as_lists(dataclasses.asdict(self))
 
 
 def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Settings:
@@ -186,99 +177,99 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   """
   if not isinstance(config, ml_collections.ConfigDict):
     raise ConfigError(f"the configuration is a {type(config).__name__}: its get_config() must return a ConfigDict.")
-  settings = _build(Settings, config.to_dict(), "config")
+  settings = build(Settings, config.to_dict(), "config")
   _check_model(settings, models)
   _check_data(settings.data)
   _check_plan(settings.plan)
   epochs = settings.plan.full_precision_epochs
   needed = "1 or above without init.weights, and with init.reset_head"
-  _require(epochs >= 1 or not settings.new_classifier, "plan.full_precision_epochs", epochs, needed)
-  _require(
+  require(epochs >= 1 or not settings.new_classifier, "plan.full_precision_epochs", epochs, needed)
+  require(
     bool(settings.init.weights) or not settings.init.reset_head,
     "init.reset_head",
     settings.init.reset_head,
     "False without init.weights: from random weights the head is new anyway",
   )
   train = settings.train
-  _require(0 <= settings.seed < 2**32, "seed", settings.seed, "0 or above, below 2^32")
+  require(0 <= settings.seed < 2**32, "seed", settings.seed, "0 or above, below 2^32")
   for name in ("batch_size", "accumulation_steps", "eval_batch_size"):
-    _require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "1 or above")
+    require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "1 or above")
   parts, fitting = train.accumulation_steps, f"a divisor of train.batch_size = {train.batch_size}"
-  _require(train.batch_size % parts == 0, "train.accumulation_steps", parts, fitting)
+  require(train.batch_size % parts == 0, "train.accumulation_steps", parts, fitting)
   part, every = train.batch_size // parts, settings.plan.sampling_every
   fitting = f"a divisor of {part}, the images in a part of a batch"
-  _require(every >= 1 and part % every == 0, "plan.sampling_every", every, fitting)
+  require(every >= 1 and part % every == 0, "plan.sampling_every", every, fitting)
   for name in ("learning_rate", "full_precision_learning_rate"):
-    _require(0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10")
-  _require(0 <= train.quantizer_lr_scale <= 1, "train.quantizer_lr_scale", train.quantizer_lr_scale, "0 to 1")
+    require(0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10")
+  require(0 <= train.quantizer_lr_scale <= 1, "train.quantizer_lr_scale", train.quantizer_lr_scale, "0 to 1")
   for name in ("weight_decay", "momentum", "ema_rate"):
-    _require(0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1")
-  _require(settings.checkpoint.keep >= 1, "checkpoint.keep", settings.checkpoint.keep, "1 or above")
-  _require(settings.checkpoint.minutes >= 0, "checkpoint.minutes", settings.checkpoint.minutes, "0 or above")
+    require(0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1")
+  require(settings.checkpoint.keep >= 1, "checkpoint.keep", settings.checkpoint.keep, "1 or above")
+  require(settings.checkpoint.minutes >= 0, "checkpoint.minutes", settings.checkpoint.minutes, "0 or above")
   recovery, factor = settings.recovery, settings.recovery.learning_rate_factor
-  _require(recovery.retries >= 0, "recovery.retries", recovery.retries, "0 or above")
-  _require(0 < factor < 1, "recovery.learning_rate_factor", factor, "above 0, below 1")
+  require(recovery.retries >= 0, "recovery.retries", recovery.retries, "0 or above")
+  require(0 < factor < 1, "recovery.learning_rate_factor", factor, "above 0, below 1")
   return settings
 
 
 def _check_model(settings: Settings, models: Collection[str]) -> None:
   model, teacher = settings.model, settings.teacher
-  _require(model.name in models, "model.name", model.name, f"one of {_list(models)}")
+  require(model.name in models, "model.name", model.name, f"one of {listed(models)}")
   for name in ("dropout", "bn_momentum"):
-    _require(0 <= getattr(model, name) < 1, f"model.{name}", getattr(model, name), "0 or above, below 1")
+    require(0 <= getattr(model, name) < 1, f"model.{name}", getattr(model, name), "0 or above, below 1")
   for section, shape in (("model", model), ("teacher", teacher)):
-    _require(0 < shape.width <= 4, f"{section}.width", shape.width, "above 0, at most 4")
-    _require(
+    require(0 < shape.width <= 4, f"{section}.width", shape.width, "above 0, at most 4")
+    require(
       all(stride in (1, 2) for stride in shape.strides),
       f"{section}.strides",
       shape.strides,
       "numbers that are each 1 or 2, the stem's and the stages'; or () for the published ones",
     )
-    _require(0 < shape.bn_epsilon <= 0.1, f"{section}.bn_epsilon", shape.bn_epsilon, "above 0, at most 0.1")
-    _require(shape.pad_value in (0.0, -0.375), f"{section}.pad_value", shape.pad_value, "-0.375 (negative padding) or 0.0")
+    require(0 < shape.bn_epsilon <= 0.1, f"{section}.bn_epsilon", shape.bn_epsilon, "above 0, at most 0.1")
+    require(shape.pad_value in (0.0, -0.375), f"{section}.pad_value", shape.pad_value, "-0.375 (negative padding) or 0.0")
   allowed = ["none", "self", *models]
-  _require(teacher.model in allowed, "teacher.model", teacher.model, f"one of {_list(allowed)}")
+  require(teacher.model in allowed, "teacher.model", teacher.model, f"one of {listed(allowed)}")
   if teacher.model in ("none", "self"):
     none = f'"" with teacher.model = {teacher.model}, which reads none'
-    _require(not teacher.weights, "teacher.weights", teacher.weights, none)
+    require(not teacher.weights, "teacher.weights", teacher.weights, none)
   else:
     needed = (
       f"a weights file: teacher.model = {teacher.model} cannot teach without one; or set teacher.model to self or none"
     )
-    _require(bool(teacher.weights), "teacher.weights", teacher.weights, needed)
+    require(bool(teacher.weights), "teacher.weights", teacher.weights, needed)
 
 
 def _check_data(data: DataSettings) -> None:
   # Only the sources know which data sets there are.
-  _require(bool(data.name.strip()), "data.name", data.name, "digits, folder, or the name of a tensorflow-datasets set")
-  _require(bool(data.train_split), "data.train_split", data.train_split, "the name of a split, as train")
-  _require(8 <= data.image_size <= 1024, "data.image_size", data.image_size, "8 to 1024 pixels")
-  _require(0.1 <= data.eval_share <= 1, "data.eval_share", data.eval_share, "0.1 to 1")
-  _require(0 <= data.max_broken <= 1, "data.max_broken", data.max_broken, "a share from 0 to 1")
-  _require(1 <= data.readers <= 1024, "data.readers", data.readers, "1 to 1024")
+  require(bool(data.name.strip()), "data.name", data.name, "digits, folder, or the name of a tensorflow-datasets set")
+  require(bool(data.train_split), "data.train_split", data.train_split, "the name of a split, as train")
+  require(8 <= data.image_size <= 1024, "data.image_size", data.image_size, "8 to 1024 pixels")
+  require(0.1 <= data.eval_share <= 1, "data.eval_share", data.eval_share, "0.1 to 1")
+  require(0 <= data.max_broken <= 1, "data.max_broken", data.max_broken, "a share from 0 to 1")
+  require(1 <= data.readers <= 1024, "data.readers", data.readers, "1 to 1024")
 
 
 def _check_plan(plan: PlanSettings) -> None:
   for name in ("weight_bits", "act_bits"):
     bits = getattr(plan, name)
-    _require(
-      all(MIN_BITS <= b <= MAX_BITS for b in bits), f"plan.{name}", bits, f"bit widths from {MIN_BITS} to {MAX_BITS}"
-    )
-    _require(
+    require(all(MIN_BITS <= b <= MAX_BITS for b in bits), f"plan.{name}", bits, f"bit widths from {MIN_BITS} to {MAX_BITS}")
+    require(
       all(before > after for before, after in itertools.pairwise(bits)),
       f"plan.{name}",
       bits,
       "bit widths that fall from one to the next, as (8, 5, 4)",
     )
+  reached = plan.weight_bits if plan.progressive else plan.weight_bits[-1:]
+  fitting = f"only bit widths that the plan reaches, {reached}"
+  require(set(plan.fitted_bits) <= set(reached), "plan.fitted_bits", plan.fitted_bits, fitting)
   if plan.profit and plan.weight_bits:
-    reached = plan.weight_bits if plan.progressive else plan.weight_bits[-1:]
-    _require(
+    require(
       set(plan.profit_bits) <= set(reached),
       "plan.profit_bits",
       plan.profit_bits,
-      f"only bit widths that the plan reaches, {reached}; or plan.profit = False for plain fine-tuning",
+      f"{fitting}; or plan.profit = False for plain fine-tuning",
     )
-  _require(
+  require(
     len(plan.freeze_fractions) >= 1
     and all(0 <= f <= 1 for f in plan.freeze_fractions)
     and list(plan.freeze_fractions) == sorted(plan.freeze_fractions),
@@ -287,64 +278,14 @@ def _check_plan(plan: PlanSettings) -> None:
     "at least one share from 0 to 1, none below the one before it",
   )
   for name in ("full_precision_epochs", "bn_epochs", "warmup_epochs"):
-    _require(getattr(plan, name) >= 0, f"plan.{name}", getattr(plan, name), "0 or above")
+    require(getattr(plan, name) >= 0, f"plan.{name}", getattr(plan, name), "0 or above")
   for name in ("finetune_epochs", "sampling_epochs"):
-    _require(getattr(plan, name) >= 1, f"plan.{name}", getattr(plan, name), "1 or above")
+    require(getattr(plan, name) >= 1, f"plan.{name}", getattr(plan, name), "1 or above")
   for name in ("finetune_epochs", "full_precision_epochs"):
     epochs = getattr(plan, name)
-    _require(
+    require(
       epochs == 0 or plan.warmup_epochs <= epochs,
       "plan.warmup_epochs",
       plan.warmup_epochs,
       f"at most plan.{name} = {epochs}",
     )
-
-
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-  """Fills a dataclass from a dictionary, section by section, types checked."""
-  hints = typing.get_type_hints(cls)
-  unknown, missing = sorted(values.keys() - hints.keys()), sorted(hints.keys() - values.keys())
-  if unknown:
-    raise ConfigError(f"{where} has unknown fields: {_list(unknown)}. Allowed: {_list(hints)}.")
-  if missing:
-    raise ConfigError(f"{where} lacks the fields {_list(missing)}. Start from configs/base.py, which has them all.")
-  return cls(**{name: _convert(values[name], hint, f"{where}.{name}") for name, hint in hints.items()})
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-  field = where.removeprefix("config.")
-  if dataclasses.is_dataclass(hint):
-    if not isinstance(value, dict):
-      raise ConfigError(f"{where} = {value!r} must be a section of fields.")
-    return _build(hint, value, where)
-  origin = typing.get_origin(hint)
-  if origin is Literal:
-    _require(value in typing.get_args(hint), field, value, f"one of {_list(typing.get_args(hint))}")
-    return value
-  if origin is tuple:
-    _require(isinstance(value, (tuple, list)), field, value, 'a tuple, as "(8, 5, 4)"')
-    return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
-  number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if hint is float:
-    _require(number and math.isfinite(value), field, value, "a finite number")
-    return float(value)
-  if hint is int:
-    _require(number and isinstance(value, int), field, value, "a whole number")
-    return int(value)
-  _require(isinstance(value, hint), field, value, {bool: "True or False", str: "text"}[hint])
-  return value
-
-
-def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
-  if not condition:
-    raise ConfigError(f"config.{field} = {value!r} is not allowed: it must be {allowed}.")
-
-
-def _list(names: Collection[Any]) -> str:
-  return ", ".join(str(name) for name in names)
-
-
-def _as_lists(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {key: _as_lists(item) for key, item in value.items()}
-  return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -7,12 +7,38 @@ from profit_jax.quant import duq
 
 WEIGHT_FRACTION = 0.9  # of max|w|
 SMALLEST_INTERVAL = 1e-3  # where nothing is positive
+_SHARES = 40
 
 
 def weight_interval(kernel: jax.Array) -> jax.Array:
   """`0.9 * max|w|`, the first a and c of a kernel's quantizer (scalar); 1e-3 for a kernel of zeros."""
   largest = jnp.max(jnp.abs(kernel))
   return jnp.where(largest > 0, WEIGHT_FRACTION * largest, SMALLEST_INTERVAL).astype(kernel.dtype)
+
+
+def fitted_interval(kernel: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The a and c (scalars) whose quantized kernel `c * q(a)` is nearest to the kernel, in the sum of squares.
+
+  For a given a the best c is `<w, q> / <q, q>`, which leaves `<w, w> - <w, q>^2 / <q, q>`; a is the best of 40 shares of
+  `max|w|`, from 1/40 to 1. Both 1e-3 for a kernel of zeros.
+
+  Args:
+    kernel: any shape.
+    steps: scalar, n of the symmetric quantizer.
+  """
+  largest = jnp.max(jnp.abs(kernel))
+
+  def products(share):
+    a = jnp.where(largest > 0, share * largest, 1.0)
+    q = jnp.round(jnp.clip(kernel / a, -1.0, 1.0) * steps.astype(kernel.dtype))
+    return jnp.sum(kernel * q), jnp.sum(q * q)
+
+  shares = jnp.arange(1, _SHARES + 1, dtype=kernel.dtype) / _SHARES
+  wq, qq = jax.lax.map(products, shares)
+  # The largest weight has a code that is not 0 at every share, but for kernels of zeros.
+  best = jnp.argmax(jnp.where(qq > 0, wq * wq / jnp.maximum(qq, 1.0), 0.0))
+  a, c = shares[best] * largest, wq[best] / jnp.maximum(qq[best], 1.0) * steps.astype(kernel.dtype)
+  return tuple(jnp.where(largest > 0, value, SMALLEST_INTERVAL).astype(kernel.dtype) for value in (a, c))
 
 
 def act_interval(x: jax.Array, kind: duq.Kind, largest: float | None = None) -> jax.Array:

@@ -167,6 +167,10 @@ class Programs:
     """The compiled `params -> params` of `steps.calibrate_weights`."""
     return self._wait(("calibrate", "weight"), self._compile_calibration)
 
+  def fit_weights(self) -> Callable[..., Any]:
+    """The compiled `(params, steps) -> params` of `steps.fit_weights`."""
+    return self._wait(("calibrate", "fit"), self._compile_calibration)
+
   def state_shapes(self, train_kernels: bool, frozen: Frozen) -> TrainState:
     """The shapes of the state with a phase's optimizer."""
     tx = self.optimizer(train_kernels, frozen)
@@ -281,6 +285,9 @@ class Programs:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
     if what == "weight":
       return jax.jit(steps.calibrate_weights, out_shardings=self._replicated).lower(sharded(self._params)).compile()
+    if what == "fit":
+      scalar = sharded(jax.ShapeDtypeStruct((), np.float32))
+      return jax.jit(steps.fit_weights, out_shardings=self._replicated).lower(sharded(self._params), scalar).compile()
 
     def calibrate(variables, image, key):
       return steps.calibrate_acts(self._model, variables, image, self._normalization, key)

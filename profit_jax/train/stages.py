@@ -2,6 +2,7 @@
 
 from profit_jax.data import Source
 from profit_jax.plan import Phase
+from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
 from profit_jax.train import aiwq
 from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
@@ -42,11 +43,18 @@ def learning_rates(phase: Phase, epoch: int, scale: float, settings: Settings) -
 
 
 def calibrate(phase: Phase, state: TrainState, programs: Programs, source: Source, settings: Settings, key) -> TrainState:
-  """First values of a and c where a kind is quantized for the first time, of the student and of its average."""
+  """New values of a and c where the phase begins with such, of the student and of its average."""
   if phase.calibrate is None:
     return state
-  if phase.calibrate == "weight":
-    weights = programs.calibrate_weights()
+  if phase.calibrate != "act":
+    if phase.calibrate == "weight":
+      weights = programs.calibrate_weights()
+    else:
+      fit, steps = programs.fit_weights(), levels(phase.weight_bits, None).weight
+
+      def weights(params):
+        return fit(params, steps)
+
     state = state.replace(params=weights(state.params))
     return state if state.ema_params is None else state.replace(ema_params=weights(state.ema_params))
   # The same batch whenever it is asked for: epoch 0's first.

@@ -240,7 +240,18 @@ def calibrate_weights(params: Any) -> Any:
   return traverse_util.unflatten_dict(flat)
 
 
-def _set_interval(flat: dict[tuple[str, ...], jax.Array], layer: tuple[str, ...], interval: jax.Array) -> None:
+def fit_weights(params: Any, steps: jax.Array) -> Any:
+  """Params with every kernel's a and c fitted to it, at `steps` (a scalar) of the symmetric quantizer."""
+  flat = traverse_util.flatten_dict(params)
+  for path, leaf in list(flat.items()):
+    if path[-1] == "kernel":
+      _set_interval(flat, path[:-1], *calibration.fitted_interval(leaf, steps))
+  return traverse_util.unflatten_dict(flat)
+
+
+def _set_interval(
+  flat: dict[tuple[str, ...], jax.Array], layer: tuple[str, ...], a: jax.Array, c: jax.Array | None = None
+) -> None:
   # Two arrays, not one twice: both are donated later.
-  for leaf in ("quant_a", "quant_c"):
-    flat[*layer, leaf] = duq.inverse_softplus(interval).astype(flat[*layer, leaf].dtype)
+  for leaf, value in (("quant_a", a), ("quant_c", a if c is None else c)):
+    flat[*layer, leaf] = duq.inverse_softplus(value).astype(flat[*layer, leaf].dtype)

@@ -1,0 +1,72 @@
+"""From plain values to a frozen dataclass, with the types that it names; whatever is wrong, one message says it."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Collection
+from typing import Any, Literal
+
+
+class Ending(Exception):
+  """Ends the command with one message, behind the label, and the exit code; `everywhere`: in all processes alike."""
+
+  label, code, everywhere = "error", 1, False
+
+
+class ConfigError(Ending, ValueError):
+  """Something the user can mend: what is wrong, the value, what is allowed, what to do."""
+
+  code = 2
+
+
+def build(cls: type, values: dict[str, Any], where: str) -> Any:
+  """Fills a dataclass from a dictionary, section by section, types checked."""
+  hints = typing.get_type_hints(cls)
+  unknown, missing = sorted(values.keys() - hints.keys()), sorted(hints.keys() - values.keys())
+  if unknown:
+    raise ConfigError(f"{where} has unknown fields: {listed(unknown)}. Allowed: {listed(hints)}.")
+  if missing:
+    raise ConfigError(f"{where} lacks the fields {listed(missing)}. Start from configs/base.py, which has them all.")
+  return cls(**{name: _convert(values[name], hint, f"{where}.{name}") for name, hint in hints.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+  field = where.removeprefix("config.")
+  if dataclasses.is_dataclass(hint):
+    if not isinstance(value, dict):
+      raise ConfigError(f"{where} = {value!r} must be a section of fields.")
+    return build(hint, value, where)
+  origin = typing.get_origin(hint)
+  if origin is Literal:
+    require(value in typing.get_args(hint), field, value, f"one of {listed(typing.get_args(hint))}")
+    return value
+  if origin is tuple:
+    require(isinstance(value, (tuple, list)), field, value, 'a tuple, as "(8, 5, 4)"')
+    return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if hint is float:
+    require(number and math.isfinite(value), field, value, "a finite number")
+    return float(value)
+  if hint is int:
+    require(number and isinstance(value, int), field, value, "a whole number")
+    return int(value)
+  require(isinstance(value, hint), field, value, {bool: "True or False", str: "text"}[hint])
+  return value
+
+
+def require(condition: bool, field: str, value: Any, allowed: str) -> None:
+  """Raises a ConfigError of a field, as `train.batch_size`, where its value is not what is allowed."""
+  if not condition:
+    raise ConfigError(f"config.{field} = {value!r} is not allowed: it must be {allowed}.")
+
+
+def listed(names: Collection[Any]) -> str:
+  """Names in a sentence."""
+  return ", ".join(str(name) for name in names)
+
+
+def as_lists(value: Any) -> Any:
+  """Nested plain values, tuples as lists."""
+  if isinstance(value, dict):
+    return {key: as_lists(item) for key, item in value.items()}
+  return [as_lists(item) for item in value] if isinstance(value, tuple) else value
