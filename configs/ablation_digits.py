@@ -31,7 +31,12 @@ def get_grid():
       },
       "bits": {
         "W3A3": {"plan.weight_bits": (8, 4, 3), "plan.act_bits": (8, 4, 3), "plan.profit_bits": (3,)},
-        "W2A2": {"plan.weight_bits": (8, 4, 2), "plan.act_bits": (8, 4, 2), "plan.profit_bits": (2,)},
+        "W2A2": {
+          "plan.weight_bits": (8, 4, 2),
+          "plan.act_bits": (8, 4, 2),
+          "plan.profit_bits": (2,),
+          "plan.fitted_bits": (2,),
+        },
       },
       # Off: the same three fine-tunings with nothing frozen, so that both sides train for as many epochs.
       "freezing": {"on": {}, "off": {"plan.freeze_fractions": (0.0, 0.0, 0.0)}},

@@ -82,8 +82,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.plan = ml_collections.ConfigDict()
   config.plan.weight_bits = (8, 5, 4)  # 2 to 8, falling; () leaves weights in full precision
   config.plan.act_bits = (8, 5, 4)  # likewise, for activations
-  # Weight bit widths at whose beginning every kernel's a and c are set anew, to the least squares; () is as published: once,
-  # to 0.9 max|w|. At 2 bits that is needed: a is learned slowly, and half of 0.9 max|w| leaves one weight in ten.
+  # Weight bit widths at whose beginning every kernel's a and c are set anew, to the least squares; () is as published:
+  # once, to 0.9 max|w|. Needed at 2 bits: a is learned slowly, and half of 0.9 max|w| leaves one weight in ten.
   config.plan.fitted_bits = ()
   config.plan.progressive = True  # False: straight to the last bits of each list
   config.plan.stabilize = True  # BN phases (kernels fixed) before and after each fine-tuning

@@ -32,7 +32,9 @@ PUBLISHED += [("bn", 4, 4, 5, 0), ("sampling", 4, 4, 5, 0)]
 PUBLISHED += [("finetune", 4, 4, 15, share) for share in (0, THIRD, TWO_THIRDS)] + [("bn", 4, 4, 5, 0)]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem != "base"))
+@pytest.mark.parametrize(
+  "name", sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem != "base" and "ablation" not in path.stem)
+)
 def test_every_configuration_is_valid_and_says_its_command_cost_and_result(name):
   module = importlib.import_module(f"configs.{name}")
   chosen = parse(module.get_config(), REGISTRY)
@@ -59,6 +61,12 @@ def test_published_command_is_22_phases_and_200_epochs():
   assert [p.index for p in phases] == list(range(1, 23))
   assert len({p.name for p in phases}) == 22
   assert {p.index: p.calibrate for p in phases if p.calibrate} == {2: "act", 11: "weight"}
+
+
+def test_kernels_are_fitted_at_the_bits_that_say_so():
+  phases = plan(settings(**{"plan.weight_bits": (8, 4, 2), "plan.profit_bits": (2,), "plan.fitted_bits": (2,)}))
+  assert [p.name for p in phases if p.calibrate == "fit"] == ["w2a4 bn1"]
+  assert [p.name for p in phases if p.calibrate == "weight"] == ["w8a4 bn1"]
 
 
 def test_profit_at_every_bit_width_is_270_epochs():

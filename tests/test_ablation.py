@@ -1,0 +1,209 @@
+"""A grid of runs: which cells, what their commands are, and what may be said of the results."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shlex
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import digits_w4
+from profit_jax import ablate, ablation
+from profit_jax.models import REGISTRY, check
+from profit_jax.plan import plan
+from profit_jax.settings import ConfigError, parse
+
+GRIDS = sorted(pathlib.Path(digits_w4.__file__).parent.glob("ablation*.py"))
+
+
+def small_grid(**changes):
+  grid = ablation.Grid(
+    config="configs/digits_w4.py:{model}",
+    fields={"data.image_size": 16},
+    axes={
+      "model": {"mobilenet_v1": {}, "mobilenet_v2": {}},
+      "freezing": {"on": {}, "off": {"plan.freeze_fractions": (0.0, 0.0)}},
+    },
+    keep=lambda labels: labels["model"] == "mobilenet_v2" or labels["freezing"] == "on",
+    seeds=3,
+  )
+  return dataclasses.replace(grid, **changes)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_cell_of_every_grid_is_a_valid_run(path):
+  grid = ablation.read_grid(str(path))
+  assert grid.cells()
+  for labels in grid.cells():
+    config, *fields = grid.arguments(labels, 3)
+    name = config.split(":")[1]
+    chosen = digits_w4.get_config(name)
+    for field in fields:
+      key, value = field.removeprefix("--config.").split("=", 1)
+      chosen.update_from_flattened_dict({key: eval(value)})  # numbers and tuples
+    settings = parse(chosen, REGISTRY)
+    check(settings)
+    assert plan(settings)
+    assert settings.seed == 3
+    assert settings.model.name == name
+
+
+def test_cells_and_their_commands():
+  grid = small_grid()
+  assert grid.cells() == [("mobilenet_v1", "on"), ("mobilenet_v2", "on"), ("mobilenet_v2", "off")]
+  assert grid.arguments(("mobilenet_v2", "off"), 2) == [
+    "--config=configs/digits_w4.py:mobilenet_v2",
+    "--config.data.image_size=16",
+    "--config.plan.freeze_fractions=(0.0, 0.0)",
+    "--config.seed=2",
+  ]
+
+
+def test_a_part_of_a_grid():
+  grid = ablation.narrowed(small_grid(), ["freezing=on"], 5)
+  assert (grid.cells(), grid.seeds) == ([("mobilenet_v1", "on"), ("mobilenet_v2", "on")], 5)
+  with pytest.raises(ConfigError, match=r"--only freezing=maybe .* freezing=on\|off"):
+    ablation.narrowed(small_grid(), ["freezing=maybe"], None)
+  with pytest.raises(ConfigError, match="--seeds=0 is not allowed"):
+    ablation.narrowed(small_grid(), [], 0)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("x = 1", "get_grid"),
+    ("def get_grid(): return {}", "must give a dictionary of config, fields, axes, keep, seeds"),
+    ("def get_grid(): return dict(config='{m}', fields={}, axes={'a': {'x': {}}}, keep=bool, seeds=1)", "is no axis"),
+    ("def get_grid(): return dict(config='', fields={}, axes={'a': {}}, keep=bool, seeds=1)", "axis 'a' is empty"),
+    ("def get_grid(): return dict(config='', fields={}, axes={}, keep=bool, seeds=0)", "seeds = 0"),
+  ],
+)
+def test_a_file_that_is_no_grid(tmp_path, text, message):
+  (tmp_path / "grid.py").write_text(text)
+  with pytest.raises(ConfigError, match=message):
+    ablation.read_grid(str(tmp_path / "grid.py"))
+
+
+def write_results(root, grid, top1):
+  for labels in grid.cells():
+    for seed in range(grid.seeds):
+      value = top1(labels, seed)
+      if value is not None:
+        directory = ablation.directory_of(root, labels, seed)
+        directory.mkdir(parents=True)
+        (directory / "result.json").write_text(json.dumps({"final": {"top1": value, "full_precision_top1": 99.0}}))
+
+
+def test_mean_deviation_and_what_exceeds_the_spread(tmp_path):
+  root, grid = epath.Path(tmp_path), small_grid(seeds=4)
+  # The seeds differ by more than the cells, but every seed says the same of the cells: pairs show it.
+  levels = {("mobilenet_v1", "on"): 80.0, ("mobilenet_v2", "on"): 90.0, ("mobilenet_v2", "off"): 89.0}
+  write_results(root, grid, lambda labels, seed: levels[labels] + 3.0 * seed + 0.1 * (seed % 2) * (labels[1] == "off"))
+  cells = ablation.read_cells(grid, root)
+  assert [(cell.runs, round(cell.mean, 6)) for cell in cells] == [(4, 84.5), (4, 94.5), (4, 93.55)]
+  assert cells[1].deviation == pytest.approx(np.std([90, 93, 96, 99], ddof=1))
+  model, freezing = ablation.differences(grid, cells)
+  assert (model.axis, model.base, model.other, model.mean) == (
+    "model",
+    ("mobilenet_v1", "on"),
+    ("mobilenet_v2", "on"),
+    10.0,
+  )
+  assert freezing.mean == pytest.approx(-0.95)
+  assert freezing.error == pytest.approx(np.std([-1, -0.9, -1, -0.9], ddof=1) / 2)
+  assert freezing.exceeds
+  text = ablation.markdown(grid, cells, [model, freezing])
+  assert "| mobilenet_v2 | off | 93.55 |" in text
+  assert "- freezing off instead of on (mobilenet_v2): -0.95 ± 0.03 (4 seeds)" in text
+
+
+def test_a_difference_within_the_spread_is_none(tmp_path):
+  root, grid = epath.Path(tmp_path), small_grid()
+  values = {"on": [90.0, 91.0, 92.0], "off": [90.5, 89.0, 92.5]}
+  write_results(root, grid, lambda labels, seed: values[labels[1]][seed])
+  row = ablation.differences(grid, ablation.read_cells(grid, root))[-1]
+  assert not row.exceeds
+  assert abs(row.mean) < 4.303 * row.error
+
+
+def test_runs_that_are_missing_are_counted(tmp_path):
+  root, grid = epath.Path(tmp_path), small_grid()
+  write_results(root, grid, lambda labels, seed: 90.0 if seed == 1 and labels[1] == "on" else None)
+  cells = ablation.read_cells(grid, root)
+  assert [cell.runs for cell in cells] == [1, 1, 0]
+  assert math.isnan(cells[0].deviation)
+  rows = ablation.differences(grid, cells)
+  assert not any(row.exceeds for row in rows)
+  text = ablation.markdown(grid, cells, rows)
+  assert "2 pairs of cells have fewer than two seeds in common" in text
+  assert "| mobilenet_v2 | off | - | - | 0 | - |" in text
+  json.dumps(ablation.to_json(grid, cells, rows), allow_nan=False)
+
+
+GRID = """
+def get_grid():
+  return {"config": "configs/digits_w4.py:mobilenet_v2", "fields": {}, "axes": {"a": {"x": {}, "y": {}}},
+          "keep": lambda labels: True, "seeds": 2}
+"""
+# Stands for a run: writes a result, or fails.
+RUN = """
+import json, pathlib, sys
+directory = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir")).split("=")[1])
+if "y-seed1" in directory.name and not (directory.parent / "mended").exists():
+  sys.exit("broken")
+directory.mkdir()
+(directory / "result.json").write_text(json.dumps({"final": {"top1": 90.0, "full_precision_top1": None}}))
+"""
+
+
+def test_a_grid_goes_on_where_it_stopped_and_tells_which_runs_failed(tmp_path, monkeypatch, capsys):
+  (tmp_path / "grid.py").write_text(GRID)
+  (tmp_path / "run.py").write_text(RUN)
+  root = tmp_path / "runs"
+  command = ablate._command
+  monkeypatch.setattr(ablate, "_command", lambda *a: [sys.executable, str(tmp_path / "run.py"), *command(*a)[2:]])
+  monkeypatch.setattr(ablate, "_environments", lambda jobs: [{}] * jobs)
+  arguments = ["--config", str(tmp_path / "grid.py"), "--workdir", str(root), "--jobs", "2"]
+  assert ablate.main(arguments) == 1
+  printed = capsys.readouterr()
+  assert "4 runs, 4 of them to be trained." in printed.out
+  assert "FAILED: y, seed 1: see" in printed.err
+  assert "broken" in (root / "logs" / "y-seed1.log").read_text()
+  (root / "mended").touch()
+  assert ablate.main(arguments) == 0
+  assert "4 runs, 1 of them to be trained." in capsys.readouterr().out
+  assert (root / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+  assert json.loads((root / "ablation.json").read_text())["cells"][1]["runs"] == 2
+
+
+def test_plan_prints_commands_and_trains_nothing(tmp_path, capsys):
+  (tmp_path / "grid.py").write_text(GRID)
+  assert ablate.main(["--config", str(tmp_path / "grid.py"), "--workdir", str(tmp_path / "runs"), "--plan"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 4
+  assert shlex.split(lines[0])[1:] == [
+    "main.py",
+    "--config=configs/digits_w4.py:mobilenet_v2",
+    "--config.seed=0",
+    f"--workdir={tmp_path}/runs/x-seed0",
+  ]
+  assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (["--jobs=0"], "--jobs=0"),
+    (["--seeds=-1"], "--seeds=-1"),
+    (["--only=b=x"], "--only b=x is not allowed"),
+    (["--config=absent.py"], "absent.py cannot be read"),
+  ],
+)
+def test_wrong_input(tmp_path, capsys, more, message):
+  (tmp_path / "grid.py").write_text(GRID)
+  assert ablate.main([f"--config={tmp_path / 'grid.py'}", f"--workdir={tmp_path}", *more]) == 2
+  assert message in capsys.readouterr().err
