@@ -24,6 +24,7 @@ ORDER = [
   "train",
   "report",
   "export",
+  "compare",
   "app",
   "ablation",
   "ablate",

@@ -19,6 +19,7 @@ from profit_jax import snapshots
 from profit_jax.data import Source
 from profit_jax.models import REGISTRY
 from profit_jax.plan import Phase, bits_name
+from profit_jax.report import policy
 from profit_jax.report.console import final_line, start_lines
 from profit_jax.report.plots import write_plots
 from profit_jax.settings import ConfigError, Settings, parse
@@ -214,6 +215,7 @@ def environment() -> dict[str, Any]:
     "device": jax.devices()[0].device_kind,
     "devices": jax.device_count(),
     "packages": {name: metadata.version(name) for name in _PACKAGES},
+    "commit": policy.commit(),
   }
 
 
@@ -240,7 +242,8 @@ def write_report(
     )
   try:
     captions = write_plots(workdir / "plots", progress, phases, params)
-    _write(workdir / "report.md", _markdown(result, start, captions))
+    stated = policy.markdown(settings, phases, read_data(workdir), result["environment"], params)
+    _write(workdir / "report.md", _markdown(result, start, captions, stated))
     _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
   except OSError as error:
     raise ConfigError(
@@ -257,7 +260,7 @@ def _write(path: epath.Path, text: str) -> None:
   unfinished.replace(path)
 
 
-def _markdown(result: dict[str, Any], start: list[str], captions: dict[str, str]) -> str:
+def _markdown(result: dict[str, Any], start: list[str], captions: dict[str, str], stated: list[str]) -> str:
   env = result["environment"]
   lines = [
     f"# {result['model']} on {result['dataset']}",
@@ -283,4 +286,4 @@ def _markdown(result: dict[str, Any], start: list[str], captions: dict[str, str]
   if result["aiwq"]:
     lines += ["", "| rank | layer | AIWQ |", "|--:|:--|--:|"]
     lines += [f"| {row['rank']} | {row['layer']} | {row['metric']:.3g} |" for row in result["aiwq"]]
-  return "\n".join(lines) + "\n"
+  return "\n".join([*lines, *stated]) + "\n"
