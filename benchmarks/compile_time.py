@@ -49,7 +49,7 @@ def compile_all(options: argparse.Namespace) -> None:
   for phase in phases:
     before = time.perf_counter()
     if phase.calibrate:
-      (programs.calibrate_weights if phase.calibrate == "weight" else programs.calibrate_acts)()
+      {"act": programs.calibrate_acts, "weight": programs.calibrate_weights, "fit": programs.fit_weights}[phase.calibrate]()
     programs.train_step(phase.program, aiwq.frozen_layers(layers, phase.program.frozen_fraction))
     programs.eval_step(phase.program.quantized_weights, phase.program.quantized_acts)
     seconds = time.perf_counter() - before

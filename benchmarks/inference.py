@@ -103,6 +103,7 @@ def take_turns(ours, theirs, seconds) -> tuple[float, float]:
 def random_net(options):
   """A net with random weights."""
   import jax
+  import numpy as np
 
   from configs import base
   from profit_jax.data import NORMALIZATIONS
@@ -115,7 +116,7 @@ def random_net(options):
   config.model.name, config.data.image_size = options.model, options.image_size
   settings = parse(config, REGISTRY)
   variables = dict(init_variables(build(settings.model, 1000), jax.random.key(0), options.image_size))
-  variables["params"] = calibrate_weights(variables["params"])
+  variables["params"] = calibrate_weights(variables["params"], np.float32(2 ** (options.bits - 1) - 1))
   return build_net(settings, jax.device_get(variables), NORMALIZATIONS["imagenet"], options.bits, options.bits)
 
 

@@ -104,8 +104,8 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
   variables = programs.replicate(variables)
   teacher, key = programs.replicate(teacher), programs.replicate(jax.random.key(0))
   arrays = programs.split(batch)
-  variables["params"] = programs.calibrate_acts()(variables, arrays["image"], key)
-  variables["params"] = programs.calibrate_weights()(variables["params"])
+  variables["params"] = programs.calibrate_acts()(variables, arrays["image"], key, levels(4, 4).act)
+  variables["params"] = programs.calibrate_weights()(variables["params"], levels(4, 4).weight)
   start = jax.device_get(variables)
   for stage in stages:
     program = PROGRAMS[stage]

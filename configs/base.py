@@ -99,6 +99,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.plan.sampling_every = 1
   config.plan.warmup_epochs = 3  # of full-precision and fine-tuning phases
 
+  config.quant = ml_collections.ConfigDict()
+  # duq (the paper's own), or under the same plan and policy lsq, pact, qil: profit_jax/quant has a file for each.
+  config.quant.method = "duq"
+  config.quant.per_channel = False  # True: kernels have scalars for every output channel, not one set each
+  # Least bits of the first layer's kernel, and of the classifier's kernel and input: 2 to 8; 0 is those of all layers.
+  config.quant.first_bits = 0
+  config.quant.last_bits = 0
+
   config.train = ml_collections.ConfigDict()
   config.train.batch_size = 256  # global: over all devices
   # A batch is computed in so many parts, one after the other, where it is larger than memory. Batch statistics are then

@@ -230,7 +230,7 @@ def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   files.read_config(workdir)  # before the data, which takes longer
   mesh, source = make_mesh(settings), _load_data(settings)
   distributed.first_does(lambda: files.require_same_run(workdir, settings, source))
-  model = build(settings.model, source.facts.num_classes)
+  model = build(settings.model, source.facts.num_classes, settings.quant)
   programs = Programs(settings, source.facts, model, None, mesh, keep_in=_programs_directory(settings))
   try:
     screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)

@@ -3,18 +3,19 @@
 With `dtype` given, a convolution or dense layer multiplies in it and gives its result in the dtype of its input: for
 float32 images and bfloat16, operands, products and their gradients are bfloat16 (summed in float32), all else is float32.
 
-A layer's kernel and its quantizer's scalars live side by side: `{kernel, [bias,] quant_a, quant_c}`. The leaf names
-`quant_a` and `quant_c` are reserved for quantizers: the optimizer groups find them by name.
+A layer's kernel and its quantizer's scalars live side by side: `{kernel, [bias,] quant_a, quant_c}`. Leaf names that begin
+with `quant_` are reserved for quantizers: the optimizer groups find them by name.
 
 Besides `params` and `batch_stats`, the layers know three collections, each used only when the caller asks for it:
 
 - `previous` (given): per convolution, the quantized kernel of the step before. Convolutions then convolve twice and
   write to `moments` the per-channel moments of both outputs, from which `train/aiwq.py` computes AIWQ, and to `quantized`
   the present quantized kernel.
-- `calibration` (mutable): activation quantizers write their first interval to it.
+- `calibration` (mutable): activation quantizers write the first values of their scalars to it, and quantize nothing.
 - `clip_rate` (mutable): every active quantizer writes which share of its input it clips.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -23,8 +24,9 @@ import jax.numpy as jnp
 
 from profit_jax.depthwise import depthwise_conv
 from profit_jax.fused import Activation, Normalized, activate, moments
-from profit_jax.quant import calibration, duq
+from profit_jax.quant import duq
 from profit_jax.quant.levels import Levels, symmetric_steps
+from profit_jax.quant.methods import METHODS, Method, per_channel
 
 # torch's kaiming_normal_(mode="fan_out"), which the authors start from.
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -39,22 +41,30 @@ def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
   module.sow(collection, name, value, reduce_fn=_keep, init_fn=lambda: None)
 
 
-def _quantizer_params(module: nn.Module) -> tuple[jax.Array, jax.Array]:
+def _method(levels: Levels) -> Method:
+  return METHODS["duq" if levels.quant is None else levels.quant.method]
+
+
+def _quantizer_params(module: nn.Module, leaves: tuple[str, ...], shape: tuple[int, ...] = ()) -> dict[str, jax.Array]:
   """The raw scalars of a quantizer; 1 (the value, not the raw) until they are calibrated or loaded."""
 
   def one(_):
-    return duq.inverse_softplus(jnp.ones((), jnp.float32))
+    return duq.inverse_softplus(jnp.ones(shape, jnp.float32))
 
-  return module.param("quant_a", one), module.param("quant_c", one)
+  return {leaf: module.param(leaf, one) for leaf in leaves}
 
 
 def _quantized_kernel(module: nn.Module, kernel: jax.Array, levels: Levels) -> jax.Array:
-  raw_a, raw_c = _quantizer_params(module)
+  method = _method(levels)
+  split = levels.quant is not None and levels.quant.per_channel
+  params = _quantizer_params(module, method.kernel_leaves, kernel.shape[-1:] if split else ())
   if levels.weight is None:
     return kernel
+  apply = functools.partial(per_channel, method.kernel) if split else method.kernel
   if module.is_mutable_collection("clip_rate"):
-    _sow(module, "clip_rate", "kernel", jnp.mean(duq.clipped(kernel, raw_a, "symmetric"), dtype=jnp.float32))
-  return duq.quantize(kernel, raw_a, raw_c, levels.weight, "symmetric")
+    clipped = per_channel(method.kernel_clipped, kernel, params) if split else method.kernel_clipped(kernel, params)
+    _sow(module, "clip_rate", "kernel", jnp.mean(clipped, dtype=jnp.float32))
+  return apply(kernel, params, levels.weight)
 
 
 def _every(x: jax.Array, count: int) -> jax.Array:
@@ -164,22 +174,25 @@ class QuantAct(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array | Normalized, levels: Levels) -> jax.Array:
     """Any shape, the batch first; or what `BatchNorm.pending` gives."""
-    raw_a, raw_c = _quantizer_params(self)
+    method = _method(levels)
+    params = _quantizer_params(self, method.act_leaves)
     steps = symmetric_steps(levels.act) if self.kind == "symmetric" and levels.act is not None else levels.act
     if isinstance(x, Normalized):
       watched = self.is_mutable_collection("calibration") or self.is_mutable_collection("clip_rate")
-      if levels.act is not None and not watched:
-        return x.quantized(raw_a, raw_c, steps, self.kind)
+      if levels.act is not None and not watched and method is METHODS["duq"]:
+        return x.quantized(params["quant_a"], params["quant_c"], steps, self.kind)
       x = x.value()
     if self.is_mutable_collection("calibration"):
-      _sow(self, "calibration", "interval", calibration.act_interval(x, self.kind, self.largest_interval))
+      for leaf, first in method.first_act(x, steps, self.kind, self.largest_interval).items():
+        _sow(self, "calibration", leaf, first)
+      return x
     if levels.act is None:
       return x
     if self.is_mutable_collection("clip_rate"):
       # Per example, so that the caller can leave out the examples that only pad a batch.
-      beyond = duq.clipped(x, raw_a, self.kind)
+      beyond = method.act_clipped(x, params, self.kind)
       _sow(self, "clip_rate", "act", jnp.mean(beyond, axis=tuple(range(1, x.ndim)), dtype=jnp.float32))
-    return duq.quantize(x, raw_a, raw_c, steps, self.kind)
+    return method.act(x, params, steps, self.kind)
 
 
 class BatchNorm(nn.Module):

@@ -104,6 +104,16 @@ class PlanSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantSettings:
+  """Section `quant`; the defaults are the paper's."""
+
+  method: Literal["duq", "lsq", "pact", "qil"] = "duq"
+  per_channel: bool = False
+  first_bits: int = 0
+  last_bits: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
   """Section `train`."""
 
@@ -146,6 +156,7 @@ class Settings:
   teacher: TeacherSettings
   data: DataSettings
   plan: PlanSettings
+  quant: QuantSettings
   train: TrainSettings
   checkpoint: CheckpointSettings
   recovery: RecoverySettings
@@ -181,6 +192,14 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   _check_model(settings, models)
   _check_data(settings.data)
   _check_plan(settings.plan)
+  for name in ("first_bits", "last_bits"):
+    bits = getattr(settings.quant, name)
+    allowed = f"0 (as all layers), or {MIN_BITS} to {MAX_BITS}"
+    require(bits == 0 or MIN_BITS <= bits <= MAX_BITS, f"quant.{name}", bits, allowed)
+  fitted, method = settings.plan.fitted_bits, settings.quant.method
+  require(
+    not fitted or method == "duq", "plan.fitted_bits", fitted, f"() with quant.method = {method}: it fits DuQ's a and c"
+  )
   epochs = settings.plan.full_precision_epochs
   needed = "1 or above without init.weights, and with init.reset_head"
   require(epochs >= 1 or not settings.new_classifier, "plan.full_precision_epochs", epochs, needed)

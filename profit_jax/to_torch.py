@@ -1,13 +1,14 @@
 """Writes a run's best weights for PyTorch: python -m profit_jax.to_torch RUN FILE.safetensors [--names=authors]."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from profit_jax import paths, plan
 from profit_jax.models import build, variable_shapes
 from profit_jax.report.files import read_data, read_settings
-from profit_jax.settings import ConfigError
+from profit_jax.settings import ConfigError, QuantSettings
 from profit_jax.weights.load import differing_settings, load_variables, namings
 from profit_jax.weights.save import leaves_quantizers_out, named_tensors, settings_metadata, write_safetensors
 
@@ -28,7 +29,12 @@ def write(run: str, file: str, names: str | None) -> str:
   model = settings.model.name
   if names is None:
     names = next(source for source in ("authors", "torchvision", "timm", "profit_jax") if source in namings(model))
-  module = build(settings.model, read_data(directory)["num_classes"])
+  module = build(settings.model, read_data(directory)["num_classes"], settings.quant)
+  if names == "authors" and settings.quant != QuantSettings():
+    raise ConfigError(
+      f"--names=authors is not allowed: their quantizers are DuQ's, and this run has config.quant = "
+      f"{dataclasses.asdict(settings.quant)}. Use --names=profit_jax."
+    )
   loaded = load_variables(run, model, variable_shapes(module, settings.data.image_size))
   tensors = named_tensors(model, loaded.variables, names)
   last = plan.plan(settings)[-1]

@@ -4,6 +4,7 @@ That it is the model's is not believed but measured, with every export: each qua
 the trained network (`verify.py`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from profit_jax.data.normalize import Normalization
 from profit_jax.export.net import IMAGE, Activation, Layer, Mean, Net, Node, Product, Quantizer, Sum, Value
 from profit_jax.models import STRIDES, mobilenet_v1, mobilenet_v2, mobilenet_v3
 from profit_jax.quant import duq
-from profit_jax.settings import ConfigError, Settings
+from profit_jax.settings import ConfigError, QuantSettings, Settings
 
 _SIXTH = 6.0  # where ReLU6 ends
 
@@ -32,9 +33,15 @@ def build_net(
     act_bits: 2 to 8.
 
   Raises:
-    ConfigError: a model that pads with 0 where an h-swish quantizer has no code for it.
+    ConfigError: a model that pads with 0 where an h-swish quantizer has no code for it; other quantizers than DuQ with one
+      interval per kernel.
   """
   model = settings.model
+  if settings.quant != QuantSettings():
+    raise ConfigError(
+      f"config.quant = {dataclasses.asdict(settings.quant)} cannot be exported: only DuQ quantizers with one interval per "
+      f"kernel and the same bits in all layers can be. Train with the defaults of configs/base.py."
+    )
   if model.name.startswith("mobilenet_v3") and model.pad_value != duq.HSWISH_MINIMUM:
     raise ConfigError(
       f"config.model.pad_value = {model.pad_value} cannot be exported: h-swish quantizers begin at -3/8, and a border "

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from profit_jax.models import mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet
-from profit_jax.settings import ConfigError, ModelSettings, Settings
+from profit_jax.settings import ConfigError, ModelSettings, QuantSettings, Settings
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
   "mobilenet_v1": mobilenet_v1.MobileNetV1,
@@ -74,10 +74,12 @@ def _check_shape(model: ModelSettings, image_size: int, section: str) -> None:
     )
 
 
-def build(settings: ModelSettings, num_classes: int) -> nn.Module:
-  """The module that the settings describe; a model takes the fields that it has."""
+def build(settings: ModelSettings, num_classes: int, quant: QuantSettings | None = None) -> nn.Module:
+  """The module that the settings describe, with these quantizers; a model takes the fields that it has."""
   known = options(settings.name)
   chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name in known}
+  if quant is not None and settings.name not in TEACHERS_ONLY and quant != QuantSettings():
+    chosen["quant"] = quant
   return REGISTRY[settings.name](num_classes=num_classes, **chosen)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
 from profit_jax.quant.levels import Levels
+from profit_jax.settings import QuantSettings
 
 # Per stage: output channels at width 1, number of blocks.
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
@@ -63,6 +64,7 @@ class MobileNetV1(nn.Module):
     bn_epsilon: added to variances.
     dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
     sampling_every: as `QuantConv`'s.
+    quant: which quantizers; None is DuQ, at the levels of every layer.
   """
 
   num_classes: int = 1000
@@ -74,14 +76,16 @@ class MobileNetV1(nn.Module):
   bn_epsilon: float = 1e-5
   dtype: Any = None
   sampling_every: int = 1
+  quant: QuantSettings | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
+    levels = levels._replace(quant=self.quant)
     conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
+    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels.first())
     x = norm(name="stem_norm").pending(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 
@@ -100,4 +104,4 @@ class MobileNetV1(nn.Module):
 
     x = jnp.mean(x, axis=(1, 2))
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels)
+    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels.last())

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
 from profit_jax.quant.levels import Levels
+from profit_jax.settings import QuantSettings
 
 # Per stage: expansion, output channels at width 1, number of blocks.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
@@ -75,6 +76,7 @@ class MobileNetV2(nn.Module):
     bn_epsilon: added to variances.
     dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
     sampling_every: as `QuantConv`'s.
+    quant: which quantizers; None is DuQ, at the levels of every layer.
   """
 
   num_classes: int = 1000
@@ -86,6 +88,7 @@ class MobileNetV2(nn.Module):
   bn_epsilon: float = 1e-5
   dtype: Any = None
   sampling_every: int = 1
+  quant: QuantSettings | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
@@ -96,10 +99,11 @@ class MobileNetV2(nn.Module):
       levels: steps of the quantizers; full precision by default.
       train: batch statistics and dropout (which wants a `dropout` key unless its rate is 0).
     """
+    levels = levels._replace(quant=self.quant)
     conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels)
+    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels.first())
     x = norm(name="stem_norm").pending(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 
@@ -122,6 +126,6 @@ class MobileNetV2(nn.Module):
     x = conv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, levels)
     x = norm(name="head_norm")(x, train, self.activation)
     x = jnp.mean(x, axis=(1, 2))
-    x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, levels)
+    x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, levels.last())
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels)
+    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels.last())

@@ -29,6 +29,7 @@ from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense, at_lea
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
 from profit_jax.quant.duq import HSWISH_MINIMUM
 from profit_jax.quant.levels import Levels
+from profit_jax.settings import QuantSettings
 
 # torch's kaiming_uniform_(mode="fan_out") with gain 1, which the authors start their dense layers from.
 _dense_init = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
@@ -200,6 +201,7 @@ class MobileNetV3(nn.Module):
     channel_rounding: of scaled channels to a multiple of 8: nearest (torchvision), or up (the authors).
     dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
     sampling_every: as `QuantConv`'s.
+    quant: which quantizers; None is DuQ, at the levels of every layer.
   """
 
   variant: Literal["large", "small"]
@@ -214,17 +216,19 @@ class MobileNetV3(nn.Module):
   channel_rounding: Literal["nearest", "up"] = "nearest"
   dtype: Any = None
   sampling_every: int = 1
+  quant: QuantSettings | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
+    levels = levels._replace(quant=self.quant)
     conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
     dense = functools.partial(QuantDense, kernel_init=_dense_init, dtype=self.dtype)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     variant = VARIANTS[self.variant]
     strides = self.strides or variant.strides
 
-    x = conv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(x, levels)
+    x = conv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(x, levels.first())
     x = norm(name="stem_norm")(x, train, "hard_swish")
 
     index = 0
@@ -255,9 +259,9 @@ class MobileNetV3(nn.Module):
     x = QuantAct("hswish", name="head_quant")(x, levels)
     features = self._channels(variant.pre_classifier)
     x = nn.hard_swish(dense(features, name="pre_classifier")(x, levels))
-    x = QuantAct("hswish", name="pre_classifier_quant")(x, levels)
+    x = QuantAct("hswish", name="pre_classifier_quant")(x, levels.last())
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return dense(self.num_classes, name="classifier")(x, levels)
+    return dense(self.num_classes, name="classifier")(x, levels.last())
 
   def _channels(self, channels: int) -> int:
     return (up_to_multiple_of_8 if self.channel_rounding == "up" else divisible_by_8)(channels * self.width)

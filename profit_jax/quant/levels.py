@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from profit_jax.settings import MAX_BITS, MIN_BITS
+from profit_jax.settings import MAX_BITS, MIN_BITS, QuantSettings
 
 
 class Levels(NamedTuple):
@@ -19,10 +19,28 @@ class Levels(NamedTuple):
     weight: float32 scalar, `2^(b-1) - 1` steps on each side of 0, for kernels; or None.
     act: float32 scalar, `2^b - 1` steps above 0, for activations; or None. A symmetric activation quantizer derives
       its own number from it, see `symmetric_steps`.
+    quant: which quantizers, as a model puts it here for its layers; None is DuQ. Callers leave it alone: it is no array.
   """
 
   weight: jax.Array | None = None
   act: jax.Array | None = None
+  quant: QuantSettings | None = None
+
+  def first(self) -> "Levels":
+    """Those of the first layer."""
+    return self if self.quant is None else self._replace(weight=_at_least(self.weight, self.quant.first_bits - 1))
+
+  def last(self) -> "Levels":
+    """Those of the classifier, and of the quantizer before it."""
+    if self.quant is None:
+      return self
+    bits = self.quant.last_bits
+    return self._replace(weight=_at_least(self.weight, bits - 1), act=_at_least(self.act, bits))
+
+
+def _at_least(steps: jax.Array | None, exponent: int) -> jax.Array | None:
+  """`max(steps, 2^exponent - 1)`; as it is where its kind is in full precision or the exponent stands for nothing."""
+  return steps if steps is None or exponent < 1 else jnp.maximum(steps, 2.0**exponent - 1)
 
 
 def levels(weight_bits: int | None, act_bits: int | None) -> Levels:

@@ -34,7 +34,7 @@ def write_plots(directory: epath.Path, progress: Progress, phases: tuple[Phase, 
     _save(_ranking(progress, phases), directory / "aiwq.png")
     captions["aiwq.png"] = "AIWQ of every convolution, largest first; colours tell when its kernel freezes."
   bits = phases[-1].weight_bits
-  if bits is not None:
+  if bits is not None and any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)):  # DuQ's codes
     _save(_codes(params, bits), directory / "weight_codes.png")
     captions["weight_codes.png"] = f"How often each {bits}-bit weight code occurs, in every layer of the best weights."
   return captions
@@ -116,7 +116,10 @@ def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
   kernels = {path[:-1]: np.ravel(leaf) for path, leaf in flat.items() if path[-1] == "kernel"}
   sizes = [kernel.size for kernel in kernels.values()]
   # All layers in one array: a call per layer would compile for every shape.
-  intervals = np.repeat([np.asarray(flat[*layer, "quant_a"]) for layer in kernels], sizes)
+  # An interval for every element, of the whole kernel or of its output channel.
+  intervals = np.concatenate(
+    [np.broadcast_to(flat[*layer, "quant_a"], flat[*layer, "kernel"].shape).ravel() for layer in kernels]
+  )
   codes = np.asarray(duq.codes(np.concatenate(list(kernels.values())), intervals, steps, "symmetric"))
   parts = np.split(codes + int(steps), np.cumsum(sizes)[:-1])
   count = 2 * int(steps) + 1

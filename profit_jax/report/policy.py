@@ -8,6 +8,7 @@ from typing import Any
 from flax import traverse_util
 
 from profit_jax.plan import Phase, bits_name, summary_line
+from profit_jax.quant.methods import PREFIX
 from profit_jax.settings import Settings
 
 
@@ -46,11 +47,8 @@ def markdown(
   kernels = {
     "/".join(path[:-1]): leaf.shape for path, leaf in traverse_util.flatten_dict(params).items() if path[-1] == "kernel"
   }
-  quantizers = [
-    "/".join(path[:-1])
-    for path in traverse_util.flatten_dict(params)
-    if path[-1] == "quant_a" and "/".join(path[:-1]) not in kernels
-  ]
+  found = {"/".join(path[:-1]) for path in traverse_util.flatten_dict(params) if path[-1].startswith(PREFIX)}
+  quantizers = found - kernels.keys()
   schedule = [f"weights {_ladder(plan.weight_bits)}", f"activations {_ladder(plan.act_bits)}"]
   schedule.append("progressive" if plan.progressive else "straight to the last")
   schedule.append("BN phases" if plan.stabilize else "no BN phases")
@@ -63,7 +61,9 @@ def markdown(
     teacher.model, f"{teacher.model}, {teacher.weights}"
   )
   rows = {
-    "bits of every layer": f"{bits}, the first and the last too; kernels symmetric, one a and c each; the image as it is",
+    "quantizers": f"{settings.quant.method}, {'each output channel of' if settings.quant.per_channel else 'each'} kernel "
+    "with scalars of its own",
+    "bits of every layer": f"{bits}{_ends(settings.quant)}; the image as it is",
     "schedule": "; ".join(schedule),
     "plan": summary_line(phases),
     "teacher": taught,
@@ -87,6 +87,13 @@ def markdown(
   ]
   lines += [f"| {layer} | activations | {last.act_bits or 'float'} |" for layer in sorted(quantizers)]
   return lines
+
+
+def _ends(quant):
+  """What the first and the last layer have."""
+  if not (quant.first_bits or quant.last_bits):
+    return ", the first and the last too"
+  return f"; at least {quant.first_bits or 'as many'} in the first, {quant.last_bits or 'as many'} in the last"
 
 
 def _ladder(bits: tuple[int, ...]) -> str:

@@ -9,6 +9,8 @@ import jax
 import optax
 from flax import traverse_util
 
+from profit_jax.quant.methods import PREFIX
+
 WEIGHT, NORM, QUANT, FROZEN = "weight", "norm", "quant", "frozen"
 GROUPS = (WEIGHT, NORM, QUANT, FROZEN)
 
@@ -33,7 +35,7 @@ def label_params(params: Mapping[str, Any], *, train_kernels: bool, frozen: froz
 
   | leaf                             | group                                                      |
   |----------------------------------|------------------------------------------------------------|
-  | `quant_a`, `quant_c`             | quant                                                      |
+  | `quant_...`                      | quant                                                      |
   | `scale`, `bias`                  | norm                                                       |
   | `kernel`                         | weight; frozen if its layer is in `frozen` or kernels are fixed |
 
@@ -48,7 +50,7 @@ def label_params(params: Mapping[str, Any], *, train_kernels: bool, frozen: froz
   labels, unused = {}, set(frozen)
   for path in traverse_util.flatten_dict(params):
     layer, leaf = "/".join(path[:-1]), path[-1]
-    if leaf in ("quant_a", "quant_c"):
+    if leaf.startswith(PREFIX):
       labels[path] = QUANT
     elif leaf in ("scale", "bias"):
       labels[path] = NORM

@@ -160,11 +160,11 @@ class Programs:
     return self._wait(("eval", who, quantized_weights, quantized_acts), self._compile_eval)
 
   def calibrate_acts(self) -> Callable[..., Any]:
-    """The compiled `(variables, image, key) -> params` of `steps.calibrate_acts`."""
+    """The compiled `(variables, image, key, steps) -> params` of `steps.calibrate_acts`."""
     return self._wait(("calibrate", "act"), self._compile_calibration)
 
   def calibrate_weights(self) -> Callable[..., Any]:
-    """The compiled `params -> params` of `steps.calibrate_weights`."""
+    """The compiled `(params, steps) -> params` of `steps.calibrate_weights`."""
     return self._wait(("calibrate", "weight"), self._compile_calibration)
 
   def fit_weights(self) -> Callable[..., Any]:
@@ -283,18 +283,17 @@ class Programs:
 
   def _compile_calibration(self, what: str) -> Callable[..., Any]:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
-    if what == "weight":
-      return jax.jit(steps.calibrate_weights, out_shardings=self._replicated).lower(sharded(self._params)).compile()
-    if what == "fit":
-      scalar = sharded(jax.ShapeDtypeStruct((), np.float32))
-      return jax.jit(steps.fit_weights, out_shardings=self._replicated).lower(sharded(self._params), scalar).compile()
+    scalar = jax.ShapeDtypeStruct((), np.float32)
+    if what != "act":
+      of = functools.partial(steps.fit_weights if what == "fit" else steps.calibrate_weights, quant=settings.quant)
+      return jax.jit(of, out_shardings=self._replicated).lower(sharded(self._params), scalar).compile()
 
-    def calibrate(variables, image, key):
-      return steps.calibrate_acts(self._model, variables, image, self._normalization, key)
+    def calibrate(variables, image, key, acts):
+      return steps.calibrate_acts(self._model, variables, image, self._normalization, key, acts)
 
     image = self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)["image"]
     variables = sharded(variable_shapes(self._model, settings.data.image_size))
-    return jax.jit(calibrate, out_shardings=self._replicated).lower(variables, image, self._key_shape).compile()
+    return jax.jit(calibrate, out_shardings=self._replicated).lower(variables, image, self._key_shape, scalar).compile()
 
 
 def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:

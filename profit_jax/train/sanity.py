@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from profit_jax.quant.methods import PREFIX
 from profit_jax.settings import Ending
 
 # Of a and c, after softplus. Inputs of quantizers are of the order of 1 behind batch normalization, kernels of 0.01 to 1.
@@ -23,10 +24,10 @@ class NotFinite(Ending):
 
 
 def quantizer_scalars(params: Mapping[str, Any]) -> dict[str, float]:
-  """`quant_a/{layer}` and `quant_c/{layer}` of every quantizer, as positive values (after softplus)."""
+  """`quant_a/{layer}` and so on of every quantizer, as positive values (after softplus); of several, their mean."""
   flat = traverse_util.flatten_dict(params)
-  raw = {f"{path[-1]}/{'/'.join(path[:-1])}": leaf for path, leaf in flat.items() if path[-1] in ("quant_a", "quant_c")}
-  return {name: float(np.logaddexp(value, 0.0)) for name, value in jax.device_get(raw).items()}
+  raw = {f"{path[-1]}/{'/'.join(path[:-1])}": leaf for path, leaf in flat.items() if path[-1].startswith(PREFIX)}
+  return {name: float(np.mean(np.logaddexp(value, 0.0))) for name, value in jax.device_get(raw).items()}
 
 
 def describe(

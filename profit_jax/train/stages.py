@@ -47,24 +47,18 @@ def calibrate(phase: Phase, state: TrainState, programs: Programs, source: Sourc
   if phase.calibrate is None:
     return state
   if phase.calibrate != "act":
-    if phase.calibrate == "weight":
-      weights = programs.calibrate_weights()
-    else:
-      fit, steps = programs.fit_weights(), levels(phase.weight_bits, None).weight
-
-      def weights(params):
-        return fit(params, steps)
-
-    state = state.replace(params=weights(state.params))
-    return state if state.ema_params is None else state.replace(ema_params=weights(state.ema_params))
+    weights = programs.calibrate_weights() if phase.calibrate == "weight" else programs.fit_weights()
+    steps = levels(phase.weight_bits, None).weight
+    state = state.replace(params=weights(state.params, steps))
+    return state if state.ema_params is None else state.replace(ema_params=weights(state.ema_params, steps))
   # The same batch whenever it is asked for: epoch 0's first.
   batch = next(iter(source.train_batches(0, settings.train.batch_size)))
   image = programs.split({"image": batch["image"][:: settings.train.accumulation_steps]})["image"]
-  acts = programs.calibrate_acts()
-  state = state.replace(params=acts(state.variables, image, key))
+  acts, steps = programs.calibrate_acts(), levels(None, phase.act_bits).act
+  state = state.replace(params=acts(state.variables, image, key, steps))
   if state.ema_params is None:
     return state
-  return state.replace(ema_params=acts(state.ema_variables, image, key))
+  return state.replace(ema_params=acts(state.ema_variables, image, key, steps))
 
 
 def better(phase: Phase, progress: Progress, raw: dict[str, float], average: dict[str, float] | None) -> Best:

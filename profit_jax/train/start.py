@@ -59,7 +59,7 @@ def load_student(settings: Settings, num_classes: int, progress: Progress | None
     ConfigError: a file that does not hold this model's weights.
   """
   size = settings.data.image_size
-  model = build(settings.model, num_classes)
+  model = build(settings.model, num_classes, settings.quant)
 
   def random() -> Variables:
     return init_variables(model, jax.random.key(settings.seed), size)
@@ -67,7 +67,7 @@ def load_student(settings: Settings, num_classes: int, progress: Progress | None
   def with_padding(pad_value: float | None) -> nn.Module | None:
     if pad_value in (None, settings.model.pad_value):
       return None
-    return build(dataclasses.replace(settings.model, pad_value=pad_value), num_classes)
+    return build(dataclasses.replace(settings.model, pad_value=pad_value), num_classes, settings.quant)
 
   if progress is not None:
     return Student(model, random, None, with_padding(progress.start and progress.start.file_pad_value))
@@ -95,7 +95,7 @@ def load_teacher(settings: Settings, student: Student, num_classes: int, progres
     # Its dropout would only add noise to what it teaches. The student may still have to adapt to negative padding: what the
     # file's own code computes teaches better.
     padding = getattr(student.file_model or student.model, "pad_value", settings.model.pad_value)
-    own = build(dataclasses.replace(settings.model, dropout=0.0, pad_value=padding), num_classes)
+    own = build(dataclasses.replace(settings.model, dropout=0.0, pad_value=padding), num_classes, settings.quant)
     later = settings.new_classifier or progress is not None
     return Teacher(own, None if later else student.make(), None)
   other = build(teacher.as_model(), num_classes)

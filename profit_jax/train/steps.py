@@ -13,6 +13,8 @@ from profit_jax.data.normalize import Normalization, normalize
 from profit_jax.layers import at_least_float32
 from profit_jax.quant import calibration, duq
 from profit_jax.quant.levels import Levels
+from profit_jax.quant.methods import METHODS
+from profit_jax.settings import QuantSettings
 from profit_jax.train import aiwq
 from profit_jax.train.state import TrainState
 
@@ -212,46 +214,50 @@ def make_eval_step(model: nn.Module, *, normalization: Normalization, num_classe
   return step
 
 
-def calibrate_acts(model: nn.Module, variables: Any, image: jax.Array, normalization: Normalization, key: Any) -> Any:
-  """Params with the activation quantizers' a and c set from one batch, in train mode with quantizers off.
+def calibrate_acts(
+  model: nn.Module, variables: Any, image: jax.Array, normalization: Normalization, key: Any, steps: jax.Array
+) -> Any:
+  """Params with the activation quantizers' scalars set from one batch, in train mode with quantizers off.
 
-  Jit with `model` and `normalization` static. The running statistics stay as they are.
+  Jit with `model` and `normalization` static. The running statistics stay as they are. `steps` is `Levels.act`.
   """
   _, updates = model.apply(
     variables,
     normalize(image, normalization),
-    Levels(),
+    Levels(act=steps),
     True,
     mutable=["calibration", "batch_stats"],
     rngs={"dropout": key},
   )
   flat = traverse_util.flatten_dict(variables["params"])
-  for path, interval in traverse_util.flatten_dict(updates["calibration"]).items():
-    _set_interval(flat, path[:-1], interval)
+  for path, first in traverse_util.flatten_dict(updates["calibration"]).items():
+    _set(flat, path, first)
   return traverse_util.unflatten_dict(flat)
 
 
-def calibrate_weights(params: Any) -> Any:
-  """Params with every kernel's a and c set to `0.9 * max|w|`."""
-  flat = traverse_util.flatten_dict(params)
-  for path, leaf in list(flat.items()):
-    if path[-1] == "kernel":
-      _set_interval(flat, path[:-1], calibration.weight_interval(leaf))
-  return traverse_util.unflatten_dict(flat)
+def calibrate_weights(params: Any, steps: jax.Array, quant: QuantSettings = QuantSettings()) -> Any:
+  """Params with the first values of every kernel's quantizer, at `steps`, `Levels.weight`; DuQ's are `0.9 * max|w|`."""
+  return _with_kernel_scalars(params, quant, lambda kernel: METHODS[quant.method].first_kernel(kernel, steps))
 
 
-def fit_weights(params: Any, steps: jax.Array) -> Any:
+def fit_weights(params: Any, steps: jax.Array, quant: QuantSettings = QuantSettings()) -> Any:
   """Params with every kernel's a and c fitted to it, at `steps` (a scalar) of the symmetric quantizer."""
+
+  def fitted(kernel):
+    return dict(zip(("quant_a", "quant_c"), calibration.fitted_interval(kernel, steps), strict=True))
+
+  return _with_kernel_scalars(params, quant, fitted)
+
+
+def _with_kernel_scalars(params, quant, values_of):
   flat = traverse_util.flatten_dict(params)
+  values_of = jax.vmap(values_of, in_axes=-1) if quant.per_channel else values_of
   for path, leaf in list(flat.items()):
     if path[-1] == "kernel":
-      _set_interval(flat, path[:-1], *calibration.fitted_interval(leaf, steps))
+      for name, value in values_of(leaf).items():
+        _set(flat, (*path[:-1], name), value)
   return traverse_util.unflatten_dict(flat)
 
 
-def _set_interval(
-  flat: dict[tuple[str, ...], jax.Array], layer: tuple[str, ...], a: jax.Array, c: jax.Array | None = None
-) -> None:
-  # Two arrays, not one twice: both are donated later.
-  for leaf, value in (("quant_a", a), ("quant_c", a if c is None else c)):
-    flat[*layer, leaf] = duq.inverse_softplus(value).astype(flat[*layer, leaf].dtype)
+def _set(flat: dict[tuple[str, ...], jax.Array], path: tuple[str, ...], value: jax.Array) -> None:
+  flat[path] = duq.inverse_softplus(value).astype(flat[path].dtype)

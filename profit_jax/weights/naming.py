@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from profit_jax.quant.methods import METHODS
 from profit_jax.weights import layout
 
 Path = tuple[str, ...]  # of a leaf, collection first: ("params", "block01", "expand_conv", "kernel")
-QUANTIZER_LEAVES = ("quant_a", "quant_c")
+QUANTIZER_LEAVES = frozenset(leaf for method in METHODS.values() for leaf in (*method.kernel_leaves, *method.act_leaves))
 
 
 def blocks_of(layers: Collection[Path]) -> dict[str, set[Path]]:
@@ -31,7 +32,7 @@ class Naming:
       quantizers, have no tensors there.
     settings: of `config.model`, with which the source's own code computes.
     pointwise: dense layers of ours that are 1x1 convolutions there, by their own name.
-    quantizers: whether the source has quantizer scalars.
+    quantizers: whether the source has DuQ's scalars.
   """
 
   source: str
@@ -46,7 +47,7 @@ class Naming:
     return {
       path: f"{layers[path[1:-1]]}.{layout.TORCH_LEAF[path[-1]]}"
       for path in paths
-      if path[1:-1] in layers and (self.quantizers or path[-1] not in QUANTIZER_LEAVES)
+      if path[1:-1] in layers and (path[-1] not in QUANTIZER_LEAVES or (self.quantizers and path[-1] in layout.TORCH_LEAF))
     }
 
   def tensor_shape(self, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:

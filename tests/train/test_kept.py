@@ -134,8 +134,8 @@ def outputs(programs, variables):
     "mask": np.ones(128, bool),
   }
   batch, key, given = programs.split(batch), programs.replicate(jax.random.key(0)), programs.replicate(variables)
-  weights = programs.calibrate_weights()(given["params"])
-  acts = programs.calibrate_acts()(given, batch["image"], key)
+  weights = programs.calibrate_weights()(given["params"], levels(4, 4).weight)
+  acts = programs.calibrate_acts()(given, batch["image"], key, levels(4, 4).act)
   scores = programs.eval_step(True, True)(given, batch, levels(4, 4))
   state = programs.fresh_optimizer(programs.replicate(create_state(variables, ema=True)), True, FROZEN)
   sampling = programs.replicate(aiwq.start(variables["params"]))

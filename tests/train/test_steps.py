@@ -93,8 +93,10 @@ def test_uint8_images_are_normalized_inside_the_step(variables):
 
 def test_calibration_sets_a_and_c_of_every_quantizer(variables):
   image = batch(64)["image"]
-  params = jax.jit(lambda v, i: steps.calibrate_acts(TinyNet(), v, i, NORMALIZATION, jax.random.key(0)))(variables, image)
-  params = jax.jit(steps.calibrate_weights)(params)
+  params = jax.jit(lambda v, i: steps.calibrate_acts(TinyNet(), v, i, NORMALIZATION, jax.random.key(0), np.float32(15)))(
+    variables, image
+  )
+  params = jax.jit(steps.calibrate_weights)(params, np.float32(7))
   for layer in ("quant0", "quant1", "quant2", "signed_quant", *CONVS, "classifier"):
     assert params[layer]["quant_a"] == params[layer]["quant_c"]
     assert params[layer]["quant_a"] != variables["params"][layer]["quant_a"]

@@ -18,16 +18,20 @@ class TinyNet(nn.Module):
   activation: str = "relu"
   dropout: float = 0.0
   dtype: Any = None
+  quant: Any = None
 
   @nn.compact
   def __call__(self, x, levels=Levels(), train=False):
+    levels = levels._replace(quant=self.quant)
     for index, (features, stride, depthwise) in enumerate([(8, 2, False), (8, 2, True), (16, 1, False)]):
-      x = QuantConv(features, 3, stride, depthwise, dtype=self.dtype, name=f"conv{index}")(x, levels)
+      x = QuantConv(features, 3, stride, depthwise, dtype=self.dtype, name=f"conv{index}")(
+        x, levels if index else levels.first()
+      )
       x = nn.relu(BatchNorm(name=f"norm{index}")(x, train))
       x = QuantAct("unsigned", 6.0, name=f"quant{index}")(x, levels)
     x = QuantAct("symmetric", name="signed_quant")(x - 0.5, levels)
     x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, (1, 2)))
-    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels)
+    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels.last())
 
 
 CONVS = ("conv0", "conv1", "conv2")
