@@ -137,7 +137,7 @@ def float_onnx(net, path):
   from profit_jax.export import onnx_file
   from profit_jax.export.net import IMAGE
 
-  class Graph(onnx_file._Graph):
+  class Graph(onnx_file.Graph):
     """Floats in place of codes."""
 
     def _layer(self, node, result):
@@ -152,19 +152,13 @@ def float_onnx(net, path):
 
     def quantizer(self, node, result):
       if node.signed or node.margin:
-        return self._op("Identity", [self._names[node.input]], result)
+        return self._names[node.input]
       return self._op("Clip", [self._names[node.input], self._constant(0.0), self._constant(6.0)], result)
 
-    def value(self, node, result):
-      return self._op("Identity", [self._names[node.input]], result)
+    def _value(self, node, result):
+      return self._names[node.input]
 
-  onnx_file._WRITERS, kept = {**onnx_file._WRITERS}, onnx_file._WRITERS
-  for kind, method in (("Quantizer", Graph.quantizer), ("Value", Graph.value)):
-    onnx_file._WRITERS[getattr(onnx_file, kind)] = method
-  try:
-    graph = Graph(net)
-  finally:
-    onnx_file._WRITERS = kept
+  graph = Graph(net)
   shape = ["N", net.image_size, net.image_size, 3]
   model = helper.make_model(
     helper.make_graph(
@@ -180,6 +174,40 @@ def float_onnx(net, path):
   path = path.with_suffix(".onnx")
   onnx.save_model(model, path)
   runner = onnx_file.open_file(path)
+  return path, lambda image: runner.run(image)
+
+
+def float_litert(net, path):
+  """The float model in LiteRT: convolutions with bias, and Relu6."""
+  import numpy as np
+
+  from profit_jax.export import litert_file
+
+  class Graph(litert_file.Graph):
+    """Floats in place of codes."""
+
+    def _kernel(self, node):
+      kernel = float_kernel(net, node)
+      kernel = np.moveaxis(kernel, 2, 0) if node.depthwise else np.moveaxis(kernel, -1, 0)
+      return self._array(f"{node.name}/kernel", np.ascontiguousarray(kernel))
+
+    def _scaled(self, x, node, result):
+      # The output must have its name: a sum with 0.
+      return self._add(x, self._constant(0.0), result) if result == litert_file.LOGITS else x
+
+    def _bias(self, node):
+      return self._array(f"{node.name}/bias", node.bias)
+
+    def _quantizer(self, node, result):
+      x = self._names[node.input]
+      return x if node.signed or node.margin else self._op("RELU6", [x], result, self._shapes[x])
+
+    def _value(self, node, result):
+      return self._names[node.input]
+
+  path = path.with_suffix(".tflite")
+  litert_file.save(net, Graph(net), path)
+  runner = litert_file.open_file(path)
   return path, lambda image: runner.run(image)
 
 
@@ -231,7 +259,7 @@ def float_jax(net, path):
   return path, lambda image: np.asarray(run(placed, image))
 
 
-FLOAT = {"onnx": float_onnx}
+FLOAT = {"onnx": float_onnx, "litert": float_litert}
 
 if __name__ == "__main__":
   main()

@@ -22,12 +22,14 @@ class ConfigError(Ending, ValueError):
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
   """Fills a dataclass from a dictionary, section by section, types checked."""
   hints = typing.get_type_hints(cls)
-  unknown, missing = sorted(values.keys() - hints.keys()), sorted(hints.keys() - values.keys())
+  # Fields that came later have a default, with which runs of before go on.
+  later = {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
+  unknown, missing = sorted(values.keys() - hints.keys()), sorted(hints.keys() - values.keys() - later)
   if unknown:
     raise ConfigError(f"{where} has unknown fields: {listed(unknown)}. Allowed: {listed(hints)}.")
   if missing:
     raise ConfigError(f"{where} lacks the fields {listed(missing)}. Start from configs/base.py, which has them all.")
-  return cls(**{name: _convert(values[name], hint, f"{where}.{name}") for name, hint in hints.items()})
+  return cls(**{name: _convert(values[name], hint, f"{where}.{name}") for name, hint in hints.items() if name in values})
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -89,7 +89,7 @@ class PlanSettings:
 
   weight_bits: tuple[int, ...]
   act_bits: tuple[int, ...]
-  fitted_bits: tuple[int, ...]
+  fitted_bits: tuple[int, ...] = ()
   progressive: bool
   stabilize: bool
   profit: bool
@@ -156,7 +156,7 @@ class Settings:
   teacher: TeacherSettings
   data: DataSettings
   plan: PlanSettings
-  quant: QuantSettings
+  quant: QuantSettings = QuantSettings()
   train: TrainSettings
   checkpoint: CheckpointSettings
   recovery: RecoverySettings

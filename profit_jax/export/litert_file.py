@@ -38,7 +38,11 @@ _CODES = "/codes"  # how the names of tensors with a quantizer's codes end
 
 def write(net: Net, path: str | os.PathLike) -> None:
   """Writes the model."""
-  graph = _Graph(net)
+  save(net, Graph(net), path)
+
+
+def save(net: Net, graph: "Graph", path: str | os.PathLike) -> None:
+  """Writes a graph of a net."""
   subgraph = schema.SubGraphT()
   subgraph.name = f"{net.model}_{net.bits_name}"
   subgraph.tensors, subgraph.operators = graph.tensors, graph.operators
@@ -52,7 +56,7 @@ def write(net: Net, path: str | os.PathLike) -> None:
   pathlib.Path(path).write_bytes(bytes(builder.Output()))
 
 
-class _Graph:
+class Graph:
   """Appends what the nodes of a net are in LiteRT; a tensor is known by its name.
 
   Attributes:
@@ -151,12 +155,18 @@ class _Graph:
   def _layer(self, node: Layer, result: str) -> str:
     x, kernel, features = self._names[node.input], self._kernel(node), node.kernel.shape[-1]
     self.tensors[self.index(kernel)].shapeSignature = None  # its first axis is no batch
-    bias = self._array(f"zeros_{features}", np.zeros(features, np.float32))
+    bias, sums = self._bias(node), f"{node.name}/sums"
     if node.dense:
-      shape, options = (1, features), schema.FullyConnectedOptionsT()
-      x = self._op("FULLY_CONNECTED", [x, kernel, bias], f"{node.name}/sums", shape, options)
+      x = self._op("FULLY_CONNECTED", [x, kernel, bias], sums, (1, features), schema.FullyConnectedOptionsT())
     else:
       x = self._conv(node, x, kernel, bias)
+    return self._scaled(x, node, result)
+
+  def _bias(self, node: Layer) -> str:
+    features = node.kernel.shape[-1]
+    return self._array(f"zeros_{features}", np.zeros(features, np.float32))
+
+  def _scaled(self, x: str, node: Layer, result: str) -> str:
     x = self._mul(x, self._array(f"{node.name}/multiplier", node.multiplier), f"{node.name}/scaled")
     return self._add(x, self._array(f"{node.name}/bias", node.bias), result)
 

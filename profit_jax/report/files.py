@@ -58,7 +58,7 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
   Raises:
     ConfigError: it has another configuration, or its data was other.
   """
-  found = differences(comparable(read_config(workdir)), comparable(settings.to_dict()))
+  found = differences(comparable(read_settings(workdir).to_dict()), comparable(settings.to_dict()))
   if found:
     listing = "\n  ".join(found)
     raise ConfigError(

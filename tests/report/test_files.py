@@ -134,3 +134,13 @@ def test_processes_agree_in_all_but_where_data_and_programs_lie(monkeypatch, tmp
     "train.learning_rate": 0.5,
   }.items():
     assert first != compared(**{field: value}), field
+
+
+def test_a_run_of_a_release_without_later_fields_goes_on(run):
+  config = json.loads((run / "config.json").read_text())
+  del config["quant"], config["plan"]["fitted_bits"]
+  (run / "config.json").write_text(json.dumps(config))
+  files.claim_workdir(run, settings(), source())
+  assert files.read_settings(run) == settings()
+  with pytest.raises(ConfigError, match=r"quant\.method: 'duq' there, 'lsq' here"):
+    files.claim_workdir(run, settings(**{"quant.method": "lsq"}), source())
