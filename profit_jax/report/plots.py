@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from matplotlib.colors import LogNorm
 
 from profit_jax.plan import Phase
 from profit_jax.quant import duq
@@ -33,11 +34,66 @@ def write_plots(directory: epath.Path, progress: Progress, phases: tuple[Phase, 
   if progress.ranking:
     _save(_ranking(progress, phases), directory / "aiwq.png")
     captions["aiwq.png"] = "AIWQ of every convolution, largest first; colours tell when its kernel freezes."
+  figure = _instability(progress, phases)
+  if figure is not None:
+    _save(figure, directory / "instability.png")
+    captions["instability.png"] = (
+      "Share of each kernel's codes that an epoch's last step changed, and how far that step's batch statistics lie from "
+      "the running ones (KL divergence); layers from input to output by name, epochs from left to right."
+    )
   bits = phases[-1].weight_bits
   if bits is not None and any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)):  # DuQ's codes
     _save(_codes(params, bits), directory / "weight_codes.png")
     captions["weight_codes.png"] = f"How often each {bits}-bit weight code occurs, in every layer of the best weights."
   return captions
+
+
+def instability_image(progress: Progress) -> np.ndarray | None:
+  """The heat map of a run as uint8 `[H, W, 3]`; None where nothing was measured."""
+  figure = _instability(progress, ())
+  if figure is None:
+    return None
+  figure.set_dpi(110)
+  figure.canvas.draw()
+  image = np.array(figure.canvas.buffer_rgba())[..., :3]
+  plt.close(figure)
+  return image
+
+
+def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | None:
+  measured = [
+    (title, _matrix([epoch.instability.get(name, {}) for epoch in progress.epochs]))
+    for title, name in (("codes changed in a step", "flip_rate"), ("batch from running statistics (KL)", "bn_distance"))
+  ]
+  measured = [(title, *found) for title, found in measured if found is not None]
+  if not measured:
+    return None
+  height = 1.2 + sum(0.11 * len(layers) + 0.6 for _, layers, _ in measured)
+  figure, axes = plt.subplots(
+    len(measured), 1, figsize=(11, height), layout="constrained", squeeze=False,
+    height_ratios=[len(layers) for _, layers, _ in measured],
+  )  # fmt: skip
+  for axis, (title, layers, values) in zip(axes.flat, measured, strict=True):
+    # What is 0 stays blank, as what was not measured: on a scale of factors it has no place.
+    shown = np.ma.masked_where(~(values > 0), values)
+    extent = (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
+    picture = axis.imshow(shown, aspect="auto", norm=LogNorm(), cmap="viridis", interpolation="nearest", extent=extent)
+    axis.set_yticks(range(len(layers)), layers, fontsize=5)
+    axis.set_title(title, fontsize=9)
+    start = 0.5
+    for phase in phases:
+      start += phase.epochs
+      axis.axvline(start, color="0.7", linewidth=0.4)
+    figure.colorbar(picture, ax=axis, fraction=0.03, pad=0.01)
+  axes.flat[-1].set_xlabel("epoch")
+  return figure
+
+
+def _matrix(rows: list[dict[str, float]]) -> tuple[list[str], np.ndarray] | None:
+  """Layers, and their values `[layers, epochs]`, NaN where there is none; None where all are empty or 0."""
+  layers = sorted({layer for row in rows for layer in row})
+  values = np.array([[row.get(layer, np.nan) for row in rows] for layer in layers])
+  return (layers, values) if np.any(values > 0) else None
 
 
 def _save(figure: plt.Figure, path: epath.Path) -> None:

@@ -2,10 +2,13 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from clu import metric_writers
 
 from profit_jax.plan import Phase
+from profit_jax.report import plots
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress, Start
 from profit_jax.train.sanity import quantizer_scalars
@@ -31,6 +34,10 @@ class TensorBoardObserver(Observer):
   | quant_a/{layer}, quant_c/{layer} | interval and output scale (after softplus)* |
   | clip_rate/{layer}            | share of a quantizer's input that it clips*     |
   | aiwq/{layer}                 | running AIWQ, in sampling phases                |
+  | flip_rate/{layer}            | share of a kernel's codes that the epoch's last step changed* |
+  | bn_distance/{layer}          | KL of a batch's statistics from the running ones, likewise*   |
+  | flip_rate, bn_distance       | histograms over the layers                      |
+  | instability                  | at the end, the heat map of report.md           |
 
   * at the first, every fifth and the last epoch of a phase.
   """
@@ -42,12 +49,18 @@ class TensorBoardObserver(Observer):
     self._step = 0
 
   def _write(self, step: int, scalars: dict[str, float], flush: bool = False) -> None:
+    def write(writer):
+      writer.write_scalars(step, scalars)
+      if flush:
+        writer.flush()
+
+    self._attempt(write)
+
+  def _attempt(self, write: Callable[[metric_writers.SummaryWriter], None]) -> None:
     if self._writer is None:
       return
     try:
-      self._writer.write_scalars(step, scalars)
-      if flush:
-        self._writer.flush()
+      write(self._writer)
     except Exception as error:  # TensorFlow's own; a full disk, mostly
       # Training is worth more than its curves, and a checkpoint that finds the same disk full says so.
       self._writer = None
@@ -87,7 +100,18 @@ class TensorBoardObserver(Observer):
     if report.epoch in (1, report.phase.epochs) or report.epoch % _EPOCHS_BETWEEN == 0:
       scalars |= {f"clip_rate/{name}": value for name, value in report.clip_rate.items()}
       scalars |= quantizer_scalars(report.params)
+      for name, by_layer in report.instability.items():
+        scalars |= {f"{name}/{layer}": value for layer, value in by_layer.items()}
     self._write(report.step, scalars, flush=True)
+    histograms = {name: np.array([*values.values()]) for name, values in report.instability.items() if values}
+    self._attempt(lambda writer: writer.write_histograms(report.step, histograms))
+
+  def run_done(self, progress: Progress, params: Any) -> None:
+    """See `Observer`."""
+    del params
+    image = plots.instability_image(progress)
+    if image is not None:
+      self._attempt(lambda writer: writer.write_images(self._step, {"instability": image[None]}))
 
   def close(self) -> None:
     """See `Observer`."""

@@ -14,7 +14,7 @@ from profit_jax.models import variable_shapes
 from profit_jax.plan import Phase, target_phases
 from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
-from profit_jax.train import aiwq, checkpoint, interrupt, sanity, stages
+from profit_jax.train import aiwq, checkpoint, instability, interrupt, sanity, stages
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.programs import Frozen, Programs
@@ -195,6 +195,7 @@ class Loop:
     self._epoch_started = time.perf_counter(), progress.step
     for batch in self._source.train_batches(progress.total_epochs, self._settings.train.batch_size, progress.step):
       self._meet()
+      held = instability.hold(moment.state) if progress.step + 1 == self._steps_per_epoch else None
       moment.state, metrics, moment.sampling = step(
         moment.state,
         self._programs.split(batch),
@@ -211,6 +212,8 @@ class Loop:
       # At an epoch's last step, what its evaluation finds should be part of it.
       if progress.step < self._steps_per_epoch and self._save_is_due():
         self._save()
+      if held is not None:
+        progress.instability = instability.measure(held, moment.state, phase, self._settings)
     self._collect_all()
     self._meet()
 
@@ -230,7 +233,7 @@ class Loop:
     phase = self._phases[progress.phase - 1]
     if not metrics.pop("finite"):
       where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, step {step}"
-      state, rates = self._moment.state, self._learning_rates(phase, progress.epoch)
+      state, rates = self._moment.state, stages.learning_rates(phase, progress.epoch, progress, self._settings)
       quantized = state.params if phase.weight_bits or phase.act_bits else {}
       raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, quantized, state.batch_stats))
     metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
@@ -280,14 +283,13 @@ class Loop:
     raw, clip_rate = self._evaluate(phase, moment.state.variables)
     average = None if moment.state.ema_params is None else self._evaluate(phase, moment.state.ema_variables)[0]
     train = {name: total / progress.step for name, total in progress.totals.items()}
-    progress.epoch += 1
-    progress.total_epochs += 1
-    progress.step, progress.totals = 0, {}
+    progress.epoch, progress.total_epochs = progress.epoch + 1, progress.total_epochs + 1
+    record = EpochRecord(phase.index, raw["top1"], average and average["top1"], train["loss"], progress.instability)
+    progress.step, progress.totals, progress.instability = 0, {}, {}
     if moment.sampling is not None:
       progress.metric = {layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()}
     self._keep_best(phase, raw, average)
     self._keep_time()
-    record = EpochRecord(phase=phase.index, top1=raw["top1"], top1_ema=average and average["top1"], loss=train["loss"])
     progress.epochs.append(record)
     self._observer.epoch_done(
       EpochReport(
@@ -297,9 +299,10 @@ class Loop:
         train=train,
         evaluation=raw,
         evaluation_ema=average,
-        learning_rates=self._learning_rates(phase, progress.epoch - 1),
+        learning_rates=stages.learning_rates(phase, progress.epoch - 1, progress, self._settings),
         clip_rate=clip_rate,
         aiwq=dict(progress.metric) if phase.kind == "sampling" else {},
+        instability=record.instability,
         params=moment.state.params,
       )
     )
@@ -345,6 +348,3 @@ class Loop:
     record = stages.phase_record(phase, progress, self._steps_per_epoch, frozen)
     progress.records.append(record)
     self._observer.phase_done(record)
-
-  def _learning_rates(self, phase: Phase, epoch: int) -> dict[str, float]:
-    return stages.learning_rates(phase, epoch, self._moment.progress.learning_rate_scale, self._settings)

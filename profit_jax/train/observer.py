@@ -22,6 +22,7 @@ class EpochReport:
     learning_rates: by optimizer group.
     clip_rate: by quantizer, the share of its input it clips.
     aiwq: by convolution, in the sampling phase; else empty.
+    instability: `flip_rate` by kernel, `bn_distance` by normalization, of the last step; see `instability.measure`.
     params: the student's.
   """
 
@@ -34,6 +35,7 @@ class EpochReport:
   learning_rates: dict[str, float]
   clip_rate: dict[str, float]
   aiwq: dict[str, float]
+  instability: dict[str, dict[str, float]]
   params: Any
 
 

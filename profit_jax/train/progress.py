@@ -68,14 +68,15 @@ class Start:
   examples: int = 0
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class EpochRecord:
-  """An epoch's evaluation, for the plots."""
+  """An epoch's evaluation, and what its last step changed (see `instability.measure`), for the plots."""
 
   phase: int
   top1: float
   top1_ema: float | None
   loss: float
+  instability: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -88,6 +89,7 @@ class Progress:
     total_epochs: epochs finished in all.
     step: steps done in the epoch under way.
     totals: sums over them of what the steps measured, in the order of the steps.
+    instability: what the last step of the epoch changed, once it is done; see `instability.measure`.
     ranking: the convolutions by AIWQ, largest first; empty before a sampling phase ends.
     metric: their AIWQ at the end of the last sampling epoch.
     phase_seconds: wall time that the phase under way has taken.
@@ -107,6 +109,7 @@ class Progress:
   total_epochs: int = 0
   step: int = 0
   totals: dict[str, float] = dataclasses.field(default_factory=dict)
+  instability: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   ranking: list[str] = dataclasses.field(default_factory=list)
   metric: dict[str, float] = dataclasses.field(default_factory=dict)
   phase_seconds: float = 0.0

@@ -31,9 +31,9 @@ def known_frozen(phases: tuple[Phase, ...], phase: Phase, progress: Progress) ->
   return frozen(phase, progress)
 
 
-def learning_rates(phase: Phase, epoch: int, scale: float, settings: Settings) -> dict[str, float]:
-  """The rate of each optimizer group in an epoch (from 0) of a phase; scale: `Progress.learning_rate_scale`."""
-  rate = phase.learning_rate_at(epoch) * scale
+def learning_rates(phase: Phase, epoch: int, progress: Progress, settings: Settings) -> dict[str, float]:
+  """The rate of each optimizer group in an epoch (from 0) of a phase."""
+  rate = phase.learning_rate_at(epoch) * progress.learning_rate_scale
   return {
     WEIGHT: rate if phase.program.train_kernels else 0.0,
     NORM: rate,
