@@ -14,7 +14,7 @@ def test_forms_agree_forward_and_backward(size, kernel, stride):
   with jax.enable_x64(True):
     x, k = jnp.asarray(rng.normal(size=(2, size, size + 1, 5))), jnp.asarray(rng.normal(size=(kernel, kernel, 1, 5)))
     y, vjp = jax.vjp(lambda x, k: depthwise.depthwise_conv(x, k, stride), x, k)
-    expected, expected_vjp = jax.vjp(lambda x, k: depthwise._grouped(x, k, stride), x, k)
+    expected, expected_vjp = jax.vjp(lambda x, k: depthwise.grouped(x, k, stride), x, k)
     upstream = jnp.asarray(rng.normal(size=y.shape))
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13)
     for ours, theirs in zip(vjp(upstream), expected_vjp(upstream), strict=True):

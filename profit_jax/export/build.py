@@ -9,6 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from profit_jax.data.normalize import Normalization
@@ -166,10 +168,14 @@ class _Builder:
 
 
 def kernel_codes(kernel: np.ndarray, raw_a: np.ndarray, steps: int) -> np.ndarray:
-  """The int8 codes of a float32 kernel, in the arithmetic of `duq.quantize`."""
-  interval = np.float32(_softplus(raw_a))
-  ratio = np.clip(np.float32(kernel) / interval, np.float32(-1), np.float32(1))
-  return np.rint(ratio * np.float32(steps)).astype(np.int8)
+  """The int8 codes of a float32 kernel, computed by the trained quantizer itself.
+
+  NumPy would round some other way at ties: XLA multiplies by 1/a, and its softplus is a float's last bit off.
+  """
+  return np.asarray(_codes(jnp.asarray(kernel), jnp.asarray(raw_a), jnp.float32(steps), "symmetric")).astype(np.int8)
+
+
+_codes = jax.jit(duq.codes, static_argnames="kind")
 
 
 def _softplus(raw: Any) -> np.float64:
