@@ -19,6 +19,9 @@ from profit_jax.quant import duq
 from profit_jax.quant.levels import levels
 from profit_jax.train.progress import Progress
 
+# Names of layers in the order of the network: around the blocks (1), and within one.
+_OUTSIDE = {0: "stem", 2: "head", 3: "pre_classifier", 4: "classifier"}
+_INSIDE = ("expand", "depthwise", "squeeze_excite/reduce", "squeeze_excite/expand", "pointwise", "project")
 _RAW, _EMA, _FROZEN = "#1f5fa8", "#d1781f", ("#8c2d04", "#d98c3f", "#c9c9c9")
 
 
@@ -39,7 +42,7 @@ def write_plots(directory: epath.Path, progress: Progress, phases: tuple[Phase, 
     _save(figure, directory / "instability.png")
     captions["instability.png"] = (
       "Share of each kernel's codes that an epoch's last step changed, and how far that step's batch statistics lie from "
-      "the running ones (KL divergence); layers from input to output by name, epochs from left to right."
+      "the running ones (KL divergence); layers from input to output, epochs from left to right."
     )
   bits = phases[-1].weight_bits
   if bits is not None and any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)):  # DuQ's codes
@@ -91,9 +94,17 @@ def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | 
 
 def _matrix(rows: list[dict[str, float]]) -> tuple[list[str], np.ndarray] | None:
   """Layers, and their values `[layers, epochs]`, NaN where there is none; None where all are empty or 0."""
-  layers = sorted({layer for row in rows for layer in row})
+  layers = sorted({layer for row in rows for layer in row}, key=_place)
   values = np.array([[row.get(layer, np.nan) for row in rows] for layer in layers])
   return (layers, values) if np.any(values > 0) else None
+
+
+def _place(layer: str) -> tuple[int, str, int, str]:
+  """What sorts layers from the input to the output; by name alone the stem would stand last."""
+  block, part = layer.split("/", 1) if "/" in layer else ("", layer)
+  stage = 1 if block else next((index for index, name in _OUTSIDE.items() if part.startswith(name)), 1)
+  inside = next((index for index, name in enumerate(_INSIDE) if part.startswith(name)), len(_INSIDE))
+  return stage, block, inside, part
 
 
 def _save(figure: plt.Figure, path: epath.Path) -> None:
