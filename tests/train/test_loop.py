@@ -134,7 +134,7 @@ def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(finished_run, 
 
 
 # Weight decay that multiplies every kernel by 1 - 4 * 0.9 = -2.6 in each step, until it overflows; with half the rate, by
-# -0.8; with a twentieth, by 0.82. Gradients overflow first, some 25 steps from the start: the checkpoint is one of well before.
+# -0.8; with a twentieth, by 0.82. Gradients overflow first, after some 25 steps: the checkpoint lies well before.
 DIVERGING = {
   "plan.weight_bits": (),
   "plan.act_bits": (),
