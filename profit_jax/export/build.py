@@ -170,7 +170,7 @@ class _Builder:
 def kernel_codes(kernel: np.ndarray, raw_a: np.ndarray, steps: int) -> np.ndarray:
   """The int8 codes of a float32 kernel, computed by the trained quantizer itself.
 
-  NumPy would round some other way near ties: on CPU, XLA's quotient and its softplus differ from NumPy's in their last bits.
+  NumPy would round some other way near ties: XLA's quotient and its softplus differ from NumPy's in the last bits.
   """
   return np.asarray(_codes(jnp.asarray(kernel), jnp.asarray(raw_a), jnp.float32(steps), "symmetric")).astype(np.int8)
 
