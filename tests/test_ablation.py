@@ -44,7 +44,7 @@ def test_every_cell_of_every_grid_is_a_valid_run(path):
     chosen = digits_w4.get_config(name)
     for field in fields:
       key, value = field.removeprefix("--config.").split("=", 1)
-      chosen.update_from_flattened_dict({key: eval(value)})  # numbers and tuples
+      chosen.update_from_flattened_dict({key: eval(value) if value[0] in "(0123456789TF" else value})
     settings = parse(chosen, REGISTRY)
     check(settings)
     assert plan(settings)

@@ -2,7 +2,7 @@
 
 import re
 
-from profit_jax.data import digits
+from profit_jax.data import digits, pairs
 from profit_jax.data.base import Facts, Host, Source
 from profit_jax.data.normalize import Normalization
 from profit_jax.settings import ConfigError, Settings
@@ -20,10 +20,12 @@ _CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2
 # Facts of data sets that a plan is made for before they are there; of any other one, its files tell.
 KNOWN: dict[str, Facts] = {
   "digits": digits.FACTS,
+  "digit_pairs": pairs.FACTS,
   "imagenet2012": Facts(train_examples=1_281_167, eval_examples=50_000, num_classes=1000, normalization=_IMAGENET),
   "cifar10": Facts(train_examples=50_000, eval_examples=10_000, num_classes=10, normalization=_CIFAR10),
 }
 FOLDER = "folder"
+_MADE_OF_DIGITS = {"digits": digits.Digits, "digit_pairs": pairs.Pairs}
 
 
 def normalization(name: str, facts: Facts) -> Normalization:
@@ -33,7 +35,7 @@ def normalization(name: str, facts: Facts) -> Normalization:
 
 def eval_preparation(settings: Settings) -> tuple[float, str]:
   """How evaluation images are prepared: the share of their shorter side that is kept, and the interpolation."""
-  return (1.0, "bicubic") if settings.data.name == "digits" else (settings.data.eval_share, settings.data.interpolation)
+  return (1.0, "bicubic") if settings.data.name in _MADE_OF_DIGITS else (settings.data.eval_share, settings.data.interpolation)
 
 
 def facts(settings: Settings) -> Facts:
@@ -70,8 +72,8 @@ def load(settings: Settings, host: Host = Host()) -> Source:
         f"config.train.{name} = {getattr(train, name)} is not allowed: it must be a multiple of {host.count}, the number "
         f"of processes."
       )
-  if settings.data.name == "digits":
-    source = digits.Digits(
+  if settings.data.name in _MADE_OF_DIGITS:
+    source = _MADE_OF_DIGITS[settings.data.name](
       image_size=settings.data.image_size, augment=settings.data.augment, seed=settings.seed, host=host
     )
   else:

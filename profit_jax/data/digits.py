@@ -31,9 +31,7 @@ class Digits:
     scans = load_digits()
     images = np.stack([_enlarge(scan, image_size) for scan in scans.images])
     labels = scans.target.astype(np.int32)
-    train, evaluation = train_test_split(
-      np.arange(len(labels)), train_size=TRAIN_EXAMPLES, stratify=labels, random_state=SPLIT_SEED
-    )
+    train, evaluation = split(labels)
     self._train = images[train], labels[train]
     self._eval = images[evaluation], labels[evaluation]
     self._shift = image_size // 16 if augment else 0
@@ -51,7 +49,7 @@ class Digits:
     offsets = rng.integers(0, 2 * self._shift + 1, (len(labels), 2))
     for first in range(start * batch_size, len(labels) - batch_size + 1, batch_size):
       chosen = order[first : first + batch_size][self._host.rows(batch_size)]
-      yield _batch(_moved(images[chosen], offsets[chosen], self._shift), labels[chosen], len(chosen))
+      yield batch(_moved(images[chosen], offsets[chosen], self._shift), labels[chosen], len(chosen))
 
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """See `Source.eval_batches`."""
@@ -59,7 +57,13 @@ class Digits:
     rows = self._host.rows(batch_size)
     for first in range(0, len(labels), batch_size):
       own = slice(first + rows.start, first + rows.stop)
-      yield _batch(images[own], labels[own], rows.stop - rows.start)
+      yield batch(images[own], labels[own], rows.stop - rows.start)
+
+
+def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The numbers of the scans to train and to evaluate on, by class in equal shares."""
+  numbers = np.arange(len(labels))
+  return tuple(train_test_split(numbers, train_size=TRAIN_EXAMPLES, stratify=labels, random_state=SPLIT_SEED))
 
 
 def _enlarge(scan: np.ndarray, size: int) -> np.ndarray:
@@ -75,7 +79,8 @@ def _moved(images: np.ndarray, offsets: np.ndarray, margin: int) -> np.ndarray:
   return np.stack([f[y : y + size, x : x + size] for f, (y, x) in zip(framed, offsets, strict=True)])
 
 
-def _batch(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
+def batch(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:
+  """A batch of grey images `[n, H, W]`, padded to its size."""
   missing = batch_size - len(labels)
   return {
     "image": np.repeat(np.pad(images, [(0, missing), (0, 0), (0, 0)])[..., None], 3, axis=-1),
