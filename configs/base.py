@@ -107,6 +107,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.quant.first_bits = 0
   config.quant.last_bits = 0
 
+  config.remedy = ml_collections.ConfigDict()
+  # For weights that oscillate (Nagel et al., ICML 2022), beside PROFIT or instead of it; docs/ablation.md. The first two
+  # need quant.method duq or lsq.
+  config.remedy.dampening = 0.0  # the dampening loss's last weight, to which it rises from 0; theirs 0.1 on ImageNet
+  # (first, last) oscillation frequency a step above which a weight's code is fixed, falling from one to the other; theirs
+  # (0.1, 0.01) at 4 bits. () fixes none.
+  config.remedy.freezing_thresholds = ()
+  config.remedy.freezing_momentum = 0.001  # share of a step in that frequency's running mean: well below the thresholds
+  # Batches of the training data from which batch statistics are estimated anew before every evaluation of a quantized net;
+  # 0 evaluates with the running ones.
+  config.remedy.bn_batches = 0
+
   config.train = ml_collections.ConfigDict()
   config.train.batch_size = 256  # global: over all devices
   # A batch is computed in so many parts, one after the other, where it is larger than memory. Batch statistics are then

@@ -80,6 +80,11 @@ class Phase:
       distill=self.distill,
     )
 
+  @property
+  def trains_codes(self) -> bool:
+    """Whether it trains kernels that are quantized, so that weight codes can change."""
+    return self.program.quantized_weights and self.program.train_kernels
+
   def learning_rate_at(self, epoch: int) -> float:
     """The learning rate of the weights in an epoch, from 0: warm-up from 0.1, then a cosine to 0.001, as multiples."""
     if self.constant_rate:

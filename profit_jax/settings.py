@@ -114,6 +114,16 @@ class QuantSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RemedySettings:
+  """Section `remedy`; the defaults are off."""
+
+  dampening: float = 0.0
+  freezing_thresholds: tuple[float, ...] = ()
+  freezing_momentum: float = 0.001
+  bn_batches: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
   """Section `train`."""
 
@@ -157,6 +167,7 @@ class Settings:
   data: DataSettings
   plan: PlanSettings
   quant: QuantSettings = QuantSettings()
+  remedy: RemedySettings = RemedySettings()
   train: TrainSettings
   checkpoint: CheckpointSettings
   recovery: RecoverySettings
@@ -200,6 +211,7 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   require(
     not fitted or method == "duq", "plan.fitted_bits", fitted, f"() with quant.method = {method}: it fits DuQ's a and c"
   )
+  _check_remedy(settings.remedy, method)
   epochs = settings.plan.full_precision_epochs
   needed = "1 or above without init.weights, and with init.reset_head"
   require(epochs >= 1 or not settings.new_classifier, "plan.full_precision_epochs", epochs, needed)
@@ -308,3 +320,22 @@ def _check_plan(plan: PlanSettings) -> None:
       plan.warmup_epochs,
       f"at most plan.{name} = {epochs}",
     )
+
+
+def _check_remedy(remedy: RemedySettings, method: str) -> None:
+  require(0 <= remedy.dampening <= 1000, "remedy.dampening", remedy.dampening, "0 (off) to 1000")
+  require(0 < remedy.freezing_momentum < 1, "remedy.freezing_momentum", remedy.freezing_momentum, "above 0, below 1")
+  thresholds = remedy.freezing_thresholds
+  # A single oscillation makes a frequency of the momentum: at or below it every one would be enough.
+  require(
+    not thresholds or (len(thresholds) == 2 and 1 >= thresholds[0] >= thresholds[1] > remedy.freezing_momentum),
+    "remedy.freezing_thresholds",
+    thresholds,
+    f"() (off), or two frequencies, first and last, at most 1, not rising, and above remedy.freezing_momentum = "
+    f"{remedy.freezing_momentum:g}",
+  )
+  require(remedy.bn_batches >= 0, "remedy.bn_batches", remedy.bn_batches, "0 (off) or above")
+  fitting = f"0 with quant.method = {method}: it needs duq or lsq, whose codes come from one interval"
+  for name, off in (("dampening", 0.0), ("freezing_thresholds", ())):
+    value = getattr(remedy, name)
+    require(not value or method in ("duq", "lsq"), f"remedy.{name}", value, fitting.replace("0", str(off), 1))

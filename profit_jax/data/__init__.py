@@ -35,7 +35,9 @@ def normalization(name: str, facts: Facts) -> Normalization:
 
 def eval_preparation(settings: Settings) -> tuple[float, str]:
   """How evaluation images are prepared: the share of their shorter side that is kept, and the interpolation."""
-  return (1.0, "bicubic") if settings.data.name in _MADE_OF_DIGITS else (settings.data.eval_share, settings.data.interpolation)
+  return (
+    (1.0, "bicubic") if settings.data.name in _MADE_OF_DIGITS else (settings.data.eval_share, settings.data.interpolation)
+  )
 
 
 def facts(settings: Settings) -> Facts:

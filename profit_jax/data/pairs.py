@@ -1,8 +1,8 @@
 """Pairs of handwritten digits, 100 classes: harder images made from scikit-learn's scans (see `data/digits.py`).
 
-Two digits stand side by side and are read as one number, 00 to 99. Each is turned, sheared, scaled and moved on its own, and
-their frames overlap; pieces of other digits lie over them. Training images are made anew in every epoch, from the scans
-that `Digits` trains on; the evaluation images are fixed, from those that it evaluates on.
+Two digits stand side by side and are read as one number, 00 to 99. Each is turned, sheared, scaled and moved on its own,
+and their frames overlap; pieces of other digits lie over them. Training images are made anew in every epoch, from the
+scans that `Digits` trains on; the evaluation images are fixed, from those that it evaluates on.
 """
 
 from collections.abc import Iterator

@@ -8,6 +8,9 @@ import numpy as np
 
 from profit_jax.settings import MAX_BITS, MIN_BITS, QuantSettings
 
+# What every model calls its first and its last layer with a kernel.
+FIRST_LAYER, LAST_LAYER = "stem_conv", "classifier"
+
 
 class Levels(NamedTuple):
   """The number of quantization steps of each kind of tensor, as traced scalars.
@@ -41,6 +44,12 @@ class Levels(NamedTuple):
 def _at_least(steps: jax.Array | None, exponent: int) -> jax.Array | None:
   """`max(steps, 2^exponent - 1)`; as it is where its kind is in full precision or the exponent stands for nothing."""
   return steps if steps is None or exponent < 1 else jnp.maximum(steps, 2.0**exponent - 1)
+
+
+def kernel_steps(layer: str, steps: jax.Array, quant: QuantSettings) -> jax.Array:
+  """The steps of a layer's kernel (`block01/expand_conv`) where `steps` are those of all: more in first and last."""
+  of_all = Levels(weight=steps, quant=quant)
+  return (of_all.first() if layer == FIRST_LAYER else of_all.last() if layer == LAST_LAYER else of_all).weight
 
 
 def levels(weight_bits: int | None, act_bits: int | None) -> Levels:

@@ -44,6 +44,13 @@ def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.
   return 2.0 * round_through((t / 2.0 + 0.5) * most) / most - 1.0
 
 
+def kernel_codes(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.Array:
+  """Which of the 2^b values each element has, from the lowest, `-(n + 1)`, to `n`."""
+  values = quantize_kernel(kernel, params, steps)
+  n = steps.astype(values.dtype)
+  return jnp.round((values + 1.0) / 2.0 * (2.0 * n + 1.0)) - (n + 1.0)
+
+
 @jax.custom_vjp
 def round_through(x: jax.Array) -> jax.Array:
   """Rounds half to even; the gradient passes as it is."""

@@ -38,6 +38,12 @@ def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.
   return _transformed(kernel, params, steps, jax.nn.softplus(params["quant_gamma"]), signed=True)
 
 
+def kernel_codes(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.Array:
+  """The codes of a kernel, -n to n."""
+  largest = jax.nn.softplus(params["quant_center"]) + jax.nn.softplus(params["quant_width"])
+  return jnp.round(quantize_kernel(kernel, params, steps) / largest * steps.astype(kernel.dtype))
+
+
 def clipped(x: jax.Array, params: Params, kind: duq.Kind) -> jax.Array:
   """Whether each element lies above the interval (what lies below is pruned, not clipped): bool."""
   shifted = x.astype(params["quant_center"].dtype) - duq.OFFSET[kind]

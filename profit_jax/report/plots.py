@@ -12,11 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from matplotlib.colors import LogNorm
+from matplotlib.colors import CenteredNorm, LogNorm
 
 from profit_jax.plan import Phase
 from profit_jax.quant import duq
 from profit_jax.quant.levels import levels
+from profit_jax.quant.methods import PREFIX
 from profit_jax.train.progress import Progress
 
 # Names of layers in the order of the network: around the blocks (1), and within one.
@@ -37,13 +38,23 @@ def write_plots(directory: epath.Path, progress: Progress, phases: tuple[Phase, 
   if progress.ranking:
     _save(_ranking(progress, phases), directory / "aiwq.png")
     captions["aiwq.png"] = "AIWQ of every convolution, largest first; colours tell when its kernel freezes."
-  figure = _instability(progress, phases)
-  if figure is not None:
-    _save(figure, directory / "instability.png")
-    captions["instability.png"] = (
-      "Share of each kernel's codes that an epoch's last step changed, and how far that step's batch statistics lie from "
-      "the running ones (KL divergence); layers from input to output, epochs from left to right."
-    )
+  pictures = {
+    "instability.png": (
+      _instability,
+      "What the last steps of every epoch did: the share of each kernel's codes that a step changed, and changed against "
+      "their last change; how far the last step's batch statistics lie from the running ones; and AIWQ. Layers from input "
+      "to output, epochs from left to right.",
+    ),
+    "quantizers.png": (
+      _quantizers,
+      "The quantizers over the epochs: what they clip, and how far their scalars have moved, in factors of two.",
+    ),
+  }
+  for name, (draw, caption) in pictures.items():
+    figure = draw(progress, phases)
+    if figure is not None:
+      _save(figure, directory / name)
+      captions[name] = caption
   bits = phases[-1].weight_bits
   if bits is not None and any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)):  # DuQ's codes
     _save(_codes(params, bits), directory / "weight_codes.png")
@@ -64,23 +75,45 @@ def instability_image(progress: Progress) -> np.ndarray | None:
 
 
 def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | None:
-  measured = [
-    (title, _matrix([epoch.instability.get(name, {}) for epoch in progress.epochs]))
-    for title, name in (("codes changed in a step", "flip_rate"), ("batch from running statistics (KL)", "bn_distance"))
-  ]
-  measured = [(title, *found) for title, found in measured if found is not None]
-  if not measured:
+  titles = {
+    "flip_rate": "codes that a step changes (share)",
+    "oscillation_rate": "codes that a step changes back (share)",
+    "bn_distance": "batch from running statistics (KL)",
+    "aiwq": "AIWQ, in sampling phases",
+  }
+  maps = {title: _matrix([epoch.instability.get(name, {}) for epoch in progress.epochs]) for name, title in titles.items()}
+  return _heat_maps({title: (found, LogNorm(), "viridis") for title, found in maps.items() if found}, phases)
+
+
+def _quantizers(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | None:
+  measured = [epoch.instability for epoch in progress.epochs]
+  maps = {}
+  if clipped := _matrix([values.get("clip_rate", {}) for values in measured]):
+    maps["share of its input that a quantizer clips"] = clipped, LogNorm(), "viridis"
+  for name in sorted({name for values in measured for name in values if name.startswith(PREFIX)}):
+    if found := _matrix([values.get(name, {}) for values in measured]):
+      layers, values = found
+      # What every layer's was when it was first measured.
+      first = np.array([[row[np.isfinite(row)][0]] for row in values])
+      drift = np.log2(np.maximum(values, 1e-30) / np.maximum(first, 1e-30))
+      maps[f"{name.removeprefix(PREFIX)}, drift since its first epoch (log2)"] = (layers, drift), CenteredNorm(), "RdBu_r"
+  return _heat_maps(maps, phases)
+
+
+def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | None:
+  """By title, what `_matrix` gives, a norm and a colour map, one below the other; None without any."""
+  if not maps:
     return None
-  height = 1.2 + sum(0.11 * len(layers) + 0.6 for _, layers, _ in measured)
+  rows = [len(layers) for (layers, _), _, _ in maps.values()]
   figure, axes = plt.subplots(
-    len(measured), 1, figsize=(11, height), layout="constrained", squeeze=False,
-    height_ratios=[len(layers) for _, layers, _ in measured],
+    len(maps), 1, figsize=(11, 1.2 + sum(0.11 * count + 0.6 for count in rows)), layout="constrained", squeeze=False,
+    height_ratios=rows,
   )  # fmt: skip
-  for axis, (title, layers, values) in zip(axes.flat, measured, strict=True):
-    # What is 0 stays blank, as what was not measured: on a scale of factors it has no place.
-    shown = np.ma.masked_where(~(values > 0), values)
-    extent = (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
-    picture = axis.imshow(shown, aspect="auto", norm=LogNorm(), cmap="viridis", interpolation="nearest", extent=extent)
+  for axis, (title, ((layers, values), norm, colours)) in zip(axes.flat, maps.items(), strict=True):
+    # What is 0 stays blank on a scale of factors, where it has no place, as what was not measured.
+    blank = ~(values > 0) if isinstance(norm, LogNorm) else ~np.isfinite(values)
+    shown, extent = np.ma.masked_where(blank, values), (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
+    picture = axis.imshow(shown, aspect="auto", norm=norm, cmap=colours, interpolation="nearest", extent=extent)
     axis.set_yticks(range(len(layers)), layers, fontsize=5)
     axis.set_title(title, fontsize=9)
     start = 0.5

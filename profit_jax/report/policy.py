@@ -65,6 +65,7 @@ def markdown(
     "with scalars of its own",
     "bits of every layer": f"{bits}{_ends(settings.quant)}; the image as it is",
     "schedule": "; ".join(schedule),
+    "remedies": _remedies(settings.remedy),
     "plan": summary_line(phases),
     "teacher": taught,
     "first weights": settings.init.weights or "random",
@@ -94,6 +95,19 @@ def _ends(quant):
   if not (quant.first_bits or quant.last_bits):
     return ", the first and the last too"
   return f"; at least {quant.first_bits or 'as many'} in the first, {quant.last_bits or 'as many'} in the last"
+
+
+def _remedies(remedy):
+  """Against oscillating weights."""
+  found = []
+  if remedy.dampening:
+    found.append(f"dampening up to {remedy.dampening:g}")
+  if remedy.freezing_thresholds:
+    first, last = remedy.freezing_thresholds
+    found.append(f"codes fixed above a frequency of {first:g} to {last:g} (momentum {remedy.freezing_momentum:g})")
+  if remedy.bn_batches:
+    found.append(f"batch statistics of {remedy.bn_batches} batches before each evaluation")
+  return "; ".join(found) or "none"
 
 
 def _ladder(bits: tuple[int, ...]) -> str:

@@ -34,9 +34,11 @@ class TensorBoardObserver(Observer):
   | quant_a/{layer}, quant_c/{layer} | interval and output scale (after softplus)* |
   | clip_rate/{layer}            | share of a quantizer's input that it clips*     |
   | aiwq/{layer}                 | running AIWQ, in sampling phases                |
-  | flip_rate/{layer}            | share of a kernel's codes that the epoch's last step changed* |
-  | bn_distance/{layer}          | KL of a batch's statistics from the running ones, likewise*   |
-  | flip_rate, bn_distance       | histograms over the layers                      |
+  | flip_rate/{layer}            | share of a kernel's codes that a step changes, over an epoch's last steps* |
+  | oscillation_rate/{layer}     | share that it changes against their last change*              |
+  | bn_distance/{layer}          | KL of the last batch's statistics from the running ones*      |
+  | flip_rate, ...               | histograms of these three over the layers       |
+  | train/dampening              | the dampening loss, where that is on            |
   | instability                  | at the end, the heat map of report.md           |
 
   * at the first, every fifth and the last epoch of a phase.

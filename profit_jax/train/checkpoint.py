@@ -9,6 +9,7 @@ from etils import epath
 
 from profit_jax import snapshots
 from profit_jax.train.aiwq import AiwqState
+from profit_jax.train.instability import Window
 from profit_jax.train.progress import Progress
 from profit_jax.train.state import TrainState
 
@@ -19,6 +20,7 @@ class Shapes(NamedTuple):
   state: TrainState
   sampling: AiwqState | None
   variables: Any
+  window: Window
 
 
 @dataclasses.dataclass
@@ -31,6 +33,7 @@ class Moment:
     sampling: in a sampling phase; else None.
     best: the best variables so far at the plan's last bits, on the host; None before there are any.
     teacher: the student before quantization, on the host, where it is its own teacher; else None.
+    window: what was seen of weight codes since the last steps of an epoch began; else None.
   """
 
   progress: Progress
@@ -38,6 +41,7 @@ class Moment:
   sampling: AiwqState | None = None
   best: Any = None
   teacher: Any = None
+  window: Window | None = None
 
   def number(self, steps_per_epoch: int) -> int:
     """Grows with every step, every end of an epoch (which has an evaluation, and may end a phase), and every retry: where a
@@ -48,7 +52,7 @@ class Moment:
 
 def save(writer: snapshots.Writer, moment: Moment, number: int) -> None:
   """Begins to write a moment; raises as `Writer.save`."""
-  trees = {name: getattr(moment, name) for name in ("state", "sampling", "best", "teacher")}
+  trees = {name: getattr(moment, name) for name in ("state", "sampling", "best", "teacher", "window")}
   writer.save(number, trees, moment.progress.to_dict())
 
 
@@ -65,6 +69,7 @@ def restore(snapshot: snapshots.Snapshot, shapes: Shapes) -> Moment:
     shapes.sampling and snapshot.restore("sampling", shapes.sampling),
     snapshot.restore("best", shapes.variables),
     snapshot.restore("teacher", shapes.variables),
+    snapshot.restore("window", shapes.window),
   )
 
 

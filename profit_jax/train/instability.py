@@ -1,92 +1,101 @@
-"""How restless a net is, layer by layer: what one step of training changes, measured at the last step of every epoch.
+"""How restless a net is, layer by layer: what the last steps of an epoch change.
 
-It is computed from two copies of the state on the host, outside of the compiled steps, which stay as they are. A run that
-was stopped measures the same: what stands between an epoch's last step and its end is in the checkpoint.
+Measured beside the compiled training steps, which stay as they are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.plan import Phase
-from profit_jax.quant.levels import levels
-from profit_jax.settings import Settings
-from profit_jax.train.state import TrainState
+from profit_jax.quant.methods import kernel_codes
+from profit_jax.settings import QuantSettings
 
+WINDOW = 8  # steps at the end of an epoch whose codes are watched
 _DIGITS = 4  # significant ones that are kept
 
-
-class Held(NamedTuple):
-  """A state before its last step, on the host."""
-
-  params: Any
-  batch_stats: Any
+ByLayer = dict[str, dict[str, float]]
 
 
-def hold(state: TrainState) -> Held:
-  """Copies what the step is going to change."""
-  copied = jax.tree.map(np.array, jax.device_get((state.params, state.batch_stats)))
-  return Held(*copied)
+class Window(NamedTuple):
+  """Weight codes over some steps; dictionaries by layer, `block01/expand_conv`.
+
+  Attributes:
+    codes: int8, the latest.
+    direction: int8, -1 or 1, where each went when it changed last; 0 before it has.
+    flips: float32 scalars, how many codes have changed, summed over the steps.
+    reversals: likewise, how many of these changes went against the code's last one.
+    observed: int32 scalar, how often the codes were looked at: a step more than steps are counted.
+  """
+
+  codes: dict[str, jax.Array]
+  direction: dict[str, jax.Array]
+  flips: dict[str, jax.Array]
+  reversals: dict[str, jax.Array]
+  observed: jax.Array
 
 
-def measure(held: Held, state: TrainState, phase: Phase, settings: Settings) -> dict[str, dict[str, float]]:
-  """What the step between the two states did.
+def start(params: Mapping[str, Any]) -> Window:
+  """A window that has seen nothing, on the host. Takes arrays or shapes."""
+  shapes = kernel_shapes(params)
+
+  def zeros(dtype, scalar=False):
+    return {layer: np.zeros(() if scalar else shape, dtype) for layer, shape in shapes.items()}
+
+  counts = zeros(np.float32, scalar=True), zeros(np.float32, scalar=True)
+  return Window(zeros(np.int8), zeros(np.int8), *counts, np.zeros((), np.int32))
+
+
+def kernel_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """The shapes of the kernels, by layer."""
+  flat = traverse_util.flatten_dict(params)
+  return {"/".join(path[:-1]): leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
+
+
+def observe(window: Window, params: Mapping[str, Any], steps: jax.Array, quant: QuantSettings) -> Window:
+  """The window after another step; `steps` is `Levels.weight`. The first look finds no changes."""
+  first = window.observed == 0
+  direction, flips, reversals = {}, {}, {}
+  codes = kernel_codes(params, steps, quant)
+  for layer, code in codes.items():
+    moved = jnp.where(first, jnp.int8(0), moves(window.codes[layer], code))
+    turned = moved * window.direction[layer] == -1
+    direction[layer] = jnp.where(moved == 0, window.direction[layer], moved)
+    flips[layer] = window.flips[layer] + jnp.sum(moved != 0, dtype=jnp.float32)
+    reversals[layer] = window.reversals[layer] + jnp.sum(turned, dtype=jnp.float32)
+  return Window(codes, direction, flips, reversals, window.observed + 1)
+
+
+def moves(before: jax.Array, after: jax.Array) -> jax.Array:
+  """-1, 0 or 1 as int8: whether codes have fallen, stayed or grown. Their difference need not fit into 8 bits."""
+  return (after > before).astype(jnp.int8) - (after < before).astype(jnp.int8)
+
+
+def rates(window: Window) -> ByLayer:
+  """What a window has seen, per code and step.
 
   Returns:
-    `flip_rate`: by kernel, the share of its codes that changed; empty where weights are not quantized or do not train.
-    `bn_distance`: by batch normalization, how far the batch's statistics lie from the running ones before the step.
+    `flip_rate`: by kernel, the share of codes that a step changes; `oscillation_rate`: the share that a step changes
+    against their last change within the window, at most `flip_rate` (after Nagel et al., arXiv 2203.11086, section 4,
+    whose memory has no end). Empty where no step was seen.
   """
-  params, batch_stats = jax.device_get((state.params, state.batch_stats))
-  flips = {}
-  if phase.weight_bits is not None and phase.program.train_kernels:
-    steps = levels(phase.weight_bits, None).weight
-    flips = flip_rates(held.params, params, steps, settings.quant.method)
-  distances = bn_distances(held.batch_stats, batch_stats, settings.model.bn_momentum)
-  return {"flip_rate": flips, "bn_distance": distances}
+  window = jax.device_get(window)
+  steps = int(window.observed) - 1
+  if steps < 1:
+    return {}
+
+  def shares(counts):
+    return {layer: rounded(count / (steps * window.codes[layer].size)) for layer, count in sorted(counts.items())}
+
+  return {"flip_rate": shares(window.flips), "oscillation_rate": shares(window.reversals)}
 
 
-def flip_rates(before: Any, after: Any, steps: float, method: str = "duq") -> dict[str, float]:
-  """By layer, the share of a kernel's codes that differ between two params, at `steps` of its quantizer."""
-  old, new = (traverse_util.flatten_dict(params) for params in (before, after))
-  rates = {}
-  for path in old:
-    if path[-1] == "kernel":
-      codes = [_CODES[method](flat[path], _scalars(flat, path[:-1]), steps) for flat in (old, new)]
-      rates["/".join(path[:-1])] = float(f"{np.mean(codes[0] != codes[1]):.{_DIGITS}g}")
-  return dict(sorted(rates.items()))
-
-
-def _scalars(flat, layer):
-  return {
-    path[-1]: np.logaddexp(0.0, leaf) for path, leaf in flat.items() if path[:-1] == layer and path[-1].startswith("quant_")
-  }
-
-
-def _interval_codes(kernel, scalars, steps):
-  return np.rint(np.clip(kernel / scalars["quant_a"], -1, 1) * steps)
-
-
-def _pact_codes(kernel, scalars, steps):
-  del scalars
-  t = np.tanh(kernel)
-  return np.rint((t / np.abs(t).max() / 2 + 0.5) * (2 * steps + 1))
-
-
-def _qil_codes(kernel, scalars, steps):
-  center, width = scalars["quant_center"], scalars["quant_width"]
-  u = np.clip((np.abs(kernel) - center + width) / (2 * width), 0, 1)
-  return np.sign(kernel) * np.rint(u ** scalars["quant_gamma"] * steps)
-
-
-_CODES: dict[str, Callable[[np.ndarray, Mapping[str, np.ndarray], float], np.ndarray]] = {
-  "duq": _interval_codes,
-  "lsq": _interval_codes,
-  "pact": _pact_codes,
-  "qil": _qil_codes,
-}
+def rounded(value: Any) -> float:
+  """To four significant digits."""
+  return float(f"{value:.{_DIGITS}g}")
 
 
 def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
@@ -110,5 +119,5 @@ def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
     if alive.any():
       (m, v), (m_run, v_run) = ([values[alive] for values in pair] for pair in (batch, running))
       kl = 0.5 * np.log(v_run / v) + (v + (m - m_run) ** 2) / (2 * v_run) - 0.5
-      found["/".join(layer)] = float(f"{np.mean(kl):.{_DIGITS}g}")
+      found["/".join(layer)] = rounded(np.mean(kl))
   return dict(sorted(found.items()))

@@ -18,15 +18,17 @@ from profit_jax.train import aiwq, checkpoint, instability, interrupt, sanity, s
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.programs import Frozen, Programs
-from profit_jax.train.progress import EpochRecord, Progress
+from profit_jax.train.progress import Progress
 from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, evaluated
 from profit_jax.train.state import create_state
+from profit_jax.train.watch import Watch
 
 # How many steps may be under way before the loop waits for the oldest one's numbers: enough that no device runs dry,
 # few enough that the progress bar tells the present. On a CPU they take long, and a run that is asked to stop waits.
 _STEPS_AHEAD = {"cpu": 2}
 # Several processes ask the first one's clock whether to save; not at every step, because the answer is sent around.
 _STEPS_BETWEEN_CLOCKS = 32
+Scores = dict[str, float]
 
 
 class Loop:
@@ -65,6 +67,7 @@ class Loop:
     self._shapes = variable_shapes(student.model, settings.data.image_size)
     self._targets = {phase.index for phase in target_phases(phases)}
     self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
+    self._watch = Watch(programs, settings, self._steps_per_epoch)
     self._key = programs.replicate(jax.random.key(settings.seed))
     self._pending: collections.deque = collections.deque()
     self._mark = time.perf_counter(), programs.waited_seconds
@@ -131,13 +134,13 @@ class Loop:
       self._moment = checkpoint.Moment(progress, state, teacher=own)
     else:
       phase = self._phases[progress.phase - 1]
-      state = self._programs.state_shapes(phase.program.train_kernels, stages.frozen(phase, progress))
+      state = self._programs.state_shapes(phase.program, stages.frozen(phase, progress))
       sampling = aiwq.start(self._shapes["params"]) if phase.kind == "sampling" else None
-      moment = checkpoint.restore(snapshot, checkpoint.Shapes(state, sampling, self._shapes))
+      window = instability.start(self._shapes["params"])
+      self._moment = moment = checkpoint.restore(snapshot, checkpoint.Shapes(state, sampling, self._shapes, window))
       moment.progress = progress
-      moment.state = self._programs.replicate(moment.state)
-      moment.sampling = moment.sampling and self._programs.replicate(moment.sampling)
-      self._moment = moment
+      arrays = self._programs.replicate((moment.state, moment.sampling, moment.window))
+      moment.state, moment.sampling, moment.window = arrays
     teacher = given if self._moment.teacher is None else self._moment.teacher
     self._teacher = None if teacher is None else self._programs.replicate(teacher)
     self._meet()
@@ -176,7 +179,8 @@ class Loop:
   def _enter(self, phase: Phase, frozen: Frozen) -> None:
     moment, progress = self._moment, self._moment.progress
     state = stages.calibrate(phase, moment.state, self._programs, self._source, self._settings, self._key)
-    moment.state = self._programs.fresh_optimizer(state, phase.program.train_kernels, frozen)
+    before = self._phases[progress.phase - 1] if progress.phase else None
+    moment.state = stages.start(phase, before, state, self._programs, self._settings, frozen)
     progress.phase, progress.epoch, progress.step, progress.totals = phase.index, 0, 0, {}
     progress.phase_seconds = progress.phase_compile_seconds = 0.0
     moment.sampling = None
@@ -195,25 +199,18 @@ class Loop:
     self._epoch_started = time.perf_counter(), progress.step
     for batch in self._source.train_batches(progress.total_epochs, self._settings.train.batch_size, progress.step):
       self._meet()
-      held = instability.hold(moment.state) if progress.step + 1 == self._steps_per_epoch else None
-      moment.state, metrics, moment.sampling = step(
-        moment.state,
-        self._programs.split(batch),
-        phase_levels,
-        rate,
-        self._key,
-        self._teacher if phase.distill else None,
-        moment.sampling,
-      )
+      self._watch.before_step(moment)
+      strengths = stages.strengths(self._phases, phase, progress, self._steps_per_epoch, self._settings)
+      given = self._programs.split(batch), phase_levels, rate, self._key, self._teacher if phase.distill else None
+      moment.state, metrics, moment.sampling = step(moment.state, *given, moment.sampling, strengths)
       progress.step += 1
+      self._watch.after_step(moment, phase)
       self._pending.append(metrics)
       if len(self._pending) > _STEPS_AHEAD.get(jax.default_backend(), 8):
         self._collect()
       # At an epoch's last step, what its evaluation finds should be part of it.
       if progress.step < self._steps_per_epoch and self._save_is_due():
         self._save()
-      if held is not None:
-        progress.instability = instability.measure(held, moment.state, phase, self._settings)
     self._collect_all()
     self._meet()
 
@@ -280,15 +277,17 @@ class Loop:
   def _end_epoch(self, phase: Phase, frozen: Frozen) -> None:
     """Evaluates; then, with nothing that could stop it half-way, counts the epoch."""
     moment, progress = self._moment, self._moment.progress
-    raw, clip_rate = self._evaluate(phase, moment.state.variables)
-    average = None if moment.state.ema_params is None else self._evaluate(phase, moment.state.ema_variables)[0]
-    train = {name: total / progress.step for name, total in progress.totals.items()}
-    progress.epoch, progress.total_epochs = progress.epoch + 1, progress.total_epochs + 1
-    record = EpochRecord(phase.index, raw["top1"], average and average["top1"], train["loss"], progress.instability)
-    progress.step, progress.totals, progress.instability = 0, {}, {}
+    variables, raw, clip_rate = self._evaluate(phase, moment.state.variables)
+    averaged = average = None
+    if moment.state.ema_params is not None:
+      averaged, average, _ = self._evaluate(phase, moment.state.ema_variables)
     if moment.sampling is not None:
       progress.metric = {layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()}
-    self._keep_best(phase, raw, average)
+    record = stages.epoch_record(progress, phase, raw, average, clip_rate, moment.state.params)
+    train, measured = {name: total / progress.step for name, total in progress.totals.items()}, progress.instability
+    progress.epoch, progress.total_epochs = progress.epoch + 1, progress.total_epochs + 1
+    progress.step, progress.totals, progress.instability = 0, {}, {}
+    self._keep_best(phase, raw, average, {"raw": variables, "ema": averaged})
     self._keep_time()
     progress.epochs.append(record)
     self._observer.epoch_done(
@@ -302,7 +301,7 @@ class Loop:
         learning_rates=stages.learning_rates(phase, progress.epoch - 1, progress, self._settings),
         clip_rate=clip_rate,
         aiwq=dict(progress.metric) if phase.kind == "sampling" else {},
-        instability=record.instability,
+        instability=measured,
         params=moment.state.params,
       )
     )
@@ -312,9 +311,11 @@ class Loop:
     elif self._save_is_due():
       self._save()
 
-  def _evaluate(self, phase: Phase, variables: Any) -> tuple[dict[str, float], dict[str, float]]:
-    bits = {"weight_bits": phase.weight_bits, "act_bits": phase.act_bits}
-    return evaluate(self._programs, self._source, self._settings, variables, **bits)
+  def _evaluate(self, phase: Phase, variables: Any) -> tuple[Any, Scores, dict[str, float]]:
+    """What was evaluated, too: its batch statistics may be estimated anew."""
+    given, epoch = (self._programs, self._source, self._settings), self._moment.progress.total_epochs
+    variables = stages.for_evaluation(phase, epoch, variables, *given, self._key)
+    return variables, *evaluate(*given, variables, weight_bits=phase.weight_bits, act_bits=phase.act_bits)
 
   def _keep_time(self) -> None:
     """Adds what has passed since the last call to the phase: calibration, training, evaluation, the last save."""
@@ -323,8 +324,8 @@ class Loop:
     progress.phase_compile_seconds += now[1] - self._mark[1]
     self._mark = now
 
-  def _keep_best(self, phase: Phase, raw: dict[str, float], average: dict[str, float] | None) -> None:
-    """The first of equals stays."""
+  def _keep_best(self, phase: Phase, raw: Scores, average: Scores | None, variables: dict[str, Any]) -> None:
+    """The first of equals stays; variables are those that were evaluated."""
     moment, progress = self._moment, self._moment.progress
     full_precision, target = phase.kind == "full_precision", phase.index in self._targets
     found = stages.better(phase, progress, raw, average)
@@ -332,8 +333,7 @@ class Loop:
       progress.full_precision = found
     if target and (progress.best is None or found.top1 > progress.best.top1):
       progress.best = found
-      state = moment.state
-      moment.best = checkpoint.host_copy(state.ema_variables if found.weights == "ema" else state.variables)
+      moment.best = checkpoint.host_copy(variables[found.weights])
 
   def _end_phase(self, phase: Phase, frozen: Frozen) -> None:
     moment, progress = self._moment, self._moment.progress

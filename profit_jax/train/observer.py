@@ -22,7 +22,7 @@ class EpochReport:
     learning_rates: by optimizer group.
     clip_rate: by quantizer, the share of its input it clips.
     aiwq: by convolution, in the sampling phase; else empty.
-    instability: `flip_rate` by kernel, `bn_distance` by normalization, of the last step; see `instability.measure`.
+    instability: `flip_rate` and `oscillation_rate` by kernel, `bn_distance` by normalization; see `train/instability.py`.
     params: the student's.
   """
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -18,7 +19,7 @@ from profit_jax.models import variable_shapes
 from profit_jax.plan import Phase, Program
 from profit_jax.quant.levels import Levels
 from profit_jax.settings import ConfigError, Settings
-from profit_jax.train import aiwq, interrupt, optimizer, steps
+from profit_jax.train import aiwq, instability, interrupt, optimizer, remedies, steps
 from profit_jax.train.kept import Kept
 from profit_jax.train.state import TrainState, create_state
 
@@ -131,10 +132,14 @@ class Programs:
     for phase in phases:
       if phase.calibrate:
         self._request(("calibrate", phase.calibrate), self._compile_calibration)
+      if phase.trains_codes:
+        self._request(("observe",), self._compile_observe)
       layers = frozen(phase)
       if layers is not None:
         self._request(self._train_key(phase.program, layers), self._compile_train)
         quantized = phase.program.quantized_weights, phase.program.quantized_acts
+        if any(quantized) and self._settings.remedy.bn_batches:
+          self._request(("statistics", *quantized), self._compile_statistics)
         self._request(("eval", "student", *quantized), self._compile_eval)
 
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
@@ -171,12 +176,21 @@ class Programs:
     """The compiled `(params, steps) -> params` of `steps.fit_weights`."""
     return self._wait(("calibrate", "fit"), self._compile_calibration)
 
-  def state_shapes(self, train_kernels: bool, frozen: Frozen) -> TrainState:
+  def observe(self) -> Callable[..., Any]:
+    """The compiled `(window, params, steps) -> window` of `instability.observe`; the window is donated."""
+    return self._wait(("observe",), self._compile_observe)
+
+  def batch_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
+    """The compiled `(variables, batch, levels, key, total) -> total` that adds `steps.batch_statistics` to the total."""
+    return self._wait(("statistics", quantized_weights, quantized_acts), self._compile_statistics)
+
+  def state_shapes(self, program: Program, frozen: Frozen) -> TrainState:
     """The shapes of the state with a phase's optimizer."""
-    tx = self.optimizer(train_kernels, frozen)
+    tx = self.optimizer(program.train_kernels, frozen)
+    _, freezes = remedies.active(self._settings.remedy, program.quantized_weights, program.train_kernels)
 
     def make():
-      return state.replace(opt_state=tx.init(state.params))
+      return state.replace(opt_state=tx.init(state.params), oscillation=remedies.start(state.params) if freezes else None)
 
     zeros = jax.tree.map(
       lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(self._model, self._settings.data.image_size)
@@ -242,8 +256,12 @@ class Programs:
       teacher_model=self._in_training(self._teacher_model) if program.distill else None,
       teacher_batch_statistics=settings.teacher.batch_stats == "batch",
       accumulation_steps=settings.train.accumulation_steps,
+      quant=settings.quant,
+      remedy=settings.remedy,
     )
-    state = _with_sharding(self.state_shapes(program.train_kernels, frozen), self._replicated)
+    state = _with_sharding(self.state_shapes(program, frozen), self._replicated)
+    scalar = jax.ShapeDtypeStruct((), np.float32)
+    applied = remedies.active(settings.remedy, program.quantized_weights, program.train_kernels)
     sampling = None
     if program.sampling:
       sampling = _with_sharding(aiwq.start(self._params), self._replicated)
@@ -252,10 +270,11 @@ class Programs:
       state,
       self._batch_shapes(settings.train.batch_size),
       self._levels_shapes(program.quantized_weights, program.quantized_acts),
-      jax.ShapeDtypeStruct((), np.float32),
+      scalar,
       self._key_shape,
       teacher,
       sampling,
+      remedies.Strengths(*(scalar if remedy else None for remedy in applied)) if any(applied) else None,
     ).compile()
 
   def _in_training(self, model: nn.Module) -> nn.Module:
@@ -276,6 +295,33 @@ class Programs:
       )
       .compile()
     )
+
+  def _compile_observe(self) -> Callable[..., Any]:
+    window = _with_sharding(instability.start(self._params), self._replicated)
+    params = _with_sharding(self._params, self._replicated)
+
+    def observe(window, params, steps):
+      return instability.observe(window, params, steps, self._settings.quant)
+
+    jitted = jax.jit(observe, donate_argnums=0, out_shardings=self._replicated)
+    return jitted.lower(window, params, jax.ShapeDtypeStruct((), np.float32)).compile()
+
+  def _compile_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
+    settings = self._settings
+
+    def add(variables, batch, levels, key, total):
+      of = self._model, variables, batch, self._normalization, levels, key, settings.model.bn_momentum
+      return jax.tree.map(jnp.add, total, steps.batch_statistics(*of))
+
+    variables = _with_sharding(variable_shapes(self._model, settings.data.image_size), self._replicated)
+    jitted = jax.jit(add, donate_argnums=4, out_shardings=self._replicated)
+    return jitted.lower(
+      variables,
+      self._batch_shapes(settings.train.batch_size),
+      self._levels_shapes(quantized_weights, quantized_acts),
+      self._key_shape,
+      variables["batch_stats"],
+    ).compile()
 
   @property
   def _key_shape(self) -> Any:

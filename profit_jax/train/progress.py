@@ -70,7 +70,9 @@ class Start:
 
 @dataclasses.dataclass
 class EpochRecord:
-  """An epoch's evaluation, and what its last step changed (see `instability.measure`), for the plots."""
+  """An epoch's evaluation, and for the plots, by name and layer: what its last steps changed (see `train/instability.py`),
+  `clip_rate`, `aiwq` in a sampling phase, and the quantizers' scalars.
+  """
 
   phase: int
   top1: float
@@ -89,7 +91,7 @@ class Progress:
     total_epochs: epochs finished in all.
     step: steps done in the epoch under way.
     totals: sums over them of what the steps measured, in the order of the steps.
-    instability: what the last step of the epoch changed, once it is done; see `instability.measure`.
+    instability: what the last steps of the epoch changed, once they are done; see `train/instability.py`.
     ranking: the convolutions by AIWQ, largest first; empty before a sampling phase ends.
     metric: their AIWQ at the end of the last sampling epoch.
     phase_seconds: wall time that the phase under way has taken.

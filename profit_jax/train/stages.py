@@ -1,13 +1,19 @@
 """What a phase of the plan means for a run that stands somewhere: who is frozen, what is calibrated, which rates."""
 
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+
 from profit_jax.data import Source
 from profit_jax.plan import Phase
 from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
-from profit_jax.train import aiwq
+from profit_jax.train import aiwq, instability, remedies, sanity
 from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
 from profit_jax.train.programs import Frozen, Programs
-from profit_jax.train.progress import Best, PhaseRecord, Progress
+from profit_jax.train.progress import Best, EpochRecord, PhaseRecord, Progress
 from profit_jax.train.state import TrainState
 
 
@@ -61,6 +67,43 @@ def calibrate(phase: Phase, state: TrainState, programs: Programs, source: Sourc
   return state.replace(ema_params=acts(state.ema_variables, image, key, steps))
 
 
+def start(
+  phase: Phase, before: Phase | None, state: TrainState, programs: Programs, settings: Settings, frozen: Frozen
+) -> TrainState:
+  """The state with the optimizer of a phase's beginning. What iterative freezing knows stays while the bits do."""
+  _, freezes = remedies.active(settings.remedy, phase.program.quantized_weights, phase.program.train_kernels)
+  if not freezes:
+    state = state.replace(oscillation=None)
+  elif state.oscillation is None or before is None or before.weight_bits != phase.weight_bits:
+    state = state.replace(oscillation=programs.replicate(remedies.start(state.params)))
+  return programs.fresh_optimizer(state, phase.program.train_kernels, frozen)
+
+
+def strengths(
+  phases: tuple[Phase, ...], phase: Phase, progress: Progress, steps_per_epoch: int, settings: Settings
+) -> remedies.Strengths | None:
+  """Those of the remedies in the next step."""
+  done = progress.epoch * steps_per_epoch + progress.step
+  return remedies.strengths(settings.remedy, phases, phase, done, steps_per_epoch)
+
+
+def for_evaluation(
+  phase: Phase, epoch: int, variables: Any, programs: Programs, source: Source, settings: Settings, key: Any
+) -> Any:
+  """The variables that an evaluation uses: with batch statistics estimated anew where that is on, as the mean of those of
+  the epoch's first batches (Nagel et al., ICML 2022).
+  """
+  program, count = phase.program, settings.remedy.bn_batches
+  if not count or not (program.quantized_weights or program.quantized_acts):
+    return variables
+  add = programs.batch_statistics(program.quantized_weights, program.quantized_acts)
+  steps, seen = levels(phase.weight_bits, phase.act_bits), 0
+  total = programs.replicate(jax.tree.map(np.zeros_like, jax.device_get(variables["batch_stats"])))
+  for batch in itertools.islice(source.train_batches(epoch, settings.train.batch_size), count):
+    total, seen = add(variables, programs.split(batch), steps, key, total), seen + 1
+  return {**variables, "batch_stats": jax.tree.map(lambda leaf: leaf / seen, total)}
+
+
 def better(phase: Phase, progress: Progress, raw: dict[str, float], average: dict[str, float] | None) -> Best:
   """The better evaluation of an epoch that is counted: of the raw weights, or of their average; raw if they are equal."""
   choices = [("raw", raw)] + ([("ema", average)] if average else [])
@@ -73,6 +116,25 @@ def better(phase: Phase, progress: Progress, raw: dict[str, float], average: dic
     weights=weights,
     examples=int(chosen["examples"]),
   )
+
+
+def epoch_record(
+  progress: Progress, phase: Phase, raw: dict[str, float], average: dict[str, float] | None, clip_rate, params
+) -> EpochRecord:
+  """What the plots know of an epoch whose last step is done; its loss is the mean over the steps."""
+  by_layer = {
+    **progress.instability,
+    "clip_rate": clip_rate,
+    "aiwq": progress.metric if phase.kind == "sampling" else {},
+  }
+  kernels = instability.kernel_shapes(params)
+  for name, value in sanity.quantizer_scalars(params).items():
+    scalar, layer = name.split("/", 1)
+    if phase.weight_bits if layer in kernels else phase.act_bits:
+      by_layer.setdefault(scalar, {})[layer] = value
+  loss = progress.totals["loss"] / progress.step
+  kept = {name: {layer: instability.rounded(value) for layer, value in values.items()} for name, values in by_layer.items()}
+  return EpochRecord(phase.index, raw["top1"], average and average["top1"], loss, kept)
 
 
 def phase_record(phase: Phase, progress: Progress, steps_per_epoch: int, frozen: Frozen) -> PhaseRecord:

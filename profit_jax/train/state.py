@@ -17,6 +17,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: their average, updated once a step; None without EMA.
     ema_batch_stats: likewise.
     opt_state: fresh in every phase.
+    oscillation: a `remedies.Oscillation` where codes that oscillate are fixed; else None.
   """
 
   step: jax.Array
@@ -25,6 +26,7 @@ class TrainState(flax.struct.PyTreeNode):
   ema_params: Any
   ema_batch_stats: Any
   opt_state: Any
+  oscillation: Any = None
 
   @property
   def variables(self) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from profit_jax.layers import at_least_float32
 from profit_jax.quant import calibration, duq
 from profit_jax.quant.levels import Levels
 from profit_jax.quant.methods import METHODS
-from profit_jax.settings import QuantSettings
-from profit_jax.train import aiwq
+from profit_jax.settings import QuantSettings, RemedySettings
+from profit_jax.train import aiwq, remedies
 from profit_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -43,10 +43,12 @@ def make_train_step(
   teacher_batch_statistics: bool = True,
   teacher_normalization: Normalization | None = None,
   accumulation_steps: int = 1,
+  quant: QuantSettings = QuantSettings(),
+  remedy: RemedySettings = RemedySettings(),
 ) -> Callable[..., tuple[TrainState, Metrics, aiwq.AiwqState | None]]:
   """A training step, and a sampling step when it is given an `AiwqState`; not yet jitted.
 
-  The step takes `(state, batch, levels, learning_rate, key, teacher, sampling)`:
+  The step takes `(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None)`:
     batch: `image` `[N, H, W, 3]` (uint8, or already normalized floats), `label` int32 `[N]`, and `mask` bool `[N]`, False
       where a row holds no example: it has no part in the loss. Without `mask` all rows count.
     levels: the student's quantization steps.
@@ -54,10 +56,12 @@ def make_train_step(
     key: folded with `state.step` for dropout.
     teacher: the teacher's variables, or None. It runs in full precision.
     sampling: an `AiwqState`, or None outside the sampling phase.
-  and returns the new state, the metrics `{loss, ce, kd, correct, examples, finite}` (means over the examples; kd only with
-  a teacher; then two counts, and whether the loss, all that the optimizer makes of its gradient, and the new running
-  statistics are finite), and the new `AiwqState` (or None). Where `finite` is False, the state is the old one: of a net
-  that has become NaN, nobody could say what was wrong with it.
+    strengths: of the remedies, or None where there are none.
+  and returns the new state, the metrics `{loss, ce, kd, dampening, correct, examples, finite}` (means over the examples, kd
+  only with a teacher; dampening, only where it is on, is its weighted loss, which is no part of `loss`; then two counts,
+  and whether the loss, all that the optimizer makes of its gradient, and the new running statistics are finite), and the
+  new `AiwqState` (or None). Where `finite` is False, the state is the old one: of a net that has become NaN, nobody could
+  say what was wrong with it.
 
   Args:
     model: the student.
@@ -70,6 +74,8 @@ def make_train_step(
     teacher_normalization: of the images that the teacher sees; None is the student's.
     accumulation_steps: the batch is computed in so many parts, one after the other. The gradient is that of the whole
       batch's loss; batch statistics are those of each part, and the running ones move once, by the parts' mean.
+    quant: the student's quantizers, for the remedies.
+    remedy: their settings; see `profit_jax/train/remedies.py`.
   """
 
   def student_and_gradient(state, batch, levels, key, teacher, sampling, examples):
@@ -97,7 +103,7 @@ def make_train_step(
     right = jax.lax.argmax(logits, 1, jnp.int32) == batch["label"]
     return grads, {**parts, "loss": sum(parts.values()), "correct": jnp.sum(right & batch["mask"])}, updates
 
-  def step(state, batch, levels, learning_rate, key, teacher, sampling):
+  def step(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None):
     batch = {"mask": jnp.ones(batch["label"].shape, bool), **batch}
     # A batch without any example counts as one, so that its loss is 0 and not NaN.
     examples = jnp.maximum(jnp.sum(batch["mask"]), 1)
@@ -110,7 +116,22 @@ def make_train_step(
     else:
       grads, metrics, updates = _accumulate(of, batch, key, accumulation_steps)
     metrics["examples"] = examples
-    new, sums = _apply_gradients(state, tx, grads, learning_rate, updates["batch_stats"], ema_rate)
+    if strengths is not None and strengths.dampening is not None:
+
+      def dampening(params):
+        return strengths.dampening * remedies.dampening_loss(params, levels.weight, quant)
+
+      metrics["dampening"], more = jax.value_and_grad(dampening)(state.params)
+      grads = jax.tree.map(jnp.add, grads, more)
+
+    def repair(new):
+      if strengths is None or strengths.threshold is None:
+        return new
+      fixing = levels.weight, strengths.threshold, remedy.freezing_momentum, quant
+      params, oscillation = remedies.fix_codes(new.oscillation, new.params, *fixing)
+      return new.replace(params=params, oscillation=oscillation)
+
+    new, sums = _apply_gradients(state, tx, grads, learning_rate, updates["batch_stats"], ema_rate, repair)
     metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(sums)
     state = jax.tree.map(lambda n, o: jnp.where(metrics["finite"], n, o), new, state)
     if sampling is not None:
@@ -155,7 +176,7 @@ def _forward(model, params, state, image, levels, key, sampling):
   )
 
 
-def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> tuple[TrainState, jax.Array]:
+def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate, repair) -> tuple[TrainState, jax.Array]:
   """The state after an update, its average included; and a number that is finite if all changes and statistics are."""
   changes, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
   new = state.replace(
@@ -164,6 +185,7 @@ def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate) -> 
     batch_stats=batch_stats,
     opt_state=opt_state,
   )
+  new = repair(new)
   # Of the changes, not the gradients: those of frozen kernels are never computed.
   # Where a variance overflows, its inverse is 0: loss and gradient stay finite, the running variance does not.
   # Joined first: sums of 500 leaves apart were 800 of the 5,000 kernels that XLA compiles for a CPU.
@@ -212,6 +234,18 @@ def make_eval_step(model: nn.Module, *, normalization: Normalization, num_classe
     }
 
   return step
+
+
+def batch_statistics(
+  model: nn.Module, variables: Any, batch: Batch, normalization: Normalization, levels: Levels, key: Any, momentum: float
+) -> Any:
+  """The batch statistics of one batch, in the tree of the running ones; `momentum` is the model's."""
+  zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+  image = normalize(batch["image"], normalization)
+  inputs = {"params": variables["params"], "batch_stats": zeros}
+  _, updates = model.apply(inputs, image, levels, True, mutable=["batch_stats"], rngs={"dropout": key})
+  # From zeros, the update leaves this share of the batch's.
+  return jax.tree.map(lambda leaf: leaf / (1 - momentum), updates["batch_stats"])
 
 
 def calibrate_acts(

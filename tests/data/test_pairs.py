@@ -32,7 +32,9 @@ def test_without_change_the_two_digits_stand_beside_each_other(monkeypatch):
     grid = image[2 * 7 + 3 : 10 * 7 : 7, 3::6]
     for digit, seen, own in ((label // 10, grid[:, :6], slice(0, 6)), (label % 10, grid[:, 8:], slice(2, 8))):
       candidates = scans[evaluated[digits[evaluated] == digit]][:, :, own]
-      assert np.abs(candidates / 16 * 255 - seen).max((1, 2)).min() < 0.13 * 255  # bilinear, half a column beside the middle
+      assert (
+        np.abs(candidates / 16 * 255 - seen).max((1, 2)).min() < 0.13 * 255
+      )  # bilinear, half a column beside the middle
 
 
 def test_every_class_and_the_same_evaluation_for_every_seed(source):

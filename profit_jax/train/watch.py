@@ -1,0 +1,44 @@
+"""Watches a run's instability: the last steps of every epoch, of a moment that the loop moves on."""
+
+import copy
+from typing import Any
+
+import jax
+
+from profit_jax.plan import Phase
+from profit_jax.quant.levels import levels
+from profit_jax.settings import Settings
+from profit_jax.train import instability
+from profit_jax.train.checkpoint import Moment
+from profit_jax.train.programs import Programs
+
+
+class Watch:
+  """Called around every step. What it has seen of an epoch is in the moment, and so in a checkpoint: a run that was stopped
+  measures the same.
+  """
+
+  def __init__(self, programs: Programs, settings: Settings, steps_per_epoch: int):
+    """Args: programs, compiled; settings, validated; steps_per_epoch."""
+    self._programs, self._steps = programs, steps_per_epoch
+    self._momentum = settings.model.bn_momentum
+    self._statistics: Any = None
+
+  def before_step(self, moment: Moment) -> None:
+    """Keeps the running statistics that the epoch's last step is going to change."""
+    if moment.progress.step + 1 == self._steps:
+      self._statistics = jax.tree.map(copy.copy, jax.device_get(moment.state.batch_stats))
+
+  def after_step(self, moment: Moment, phase: Phase) -> None:
+    """Counts; at the epoch's end `progress.instability` is set. `progress.step` includes the step already."""
+    progress = moment.progress
+    if phase.trains_codes and progress.step >= self._steps - instability.WINDOW:
+      if moment.window is None:
+        moment.window = self._programs.replicate(instability.start(moment.state.params))
+      steps = levels(phase.weight_bits, None).weight
+      moment.window = self._programs.observe()(moment.window, moment.state.params, steps)
+    if progress.step == self._steps:
+      progress.instability = {} if moment.window is None else instability.rates(moment.window)
+      after = jax.device_get(moment.state.batch_stats)
+      progress.instability["bn_distance"] = instability.bn_distances(self._statistics, after, self._momentum)
+      moment.window = None
