@@ -272,7 +272,8 @@ def _check_model(settings: Settings, models: Collection[str]) -> None:
 
 def _check_data(data: DataSettings) -> None:
   # Only the sources know which data sets there are.
-  require(bool(data.name.strip()), "data.name", data.name, "digits, folder, or the name of a tensorflow-datasets set")
+  sets = "digits, digit_pairs, folder, or the name of a tensorflow-datasets set"
+  require(bool(data.name.strip()), "data.name", data.name, sets)
   require(bool(data.train_split), "data.train_split", data.train_split, "the name of a split, as train")
   require(8 <= data.image_size <= 1024, "data.image_size", data.image_size, "8 to 1024 pixels")
   require(0.1 <= data.eval_share <= 1, "data.eval_share", data.eval_share, "0.1 to 1")

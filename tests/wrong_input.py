@@ -130,6 +130,13 @@ FIELDS = {
     st.integers(2, 8),
   ),
   "quant.last_bits": (st.integers(-5, 20).filter(lambda bits: bits != 0 and not 2 <= bits <= 8) | WORDS, st.integers(2, 8)),
+  "remedy.dampening": floats(0, 1000),
+  "remedy.freezing_thresholds": (
+    st.sampled_from([(0.1,), (0.01, 0.1), (0.1, 0.0005), (2.0, 0.1), (0.1, 0.05, 0.02)]) | WORDS,
+    st.sampled_from([(), (0.1, 0.01), (0.02, 0.02)]),
+  ),
+  "remedy.freezing_momentum": floats(0, 1, open_low=True, open_high=True),
+  "remedy.bn_batches": at_least(0),
   "checkpoint.keep": at_least(1),
   "checkpoint.minutes": (st.floats(max_value=0, exclude_max=True, allow_nan=False) | NOT_FINITE, st.floats(0, 1e6)),
   "recovery.retries": at_least(0),
