@@ -57,9 +57,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.teacher.channel_rounding = "nearest"
 
   config.data = ml_collections.ConfigDict()
-  # digits (scikit-learn's); digit_pairs (two of them side by side, 100 classes); folder (images in data_dir/train/CLASS/ and
-  # data_dir/val/CLASS/); or any classification set of tensorflow-datasets, with its configuration and version where needed
-  # (imagenette/320px-v2). See docs/data.md.
+  # digits (scikit-learn's); digit_pairs (two of them side by side, 100 classes); folder (images in data_dir/train/CLASS/
+  # and data_dir/val/CLASS/); or any classification set of tensorflow-datasets, with its configuration and version where
+  # needed (imagenette/320px-v2). See docs/data.md.
   config.data.name = "imagenet2012"
   config.data.data_dir = ""  # of the folder; of TFDS, local or gs://, "" is its own ($TFDS_DATA_DIR, ~/tensorflow_datasets)
   config.data.train_split = "train"  # TFDS: parts too, as train[:90%]

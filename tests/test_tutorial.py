@@ -13,9 +13,8 @@ NOTEBOOK = pathlib.Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
 def text_of(notebook):
   outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
   assert not [output for output in outputs if output.output_type == "error"]
-  return "".join(output.get("text", "") for output in outputs), sum(
-    "image/png" in output.get("data", {}) for output in outputs
-  )
+  pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+  return "".join(output.get("text", "") for output in outputs), pictures
 
 
 @pytest.mark.parametrize("executed", [False, True], ids=["committed", "executed"])

@@ -79,7 +79,8 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
   except tfds.core.DatasetNotFoundError as error:
     raise ConfigError(
       f"config.data.name = {name!r} is not allowed: it must be digits, digit_pairs, folder, or a data set of "
-      f"tensorflow-datasets; neither its catalogue (https://www.tensorflow.org/datasets/catalog) nor {data_dir or 'its own directory'} has it."
+      f"tensorflow-datasets; neither its catalogue (https://www.tensorflow.org/datasets/catalog) nor "
+      f"{data_dir or 'its own directory'} has it."
     ) from error
   except (ValueError, AssertionError, KeyError) as error:  # a configuration or a version that it does not have
     raise ConfigError(f"config.data.name = {name!r} is not allowed: {' '.join(str(error).split())[:500]}") from error
