@@ -116,7 +116,7 @@ def accelerator_speed() -> float | None:
     if i == 10:
       jax.block_until_ready(state)
       begun = time.perf_counter()
-    state, _, _ = step(state, batch, levels(4, 4), rate, key, teacher, None)
+    state, _, _ = step(state, batch, levels(4, 4), rate, key, teacher, None, None)
   jax.block_until_ready(state)
   return 20 * size / (time.perf_counter() - begun)
 

@@ -59,7 +59,7 @@ def main() -> None:
   def turn() -> float:
     start = time.perf_counter()
     for _ in range(options.steps):
-      arguments = programs.split(batch), levels(4, 4), np.float32(1e-3), key, teacher, None
+      arguments = programs.split(batch), levels(4, 4), np.float32(1e-3), key, teacher, None, None
       moment.state, metrics, _ = step(moment.state, *arguments)
       jax.block_until_ready(metrics)
     return time.perf_counter() - start

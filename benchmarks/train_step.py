@@ -131,7 +131,7 @@ def _train(programs, program, step, state, arrays, key, teacher) -> Callable[[in
 
   def run(count: int) -> None:
     for _ in range(count):
-      held[0], metrics, held[1] = step(held[0], arrays, steps, np.float32(1e-6), key, teacher, held[1])
+      held[0], metrics, held[1] = step(held[0], arrays, steps, np.float32(1e-6), key, teacher, held[1], None)
     jax.block_until_ready((held, metrics))
     if not bool(metrics["finite"]):
       sys.exit("the benchmark's loss is not finite: what it measures is no training")

@@ -28,6 +28,7 @@ _TURN, _SCALE, _SHEAR, _MOVE = 0.35, 0.15, 0.25, 0.8
 _PIECES, _PIECE = 3, 3  # pieces of other digits in an image, and their side in pixels of 8
 _SCAN = 8
 _PART = 96
+_TRAIN, _ORDER, _EVAL = 1, 2, 3  # streams of random numbers
 
 
 class Pairs:
@@ -40,7 +41,7 @@ class Pairs:
     self._scans, self._digits = load_digits().images.astype(np.float32) / 16, load_digits().target
     self._train, self._eval = split(self._digits)
     self._size, self._augment, self._seed, self._host = image_size, augment, seed, host
-    self._evaluation = self._drawn(np.random.default_rng(0), self._eval, EVAL_EXAMPLES)
+    self._evaluation = self._drawn(np.random.default_rng((0, 0, _EVAL)), self._eval, EVAL_EXAMPLES)
 
   def fingerprint(self) -> str:
     """See `Source.fingerprint`."""
@@ -49,9 +50,9 @@ class Pairs:
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
     # Without augmentation the same images in every epoch, in an order of the epoch's own.
-    drawn = np.random.default_rng((self._seed, epoch if self._augment else 0))
+    drawn = np.random.default_rng((self._seed, epoch if self._augment else 0, _TRAIN))
     images, labels = self._drawn(drawn, self._train, TRAIN_EXAMPLES)
-    order = np.random.default_rng((self._seed, epoch)).permutation(TRAIN_EXAMPLES)
+    order = np.random.default_rng((self._seed, epoch, _ORDER)).permutation(TRAIN_EXAMPLES)
     rows = self._host.rows(batch_size)
     for first in range(start * batch_size, TRAIN_EXAMPLES - batch_size + 1, batch_size):
       chosen = order[first : first + batch_size][rows]

@@ -78,6 +78,7 @@ def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | 
   titles = {
     "flip_rate": "codes that a step changes (share)",
     "oscillation_rate": "codes that a step changes back (share)",
+    "fixed": "codes that are fixed (share)",
     "bn_distance": "batch from running statistics (KL)",
     "aiwq": "AIWQ, in sampling phases",
   }

@@ -37,7 +37,8 @@ class TensorBoardObserver(Observer):
   | flip_rate/{layer}            | share of a kernel's codes that a step changes, over an epoch's last steps* |
   | oscillation_rate/{layer}     | share that it changes against their last change*              |
   | bn_distance/{layer}          | KL of the last batch's statistics from the running ones*      |
-  | flip_rate, ...               | histograms of these three over the layers       |
+  | fixed/{layer}                | share of its codes that `remedy.freezing_thresholds` has fixed* |
+  | flip_rate, ...               | histograms of these four over the layers        |
   | train/dampening              | the dampening loss, where that is on            |
   | instability                  | at the end, the heat map of report.md           |
 
@@ -104,9 +105,9 @@ class TensorBoardObserver(Observer):
       scalars |= quantizer_scalars(report.params)
       for name, by_layer in report.instability.items():
         scalars |= {f"{name}/{layer}": value for layer, value in by_layer.items()}
-    self._write(report.step, scalars, flush=True)
     histograms = {name: np.array([*values.values()]) for name, values in report.instability.items() if values}
     self._attempt(lambda writer: writer.write_histograms(report.step, histograms))
+    self._write(report.step, scalars, flush=True)
 
   def run_done(self, progress: Progress, params: Any) -> None:
     """See `Observer`."""

@@ -15,6 +15,7 @@ from profit_jax.quant.methods import kernel_codes
 from profit_jax.settings import QuantSettings
 
 WINDOW = 8  # steps at the end of an epoch whose codes are watched
+_NOISE = 8  # a deviation of so many units in the last place of the mean is 0, as in `aiwq.py`
 _DIGITS = 4  # significant ones that are kept
 
 ByLayer = dict[str, dict[str, float]]
@@ -101,8 +102,9 @@ def rounded(value: Any) -> float:
 def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
   """By normalization, the KL divergence of a batch's statistics from the running ones, as AIWQ's (paper equation 2).
 
-  The batch's own follow from the update, `running = momentum * running + (1 - momentum) * batch`. Channels that are
-  constant on either side have no part; a layer without any other is left out.
+  The batch's own follow from the update, `running = momentum * running + (1 - momentum) * batch`, which makes their
+  rounding `1 / (1 - momentum)` times as large. Channels that are constant up to that on either side have no part; a layer
+  without any other is left out.
   """
   old, new = (traverse_util.flatten_dict(stats) for stats in (before, after))
   found = {}
@@ -115,7 +117,8 @@ def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
       (np.float64(new[*layer, name]) - momentum * value) / (1 - momentum)
       for name, value in zip(("mean", "var"), running, strict=True)
     ]
-    alive = (running[1] > 0) & (batch[1] > 0)
+    noise = _NOISE * np.finfo(np.float32).eps / (1 - momentum)
+    alive = np.logical_and(*(np.sqrt(np.maximum(v, 0)) > noise * np.abs(m) for m, v in (running, batch)))
     if alive.any():
       (m, v), (m_run, v_run) = ([values[alive] for values in pair] for pair in (batch, running))
       kl = 0.5 * np.log(v_run / v) + (v + (m - m_run) ** 2) / (2 * v_run) - 0.5

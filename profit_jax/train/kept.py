@@ -40,6 +40,8 @@ _ELSEWHERE = {
   *(f"plan.{name}" for name in ("weight_bits", "act_bits", "progressive", "stabilize", "profit", "profit_bits")),
   *(f"plan.{name}_epochs" for name in ("full_precision", "finetune", "bn", "sampling", "warmup")),
   "plan.freeze_fractions",
+  "plan.fitted_bits",
+  "remedy.bn_batches",
   "train.learning_rate",
   "train.full_precision_learning_rate",
 }

@@ -22,7 +22,7 @@ class EpochReport:
     learning_rates: by optimizer group.
     clip_rate: by quantizer, the share of its input it clips.
     aiwq: by convolution, in the sampling phase; else empty.
-    instability: `flip_rate` and `oscillation_rate` by kernel, `bn_distance` by normalization; see `train/instability.py`.
+    instability: `flip_rate`, `oscillation_rate`, `fixed` by kernel, `bn_distance` by normalization; see `train/watch.py`.
     params: the student's.
   """
 

@@ -181,7 +181,7 @@ class Programs:
     return self._wait(("observe",), self._compile_observe)
 
   def batch_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
-    """The compiled `(variables, batch, levels, key, total) -> total` that adds `steps.batch_statistics` to the total."""
+    """The compiled `(variables, image, levels, key, total) -> total` that adds `steps.batch_statistics` to the total."""
     return self._wait(("statistics", quantized_weights, quantized_acts), self._compile_statistics)
 
   def state_shapes(self, program: Program, frozen: Frozen) -> TrainState:
@@ -309,15 +309,15 @@ class Programs:
   def _compile_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
     settings = self._settings
 
-    def add(variables, batch, levels, key, total):
-      of = self._model, variables, batch, self._normalization, levels, key, settings.model.bn_momentum
+    def add(variables, image, levels, key, total):
+      of = self._model, variables, image, self._normalization, levels, key, settings.model.bn_momentum
       return jax.tree.map(jnp.add, total, steps.batch_statistics(*of))
 
     variables = _with_sharding(variable_shapes(self._model, settings.data.image_size), self._replicated)
     jitted = jax.jit(add, donate_argnums=4, out_shardings=self._replicated)
     return jitted.lower(
       variables,
-      self._batch_shapes(settings.train.batch_size),
+      self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)["image"],
       self._levels_shapes(quantized_weights, quantized_acts),
       self._key_shape,
       variables["batch_stats"],

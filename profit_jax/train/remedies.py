@@ -2,7 +2,8 @@
 arXiv 2203.11086): dampening, iterative freezing, and batch statistics estimated anew. All of them can go with PROFIT.
 
 Dampening and freezing work on quantizers whose codes come from one interval, DuQ and LSQ, in the phases that train kernels
-quantized. Their strength is annealed over all such phases of one bit width, sampling and ft1 to ft3 together.
+quantized. Their strength is annealed over all such phases of one bit width, sampling and ft1 to ft3 together. Codes are
+fixed at up to 4 bits only, as in the code of that paper: at more, codes change with every little move of a weight.
 """
 
 import math
@@ -19,6 +20,9 @@ from profit_jax.quant.levels import kernel_steps
 from profit_jax.quant.methods import kernel_codes
 from profit_jax.settings import QuantSettings, RemedySettings
 from profit_jax.train.instability import kernel_shapes, moves
+
+FREEZING_BITS = 4  # the most at which codes are fixed
+_NEVER = 2.0  # a threshold that no frequency reaches
 
 
 class Strengths(NamedTuple):
@@ -37,7 +41,7 @@ class Oscillation(NamedTuple):
   """What iterative freezing carries from step to step; dictionaries by layer, arrays of the kernels' shapes.
 
   Attributes:
-    codes: int8, the latest.
+    codes: int8, the latest, those that are fixed included.
     direction: int8, -1 or 1, where each went when it changed last; 0 before it has.
     frequency: float32, running mean of whether a step changed the code against its last change.
     mean: float32, running mean of the code; of a fixed one, the code is this, rounded.
@@ -80,9 +84,10 @@ def strengths(
   before = sum(p.epochs for p in same if p.index < phase.index) * steps_per_epoch + step
   left = (1 + math.cos(math.pi * before / (sum(p.epochs for p in same) * steps_per_epoch))) / 2
   first, last = settings.freezing_thresholds or (0.0, 0.0)
+  threshold = last + (first - last) * left if phase.weight_bits <= FREEZING_BITS else _NEVER
   return Strengths(
     np.float32(settings.dampening * (1 - left)) if dampens else None,
-    np.float32(last + (first - last) * left) if freezes else None,
+    np.float32(threshold) if freezes else None,
   )
 
 
@@ -114,7 +119,9 @@ def fix_codes(
 ) -> tuple[Mapping[str, Any], Oscillation]:
   """Fixes the codes that oscillate too often (section 4, algorithm 1), after a step.
 
-  A fixed weight has the value of its code in the latent kernel too, at every interval that is learned from then on.
+  A fixed weight has the value of its code in the latent kernel too, and follows the interval that goes on training, also
+  where PROFIT has frozen the kernel: there the code is what rests. In BN phases, which train no kernel, it does not
+  follow. The average of the weights (EMA) averages the latent kernels as they are.
 
   Args:
     state: before the step.
@@ -139,11 +146,11 @@ def fix_codes(
     fixed = fixed | (frequency > threshold)
     value = code.astype(jnp.float32)
     present = jnp.where(state.started, momentum * value + (1 - momentum) * mean, value)
-    new.codes[layer] = code
     new.direction[layer] = jnp.where(moved == 0, state.direction[layer], moved)
     new.frequency[layer] = frequency
     new.mean[layer] = mean = jnp.where(fixed, mean, present)
     new.fixed[layer] = fixed
+    new.codes[layer] = jnp.where(fixed, jnp.round(mean).astype(jnp.int8), code)
     flat[*layer.split("/"), "kernel"] = jnp.where(fixed, (step * jnp.round(mean)).astype(kernel.dtype), kernel)
   return traverse_util.unflatten_dict(flat), new
 

@@ -10,7 +10,7 @@ from profit_jax.data import Source
 from profit_jax.plan import Phase
 from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
-from profit_jax.train import aiwq, instability, remedies, sanity
+from profit_jax.train import aiwq, instability, interrupt, remedies, sanity
 from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
 from profit_jax.train.programs import Frozen, Programs
 from profit_jax.train.progress import Best, EpochRecord, PhaseRecord, Progress
@@ -70,7 +70,9 @@ def calibrate(phase: Phase, state: TrainState, programs: Programs, source: Sourc
 def start(
   phase: Phase, before: Phase | None, state: TrainState, programs: Programs, settings: Settings, frozen: Frozen
 ) -> TrainState:
-  """The state with the optimizer of a phase's beginning. What iterative freezing knows stays while the bits do."""
+  """The state with the optimizer of a phase's beginning. What iterative freezing knows stays from one to the next of
+  those that train kernels at the same bits.
+  """
   _, freezes = remedies.active(settings.remedy, phase.program.quantized_weights, phase.program.train_kernels)
   if not freezes:
     state = state.replace(oscillation=None)
@@ -100,7 +102,11 @@ def for_evaluation(
   steps, seen = levels(phase.weight_bits, phase.act_bits), 0
   total = programs.replicate(jax.tree.map(np.zeros_like, jax.device_get(variables["batch_stats"])))
   for batch in itertools.islice(source.train_batches(epoch, settings.train.batch_size), count):
-    total, seen = add(variables, programs.split(batch), steps, key, total), seen + 1
+    interrupt.check()
+    # A part of it where training takes its batches in parts: the whole may be larger than memory.
+    image = programs.split({"image": batch["image"][:: settings.train.accumulation_steps]})["image"]
+    total, seen = add(variables, image, steps, key, total), seen + 1
+    jax.block_until_ready(total)
   return {**variables, "batch_stats": jax.tree.map(lambda leaf: leaf / seen, total)}
 
 

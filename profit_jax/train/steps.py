@@ -237,13 +237,20 @@ def make_eval_step(model: nn.Module, *, normalization: Normalization, num_classe
 
 
 def batch_statistics(
-  model: nn.Module, variables: Any, batch: Batch, normalization: Normalization, levels: Levels, key: Any, momentum: float
+  model: nn.Module,
+  variables: Any,
+  image: jax.Array,
+  normalization: Normalization,
+  levels: Levels,
+  key: Any,
+  momentum: float,
 ) -> Any:
-  """The batch statistics of one batch, in the tree of the running ones; `momentum` is the model's."""
+  """The batch statistics of images, in the tree of the running ones; `momentum` is the model's."""
   zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-  image = normalize(batch["image"], normalization)
   inputs = {"params": variables["params"], "batch_stats": zeros}
-  _, updates = model.apply(inputs, image, levels, True, mutable=["batch_stats"], rngs={"dropout": key})
+  _, updates = model.apply(
+    inputs, normalize(image, normalization), levels, True, mutable=["batch_stats"], rngs={"dropout": key}
+  )
   # From zeros, the update leaves this share of the batch's.
   return jax.tree.map(lambda leaf: leaf / (1 - momentum), updates["batch_stats"])
 

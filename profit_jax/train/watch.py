@@ -41,4 +41,7 @@ class Watch:
       progress.instability = {} if moment.window is None else instability.rates(moment.window)
       after = jax.device_get(moment.state.batch_stats)
       progress.instability["bn_distance"] = instability.bn_distances(self._statistics, after, self._momentum)
+      if moment.state.oscillation is not None:
+        fixed = jax.device_get(moment.state.oscillation.fixed)
+        progress.instability["fixed"] = {layer: float(codes.mean()) for layer, codes in sorted(fixed.items())}
       moment.window = None

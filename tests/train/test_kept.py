@@ -141,7 +141,7 @@ def outputs(programs, variables):
   sampling = programs.replicate(aiwq.start(variables["params"]))
   step, shown = programs.train_step(PROGRAM, FROZEN), []
   for _ in range(2):  # each takes what the one before has given, in memory that was donated
-    state, metrics, sampling = step(state, batch, levels(4, 4), np.float32(0.01), key, None, sampling)
+    state, metrics, sampling = step(state, batch, levels(4, 4), np.float32(0.01), key, None, sampling, None)
     shown.append(jax.device_get(metrics))
   return jax.device_get((weights, acts, scores, state, sampling, shown))
 

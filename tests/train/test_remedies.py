@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,20 @@ import pytest
 from flax import traverse_util
 
 from profit_jax import app, data, snapshots
+from profit_jax.data.normalize import Normalization
 from profit_jax.export.build import kernel_codes as exported_codes
 from profit_jax.layers import BatchNorm
-from profit_jax.models import REGISTRY, build
+from profit_jax.models import REGISTRY, build, init_variables
 from profit_jax.plan import plan
 from profit_jax.quant import duq
 from profit_jax.quant.levels import levels
 from profit_jax.settings import ConfigError, QuantSettings, RemedySettings, parse
-from profit_jax.train import remedies
+from profit_jax.train import optimizer, remedies, steps
+from profit_jax.train.interrupt import Stopped
+from profit_jax.train.state import create_state
 from tests.train.conftest import tiny_config
+from tests.train.runs import STEPS_PER_EPOCH, assert_same_run, number, signal_at
+from tests.train.tiny import TinyNet
 
 STEPS = np.float32(3)  # 3 bits: codes -3 to 3
 
@@ -74,7 +80,7 @@ def test_a_code_that_oscillates_is_fixed_to_its_mean():
   fixed = [bool(state.fixed["conv"][0]) for state in states]
   assert fixed == [False] * 5 + [True] * 4
   assert kernels[5:] == [0.5] * 4  # code 1, in the latent weight
-  assert {int(state.codes["conv"][0]) for state in states[6:]} == {1}
+  assert {int(state.codes["conv"][0]) for state in states[5:]} == {1}
 
 
 def test_a_fixed_code_stays_when_its_interval_moves():
@@ -105,6 +111,8 @@ def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
       np.testing.assert_allclose([found.dampening, found.threshold], [0.4 * (1 - left), 0.02 + 0.08 * left], rtol=1e-5)
       done += 1
   assert done == total
+  high = next(p for p in phases if p.weight_bits == 8 and p.kind == "finetune")
+  assert remedies.strengths(settings.remedy, phases, high, 0, 10).threshold > 1  # no frequency is
   for phase in phases:
     assert (remedies.strengths(settings.remedy, phases, phase, 0, 10) is None) == (not phase.trains_codes)
   assert remedies.strengths(RemedySettings(), phases, w4[0], 0, 10) is None
@@ -125,6 +133,31 @@ def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
 def test_what_cannot_be_is_refused(tiny, changes, message):
   with pytest.raises(ConfigError, match=message):
     parse(tiny_config(**changes), REGISTRY)
+
+
+def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
+  model, quant = TinyNet(), QuantSettings()
+  variables = init_variables(model, jax.random.key(0), 16)
+  labels = optimizer.label_params(variables["params"], train_kernels=True, frozen=frozenset({"conv1"}))
+  tx = optimizer.make_optimizer(labels, optimizer.SgdSettings(weight_decay=0.0, momentum=0.0, quantizer_lr_scale=0.01))
+  norm = Normalization((0.3,) * 3, (0.35,) * 3)
+  step = jax.jit(steps.make_train_step(model, tx, normalization=norm, ema_rate=0.9, remedy=RemedySettings(dampening=0.5)))
+  state = create_state(variables, ema=False)
+  state = state.replace(opt_state=tx.init(state.params))
+  rng = np.random.default_rng(0)
+  batch = {"image": np.uint8(rng.integers(0, 256, (8, 16, 16, 3))), "label": np.arange(8, dtype=np.int32)}
+
+  def after(weight):
+    strengths = remedies.Strengths(dampening=np.float32(weight))
+    return step(state, batch, levels(3, 3), np.float32(0.1), jax.random.key(0), None, None, strengths)
+
+  (plain, _, _), (damped, metrics, _) = after(0.0), after(0.5)
+  loss, gradient = jax.value_and_grad(remedies.dampening_loss)(variables["params"], levels(3, 3).weight, quant)
+  np.testing.assert_allclose(metrics["dampening"], 0.5 * loss, rtol=1e-5)
+  for layer in ("conv0", "conv1", "conv2", "classifier"):
+    moved = damped.params[layer]["kernel"] - plain.params[layer]["kernel"]
+    expected = 0.0 if layer == "conv1" else -0.1 * 0.5 * gradient[layer]["kernel"]
+    np.testing.assert_allclose(moved, np.broadcast_to(expected, moved.shape), atol=1e-6)
 
 
 SHORT = {
@@ -162,6 +195,18 @@ def test_all_remedies_and_profit_in_one_run(remedied):
     np.testing.assert_allclose(kernel[fixed], np.rint(mean[fixed]) * interval, rtol=1e-6)
     shares.append(fixed.mean())
   assert 0 < np.mean(shares) < 0.9
+
+
+def test_a_stopped_run_ends_the_same(remedied, tmp_path, monkeypatch):
+  # In mid-epoch of ft2, with fixed codes, in the window of watched steps; and between its last step and the evaluation.
+  signals = {number(8, 7): signal.SIGTERM, number(8, STEPS_PER_EPOCH): signal.SIGTERM}
+  come = signal_at(monkeypatch, signals)
+  for _ in signals:
+    with pytest.raises(Stopped):
+      app.main(tiny_config(**SHORT), str(tmp_path / "run"), "train")
+  app.main(tiny_config(**SHORT), str(tmp_path / "run"), "train")
+  assert come == list(signals)
+  assert_same_run(tmp_path / "run", remedied)
 
 
 def test_the_best_weights_have_the_statistics_of_the_first_batches(remedied, tiny):
