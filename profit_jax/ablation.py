@@ -151,6 +151,9 @@ def read_cells(grid: Grid, root: epath.Path) -> list[Cell]:
   return cells
 
 
+LEAST_SEEDS = 3  # below, no difference is said to exceed the spread
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
   """A cell beside the one that differs in one axis only, where it has that axis's first label.
@@ -163,7 +166,7 @@ class Difference:
     error: its standard error.
     runs: the number of those seeds.
     exceeds: whether the difference exceeds the spread: `mean` is further from 0 than the 95 % point of Student's t times
-      `error`, for pairs of the same seed.
+      `error`, for pairs of the same seed; never with fewer than `LEAST_SEEDS`.
   """
 
   axis: str
@@ -183,7 +186,7 @@ _T95 = (
 
 
 def differences(grid: Grid, cells: Sequence[Cell]) -> list[Difference]:
-  """Every pair of cells that differ in one axis, one of them with the axis's first label. Bits are not compared."""
+  """Every pair of cells that differ in one axis, one of them with the axis's first label."""
   by_labels = {cell.labels: cell for cell in cells}
   found = []
   for position, (axis, labels) in enumerate(grid.axes.items()):
@@ -201,7 +204,8 @@ def _difference(axis, base, other):
   mean = statistics.fmean(pairs) if pairs else math.nan
   error = statistics.stdev(pairs) / math.sqrt(count) if count > 1 else math.nan
   limit = math.nan if count < 2 else (_T95[count - 2] if count - 2 < len(_T95) else 1.960)
-  return Difference(axis, base.labels, other.labels, mean, error, count, abs(mean) > limit * error)
+  # Top-1 is counted in whole images: two differences can be equal by chance, and their error 0.
+  return Difference(axis, base.labels, other.labels, mean, error, count, count >= LEAST_SEEDS and abs(mean) > limit * error)
 
 
 def markdown(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) -> str:
@@ -235,7 +239,8 @@ def sentences(axes: Sequence[str], compared: Sequence[Difference]) -> list[str]:
     lines += [f"{few} pairs of cells have fewer than two seeds in common: nothing is said of them.", ""]
   lines.append(
     "A difference is the mean over seeds of one run's top-1 minus the other's of the same seed, in points, with its "
-    "standard error; it exceeds the spread where it is beyond the 95 % point of Student's t. One in twenty does by chance."
+    "standard error; it exceeds the spread where it is beyond the 95 % point of Student's t, of "
+    f"at least {LEAST_SEEDS} seeds. One in twenty does by chance."
   )
   return lines
 

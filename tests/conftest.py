@@ -14,9 +14,11 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# The same small programs are compiled by several runs; kept in a directory of this session only.
-_CACHE = tempfile.TemporaryDirectory(prefix="profit_jax_tests_")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+# The same small programs are compiled by several runs, in several processes; kept in a directory of this session only.
+if "PROFIT_JAX_TESTS_CACHE" not in os.environ:
+  _CACHE = tempfile.TemporaryDirectory(prefix="profit_jax_tests_")
+  os.environ["PROFIT_JAX_TESTS_CACHE"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", os.environ["PROFIT_JAX_TESTS_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 

@@ -130,6 +130,14 @@ def test_a_difference_within_the_spread_is_none(tmp_path):
   assert abs(row.mean) < 4.303 * row.error
 
 
+def test_two_seeds_say_nothing(tmp_path):
+  # Both differ by the same two images: the error is 0.
+  root, grid = epath.Path(tmp_path), small_grid(seeds=2)
+  write_results(root, grid, lambda labels, seed: 90.0 + seed - 0.5 * (labels[1] == "off"))
+  row = ablation.differences(grid, ablation.read_cells(grid, root))[-1]
+  assert (row.mean, row.error, row.exceeds) == (-0.5, 0.0, False)
+
+
 def test_runs_that_are_missing_are_counted(tmp_path):
   root, grid = epath.Path(tmp_path), small_grid()
   write_results(root, grid, lambda labels, seed: 90.0 if seed == 1 and labels[1] == "on" else None)

@@ -1,5 +1,6 @@
 """The tiny net as a registered model, and one whole run of it that several tests look at."""
 
+import os
 import time
 
 import pytest
@@ -21,7 +22,8 @@ def tiny():
 def tiny_config(**changes):
   """All 22 phases on digits, an epoch or two each."""
   config = digits_w4.get_config()
-  config.compilation_cache = ""
+  # Runs of this session share their programs, traced and compiled. No test replaces what is compiled in them.
+  config.compilation_cache = os.environ.get("PROFIT_JAX_TESTS_CACHE", "")
   config.update_from_flattened_dict(
     {
       "model.name": "tiny",

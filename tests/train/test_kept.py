@@ -27,6 +27,7 @@ def jax_cache(tmp_path_factory):
   """JAX's own cache, empty; other tests have theirs again."""
   before, own = jax.config.jax_compilation_cache_dir, tmp_path_factory.mktemp("jax")
   jax.config.update("jax_compilation_cache_dir", str(own))
+  jax.config.update("jax_enable_compilation_cache", True)
   compilation_cache.reset_cache()
   yield own
   jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,89 @@
+"""What it costs to watch a run's instability: epochs with `train/watch.py` around their steps and without, by turns.
+
+    python benchmarks/watch_cost.py [--width 0.25] [--image_size 32] [--batch_size 64] [--steps 21] [--pairs 10]
+
+MobileNet-v2 with weights and activations quantized, as its own teacher. The cost is an epoch's: its last 8 steps are
+watched, however many there are. 21 steps are an epoch of the demo; of ImageNet at batch 256 it has 5004.
+"""
+
+import argparse
+import pathlib
+import statistics
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax
+import numpy as np
+
+from configs import digits_w4
+from profit_jax import data, plan
+from profit_jax.models import REGISTRY, build, init_variables
+from profit_jax.quant.levels import levels
+from profit_jax.settings import parse
+from profit_jax.train.checkpoint import Moment, host_copy
+from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.progress import Progress
+from profit_jax.train.state import create_state
+from profit_jax.train.watch import Watch
+
+
+def main() -> None:
+  """Prints both times of an epoch and the share."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--width", type=float, default=0.25, help="of MobileNet-v2")
+  parser.add_argument("--image_size", type=int, default=32, help="pixels")
+  parser.add_argument("--batch_size", type=int, default=64, help="images")
+  parser.add_argument("--steps", type=int, default=21, help="of an epoch")
+  parser.add_argument("--pairs", type=int, default=10, help="of epochs")
+  options = parser.parse_args()
+  config = digits_w4.get_config()
+  config.model.width, config.data.image_size = options.width, options.image_size
+  config.train.batch_size = options.batch_size
+  settings = parse(config, REGISTRY)
+  source = data.load(settings, data.Host())
+  model = build(settings.model, source.facts.num_classes)
+  programs = Programs(settings, source.facts, model, model, make_mesh(settings))
+  phase = next(phase for phase in plan.plan(settings) if phase.name == "w4a4 ft1")
+  variables = init_variables(model, jax.random.key(0), options.image_size)
+  step = programs.train_step(phase.program, frozenset())
+  moment = Moment(Progress(phase=phase.index), programs.replicate(create_state(variables, ema=True)))
+  moment.state = programs.fresh_optimizer(moment.state, True, frozenset())
+  teacher, key = programs.replicate(host_copy(moment.state.variables)), programs.replicate(jax.random.key(0))
+  batch, watch = next(iter(source.train_batches(0, options.batch_size))), Watch(programs, settings, options.steps)
+
+  def epoch(watched: bool) -> float:
+    moment.progress.step, start = 0, time.perf_counter()
+    for _ in range(options.steps):
+      if watched:
+        watch.before_step(moment)
+      arguments = programs.split(batch), levels(4, 4), np.float32(1e-3), key, teacher, None, None
+      moment.state, metrics, _ = step(moment.state, *arguments)
+      moment.progress.step += 1
+      if watched:
+        watch.after_step(moment, phase)
+      jax.block_until_ready(metrics)
+    jax.block_until_ready(moment.state)
+    return time.perf_counter() - start
+
+  epoch(watched=True)
+  plain, watching = [], []
+  for _ in range(options.pairs):
+    plain.append(epoch(watched=False))
+    watching.append(epoch(watched=True))
+  share = statistics.median(with_it / without - 1 for with_it, without in zip(watching, plain, strict=True))
+  print(
+    f"MobileNet-v2, width {options.width:g}, {options.image_size}x{options.image_size}, batch {options.batch_size}; "
+    f"{jax.devices()[0].device_kind}; epochs of {options.steps} steps"
+  )
+  print(
+    f"an epoch takes {statistics.median(plain):.3f} s without and {statistics.median(watching):.3f} s with what is watched "
+    f"(medians of {options.pairs}): {100 * share:+.2f} % (median of the pairs)"
+  )
+  programs.close()
+
+
+if __name__ == "__main__":
+  main()
