@@ -37,7 +37,7 @@ def command(tmp_path_factory):
     line = [sys.executable, "main.py", "--config", "configs/mbv2_w4.py", *ONE_STEP, f"--config.compilation_cache={cache}"]
     environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     done = subprocess.run(
-      [*line, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+      [*line, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -57,7 +57,7 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("teacher.pad_value", 1.0, "-0.375"),
     ("teacher.strides", (0,), "each 1 or 2"),
     ("data.normalization", "cifar", "dataset, imagenet, inception, none"),
-    ("data.name", " ", "digits, folder"),
+    ("data.name", " ", "digits, digit_pairs, folder"),
     ("data.train_split", "", "name of a split"),
     ("data.train_crop", "random", "resized, padded"),
     ("data.eval_share", 1.5, "0.1 to 1"),

@@ -132,8 +132,6 @@ class Programs:
     for phase in phases:
       if phase.calibrate:
         self._request(("calibrate", phase.calibrate), self._compile_calibration)
-      if phase.trains_codes:
-        self._request(("observe",), self._compile_observe)
       layers = frozen(phase)
       if layers is not None:
         self._request(self._train_key(phase.program, layers), self._compile_train)
@@ -141,6 +139,8 @@ class Programs:
         if any(quantized) and self._settings.remedy.bn_batches:
           self._request(("statistics", *quantized), self._compile_statistics)
         self._request(("eval", "student", *quantized), self._compile_eval)
+        if phase.trains_codes:  # needed last of these
+          self._request(("observe",), self._compile_observe)
 
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a phase with these kernels frozen."""

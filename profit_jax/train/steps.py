@@ -12,7 +12,7 @@ from flax import traverse_util
 from profit_jax.data.normalize import Normalization, normalize
 from profit_jax.layers import at_least_float32
 from profit_jax.quant import calibration, duq
-from profit_jax.quant.levels import Levels
+from profit_jax.quant.levels import Levels, kernel_steps
 from profit_jax.quant.methods import METHODS
 from profit_jax.settings import QuantSettings, RemedySettings
 from profit_jax.train import aiwq, remedies
@@ -278,24 +278,24 @@ def calibrate_acts(
 
 def calibrate_weights(params: Any, steps: jax.Array, quant: QuantSettings = QuantSettings()) -> Any:
   """Params with the first values of every kernel's quantizer, at `steps`, `Levels.weight`; DuQ's are `0.9 * max|w|`."""
-  return _with_kernel_scalars(params, quant, lambda kernel: METHODS[quant.method].first_kernel(kernel, steps))
+  return _with_kernel_scalars(params, steps, quant, METHODS[quant.method].first_kernel)
 
 
 def fit_weights(params: Any, steps: jax.Array, quant: QuantSettings = QuantSettings()) -> Any:
-  """Params with every kernel's a and c fitted to it, at `steps` (a scalar) of the symmetric quantizer."""
+  """Params with every kernel's a and c fitted to it, at `steps` (a scalar, `Levels.weight`)."""
 
-  def fitted(kernel):
+  def fitted(kernel, steps):
     return dict(zip(("quant_a", "quant_c"), calibration.fitted_interval(kernel, steps), strict=True))
 
-  return _with_kernel_scalars(params, quant, fitted)
+  return _with_kernel_scalars(params, steps, quant, fitted)
 
 
-def _with_kernel_scalars(params, quant, values_of):
+def _with_kernel_scalars(params, steps, quant, values_of):
   flat = traverse_util.flatten_dict(params)
-  values_of = jax.vmap(values_of, in_axes=-1) if quant.per_channel else values_of
+  values_of = jax.vmap(values_of, in_axes=(-1, None)) if quant.per_channel else values_of
   for path, leaf in list(flat.items()):
     if path[-1] == "kernel":
-      for name, value in values_of(leaf).items():
+      for name, value in values_of(leaf, kernel_steps("/".join(path[:-1]), steps, quant)).items():
         _set(flat, (*path[:-1], name), value)
   return traverse_util.unflatten_dict(flat)
 

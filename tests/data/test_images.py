@@ -222,7 +222,7 @@ def test_the_other_images_of_a_batch_are_what_they_are_without_the_broken_one(da
     ({"data.eval_split": "train[200%:]"}, r"data.eval_split = 'train\[200%:\]'"),
     ({"data.name": "cuttings/large"}, r"data.name = 'cuttings/large'"),
     ({"data.name": "coco"}, "must be a data set of one image and one class label per example"),
-    ({"data.name": "no_such_set"}, "digits, folder, or a data set of tensorflow-datasets"),
+    ({"data.name": "no_such_set"}, "digits, digit_pairs, folder, or a data set of tensorflow-datasets"),
     ({"data.name": "imagenette/320px-v2"}, r"prepare imagenette/320px-v2 --data_dir=\S+ \(docs/data.md\)\.$"),
     (
       {"data.name": "imagenet2012"},

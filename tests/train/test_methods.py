@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from profit_jax.export import build as export_build
 from profit_jax.models import REGISTRY, build, init_variables
 from profit_jax.quant.levels import levels
 from profit_jax.settings import ConfigError, QuantSettings, parse
+from profit_jax.train import steps
 from tests.export.nets import random_variables, settings_of
 from tests.train.conftest import tiny_config
 
@@ -61,6 +63,20 @@ def test_first_and_last_bits_are_least_bits():
   assert (higher.first().weight, higher.last().weight, higher.last().act) == (127, 127, 255)
   assert levels(None, 4)._replace(quant=quant).last().weight is None
   assert levels(4, 4).first() == levels(4, 4)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_intervals_are_fitted_at_the_bits_of_their_layer(per_channel):
+  kernel = jnp.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 8)))
+  scalars = {name: jnp.ones((8,) if per_channel else ()) for name in ("quant_a", "quant_c")}
+  tree = {layer: {"kernel": kernel, **scalars} for layer in ("stem_conv", "conv")}
+  quant = QuantSettings(per_channel=per_channel, first_bits=8)
+  fitted = steps.fit_weights(tree, jnp.float32(1), quant)
+  interval = {layer: np.logaddexp(0, fitted[layer]["quant_a"]) for layer in fitted}
+  largest = jnp.abs(kernel).max((0, 1, 2) if per_channel else None)
+  # With 255 values next to nothing is clipped; with three, the interval lies within the kernel.
+  assert np.all(interval["stem_conv"] > 0.8 * largest)
+  assert np.all(interval["conv"] < 0.8 * largest)
 
 
 @pytest.mark.parametrize("model", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"])

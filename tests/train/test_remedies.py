@@ -93,6 +93,17 @@ def test_a_fixed_code_stays_when_its_interval_moves():
   assert exported_code(new["conv"], 3) == code
 
 
+def test_fixed_codes_of_channels_with_intervals_of_their_own():
+  quant, intervals = QuantSettings(per_channel=True), jnp.float32([1.5, 3.0])
+  state = remedies.start(params(np.zeros((1, 2))))
+  for code in (1, 2, 1, 2, 1):
+    tree = params(np.float32([[0.5, 1.0]]) * code)
+    tree["conv"] |= {"quant_a": duq.inverse_softplus(intervals), "quant_c": duq.inverse_softplus(intervals)}
+    new, state = remedies.fix_codes(state, tree, STEPS, 0.15, 0.1, quant)
+  assert state.fixed["conv"].all()
+  np.testing.assert_allclose(new["conv"]["kernel"], [[0.5, 1.0]], rtol=1e-6)
+
+
 def exported_code(layer, bits):
   found = exported_codes(np.float32(layer["kernel"]), np.float32(layer["quant_a"]), 2 ** (bits - 1) - 1)
   return int(np.ravel(found)[0])
