@@ -105,17 +105,20 @@ def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | 
   """By title, what `_matrix` gives, a norm and a colour map, one below the other; None without any."""
   if not maps:
     return None
-  rows = [len(layers) for (layers, _), _, _ in maps.values()]
+  # Inches of a layer: of a hundred, less, so that a panel fits a screen.
+  counts = [len(layers) for (layers, _), _, _ in maps.values()]
+  inches = [min(0.11, 6.6 / count) for count in counts]
+  rows = [count * inch for count, inch in zip(counts, inches, strict=True)]
   figure, axes = plt.subplots(
-    len(maps), 1, figsize=(11, 1.2 + sum(0.11 * count + 0.6 for count in rows)), layout="constrained", squeeze=False,
+    len(maps), 1, figsize=(11, 1.2 + sum(row + 0.6 for row in rows)), layout="constrained", squeeze=False,
     height_ratios=rows,
   )  # fmt: skip
-  for axis, (title, ((layers, values), norm, colours)) in zip(axes.flat, maps.items(), strict=True):
+  for axis, inch, (title, ((layers, values), norm, colours)) in zip(axes.flat, inches, maps.items(), strict=True):
     # What is 0 stays blank on a scale of factors, where it has no place, as what was not measured.
     blank = ~(values > 0) if isinstance(norm, LogNorm) else ~np.isfinite(values)
     shown, extent = np.ma.masked_where(blank, values), (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
     picture = axis.imshow(shown, aspect="auto", norm=norm, cmap=colours, interpolation="nearest", extent=extent)
-    axis.set_yticks(range(len(layers)), layers, fontsize=5)
+    axis.set_yticks(range(len(layers)), layers, fontsize=min(5.0, 62 * inch))
     axis.set_title(title, fontsize=9)
     start = 0.5
     for phase in phases:
