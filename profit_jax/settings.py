@@ -336,7 +336,7 @@ def _check_remedy(remedy: RemedySettings, method: str) -> None:
     f"{remedy.freezing_momentum:g}",
   )
   require(remedy.bn_batches >= 0, "remedy.bn_batches", remedy.bn_batches, "0 (off) or above")
-  fitting = f"0 with quant.method = {method}: it needs duq or lsq, whose codes come from one interval"
   for name, off in (("dampening", 0.0), ("freezing_thresholds", ())):
     value = getattr(remedy, name)
-    require(not value or method in ("duq", "lsq"), f"remedy.{name}", value, fitting.replace("0", str(off), 1))
+    allowed = f"{off} with quant.method = {method}: it needs duq or lsq, whose codes come from one interval"
+    require(not value or method in ("duq", "lsq"), f"remedy.{name}", value, allowed)

@@ -1,4 +1,4 @@
-"""docs/tutorial.ipynb: it runs from beginning to end, and what is committed is what a run gives."""
+"""docs/tutorial.ipynb: it runs from beginning to end, and so did what is committed."""
 
 import pathlib
 import re

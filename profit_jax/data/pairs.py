@@ -27,7 +27,7 @@ FACTS = Facts(
 _TURN, _SCALE, _SHEAR, _MOVE = 0.35, 0.15, 0.25, 0.8
 _PIECES, _PIECE = 3, 3  # pieces of other digits in an image, and their side in pixels of 8
 _SCAN = 8
-_PART = 96
+_PART = 96  # images that are drawn at a time
 _TRAIN, _ORDER, _EVAL = 1, 2, 3  # streams of random numbers
 
 

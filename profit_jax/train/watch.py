@@ -1,6 +1,5 @@
 """Watches a run's instability: the last steps of every epoch, of a moment that the loop moves on."""
 
-import copy
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from profit_jax.plan import Phase
 from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
 from profit_jax.train import instability
-from profit_jax.train.checkpoint import Moment
+from profit_jax.train.checkpoint import Moment, host_copy
 from profit_jax.train.programs import Programs
 
 
@@ -27,7 +26,7 @@ class Watch:
   def before_step(self, moment: Moment) -> None:
     """Keeps the running statistics that the epoch's last step is going to change."""
     if moment.progress.step + 1 == self._steps:
-      self._statistics = jax.tree.map(copy.copy, jax.device_get(moment.state.batch_stats))
+      self._statistics = host_copy(moment.state.batch_stats)
 
   def after_step(self, moment: Moment, phase: Phase) -> None:
     """Counts; at the epoch's end `progress.instability` is set. `progress.step` includes the step already."""
