@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; fields: --config.train.batch_size=64.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run, local or gs://; a run found there goes on.")
+_FORK = flags.DEFINE_string("fork_from", "", "Directory of a run: a new one takes over its first phases, if alike.")
 _SPEED = flags.DEFINE_float("images_per_second", None, "Training speed; mode plan then prints hours.")
 _ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of the first of several processes, if needed.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
@@ -25,8 +26,7 @@ def _parse(argv):
   """Flags, with every mistake as one message and exit code 2."""
   try:
     rest = flags.FLAGS(argv)
-    if _CONFIG.value is not None:
-      getattr(_CONFIG.value, "keys", None)  # a file that could not be loaded says so only when it is used
+    getattr(_CONFIG.value, "keys", None)  # a file that could not be loaded says so only when it is used
     return rest
   except Exception as error:  # a configuration file is code: it can raise anything
     text = str(error)
@@ -53,7 +53,7 @@ def main(argv):
   absl_logging.set_verbosity(absl_logging.ERROR)
   try:
     cluster = profit.Cluster(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
-    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value, cluster, _FORMATS.value)
+    profit.main(_CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value, cluster, _FORMATS.value, _FORK.value)
     return 0
   except Ending as ending:
     print(f"{ending.label}: {ending}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Trains a grid of runs and compares them: python -m profit_jax.ablate --config configs/ablation_digits.py --workdir DIR.
 
 Every cell is an ordinary run of `main.py`, in a directory of its own, with as many seeds as the grid says; the same command
-goes on where it was stopped. Writes DIR/ablation.md, ablation.json and ablation.png.
+goes on where it was stopped. Phases that two runs have in common are trained once, and the second run forks from there.
+Writes DIR/ablation.md, ablation.json and ablation.png.
 """
 
 import argparse
@@ -9,19 +10,21 @@ import concurrent.futures
 import json
 import os
 import pathlib
-import queue
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from profit_jax import ablation, paths
-from profit_jax.settings import ConfigError
+from profit_jax import ablation, fork, paths, snapshots
+from profit_jax.report import files
+from profit_jax.settings import ConfigError, Settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+_ALL = 1000  # checkpoints that a run keeps which others begin with: one of every end of a phase, and those between
+_POLL = 2.0  # seconds
 _DEVICES = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
 
@@ -35,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--only", action="append", default=[], metavar="AXIS=LABEL", help="a part of the grid; repeatable")
   parser.add_argument("--seeds", type=int, help="runs of every cell, instead of the grid's number")
   parser.add_argument("--jobs", type=int, help="runs at once; by default one on every GPU, or one")
+  parser.add_argument(
+    "--alone", action="store_true", help="every run trains all its phases, those in common with others too"
+  )
   parser.add_argument("--plan", action="store_true", help="print the commands and train nothing")
   options = parser.parse_args(arguments)
   try:
@@ -45,11 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [(labels, seed) for seed in range(grid.seeds) for labels in grid.cells()]
     if not runs:
       raise ConfigError("The grid has no cell: --only, or the grid's keep, leaves nothing.")
+    settings = {run: ablation.settings_of(grid, run) for run in runs}
+    trunks = {} if options.alone else ablation.trunks(settings)
     if options.plan:
-      for labels, seed in runs:
-        print(shlex.join(_command(grid, root, labels, seed)))
+      for run in runs:
+        print(shlex.join(_command(grid, root, run, trunks, fork=run in trunks)))
       return 0
-    failed = train(grid, root, runs, options.jobs)
+    failed = train(grid, root, settings, trunks, options.jobs)
     report(grid, root)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -59,52 +67,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return 1 if failed else 0
 
 
-def _command(grid, root, labels, seed):
-  directory = ablation.directory_of(root, labels, seed)
-  return [sys.executable, "main.py", *grid.arguments(labels, seed), f"--workdir={directory}"]
+def _command(grid, root, run, trunks, *, fork):
+  command = [sys.executable, "main.py", *grid.arguments(*run), f"--workdir={ablation.directory_of(root, *run)}"]
+  if fork:
+    command.append(f"--fork_from={ablation.directory_of(root, *trunks[run].run)}")
+  if any(trunk.run == run for trunk in trunks.values()):
+    command.append(f"--config.checkpoint.keep={_ALL}")
+  return command
 
 
 def train(
-  grid: ablation.Grid, root: epath.Path, runs: Sequence[tuple[ablation.Labels, int]], jobs: int | None
+  grid: ablation.Grid,
+  root: epath.Path,
+  settings: Mapping[ablation.Run, Settings],
+  trunks: Mapping[ablation.Run, ablation.Trunk],
+  jobs: int | None,
 ) -> list[tuple[ablation.Labels, int, pathlib.Path]]:
-  """Trains the runs that have no result yet; returns those that failed, and their logs."""
-  waiting = [run for run in runs if not (ablation.directory_of(root, *run) / "result.json").exists()]
-  print(f"{len(runs)} runs, {len(waiting)} of them to be trained.", flush=True)
+  """Trains the runs that have no result yet; returns those that failed, and their logs.
+
+  A run with a trunk begins when that has trained what both have in common.
+  """
+  waiting = [run for run in settings if not (ablation.directory_of(root, *run) / "result.json").exists()]
+  count = len(waiting)
+  print(f"{len(settings)} runs, {count} of them to be trained.", flush=True)
   if not waiting:
     return []
-  devices: queue.Queue[dict[str, str]] = queue.Queue()
-  environments = _environments(jobs)
-  for environment in environments:
-    devices.put(environment)
+  # Those that most others wait for go first.
+  waiting.sort(key=lambda run: -_followers(run, trunks))
   logs = pathlib.Path(root if "://" not in os.fspath(root) else ".") / "logs"
   try:
     logs.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise ConfigError(f"{logs} cannot be written: {error}. Give another --workdir.") from error
-
-  def run(labels, seed):
-    log = logs / f"{ablation.directory_of(epath.Path('.'), labels, seed).name}.log"
-    environment, start = devices.get(), time.perf_counter()
-    try:
-      with log.open("a") as opened:
-        command = _command(grid, root, labels, seed)
-        done = subprocess.run(
-          command, cwd=ROOT, env={**os.environ, **environment}, stdout=opened, stderr=subprocess.STDOUT, check=False
-        )
-    finally:
-      devices.put(environment)
-    return done.returncode, time.perf_counter() - start, log
-
-  failed = []
-  with concurrent.futures.ThreadPoolExecutor(len(environments)) as pool:
-    started = {pool.submit(run, *item): item for item in waiting}
-    for number, future in enumerate(concurrent.futures.as_completed(started), 1):
-      (labels, seed), (code, seconds, log) = started[future], future.result()
-      told = "failed" if code else _top1(root, labels, seed)
-      print(f"{number:>4}/{len(waiting)}  {', '.join(labels)}, seed {seed}: {told}, {seconds:.0f} s", flush=True)
-      if code:
-        failed.append((labels, seed, log))
+  devices, failed, done = _environments(jobs), [], 0
+  running: dict[concurrent.futures.Future, tuple[ablation.Run, dict[str, str]]] = {}
+  with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+    while waiting or running:
+      going = [run for run, _ in running.values()]
+      for run in list(waiting) if devices else ():
+        trunk = trunks.get(run)
+        saved = trunk is not None and _is_saved(root, settings, trunk)
+        # A trunk that has ended, well or not, will save no more.
+        if devices and (trunk is None or saved or trunk.run not in (*going, *waiting)):
+          waiting.remove(run)
+          command, device = _command(grid, root, run, trunks, fork=saved), devices.pop(0)
+          running[pool.submit(_run, command, device, _log(logs, run))] = run, device
+      ended, _ = concurrent.futures.wait(running, timeout=_POLL, return_when=concurrent.futures.FIRST_COMPLETED)
+      for future in ended:
+        run, device = running.pop(future)
+        devices.append(device)
+        code, seconds = future.result()
+        done += 1
+        told = "failed" if code else _top1(root, *run)
+        print(f"{done:>4}/{count}  {', '.join(run[0])}, seed {run[1]}: {told}, {seconds:.0f} s", flush=True)
+        if code:
+          failed.append((*run, _log(logs, run)))
   return failed
+
+
+def _run(command, environment, log):
+  """The exit code and the seconds that it took."""
+  start = time.perf_counter()
+  with log.open("a") as opened:
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=opened, stderr=subprocess.STDOUT, check=False)
+  return done.returncode, time.perf_counter() - start
+
+
+def _log(logs, run):
+  return logs / f"{ablation.directory_of(epath.Path('.'), *run).name}.log"
+
+
+def _followers(run, trunks):
+  """How many runs wait for it, and for those."""
+  return sum(1 + _followers(other, trunks) for other, trunk in trunks.items() if trunk.run == run)
+
+
+def _is_saved(root, settings, trunk):
+  """Whether the trunk has a checkpoint at the end of what it has in common."""
+  directory = ablation.directory_of(root, *trunk.run)
+  if not (directory / "data.json").exists():
+    return False
+  ends = fork.ends(settings[trunk.run], trunk.phases, files.read_data(directory)["train_examples"])
+  return ends[-1] in snapshots.saved_numbers(directory / "checkpoints")
 
 
 def _top1(root, labels, seed):

@@ -9,13 +9,18 @@ import re
 import runpy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from absl import flags
 from etils import epath
+from ml_collections import config_flags
 
-from profit_jax.settings import ConfigError
+from profit_jax import fork
+from profit_jax.models import REGISTRY
+from profit_jax.settings import ConfigError, Settings, parse
 
 Labels = tuple[str, ...]
+Run = tuple[Labels, int]  # a cell and a seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,42 @@ def narrowed(grid: Grid, only: Sequence[str], seeds: int | None) -> Grid:
 def directory_of(root: epath.Path, labels: Labels, seed: int) -> epath.Path:
   """The working directory of a run."""
   return root / re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join((*labels, f"seed{seed}")))
+
+
+def settings_of(grid: Grid, run: Run) -> Settings:
+  """The settings of a run, as `main.py` would read them; raises ConfigError where it would refuse them."""
+  read, line = flags.FlagValues(), ["main.py", *grid.arguments(*run)]
+  config = config_flags.DEFINE_config_file("config", flag_values=read, sys_argv=line)
+  try:
+    read(line)
+    return parse(config.value, REGISTRY)
+  except ConfigError:
+    raise
+  except Exception as error:  # a configuration file is code: it can raise anything
+    raise ConfigError(f"The grid's {' '.join(grid.arguments(*run))} cannot be read: {error}") from error
+
+
+class Trunk(NamedTuple):
+  """What a run has in common with one before it.
+
+  Attributes:
+    run: that one.
+    phases: how many phases of it.
+  """
+
+  run: Run
+  phases: int
+
+
+def trunks(settings: Mapping[Run, Settings]) -> dict[Run, Trunk]:
+  """For every run that has phases in common with an earlier one: the one with most of them, the first of equals."""
+  found: dict[Run, Trunk] = {}
+  for place, (run, mine) in enumerate(settings.items()):
+    for earlier, other in itertools.islice(settings.items(), place):
+      count = fork.shared_phases(mine, other) if earlier[1] == run[1] else 0
+      if count > (found[run].phases if run in found else 0):
+        found[run] = Trunk(earlier, count)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)

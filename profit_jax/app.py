@@ -12,7 +12,7 @@ import ml_collections
 from etils import epath
 from rich.console import Console
 
-from profit_jax import data, distributed, paths, plan, snapshots
+from profit_jax import data, distributed, fork, paths, plan, snapshots
 from profit_jax.export import command, formats
 from profit_jax.models import REGISTRY, build, check, variable_shapes
 from profit_jax.report import console, files
@@ -43,6 +43,7 @@ def main(
   images_per_second: float | None = None,
   cluster: Cluster = Cluster(),
   export_formats: Sequence[str] = formats.DEFAULT,
+  fork_from: str = "",
 ) -> None:
   """Runs one mode.
 
@@ -54,12 +55,15 @@ def main(
     images_per_second: of training; mode plan then prints hours.
     cluster: where the processes meet.
     export_formats: what mode export writes.
+    fork_from: the directory of a run whose first phases a new run in mode train begins with; see `fork`.
 
   Raises:
     ConfigError: anything that the user can mend.
   """
   if mode not in MODES:
     raise ConfigError(f"--mode={mode} is not allowed: it must be one of {', '.join(MODES)}.")
+  if fork_from and mode != "train":
+    raise ConfigError(f"--fork_from={fork_from} is not allowed with --mode={mode}: only training begins with another run.")
   names = formats.named(list(export_formats))
   directory = paths.opened("--workdir", workdir) if workdir else epath.Path()
   given = config is not None
@@ -93,7 +97,7 @@ def main(
     run_export(settings, phases, directory, names)
   else:
     with distributed.peers_needed():
-      train(settings, phases, directory)
+      train(settings, phases, directory, fork_from)
 
 
 def print_plan(settings: Settings, phases: tuple[plan.Phase, ...], images_per_second: float | None) -> None:
@@ -121,7 +125,9 @@ def _require_workdir(workdir: str, mode: str) -> None:
     raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://{either}.")
 
 
-def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, Any] | None:
+def train(
+  settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path, fork_from: str = ""
+) -> dict[str, Any] | None:
   """Trains, or goes on with, the run in `workdir`; returns what `result.json` holds, in the first process."""
   mesh = make_mesh(settings)
   source = _load_data(settings)
@@ -132,6 +138,12 @@ def train(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Pat
     begun = distributed.from_first(files.is_begun(workdir))
     writer = _claim(workdir, settings, source, closing) if begun else None
     snapshot = writer and writer.read_newest(lambda text: _warn(screen, text))
+    if snapshot is None and fork_from:
+      snapshot = fork.snapshot(settings, source, paths.opened("--fork_from", fork_from), lambda text: _warn(screen, text))
+      writer = writer or _claim(workdir, settings, source, closing)
+      writer.save(snapshot.number, snapshot.arrays, snapshot.values)  # a run of its own from here on
+      writer.wait()
+      screen.print(f"The first {snapshot.values['forked_phases']} phases are those of {fork_from}.")
     progress = snapshot and progress_of(snapshot)
     student = distributed.together(lambda: start.load_student(settings, facts.num_classes, progress))
     teacher = distributed.together(lambda: start.load_teacher(settings, student, facts.num_classes, progress))

@@ -200,7 +200,7 @@ def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = Fals
   directory = epath.Path(directory)
   numbers = _listed(directory)
   for _ in range(_LISTINGS):
-    found, damaged = _newest_of(directory, numbers)
+    found, damaged = newest_of(directory, numbers)
     before, numbers = numbers, _listed(directory)
     # A run that is going on may have written a newer one meanwhile, and deleted these.
     if found is not None or before == numbers:
@@ -227,8 +227,8 @@ def _listed(directory: epath.Path) -> list[int]:
   return distributed.numbers_of_first(distributed.together(lambda: saved_numbers(directory)))
 
 
-def _newest_of(directory: epath.Path, numbers: list[int]) -> tuple[Snapshot | None, dict[int, str]]:
-  """The newest of these moments that is whole, and what is wrong with newer ones, newest first."""
+def newest_of(directory: epath.Path, numbers: list[int]) -> tuple[Snapshot | None, dict[int, str]]:
+  """The newest of these moments (oldest first) that is whole, and what is wrong with newer ones; all processes together."""
   damaged = {}
   for number in reversed(numbers):
     found, damage = _read_on_all(directory, number)

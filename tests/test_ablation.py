@@ -173,7 +173,7 @@ def test_a_grid_goes_on_where_it_stopped_and_tells_which_runs_failed(tmp_path, m
   (tmp_path / "run.py").write_text(RUN)
   root = tmp_path / "runs"
   command = ablate._command
-  monkeypatch.setattr(ablate, "_command", lambda *a: [sys.executable, str(tmp_path / "run.py"), *command(*a)[2:]])
+  monkeypatch.setattr(ablate, "_command", lambda *a, **b: [sys.executable, str(tmp_path / "run.py"), *command(*a, **b)[2:]])
   monkeypatch.setattr(ablate, "_environments", lambda jobs: [{}] * jobs)
   arguments = ["--config", str(tmp_path / "grid.py"), "--workdir", str(root), "--jobs", "2"]
   assert ablate.main(arguments) == 1

@@ -25,6 +25,7 @@ ORDER = [
   "report",
   "export",
   "compare",
+  "fork",
   "app",
   "ablation",
   "ablate",

@@ -46,7 +46,7 @@ def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> No
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, content in (("data.json", _identity(source)), ("config.json", settings.to_dict())):
+    for name, content in (("data.json", identity(source)), ("config.json", settings.to_dict())):
       _write(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
     raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
@@ -67,7 +67,7 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
       f"The fields that differ:\n  {listing}"
     )
   # An epoch's order is a function of the number of examples: with another one, a run would not go on but begin anew.
-  saved, present = read_data(workdir), _identity(source)
+  saved, present = read_data(workdir), identity(source)
   found = differences(*({name: count for name, count in facts.items() if name in _COUNTS} for facts in (saved, present)))
   if not found and saved["fingerprint"] not in (None, present["fingerprint"]):
     found = ["as many images, but others or of other classes (another fingerprint)"]
@@ -81,7 +81,8 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
 _COUNTS = ("train_examples", "eval_examples", "num_classes")
 
 
-def _identity(source: Source) -> dict[str, Any]:
+def identity(source: Source) -> dict[str, Any]:
+  """What `data.json` holds of the data."""
   return {**{name: getattr(source.facts, name) for name in _COUNTS}, "fingerprint": source.fingerprint()}
 
 
@@ -235,6 +236,8 @@ def write_report(
     **summary(progress, phases),
   }
   start = start_lines(progress.start) if progress.start else []
+  if progress.forked_phases:
+    start.append(f"The first {progress.forked_phases} phases are those of the run in {progress.forked_from}.")
   if progress.retries:
     start.append(
       f"Losses or gradients that were not finite sent the run back to a checkpoint (retries: {progress.retries}); since "

@@ -104,6 +104,8 @@ class Progress:
     start: what the weights files were worth before training; None without any.
     retries: how often the run went back to a checkpoint because its numbers were not finite.
     learning_rate_scale: what all learning rates are multiplied by since.
+    forked_from: the directory of the run that trained the first phases, where it was another; else empty.
+    forked_phases: how many.
   """
 
   phase: int = 0
@@ -123,6 +125,8 @@ class Progress:
   start: Start | None = None
   retries: int = 0
   learning_rate_scale: float = 1.0
+  forked_from: str = ""
+  forked_phases: int = 0
 
   @property
   def begun(self) -> bool:

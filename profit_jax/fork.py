@@ -1,0 +1,93 @@
+"""A run that begins with the phases that another run has trained: `--fork_from`.
+
+Two plans that begin alike, as with another freezing or other last bits, train their common phases to the same weights, to
+the bit. A run that forks copies the other's checkpoint at the end of those phases, and is an ordinary run from there on.
+"""
+
+import itertools
+from typing import Any
+
+from etils import epath
+
+from profit_jax import data, distributed, plan, snapshots
+from profit_jax.report import files
+from profit_jax.settings import ConfigError, Settings
+from profit_jax.train.checkpoint import progress_of
+
+
+def shared_phases(settings: Settings, other: Settings) -> int:
+  """How many phases at the beginning of two plans are the same, with the same settings around them; 0 for none."""
+  if _other_than_plan(settings) != _other_than_plan(other):
+    return 0
+  phases, theirs = plan.plan(settings), plan.plan(other)
+  # The best weights are chosen among the phases at a plan's last bits.
+  chosen = [{phase.index for phase in plan.target_phases(of)} for of in (phases, theirs)]
+  # A remedy's strength depends on how long a bit width will be trained.
+  until = settings.remedy.dampening or settings.remedy.freezing_thresholds
+  count = 0
+  for mine, its in zip(phases, theirs, strict=False):
+    same = mine == its and (mine.index in chosen[0]) == (its.index in chosen[1])
+    if not same or (until and mine.weight_bits is not None):
+      break
+    count += 1
+  return count
+
+
+def _other_than_plan(settings: Settings) -> dict[str, Any]:
+  config = files.comparable(settings.to_dict())
+  # All but this is in the phases.
+  return {**config, "plan": {"sampling_every": config["plan"]["sampling_every"]}}
+
+
+def ends(settings: Settings, count: int, train_examples: int) -> list[int]:
+  """The numbers of the checkpoints at the ends of the first phases, of a run that was never sent back."""
+  steps = train_examples // settings.train.batch_size
+  return [epochs * (steps + 1) for epochs in itertools.accumulate(p.epochs for p in plan.plan(settings)[:count])]
+
+
+def snapshot(settings: Settings, source: data.Source, origin: epath.Path, warn: snapshots.Warn) -> snapshots.Snapshot:
+  """The latest checkpoint that the run in `origin` has of the end of a phase in common, as this run's own.
+
+  Args:
+    settings: of the run that begins.
+    source: its data.
+    origin: the directory of the other run, which may be going on.
+    warn: told of checkpoints that cannot be read back.
+
+  Raises:
+    ConfigError: there is no such run, it has other settings or data, or kept no such checkpoint.
+  """
+  count = distributed.together(lambda: _allowed(settings, source, origin))
+  wanted = ends(settings, count, source.facts.train_examples)
+  there = distributed.numbers_of_first(distributed.together(lambda: snapshots.saved_numbers(origin / "checkpoints")))
+  found, damaged = snapshots.newest_of(origin / "checkpoints", [number for number in wanted if number in there])
+  for number, damage in damaged.items():
+    warn(f"checkpoint {origin / 'checkpoints' / str(number)} is damaged ({damage}).")
+  progress = found and progress_of(found)
+  # Where a run goes back to depends on when it had saved.
+  if found is None or progress.retries:
+    raise ConfigError(
+      f"--fork_from={origin}: that run has {count} phases in common with this one, but no checkpoint at the end of any of "
+      f"them (those would be {wanted}, and there are {there}). Train it with a larger --config.checkpoint.keep, wait for "
+      f"it, or begin without --fork_from."
+    )
+  progress.forked_from, progress.forked_phases = str(origin), progress.phase
+  return found._replace(values=progress.to_dict())
+
+
+def _allowed(settings: Settings, source: data.Source, origin: epath.Path) -> int:
+  """The number of phases in common."""
+  if not (origin / "config.json").exists():
+    raise ConfigError(
+      f"--fork_from={origin} holds no run: {origin / 'config.json'} does not exist. Give a run's directory."
+    )
+  other = files.read_settings(origin)
+  if found := files.differences(_other_than_plan(other), _other_than_plan(settings)):
+    listing = "\n  ".join(found)
+    raise ConfigError(
+      f"--fork_from={origin}: of that run's configuration only config.plan may be another here. The fields that differ:\n"
+      f"  {listing}"
+    )
+  if found := files.differences(files.read_data(origin), files.identity(source)):
+    raise ConfigError(f"--fork_from={origin}: that run has other data: {'; '.join(found)}. It must be the same.")
+  return shared_phases(settings, other)

@@ -1,0 +1,97 @@
+"""A run that begins with another's first phases is the run that trains them itself."""
+
+import json
+import shutil
+
+import pytest
+
+from profit_jax import app, fork
+from profit_jax.models import REGISTRY
+from profit_jax.settings import ConfigError, parse
+from tests.train.conftest import tiny_config
+from tests.train.runs import damage, newest_of, number, result_of, without_times
+
+PHASES, ENDS = 22, {20: number(29), 21: number(31), 22: number(32)}  # of the tiny run: those that it keeps
+
+
+def shared(ours, theirs):
+  return fork.shared_phases(parse(tiny_config(**ours), REGISTRY), parse(tiny_config(**theirs), REGISTRY))
+
+
+@pytest.mark.parametrize(
+  ("ours", "count"),
+  [
+    ({}, PHASES),
+    ({"plan.freeze_fractions": (0.0, 0.0, 0.0)}, 19),
+    ({"plan.freeze_fractions": (0.0, 1 / 3)}, 20),
+    ({"plan.progressive": False}, 1),
+    ({"plan.weight_bits": (8, 5), "plan.profit_bits": (5,)}, 13),
+    ({"plan.full_precision_epochs": 3}, 0),
+    ({"plan.sampling_every": 2}, 0),
+    ({"seed": 1}, 0),
+    ({"train.learning_rate": 0.01}, 0),
+    ({"checkpoint.keep": 1000, "compilation_cache": "", "recovery.retries": 1}, PHASES),
+  ],
+)
+def test_phases_in_common(tiny, ours, count):
+  assert shared(ours, {}) == shared({}, ours) == count
+
+
+def test_a_longer_plan_has_the_shorter_one_in_common_but_for_its_last_bits(tiny):
+  # At the shorter plan's last bits, w8a4, its best weights are chosen; the longer one has none yet.
+  assert shared({"plan.weight_bits": (8,), "plan.profit_bits": ()}, {"plan.profit_bits": (4,)}) == 10
+
+
+def test_a_remedy_is_annealed_over_all_phases_of_a_bit_width(tiny):
+  remedy = {"remedy.dampening": 0.1}
+  assert shared({**remedy, "plan.freeze_fractions": (0.0, 0.0, 0.0)}, remedy) == 10
+
+
+@pytest.fixture
+def other(finished_run, tmp_path):
+  """The finished run as it was at the end of its 20th phase."""
+  directory = tmp_path / "other"
+  shutil.copytree(finished_run, directory)
+  for phase in (21, 22):
+    shutil.rmtree(directory / "checkpoints" / str(ENDS[phase]))
+  return directory
+
+
+def test_a_fork_is_the_run_to_the_bit(finished_run, other, tmp_path, capsys):
+  run = tmp_path / "run"
+  app.main(tiny_config(), str(run), "train", fork_from=str(other))
+  assert f"The first 20 phases are those of {other}." in " ".join(capsys.readouterr().out.split())
+  assert f"The first 20 phases are those of the run in {other}." in (run / "report.md").read_text()
+  assert without_times(result_of(run)) == without_times(result_of(finished_run))
+  ours, theirs = newest_of(run), newest_of(finished_run)
+  assert (ours.values.pop("forked_from"), ours.values.pop("forked_phases")) == (str(other), 20)
+  assert (theirs.values.pop("forked_from"), theirs.values.pop("forked_phases")) == ("", 0)
+  assert without_times(ours.values) == without_times(theirs.values)
+  assert ours.arrays.keys() == theirs.arrays.keys()
+  assert [path for path in ours.arrays if ours.arrays[path].tobytes() != theirs.arrays[path].tobytes()] == []
+  # It has begun: the same command goes on with its own checkpoints, whatever has become of the other run.
+  shutil.rmtree(other)
+  app.main(tiny_config(), str(run), "train", fork_from=str(other))
+
+
+def refused(run, fork_from, **changes):
+  with pytest.raises(ConfigError) as error:
+    app.main(tiny_config(**changes), str(run), "train", fork_from=str(fork_from))
+  assert not run.exists()
+  return str(error.value)
+
+
+def test_what_is_refused(other, tmp_path):
+  run = tmp_path / "run"
+  assert "holds no run" in refused(run, tmp_path / "absent")
+  assert "seed: 0 there, 1 here" in refused(run, other, seed=1)
+  message = refused(run, other, **{"plan.freeze_fractions": (0.0, 0.0, 0.0)})
+  assert "19 phases in common" in message
+  assert "--config.checkpoint.keep" in message
+  damage(other / "checkpoints" / str(ENDS[20]))
+  assert "no checkpoint at the end" in refused(run, other)
+  data = json.loads((other / "data.json").read_text())
+  (other / "data.json").write_text(json.dumps({**data, "train_examples": 1346}))
+  assert "train_examples: 1346 there, 1347 here" in refused(run, other)
+  with pytest.raises(ConfigError, match="not allowed with --mode=eval"):
+    app.main(tiny_config(), str(other), "eval", fork_from=str(other))
