@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,8 +118,10 @@ def settings_of(grid: Grid, run: Run) -> Settings:
   read, line = flags.FlagValues(), ["main.py", *grid.arguments(*run)]
   config = config_flags.DEFINE_config_file("config", flag_values=read, sys_argv=line)
   try:
-    read(line)
-    return parse(config.value, REGISTRY)
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads files in an old way
+      read(line)
+      return parse(config.value, REGISTRY)
   except ConfigError:
     raise
   except Exception as error:  # a configuration file is code: it can raise anything

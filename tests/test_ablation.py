@@ -88,6 +88,27 @@ def test_a_file_that_is_no_grid(tmp_path, text, message):
     ablation.read_grid(str(tmp_path / "grid.py"))
 
 
+def test_phases_in_common_are_trained_once():
+  grid = ablation.read_grid(str(GRIDS[0].parent / "ablation_digits.py"))
+  runs = [(labels, seed) for seed in range(2) for labels in grid.cells()]
+  trunks = ablation.trunks({run: ablation.settings_of(grid, run) for run in runs})
+
+  def found(model, bits, freezing, progressive, padding="on", seed=1):
+    trunk = trunks.get(((model, bits, freezing, progressive, padding), seed))
+    return trunk and (*trunk.run[0][1:], trunk.run[1], trunk.phases)
+
+  for model in ("mobilenet_v2", "mobilenet_v3_small"):
+    assert found(model, "W3A3", "on", "on") is None
+    # All but the last three phases; full precision; full precision and activations at 8 and 4 bits.
+    assert found(model, "W3A3", "off", "on") == ("W3A3", "on", "on", "on", 1, 19)
+    assert found(model, "W3A3", "on", "off") == ("W3A3", "on", "on", "on", 1, 1)
+    assert found(model, "W2A2", "on", "on") == ("W3A3", "on", "on", "on", 1, 7)
+    assert found(model, "W2A2", "off", "off") == ("W2A2", "on", "off", "on", 1, 7)
+  # Another padding is another net.
+  assert found("mobilenet_v3_small", "W3A3", "on", "on", "off") is None
+  assert found("mobilenet_v3_small", "W2A2", "on", "on", "off") == ("W3A3", "on", "on", "off", 1, 7)
+
+
 def write_results(root, grid, top1):
   for labels in grid.cells():
     for seed in range(grid.seeds):
@@ -193,12 +214,16 @@ def test_plan_prints_commands_and_trains_nothing(tmp_path, capsys):
   assert ablate.main(["--config", str(tmp_path / "grid.py"), "--workdir", str(tmp_path / "runs"), "--plan"]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 4
-  assert shlex.split(lines[0])[1:] == [
+  x, y = shlex.split(lines[0])[1:], shlex.split(lines[1])[1:]
+  assert x[:4] == [
     "main.py",
     "--config=configs/digits_w4.py:mobilenet_v2",
     "--config.seed=0",
     f"--workdir={tmp_path}/runs/x-seed0",
   ]
+  # Both have the same plan: y begins with what x has trained, which must still be there.
+  assert x[4:] == ["--config.checkpoint.keep=1000"]
+  assert y[4:] == [f"--fork_from={tmp_path}/runs/x-seed0"]
   assert not (tmp_path / "runs").exists()
 
 
