@@ -1,4 +1,8 @@
-"""Prints runs side by side: python -m profit_jax.compare RUN RUN...; what they ended with, and the settings that differ."""
+"""Prints runs side by side: python -m profit_jax.compare RUN RUN...; what they ended with, and the settings that differ.
+
+With --plot FILE.png also draws their accuracy and their instability over the epochs; runs that differ in their seed alone
+are one group, with its mean.
+"""
 
 import argparse
 import json
@@ -11,10 +15,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax import paths
+from profit_jax import paths, snapshots
 from profit_jax.plan import bits_name, plan, summary_line
 from profit_jax.report import files
 from profit_jax.settings import ConfigError
+from profit_jax.train.checkpoint import progress_of
 
 
 def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -89,13 +94,52 @@ def print_runs(runs: Sequence[str], screen: Console) -> None:
     screen.print("All settings are the same.")
 
 
+def groups(runs: Sequence[str]) -> dict[str, list[str]]:
+  """Runs that differ in their seed alone, by the fields in which groups differ; raises as `read`."""
+  settings = {run: read(run)[0] for run in runs}
+  for flat in settings.values():
+    for field in ("seed", "compilation_cache", "checkpoint.keep", "checkpoint.minutes"):  # not what is compared
+      flat.pop(field, None)
+  fields = list(dict.fromkeys(field for flat in settings.values() for field in flat))
+  differing = [field for field in fields if len({json.dumps(flat.get(field)) for flat in settings.values()}) > 1]
+  found: dict[str, list[str]] = {}
+  for run, flat in settings.items():
+    found.setdefault(", ".join(f"{field}={json.dumps(flat.get(field))}" for field in differing), []).append(run)
+  return found
+
+
+def plot(runs: Sequence[str], file: str, screen: Console) -> None:
+  """Draws the runs, of whose checkpoints the last is read; raises as `read`, and where that or the file cannot be."""
+  from profit_jax.report import plots  # takes a second to import
+
+  def progress(run):
+    directory = paths.opened("The run", run) / "checkpoints"
+    found = snapshots.read_newest(directory, lambda text: screen.print(f"WARNING: {text}", style="yellow"))
+    if found is None:
+      raise ConfigError(f"{directory} has no checkpoint: the picture shows what is in a run's last one. Leave out --plot.")
+    return progress_of(found)
+
+  target = paths.opened("--plot", file)
+  drawn = {name or "all": [progress(run) for run in group] for name, group in groups(runs).items()}
+  try:
+    plots.plot_runs(drawn, target)
+  except OSError as error:
+    raise ConfigError(f"--plot={file} cannot be written: {error}. Give a file in a directory that is there.") from error
+  screen.print(f"Plot: {file}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
-  parser = argparse.ArgumentParser(prog="python -m profit_jax.compare", description=__doc__)
+  parser = argparse.ArgumentParser(
+    prog="python -m profit_jax.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run that has ended")
-  options = parser.parse_args(arguments)
+  parser.add_argument("--plot", metavar="FILE.png", help="draw them over the epochs")
+  options, screen = parser.parse_args(arguments), Console(highlight=False)
   try:
-    print_runs(options.runs, Console(highlight=False))
+    print_runs(options.runs, screen)
+    if options.plot:
+      plot(options.runs, options.plot, screen)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

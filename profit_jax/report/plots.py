@@ -1,5 +1,6 @@
 """The plots of a run, as PNG files."""
 
+import itertools
 import logging
 from typing import Any
 
@@ -18,7 +19,7 @@ from profit_jax.plan import Phase
 from profit_jax.quant import duq
 from profit_jax.quant.levels import levels
 from profit_jax.quant.methods import PREFIX
-from profit_jax.train.progress import Progress
+from profit_jax.train.progress import EpochRecord, Progress
 
 # Names of layers in the order of the network: around the blocks (1), and within one.
 _OUTSIDE = {0: "stem", 2: "head", 3: "pre_classifier", 4: "classifier"}
@@ -101,6 +102,66 @@ def _quantizers(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | N
   return _heat_maps(maps, phases)
 
 
+def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
+  """Top-1 of the raw weights and what tells of instability, over the epochs: thin lines for runs, a thick one for the mean.
+
+  Args:
+    groups: runs that differ in their seed alone, by what the legend calls them.
+    path: of the PNG file.
+  """
+  panels = {
+    "top-1, raw weights (%)": lambda epoch: epoch.top1,
+    "batch from running statistics (KL), geometric mean of the layers": lambda epoch: _geometric(epoch, "bn_distance"),
+    "codes that a step changes (share), mean of the layers": lambda epoch: _mean(epoch, "flip_rate"),
+    "codes that a step changes back (share), mean of the layers": lambda epoch: _mean(epoch, "oscillation_rate"),
+  }
+  drawn = {title: {name: [[of(epoch) for epoch in run.epochs] for run in runs] for name, runs in groups.items()}
+           for title, of in panels.items()}  # fmt: skip
+  values = {title: np.concatenate([line for runs in lines.values() for line in runs]) for title, lines in drawn.items()}
+  drawn = {title: lines for title, lines in drawn.items() if np.isfinite(values[title]).any()}
+  figure, axes = plt.subplots(
+    len(drawn), 1, figsize=(11, 2.5 * len(drawn)), sharex=True, layout="constrained", squeeze=False
+  )
+  for axis, (title, lines) in zip(axes.flat, drawn.items(), strict=True):
+    for number, (name, runs) in enumerate(lines.items()):
+      colour = f"C{number % 10}"
+      for line in runs:
+        axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.6, alpha=0.6)
+      if len({len(line) for line in runs}) == 1:
+        axis.plot(range(1, len(runs[0]) + 1), np.mean(runs, axis=0), color=colour, linewidth=2, label=name)
+    axis.set_title(title, fontsize=9)
+    axis.grid(color="0.92")
+    if axis is not axes[0, 0]:
+      axis.set_yscale("log")
+  top1 = next(iter(values.values()))
+  axes[0, 0].set_ylim(_low(top1), top1.max() + 2)
+  phases = {tuple(epoch.phase for epoch in run.epochs) for runs in groups.values() for run in runs}
+  if len(phases) == 1:
+    (of_epochs,) = phases
+    for epoch, (phase, following) in enumerate(itertools.pairwise(of_epochs), 1):
+      for axis in axes.flat if phase != following else ():
+        axis.axvline(epoch + 0.5, color="0.6", linewidth=0.5, linestyle=":")
+  axes[0, 0].legend(fontsize=8, loc="lower left")
+  axes[-1, 0].set_xlabel("epoch")
+  _save(figure, path)
+
+
+def _mean(epoch: EpochRecord, name: str) -> float:
+  values = list(epoch.instability.get(name, {}).values())
+  return float(np.mean(values)) if any(values) else np.nan
+
+
+def _geometric(epoch: EpochRecord, name: str) -> float:
+  # Of values that differ by factors, from layer to layer.
+  values = [value for value in epoch.instability.get(name, {}).values() if value > 0]
+  return float(np.exp(np.mean(np.log(values)))) if values else np.nan
+
+
+def _low(top1: Any) -> float:
+  """Where an axis begins: the first epochs from random weights would flatten everything that follows."""
+  return max(0.0, np.percentile(top1, 15) - 8)
+
+
 def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | None:
   """By title, what `_matrix` gives, a norm and a colour map, one below the other; None without any."""
   if not maps:
@@ -165,9 +226,7 @@ def _accuracy(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
       ha="center", va="bottom", fontsize=8, color="0.3",
     )  # fmt: skip
     start += phase.epochs
-  # The first epochs from random weights would flatten everything that follows.
-  settled = [value for e in progress.epochs for value in (e.top1, e.top1_ema) if value is not None]
-  low = max(0.0, np.percentile(settled, 15) - 8)
+  low = _low([value for e in progress.epochs for value in (e.top1, e.top1_ema) if value is not None])
   axis.set(xlabel="epoch", ylabel="top-1 (%)", xlim=(0.5, len(epochs) + 0.5), ylim=(low, 100.5))
   axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.22))
   axis.set_title("Accuracy over the phases")

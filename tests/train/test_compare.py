@@ -27,6 +27,23 @@ def test_a_run_beside_itself(finished_run, capsys):
   assert "All settings are the same." in capsys.readouterr().out
 
 
+def test_runs_that_differ_in_their_seed_are_one_group_of_the_picture(finished_run, tmp_path, capsys):
+  runs = [str(finished_run)]
+  for name, field, value in (("seed", "seed", 7), ("rate", "train.learning_rate", 0.5)):
+    runs.append(str(tmp_path / name))
+    shutil.copytree(finished_run, runs[-1])
+    config = json.loads((tmp_path / name / "config.json").read_text())
+    section, _, leaf = field.rpartition(".")
+    (config[section] if section else config)[leaf] = value
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+  assert compare.groups(runs) == {"train.learning_rate=0.02": runs[:2], "train.learning_rate=0.5": runs[2:]}
+  assert compare.groups(runs[:2]) == {"": runs[:2]}
+  assert compare.main([*runs, "--plot", str(tmp_path / "runs.png")]) == 0
+  assert (tmp_path / "runs.png").read_bytes()[:4] == b"\x89PNG"
+  assert compare.main([*runs, "--plot", str(tmp_path / "absent" / "runs.png")]) == 2
+  assert "--plot=" in capsys.readouterr().err
+
+
 def test_what_has_no_result(finished_run, tmp_path, capsys):
   unfinished = tmp_path / "unfinished"
   unfinished.mkdir()
