@@ -67,7 +67,7 @@ def snapshot(settings: Settings, source: data.Source, origin: epath.Path, warn: 
   # Where a run goes back to depends on when it had saved.
   if found is None or progress.retries:
     raise ConfigError(
-      f"--fork_from={origin}: that run has {count} phases in common with this one, but no checkpoint at the end of any of "
+      f"--fork_from {origin}: that run has {count} phases in common with this one, but no checkpoint at the end of any of "
       f"them (those would be {wanted}, and there are {there}). Train it with a larger --config.checkpoint.keep, wait for "
       f"it, or begin without --fork_from."
     )
@@ -77,17 +77,13 @@ def snapshot(settings: Settings, source: data.Source, origin: epath.Path, warn: 
 
 def _allowed(settings: Settings, source: data.Source, origin: epath.Path) -> int:
   """The number of phases in common."""
-  if not (origin / "config.json").exists():
-    raise ConfigError(
-      f"--fork_from={origin} holds no run: {origin / 'config.json'} does not exist. Give a run's directory."
-    )
-  other = files.read_settings(origin)
+  other = files.read_settings(origin, "--fork_from")
   if found := files.differences(_other_than_plan(other), _other_than_plan(settings)):
     listing = "\n  ".join(found)
     raise ConfigError(
-      f"--fork_from={origin}: of that run's configuration only config.plan may be another here. The fields that differ:\n"
+      f"--fork_from {origin}: of that run's configuration only config.plan may be another here. The fields that differ:\n"
       f"  {listing}"
     )
   if found := files.differences(files.read_data(origin), files.identity(source)):
-    raise ConfigError(f"--fork_from={origin}: that run has other data: {'; '.join(found)}. It must be the same.")
+    raise ConfigError(f"--fork_from {origin}: that run has other data: {'; '.join(found)}. It must be the same.")
   return shared_phases(settings, other)

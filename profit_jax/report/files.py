@@ -146,22 +146,22 @@ def is_begun(workdir: epath.Path) -> bool:
   return (workdir / "checkpoints").exists()
 
 
-def read_config(workdir: epath.Path) -> dict[str, Any]:
-  """The `config.json` of a run.
+def read_config(workdir: epath.Path, flag: str = "--workdir") -> dict[str, Any]:
+  """The `config.json` of a run; flag: that named its directory, for messages.
 
   Raises:
     ConfigError: there is none, or it cannot be read.
   """
   path = workdir / "config.json"
   if not path.exists():
-    raise ConfigError(f"--workdir {workdir} holds no run: {path} does not exist. Train first, or give the right directory.")
+    raise ConfigError(f"{flag} {workdir} holds no run: {path} does not exist. Train first, or give the right directory.")
   try:
     config = json.loads(path.read_text())
   except (OSError, ValueError, RecursionError) as error:
-    raise ConfigError(f"{path} cannot be read: {error}. Use another --workdir, or restore the file.") from error
+    raise ConfigError(f"{path} cannot be read: {error}. Use another {flag}, or restore the file.") from error
   # Sections of fields, of which some are lists.
   if not isinstance(config, dict) or not _is_at_most(config, 3):
-    raise ConfigError(f"{path} does not hold a configuration. Use another --workdir, or restore the file.")
+    raise ConfigError(f"{path} does not hold a configuration. Use another {flag}, or restore the file.")
   return config
 
 
@@ -172,13 +172,13 @@ def _is_at_most(tree: Any, depth: int) -> bool:
   return depth > 0 and all(_is_at_most(item, depth - 1) for item in (tree.values() if isinstance(tree, dict) else tree))
 
 
-def read_settings(workdir: epath.Path) -> Settings:
-  """The settings of a run; raises as `read_config`, and where the file does not hold allowed values."""
-  config = read_config(workdir)
+def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
+  """The settings of a run; arguments and errors as `read_config`'s, and an error where they are not allowed values."""
+  config = read_config(workdir, flag)
   try:
     return parse(ml_collections.ConfigDict(config), REGISTRY)
   except (ValueError, KeyError, TypeError, AttributeError) as error:  # ConfigDict refuses dots, and names of its methods
-    raise ConfigError(f"--workdir {workdir}: config.json is damaged, or of another release: {error}") from error
+    raise ConfigError(f"{flag} {workdir}: config.json is damaged, or of another release: {error}") from error
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
