@@ -104,8 +104,15 @@ def groups(runs: Sequence[str]) -> dict[str, list[str]]:
   differing = [field for field in fields if len({json.dumps(flat.get(field)) for flat in settings.values()}) > 1]
   found: dict[str, list[str]] = {}
   for run, flat in settings.items():
-    found.setdefault(", ".join(f"{field}={json.dumps(flat.get(field))}" for field in differing), []).append(run)
+    found.setdefault(", ".join(f"{field}={_short(flat.get(field))}" for field in differing), []).append(run)
   return found
+
+
+def _short(value: Any) -> str:
+  """For a legend."""
+  if isinstance(value, (list, tuple)):
+    return f"({', '.join(map(_short, value))})"
+  return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def plot(runs: Sequence[str], file: str, screen: Console) -> None:
