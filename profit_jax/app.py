@@ -143,7 +143,7 @@ def train(
       writer = writer or _claim(workdir, settings, source, closing)
       writer.save(snapshot.number, snapshot.arrays, snapshot.values)  # a run of its own from here on
       writer.wait()
-      screen.print(f"The first {snapshot.values['forked_phases']} phases are those of {fork_from}.")
+      screen.print(f"Up to the end of phase {snapshot.values['forked_phases']}, this is the run in {fork_from}.")
     progress = snapshot and progress_of(snapshot)
     student = distributed.together(lambda: start.load_student(settings, facts.num_classes, progress))
     teacher = distributed.together(lambda: start.load_teacher(settings, student, facts.num_classes, progress))

@@ -237,7 +237,7 @@ def write_report(
   }
   start = start_lines(progress.start) if progress.start else []
   if progress.forked_phases:
-    start.append(f"The first {progress.forked_phases} phases are those of the run in {progress.forked_from}.")
+    start.append(f"Up to the end of phase {progress.forked_phases}, this is the run in {progress.forked_from}.")
   if progress.retries:
     start.append(
       f"Losses or gradients that were not finite sent the run back to a checkpoint (retries: {progress.retries}); since "

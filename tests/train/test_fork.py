@@ -60,8 +60,8 @@ def other(finished_run, tmp_path):
 def test_a_fork_is_the_run_to_the_bit(finished_run, other, tmp_path, capsys):
   run = tmp_path / "run"
   app.main(tiny_config(), str(run), "train", fork_from=str(other))
-  assert f"The first 20 phases are those of {other}." in " ".join(capsys.readouterr().out.split())
-  assert f"The first 20 phases are those of the run in {other}." in (run / "report.md").read_text()
+  assert f"Up to the end of phase 20, this is the run in {other}." in " ".join(capsys.readouterr().out.split())
+  assert f"Up to the end of phase 20, this is the run in {other}." in (run / "report.md").read_text()
   assert without_times(result_of(run)) == without_times(result_of(finished_run))
   ours, theirs = newest_of(run), newest_of(finished_run)
   assert (ours.values.pop("forked_from"), ours.values.pop("forked_phases")) == (str(other), 20)
