@@ -85,15 +85,14 @@ def train(
 ) -> list[tuple[ablation.Labels, int, pathlib.Path]]:
   """Trains the runs that have no result yet; returns those that failed, and their logs.
 
-  A run with a trunk begins when that has trained what both have in common.
+  A run with a trunk begins when that has trained what both have in common. What can begin does so in the order given, seed
+  by seed: a grid that is stopped has whole ones.
   """
   waiting = [run for run in settings if not (ablation.directory_of(root, *run) / "result.json").exists()]
   count = len(waiting)
   print(f"{len(settings)} runs, {count} of them to be trained.", flush=True)
   if not waiting:
     return []
-  # Those that most others wait for go first.
-  waiting.sort(key=lambda run: -_followers(run, trunks))
   logs = pathlib.Path(root if "://" not in os.fspath(root) else ".") / "logs"
   try:
     logs.mkdir(parents=True, exist_ok=True)
@@ -136,11 +135,6 @@ def _run(command, environment, log):
 
 def _log(logs, run):
   return logs / f"{ablation.directory_of(epath.Path('.'), *run).name}.log"
-
-
-def _followers(run, trunks):
-  """How many runs wait for it, and for those."""
-  return sum(1 + _followers(other, trunks) for other, trunk in trunks.items() if trunk.run == run)
 
 
 def _is_saved(root, settings, trunk):
