@@ -102,17 +102,17 @@ def train(
   running: dict[concurrent.futures.Future, tuple[ablation.Run, dict[str, str]]] = {}
   with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
     while waiting or running:
-      going = [run for run, _ in running.values()]
       for run in list(waiting) if devices else ():
         trunk = trunks.get(run)
         saved = trunk is not None and _is_saved(root, settings, trunk)
         # A trunk that has ended, well or not, will save no more.
-        if devices and (trunk is None or saved or trunk.run not in (*going, *waiting)):
+        ended = trunk is not None and trunk.run not in (*waiting, *(other for other, _ in running.values()))
+        if devices and (trunk is None or saved or ended):
           waiting.remove(run)
           command, device = _command(grid, root, run, trunks, fork=saved), devices.pop(0)
           running[pool.submit(_run, command, device, _log(logs, run))] = run, device
-      ended, _ = concurrent.futures.wait(running, timeout=_POLL, return_when=concurrent.futures.FIRST_COMPLETED)
-      for future in ended:
+      done_now, _ = concurrent.futures.wait(running, timeout=_POLL, return_when=concurrent.futures.FIRST_COMPLETED)
+      for future in done_now:
         run, device = running.pop(future)
         devices.append(device)
         code, seconds = future.result()
