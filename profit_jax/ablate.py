@@ -102,12 +102,14 @@ def train(
   running: dict[concurrent.futures.Future, tuple[ablation.Run, dict[str, str]]] = {}
   with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
     while waiting or running:
-      for run in list(waiting) if devices else ():
+      for run in list(waiting):
+        if not devices:
+          break
         trunk = trunks.get(run)
         saved = trunk is not None and _is_saved(root, settings, trunk)
         # A trunk that has ended, well or not, will save no more.
         ended = trunk is not None and trunk.run not in (*waiting, *(other for other, _ in running.values()))
-        if devices and (trunk is None or saved or ended):
+        if trunk is None or saved or ended:
           waiting.remove(run)
           command, device = _command(grid, root, run, trunks, fork=saved), devices.pop(0)
           running[pool.submit(_run, command, device, _log(logs, run))] = run, device
@@ -140,10 +142,11 @@ def _log(logs, run):
 def _is_saved(root, settings, trunk):
   """Whether the trunk has a checkpoint at the end of what it has in common."""
   directory = ablation.directory_of(root, *trunk.run)
-  if not (directory / "data.json").exists():
+  try:
+    ends = fork.ends(settings[trunk.run], trunk.phases, files.read_data(directory)["train_examples"])
+    return ends[-1] in snapshots.saved_numbers(directory / "checkpoints")
+  except ConfigError:  # it has not begun, or what is there cannot be read: then nobody begins with it
     return False
-  ends = fork.ends(settings[trunk.run], trunk.phases, files.read_data(directory)["train_examples"])
-  return ends[-1] in snapshots.saved_numbers(directory / "checkpoints")
 
 
 def _top1(root, labels, seed):

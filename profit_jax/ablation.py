@@ -114,7 +114,7 @@ def directory_of(root: epath.Path, labels: Labels, seed: int) -> epath.Path:
 
 
 def settings_of(grid: Grid, run: Run) -> Settings:
-  """The settings of a run, as `main.py` would read them; raises ConfigError where it would refuse them."""
+  """The settings of a run, as `main.py` reads them; raises ConfigError where it does not get as far as that."""
   read, line = flags.FlagValues(), ["main.py", *grid.arguments(*run)]
   config = config_flags.DEFINE_config_file("config", flag_values=read, sys_argv=line)
   try:
@@ -122,10 +122,8 @@ def settings_of(grid: Grid, run: Run) -> Settings:
       warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads files in an old way
       read(line)
       return parse(config.value, REGISTRY)
-  except ConfigError:
-    raise
   except Exception as error:  # a configuration file is code: it can raise anything
-    raise ConfigError(f"The grid's {' '.join(grid.arguments(*run))} cannot be read: {error}") from error
+    raise ConfigError(f"The grid's cell {', '.join(run[0])} is no run: {error}") from error
 
 
 class Trunk(NamedTuple):

@@ -86,7 +86,7 @@ def main(
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.initialize(*cluster)
   numbers = json.dumps(files.of_all_processes(settings.to_dict()), sort_keys=True)
-  distributed.require_equal("settings", f"{mode} {workdir} {numbers}")
+  distributed.require_equal("settings", f"{mode} {workdir} {fork_from} {numbers}")
   if only_file:
     if workdir:
       _say(f"{directory} holds no run: this evaluates {settings.init.weights}.")
@@ -134,24 +134,21 @@ def train(
   facts = source.facts
   screen = Console(highlight=False, quiet=not distributed.is_first())
   with contextlib.ExitStack() as closing:  # in reverse: the last checkpoints are written whatever else fails
-    # A fresh directory is claimed only when what the run starts from has been read.
+    # A fresh directory is claimed only when what the run starts from has been read: files of weights, or another run.
     begun = distributed.from_first(files.is_begun(workdir))
     writer = _claim(workdir, settings, source, closing) if begun else None
     snapshot = writer and writer.read_newest(lambda text: _warn(screen, text))
     if snapshot is None and fork_from:
-      snapshot = fork.snapshot(settings, source, paths.opened("--fork_from", fork_from), lambda text: _warn(screen, text))
-      writer = writer or _claim(workdir, settings, source, closing)
+      origin = distributed.together(lambda: paths.opened("--fork_from", fork_from))
+      snapshot = fork.snapshot(settings, source, origin, lambda text: _warn(screen, text))
+      writer = writer or _claim_fresh(workdir, settings, source, closing)
       writer.save(snapshot.number, snapshot.arrays, snapshot.values)  # a run of its own from here on
       writer.wait()
       screen.print(f"Up to the end of phase {snapshot.values['forked_phases']}, this is the run in {fork_from}.")
     progress = snapshot and progress_of(snapshot)
     student = distributed.together(lambda: start.load_student(settings, facts.num_classes, progress))
     teacher = distributed.together(lambda: start.load_teacher(settings, student, facts.num_classes, progress))
-    if writer is None:
-      writer = _claim(workdir, settings, source, closing)
-      if snapshots.saved_numbers(workdir / "checkpoints"):
-        raise ConfigError(f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its end.")
-
+    writer = writer or _claim_fresh(workdir, settings, source, closing)
     screen.print(f"{plan.summary_line(phases)}; {workdir}")
     if settings.from_scratch:
       screen.print("The student starts from random weights (config.init.weights is empty).")
@@ -180,6 +177,16 @@ def train(
   console.print_table(screen, result)
   screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
   return result
+
+
+def _claim_fresh(
+  workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
+) -> snapshots.Writer:
+  """`_claim`, of a directory in which no run was a moment ago."""
+  writer = _claim(workdir, settings, source, closing)
+  if snapshots.saved_numbers(workdir / "checkpoints"):
+    raise ConfigError(f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its end.")
+  return writer
 
 
 def _claim(workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack) -> snapshots.Writer:

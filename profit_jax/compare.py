@@ -17,7 +17,7 @@ from rich.table import Table
 
 from profit_jax import paths, snapshots
 from profit_jax.plan import bits_name, plan, summary_line
-from profit_jax.report import files
+from profit_jax.report import files, plots
 from profit_jax.settings import ConfigError
 from profit_jax.train.checkpoint import progress_of
 
@@ -96,10 +96,10 @@ def print_runs(runs: Sequence[str], screen: Console) -> None:
 
 def groups(runs: Sequence[str]) -> dict[str, list[str]]:
   """Runs that differ in their seed alone, by the fields in which groups differ; raises as `read`."""
-  settings = {run: read(run)[0] for run in runs}
-  for flat in settings.values():
-    for field in ("seed", "compilation_cache", "checkpoint.keep", "checkpoint.minutes"):  # not what is compared
-      flat.pop(field, None)
+  settings = {}
+  for run in runs:
+    config = files.comparable(files.read_settings(paths.opened("The run", run)).to_dict())
+    settings[run] = {field: value for field, value in _flat(config).items() if field != "seed"}
   fields = list(dict.fromkeys(field for flat in settings.values() for field in flat))
   differing = [field for field in fields if len({json.dumps(flat.get(field)) for flat in settings.values()}) > 1]
   found: dict[str, list[str]] = {}
@@ -117,7 +117,6 @@ def _short(value: Any) -> str:
 
 def plot(runs: Sequence[str], file: str, screen: Console) -> None:
   """Draws the runs, of whose checkpoints the last is read; raises as `read`, and where that or the file cannot be."""
-  from profit_jax.report import plots  # takes a second to import
 
   def progress(run):
     directory = paths.opened("The run", run) / "checkpoints"

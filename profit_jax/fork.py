@@ -1,7 +1,8 @@
 """A run that begins with the phases that another run has trained: `--fork_from`.
 
-Two plans that begin alike, as with another freezing or other last bits, train their common phases to the same weights, to
-the bit. A run that forks copies the other's checkpoint at the end of those phases, and is an ordinary run from there on.
+Two plans that begin alike, as with another freezing or other last bits, train their common phases to the same weights: on
+the same machine, to the bit. A run that forks copies the other's checkpoint at the end of those phases, and is an ordinary
+run from there on.
 """
 
 import itertools
@@ -22,21 +23,21 @@ def shared_phases(settings: Settings, other: Settings) -> int:
   phases, theirs = plan.plan(settings), plan.plan(other)
   # The best weights are chosen among the phases at a plan's last bits.
   chosen = [{phase.index for phase in plan.target_phases(of)} for of in (phases, theirs)]
-  # A remedy's strength depends on how long a bit width will be trained.
-  until = settings.remedy.dampening or settings.remedy.freezing_thresholds
+  # A remedy's strength depends on how long each width of weights will be trained.
+  annealed = settings.remedy.dampening or settings.remedy.freezing_thresholds
+  sampled_alike = settings.plan.sampling_every == other.plan.sampling_every
   count = 0
   for mine, its in zip(phases, theirs, strict=False):
-    same = mine == its and (mine.index in chosen[0]) == (its.index in chosen[1])
-    if not same or (until and mine.weight_bits is not None):
+    if mine != its or (mine.index in chosen[0]) != (its.index in chosen[1]):
+      break
+    if (annealed and mine.weight_bits is not None) or (mine.kind == "sampling" and not sampled_alike):
       break
     count += 1
   return count
 
 
 def _other_than_plan(settings: Settings) -> dict[str, Any]:
-  config = files.comparable(settings.to_dict())
-  # All but this is in the phases.
-  return {**config, "plan": {"sampling_every": config["plan"]["sampling_every"]}}
+  return {name: value for name, value in files.comparable(settings.to_dict()).items() if name != "plan"}
 
 
 def ends(settings: Settings, count: int, train_examples: int) -> list[int]:
@@ -59,20 +60,31 @@ def snapshot(settings: Settings, source: data.Source, origin: epath.Path, warn: 
   """
   count = distributed.together(lambda: _allowed(settings, source, origin))
   wanted = ends(settings, count, source.facts.train_examples)
-  there = distributed.numbers_of_first(distributed.together(lambda: snapshots.saved_numbers(origin / "checkpoints")))
-  found, damaged = snapshots.newest_of(origin / "checkpoints", [number for number in wanted if number in there])
-  for number, damage in damaged.items():
-    warn(f"checkpoint {origin / 'checkpoints' / str(number)} is damaged ({damage}).")
-  progress = found and progress_of(found)
-  # Where a run goes back to depends on when it had saved.
-  if found is None or progress.retries:
+  for number in reversed(_saved(origin)):
+    if number not in wanted:
+      continue
+    found, damaged = snapshots.newest_of(origin / "checkpoints", [number])
+    if found is None:
+      # Or deleted meanwhile, by a run that goes on.
+      warn(f"checkpoint {origin / 'checkpoints' / str(number)} cannot be used: {damaged[number]}.")
+    elif not progress_of(found).retries:  # where a run goes back to depends on when it had saved
+      progress = progress_of(found)
+      progress.forked_from, progress.forked_phases = str(origin), progress.phase
+      return found._replace(values=progress.to_dict())
+  if not count:
     raise ConfigError(
-      f"--fork_from {origin}: that run has {count} phases in common with this one, but no checkpoint at the end of any of "
-      f"them (those would be {wanted}, and there are {there}). Train it with a larger --config.checkpoint.keep, wait for "
-      f"it, or begin without --fork_from."
+      f"--fork_from {origin}: that run's first phase is already another one than here (--mode=plan prints them). Begin "
+      f"without --fork_from."
     )
-  progress.forked_from, progress.forked_phases = str(origin), progress.phase
-  return found._replace(values=progress.to_dict())
+  raise ConfigError(
+    f"--fork_from {origin}: that run has {count} phases in common with this one, but no checkpoint at the end of any of "
+    f"them that can be used: those would be {wanted}, and there are {_saved(origin)}. Wait until it has got there, train "
+    f"it with a larger --config.checkpoint.keep, or begin without --fork_from."
+  )
+
+
+def _saved(origin: epath.Path) -> list[int]:
+  return distributed.numbers_of_first(distributed.together(lambda: snapshots.saved_numbers(origin / "checkpoints")))
 
 
 def _allowed(settings: Settings, source: data.Source, origin: epath.Path) -> int:
@@ -84,6 +96,6 @@ def _allowed(settings: Settings, source: data.Source, origin: epath.Path) -> int
       f"--fork_from {origin}: of that run's configuration only config.plan may be another here. The fields that differ:\n"
       f"  {listing}"
     )
-  if found := files.differences(files.read_data(origin), files.identity(source)):
+  if found := files.other_data(origin, source, "--fork_from"):
     raise ConfigError(f"--fork_from {origin}: that run has other data: {'; '.join(found)}. It must be the same.")
   return shared_phases(settings, other)

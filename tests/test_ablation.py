@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from configs import digits_w4
-from profit_jax import ablate, ablation
+from profit_jax import ablate, ablation, fork
 from profit_jax.models import REGISTRY, check
 from profit_jax.plan import plan
 from profit_jax.settings import ConfigError, parse
@@ -212,6 +212,39 @@ def test_a_grid_goes_on_where_it_stopped_and_tells_which_runs_failed(tmp_path, m
   assert "4 runs, 1 of them to be trained." in capsys.readouterr().out
   assert (root / "ablation.png").read_bytes()[:4] == b"\x89PNG"
   assert json.loads((root / "ablation.json").read_text())["cells"][1]["runs"] == 2
+
+
+# Stands for two runs that go on at the same time: y begins with what x has saved so far.
+LIVE = """
+import json, pathlib, sys, time
+directory = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir")).split("=")[1])
+x, result = directory.parent / "x-seed0", {"final": {"top1": 90.0, "full_precision_top1": None}}
+if directory == x:
+  (directory / "checkpoints" / "NUMBER").mkdir(parents=True)
+  (directory / "data.json").write_text('{"train_examples": 1347, "eval_examples": 450, "num_classes": 10}')
+  for _ in range(200):
+    time.sleep(0.1)
+    if (directory.parent / "y-seed0").exists():
+      break
+elif f"--fork_from={x}" not in sys.argv or (x / "result.json").exists():
+  sys.exit("x should be going on")
+directory.mkdir(exist_ok=True)
+(directory / "result.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_run_begins_while_its_trunk_goes_on(tmp_path, monkeypatch, alone):
+  (tmp_path / "grid.py").write_text(GRID)
+  settings = ablation.settings_of(ablation.read_grid(str(tmp_path / "grid.py")), (("x",), 0))
+  end = fork.ends(settings, len(plan(settings)), 1347)[-1]
+  (tmp_path / "run.py").write_text(LIVE.replace("NUMBER", str(end)))
+  command = ablate._command
+  monkeypatch.setattr(ablate, "_command", lambda *a, **b: [sys.executable, str(tmp_path / "run.py"), *command(*a, **b)[2:]])
+  monkeypatch.setattr(ablate, "_environments", lambda jobs: [{}] * jobs)
+  arguments = ["--config", str(tmp_path / "grid.py"), "--workdir", str(tmp_path / "runs"), "--jobs", "2", "--seeds", "1"]
+  # With --alone y trains by itself, which this y takes for a mistake.
+  assert ablate.main([*arguments, *["--alone"] * alone]) == alone
 
 
 def test_plan_prints_commands_and_trains_nothing(tmp_path, capsys):

@@ -48,16 +48,8 @@ hypothesis.settings.register_profile("ci", max_examples=120, deadline=None, dera
 hypothesis.settings.register_profile("full", max_examples=500, deadline=None, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 FULL = os.environ.get("HYPOTHESIS_PROFILE") == "full"
-FLAGS = (
-  "config",
-  "workdir",
-  "mode",
-  "images_per_second",
-  "coordinator_address",
-  "num_processes",
-  "process_id",
-  "fork_from",
-)
+FLAGS = ("config", "workdir", "mode", "images_per_second", "fork_from")
+FLAGS += ("coordinator_address", "num_processes", "process_id")
 # ml_collections' way to load a configuration file.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
 DIGITS = "--config=configs/digits_w4.py:mobilenet_v1"
@@ -231,7 +223,6 @@ def test_wrong_workdirs_are_refused(main, workdir):
   assert_refused(code, err, [f"--workdir {workdir}", f"--workdir {workdir!r}", f"/{workdir} holds no run", "--workdir is"])
 
 
-@hypothesis.settings(max_examples=40 if FULL else 10)
 @hypothesis.given(origin=NO_RUN)
 def test_wrong_places_to_fork_from_are_named(main, tmp_path_factory, origin):
   workdir = tmp_path_factory.getbasetemp() / "never"
@@ -240,6 +231,7 @@ def test_wrong_places_to_fork_from_are_named(main, tmp_path_factory, origin):
   assert not workdir.exists()
 
 
+@hypothesis.settings(max_examples=40 if FULL else 10)
 @hypothesis.given(workdir=SCHEMES | st.sampled_from(["", "README.md", "README.md/run", "/dev/null/run", "a" * 256]))
 def test_wrong_workdirs_to_train_in_are_refused(main, workdir):
   code, _, err = command(main, [*START, f"--workdir={workdir}"])

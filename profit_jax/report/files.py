@@ -46,7 +46,7 @@ def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> No
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, content in (("data.json", identity(source)), ("config.json", settings.to_dict())):
+    for name, content in (("data.json", _identity(source)), ("config.json", settings.to_dict())):
       _write(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
     raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
@@ -67,11 +67,7 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
       f"The fields that differ:\n  {listing}"
     )
   # An epoch's order is a function of the number of examples: with another one, a run would not go on but begin anew.
-  saved, present = read_data(workdir), identity(source)
-  found = differences(*({name: count for name, count in facts.items() if name in _COUNTS} for facts in (saved, present)))
-  if not found and saved["fingerprint"] not in (None, present["fingerprint"]):
-    found = ["as many images, but others or of other classes (another fingerprint)"]
-  if found:
+  if found := other_data(workdir, source):
     raise ConfigError(
       f"--workdir {workdir} belongs to a run on other data: {'; '.join(found)}. Give the data back as it was, or use an "
       f"empty directory."
@@ -81,13 +77,23 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
 _COUNTS = ("train_examples", "eval_examples", "num_classes")
 
 
-def identity(source: Source) -> dict[str, Any]:
-  """What `data.json` holds of the data."""
+def other_data(workdir: epath.Path, source: Source, flag: str = "--workdir") -> list[str]:
+  """In what the data of the run in a directory differs from this; arguments and errors as `read_data`."""
+  saved, present = read_data(workdir, flag), _identity(source)
+  found = differences(*({name: count for name, count in facts.items() if name in _COUNTS} for facts in (saved, present)))
+  if not found and saved["fingerprint"] not in (None, present["fingerprint"]):
+    found = ["as many images, but others or of other classes (another fingerprint)"]
+  return found
+
+
+def _identity(source: Source) -> dict[str, Any]:
   return {**{name: getattr(source.facts, name) for name in _COUNTS}, "fingerprint": source.fingerprint()}
 
 
-def read_data(workdir: epath.Path) -> dict[str, Any]:
+def read_data(workdir: epath.Path, flag: str = "--workdir") -> dict[str, Any]:
   """The `data.json` of a run: train_examples, eval_examples, num_classes, fingerprint (None where an older release ran).
+
+  `flag` named its directory, for messages.
 
   Raises:
     ConfigError: it is not there or cannot be read.
@@ -100,7 +106,7 @@ def read_data(workdir: epath.Path) -> dict[str, Any]:
       raise ValueError(f"every count must be 1 or above: {counts}")
     return {**counts, "fingerprint": saved.get("fingerprint")}
   except Exception as error:  # a damaged file raises whatever its parts stumble over
-    raise ConfigError(f"{path} cannot be read: {error!r}. Use another --workdir, or restore the file.") from error
+    raise ConfigError(f"{path} cannot be read: {error!r}. Use another {flag}, or restore the file.") from error
 
 
 @contextlib.contextmanager
@@ -235,6 +241,8 @@ def write_report(
     "environment": environment(),
     **summary(progress, phases),
   }
+  if progress.forked_phases:
+    result["forked_from"] = {"run": progress.forked_from, "phases": progress.forked_phases}
   start = start_lines(progress.start) if progress.start else []
   if progress.forked_phases:
     start.append(f"Up to the end of phase {progress.forked_phases}, this is the run in {progress.forked_from}.")

@@ -125,14 +125,16 @@ def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
   for axis, (title, lines) in zip(axes.flat, drawn.items(), strict=True):
     for number, (name, runs) in enumerate(lines.items()):
       colour = f"C{number % 10}"
+      axis.plot([], [], color=colour, linewidth=2, label=name)
       for line in runs:
         axis.plot(range(1, len(line) + 1), line, color=colour, linewidth=0.6, alpha=0.6)
       if len({len(line) for line in runs}) == 1:
-        axis.plot(range(1, len(runs[0]) + 1), np.mean(runs, axis=0), color=colour, linewidth=2, label=name)
+        mean = np.ma.masked_invalid(runs).mean(axis=0).filled(np.nan)
+        axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2)
     axis.set_title(title, fontsize=9)
     axis.grid(color="0.92")
     if axis is not axes[0, 0]:
-      axis.set_yscale("log")
+      axis.set_yscale("log", nonpositive="mask")
   top1 = next(iter(values.values()))
   axes[0, 0].set_ylim(_low(top1), top1.max() + 2)
   phases = {tuple(epoch.phase for epoch in run.epochs) for runs in groups.values() for run in runs}
@@ -148,7 +150,7 @@ def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
 
 def _mean(epoch: EpochRecord, name: str) -> float:
   values = list(epoch.instability.get(name, {}).values())
-  return float(np.mean(values)) if any(values) else np.nan
+  return float(np.mean(values)) if values else np.nan
 
 
 def _geometric(epoch: EpochRecord, name: str) -> float:

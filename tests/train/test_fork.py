@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from profit_jax import app, fork
+from profit_jax import app, fork, snapshots
 from profit_jax.models import REGISTRY
 from profit_jax.settings import ConfigError, parse
 from tests.train.conftest import tiny_config
@@ -27,7 +27,7 @@ def shared(ours, theirs):
     ({"plan.progressive": False}, 1),
     ({"plan.weight_bits": (8, 5), "plan.profit_bits": (5,)}, 13),
     ({"plan.full_precision_epochs": 3}, 0),
-    ({"plan.sampling_every": 2}, 0),
+    ({"plan.sampling_every": 2}, 17),
     ({"seed": 1}, 0),
     ({"train.learning_rate": 0.01}, 0),
     ({"checkpoint.keep": 1000, "compilation_cache": "", "recovery.retries": 1}, PHASES),
@@ -57,21 +57,26 @@ def other(finished_run, tmp_path):
   return directory
 
 
-def test_a_fork_is_the_run_to_the_bit(finished_run, other, tmp_path, capsys):
-  run = tmp_path / "run"
-  app.main(tiny_config(), str(run), "train", fork_from=str(other))
+def test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit(other, tmp_path, capsys):
+  changes = {"plan.freeze_fractions": (0.0, 1 / 3)}
+  run, alone = tmp_path / "run", tmp_path / "alone"
+  app.main(tiny_config(**changes), str(run), "train", fork_from=str(other))
   assert f"Up to the end of phase 20, this is the run in {other}." in " ".join(capsys.readouterr().out.split())
   assert f"Up to the end of phase 20, this is the run in {other}." in (run / "report.md").read_text()
-  assert without_times(result_of(run)) == without_times(result_of(finished_run))
-  ours, theirs = newest_of(run), newest_of(finished_run)
-  assert (ours.values.pop("forked_from"), ours.values.pop("forked_phases")) == (str(other), 20)
-  assert (theirs.values.pop("forked_from"), theirs.values.pop("forked_phases")) == ("", 0)
+  app.main(tiny_config(**changes), str(alone), "train")
+  result = without_times(result_of(run))
+  assert result.pop("forked_from") == {"run": str(other), "phases": 20}
+  assert len(result["phases"]) == 21
+  assert result == without_times(result_of(alone))
+  ours, theirs = newest_of(run), newest_of(alone)
+  for name in ("forked_from", "forked_phases"):
+    ours.values.pop(name), theirs.values.pop(name)
   assert without_times(ours.values) == without_times(theirs.values)
   assert ours.arrays.keys() == theirs.arrays.keys()
   assert [path for path in ours.arrays if ours.arrays[path].tobytes() != theirs.arrays[path].tobytes()] == []
   # It has begun: the same command goes on with its own checkpoints, whatever has become of the other run.
   shutil.rmtree(other)
-  app.main(tiny_config(), str(run), "train", fork_from=str(other))
+  app.main(tiny_config(**changes), str(run), "train", fork_from=str(other))
 
 
 def refused(run, fork_from, **changes):
@@ -88,8 +93,17 @@ def test_what_is_refused(other, tmp_path):
   message = refused(run, other, **{"plan.freeze_fractions": (0.0, 0.0, 0.0)})
   assert "19 phases in common" in message
   assert "--config.checkpoint.keep" in message
-  damage(other / "checkpoints" / str(ENDS[20]))
-  assert "no checkpoint at the end" in refused(run, other)
+  assert "first phase is already another one" in refused(run, other, **{"plan.full_precision_epochs": 3})
+  # What a run goes back to, when its numbers are not finite, depends on when it had saved.
+  checkpoints = other / "checkpoints"
+  ((_, values, arrays), _) = snapshots.newest_of(checkpoints, [ENDS[20]])
+  shutil.rmtree(checkpoints)
+  writer = snapshots.Writer(checkpoints, keep=3)
+  writer.save(ENDS[20], arrays, {**values, "retries": 1})
+  writer.close()
+  assert "that can be used" in refused(run, other)
+  damage(checkpoints / str(ENDS[20]))
+  assert "that can be used" in refused(run, other)
   data = json.loads((other / "data.json").read_text())
   (other / "data.json").write_text(json.dumps({**data, "train_examples": 1346}))
   assert "train_examples: 1346 there, 1347 here" in refused(run, other)
