@@ -102,14 +102,21 @@ def groups(runs: Sequence[str]) -> dict[str, list[str]]:
     settings[run] = {field: value for field, value in _flat(config).items() if field != "seed"}
   fields = list(dict.fromkeys(field for flat in settings.values() for field in flat))
   differing = [field for field in fields if len({json.dumps(flat.get(field)) for flat in settings.values()}) > 1]
+  values = {run: {field: flat.get(field) for field in differing} for run, flat in settings.items()}
+  # Shortened, two groups could have one name.
+  write = (
+    _short if len({_short(of) for of in values.values()}) == len({json.dumps(of) for of in values.values()}) else json.dumps
+  )
   found: dict[str, list[str]] = {}
-  for run, flat in settings.items():
-    found.setdefault(", ".join(f"{field}={_short(flat.get(field))}" for field in differing), []).append(run)
+  for run, of in values.items():
+    found.setdefault(write(of), []).append(run)
   return found
 
 
 def _short(value: Any) -> str:
   """For a legend."""
+  if isinstance(value, dict):
+    return ", ".join(f"{field}={_short(item)}" for field, item in value.items())
   if isinstance(value, (list, tuple)):
     return f"({', '.join(map(_short, value))})"
   return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -13,7 +13,7 @@ from etils import epath
 from profit_jax import data, distributed, plan, snapshots
 from profit_jax.report import files
 from profit_jax.settings import ConfigError, Settings
-from profit_jax.train.checkpoint import progress_of
+from profit_jax.train.checkpoint import number_at_end, progress_of
 
 
 def shared_phases(settings: Settings, other: Settings) -> int:
@@ -42,8 +42,8 @@ def _other_than_plan(settings: Settings) -> dict[str, Any]:
 
 def ends(settings: Settings, count: int, train_examples: int) -> list[int]:
   """The numbers of the checkpoints at the ends of the first phases, of a run that was never sent back."""
-  steps = train_examples // settings.train.batch_size
-  return [epochs * (steps + 1) for epochs in itertools.accumulate(p.epochs for p in plan.plan(settings)[:count])]
+  steps, epochs = train_examples // settings.train.batch_size, (phase.epochs for phase in plan.plan(settings)[:count])
+  return [number_at_end(total, steps) for total in itertools.accumulate(epochs)]
 
 
 def snapshot(settings: Settings, source: data.Source, origin: epath.Path, warn: snapshots.Warn) -> snapshots.Snapshot:

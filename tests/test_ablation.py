@@ -214,22 +214,25 @@ def test_a_grid_goes_on_where_it_stopped_and_tells_which_runs_failed(tmp_path, m
   assert json.loads((root / "ablation.json").read_text())["cells"][1]["runs"] == 2
 
 
-# Stands for two runs that go on at the same time: y begins with what x has saved so far.
+# Stands for two runs that go on at the same time: x has saved what y may begin with, and waits for it.
 LIVE = """
 import json, pathlib, sys, time
 directory = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir")).split("=")[1])
-x, result = directory.parent / "x-seed0", {"final": {"top1": 90.0, "full_precision_top1": None}}
+x, y = directory.parent / "x-seed0", directory.parent / "y-seed0"
+result = {"final": {"top1": 90.0, "full_precision_top1": None}}
 if directory == x:
   (directory / "checkpoints" / "NUMBER").mkdir(parents=True)
   (directory / "data.json").write_text('{"train_examples": 1347, "eval_examples": 450, "num_classes": 10}')
-  for _ in range(200):
-    time.sleep(0.1)
-    if (directory.parent / "y-seed0").exists():
+  for _ in range(300):
+    if (y / "result.json").exists():
       break
-elif f"--fork_from={x}" not in sys.argv or (x / "result.json").exists():
-  sys.exit("x should be going on")
-directory.mkdir(exist_ok=True)
-(directory / "result.json").write_text(json.dumps(result))
+    time.sleep(0.1)
+else:
+  directory.mkdir(parents=True)
+  result["given"] = [a for a in sys.argv if a.startswith("--fork_from")]
+  result["x goes on"] = not (x / "result.json").exists()
+(directory / "result.json.tmp").write_text(json.dumps(result))
+(directory / "result.json.tmp").rename(directory / "result.json")
 """
 
 
@@ -239,12 +242,14 @@ def test_a_run_begins_while_its_trunk_goes_on(tmp_path, monkeypatch, alone):
   settings = ablation.settings_of(ablation.read_grid(str(tmp_path / "grid.py")), (("x",), 0))
   end = fork.ends(settings, len(plan(settings)), 1347)[-1]
   (tmp_path / "run.py").write_text(LIVE.replace("NUMBER", str(end)))
-  command = ablate._command
+  command, root = ablate._command, tmp_path / "runs"
   monkeypatch.setattr(ablate, "_command", lambda *a, **b: [sys.executable, str(tmp_path / "run.py"), *command(*a, **b)[2:]])
   monkeypatch.setattr(ablate, "_environments", lambda jobs: [{}] * jobs)
-  arguments = ["--config", str(tmp_path / "grid.py"), "--workdir", str(tmp_path / "runs"), "--jobs", "2", "--seeds", "1"]
-  # With --alone y trains by itself, which this y takes for a mistake.
-  assert ablate.main([*arguments, *["--alone"] * alone]) == alone
+  arguments = ["--config", str(tmp_path / "grid.py"), "--workdir", str(root), "--jobs", "2", "--seeds", "1"]
+  assert ablate.main([*arguments, *["--alone"] * alone]) == 0
+  got = json.loads((root / "y-seed0" / "result.json").read_text())
+  assert got["given"] == ([] if alone else [f"--fork_from={root}/x-seed0"])
+  assert got["x goes on"]
 
 
 def test_plan_prints_commands_and_trains_nothing(tmp_path, capsys):

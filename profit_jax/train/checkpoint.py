@@ -47,7 +47,12 @@ class Moment:
     """Grows with every step, every end of an epoch (which has an evaluation, and may end a phase), and every retry: where a
     run has gone back to, it is at a later moment than the one on disk.
     """
-    return self.progress.total_epochs * (steps_per_epoch + 1) + self.progress.step + self.progress.retries
+    return number_at_end(self.progress.total_epochs, steps_per_epoch) + self.progress.step + self.progress.retries
+
+
+def number_at_end(epochs: int, steps_per_epoch: int) -> int:
+  """The number of the moment after so many epochs of a run that was never sent back."""
+  return epochs * (steps_per_epoch + 1)
 
 
 def save(writer: snapshots.Writer, moment: Moment, number: int) -> None:

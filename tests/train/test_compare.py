@@ -38,6 +38,10 @@ def test_runs_that_differ_in_their_seed_are_one_group_of_the_picture(finished_ru
     (tmp_path / name / "config.json").write_text(json.dumps(config))
   assert compare.groups(runs) == {"train.learning_rate=0.02": runs[:2], "train.learning_rate=0.5": runs[2:]}
   assert compare.groups(runs[:2]) == {"": runs[:2]}
+  # What a legend shortens stays two groups.
+  config["train"]["learning_rate"] = 0.020001
+  (tmp_path / "rate" / "config.json").write_text(json.dumps(config))
+  assert list(compare.groups(runs).values()) == [runs[:2], runs[2:]]
   assert compare.main([*runs, "--plot", str(tmp_path / "runs.png")]) == 0
   assert (tmp_path / "runs.png").read_bytes()[:4] == b"\x89PNG"
   assert compare.main([*runs, "--plot", str(tmp_path / "absent" / "runs.png")]) == 2
