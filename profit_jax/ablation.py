@@ -251,7 +251,7 @@ def _difference(axis, base, other):
 
 
 def markdown(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) -> str:
-  """The table, and what exceeds the spread."""
+  """The table, and what exceeds the spread; where runs failed, or were not trained yet, it counts them."""
   axes = list(grid.axes)
   lines = [
     f"| {' | '.join(axes)} | top-1, mean | std | runs | full precision |",
@@ -262,7 +262,7 @@ def markdown(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) 
     numbers = [
       _number(cell.mean),
       _number(cell.deviation),
-      str(cell.runs),
+      f"{cell.runs}" if cell.runs == grid.seeds else f"{cell.runs} of {grid.seeds}",
       _number(statistics.fmean(full) if full else math.nan),
     ]
     lines.append(f"| {' | '.join(cell.labels)} | {' | '.join(numbers)} |")

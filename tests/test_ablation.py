@@ -169,7 +169,8 @@ def test_runs_that_are_missing_are_counted(tmp_path):
   assert not any(row.exceeds for row in rows)
   text = ablation.markdown(grid, cells, rows)
   assert "2 pairs of cells have fewer than two seeds in common" in text
-  assert "| mobilenet_v2 | off | - | - | 0 | - |" in text
+  assert "| mobilenet_v2 | on | 90.00 | - | 1 of 3 |" in text
+  assert "| mobilenet_v2 | off | - | - | 0 of 3 | - |" in text
   json.dumps(ablation.to_json(grid, cells, rows), allow_nan=False)
 
 
