@@ -1,4 +1,4 @@
-"""Freezing on images harder than the digits: pairs of them, 100 classes; a grid for `profit_jax.ablate`.
+"""Freezing and progressive bits on images harder than the digits, pairs of them; a grid for `profit_jax.ablate`.
 
 Command:  python -m profit_jax.ablate --config configs/ablation_pairs.py --workdir runs/pairs
 Cost and result: docs/ablation.md.
@@ -8,9 +8,9 @@ from configs import ablation_digits
 
 
 def get_grid():
-  """As `ablation_digits.get_grid`: MobileNet-v2 with progressive bits, freezing on and off."""
+  """As `ablation_digits.get_grid`: MobileNet-v2, freezing and progressive bits on and off."""
   grid = ablation_digits.get_grid()
-  axes = {name: grid["axes"][name] for name in ("model", "bits", "freezing")}
+  axes = {name: grid["axes"][name] for name in ("model", "bits", "freezing", "progressive")}
   return {
     **grid,
     "fields": {**grid["fields"], "data.name": "digit_pairs", "train.eval_batch_size": 250},
