@@ -97,7 +97,7 @@ def init_variables(module: nn.Module, key: jax.Array, image_size: int) -> dict[s
 
 @functools.cache
 def _initializer(module: nn.Module, image_size: int) -> Callable[[jax.Array], dict[str, Any]]:
-  # Kept, so that a process compiles it once: 10 s of CPU time for MobileNet-v2 (720 small kernels).
+  # Kept, so that a process compiles it once: 11 s of CPU time for MobileNet-v2 (720 small kernels).
   image = np.zeros((1, image_size, image_size, 3), np.float32)
   return jax.jit(lambda key: module.init(key, image, mutable=["params", "batch_stats"]))
 
