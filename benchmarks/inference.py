@@ -1,10 +1,11 @@
 """Exported files beside the float model in the same runtime: size, latency, throughput.
 
-python benchmarks/inference.py [--model mobilenet_v2] [--bits 4] [--image_size 224] [--net FILE.safetensors]
+python benchmarks/inference.py [--model mobilenet_v2] [--bits 4] [--image_size 224] [--net
+FILE.safetensors]
 
-Weights are random (time does not depend on them) unless --net gives an exported net. The float model has the same layers,
-batch normalization folded into its kernels, ReLU6 in place of quantizers. Each line's two sides take turns in one process
-that has as many cores as the line says.
+Weights are random (time does not depend on them) unless --net gives an exported net. The float
+model has the same layers, batch normalization folded into its kernels, ReLU6 in place of
+quantizers. Each line's two sides take turns in one process that has as many cores as the line says.
 """
 
 import argparse
@@ -24,12 +25,18 @@ CORES, BATCHES = (1, 2), (1, 16)
 
 def main() -> None:
   """Starts a process for every number of cores."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--model", default="mobilenet_v2")
   parser.add_argument("--bits", type=int, default=4, help="of weights and activations")
   parser.add_argument("--image_size", type=int, default=224)
-  parser.add_argument("--net", help="a .safetensors file that --mode export wrote, instead of random weights")
-  parser.add_argument("--formats", default="onnx,jax,safetensors", help="also qonnx, litert, where they are installed")
+  parser.add_argument(
+    "--net", help="a .safetensors file that --mode export wrote, instead of random weights"
+  )
+  parser.add_argument(
+    "--formats", default="onnx,jax,safetensors", help="also qonnx, litert, where they are installed"
+  )
   parser.add_argument("--seconds", type=float, default=5.0, help="measured per line")
   parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
   options = parser.parse_args()
@@ -57,10 +64,15 @@ def measure(options) -> None:
   from profit_jax.export import formats, safetensors_file
 
   net = safetensors_file.read(options.net) if options.net else random_net(options)
-  images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), net.image_size, net.image_size, 3), np.uint8)
+  images = np.random.default_rng(0).integers(
+    0, 256, (max(BATCHES), net.image_size, net.image_size, 3), np.uint8
+  )
   first = options.cores == CORES[0]
   if first:
-    print(f"{net.model} {net.bits_name}, {net.image_size} pixels, {net.num_classes} classes; JAX on {jax.devices()[0]}")
+    print(
+      f"{net.model} {net.bits_name}, {net.image_size} pixels, {net.num_classes} classes; JAX on "
+      f"{jax.devices()[0]}"
+    )
     print(
       f"{'format':12}{'cores':>6}{'batch':>6}{'file ms':>10}{'float ms':>10}{'ratio':>7}"
       f"{'file img/s':>12}{'float img/s':>12}"
@@ -74,14 +86,16 @@ def measure(options) -> None:
       runner = module.open_file(path)
       if first:
         size, float_size = path.stat().st_size, float_path.stat().st_size
-        print(f"{name:12}{size:,} bytes, float {float_size:,} bytes: {float_size / size:.2f}x smaller")
+        print(
+          f"{name:12}{size:,} bytes, float {float_size:,} bytes: {float_size / size:.2f}x smaller"
+        )
       for batch in BATCHES:
         image = images[:batch]
         calls = functools.partial(runner.run, image), functools.partial(float_run, image)
         ours, theirs = take_turns(*calls, options.seconds)
         print(
-          f"{name:12}{options.cores:>6}{batch:>6}{1e3 * ours:>10.2f}{1e3 * theirs:>10.2f}{ours / theirs:>7.2f}"
-          f"{batch / ours:>12.1f}{batch / theirs:>12.1f}",
+          f"{name:12}{options.cores:>6}{batch:>6}{1e3 * ours:>10.2f}{1e3 * theirs:>10.2f}"
+          f"{ours / theirs:>7.2f}{batch / ours:>12.1f}{batch / theirs:>12.1f}",
           flush=True,
         )
 
@@ -115,9 +129,15 @@ def random_net(options):
   config = base.get_config()
   config.model.name, config.data.image_size = options.model, options.image_size
   settings = parse(config, REGISTRY)
-  variables = dict(init_variables(build(settings.model, 1000), jax.random.key(0), options.image_size))
-  variables["params"] = calibrate_weights(variables["params"], np.float32(2 ** (options.bits - 1) - 1))
-  return build_net(settings, jax.device_get(variables), NORMALIZATIONS["imagenet"], options.bits, options.bits)
+  variables = dict(
+    init_variables(build(settings.model, 1000), jax.random.key(0), options.image_size)
+  )
+  variables["params"] = calibrate_weights(
+    variables["params"], np.float32(2 ** (options.bits - 1) - 1)
+  )
+  return build_net(
+    settings, jax.device_get(variables), NORMALIZATIONS["imagenet"], options.bits, options.bits
+  )
 
 
 def float_kernel(net, layer):
@@ -145,15 +165,23 @@ def float_onnx(net, path):
       if node.dense:
         weight = self._array(f"{node.name}/kernel", kernel)
         return self._op("Gemm", [self._names[node.input], weight, bias], result)
-      weight = self._array(f"{node.name}/kernel", np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)))
-      shape = {"kernel_shape": kernel.shape[:2], "pads": [node.margin] * 4, "strides": [node.stride] * 2}
+      weight = self._array(
+        f"{node.name}/kernel", np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
+      )
+      shape = {
+        "kernel_shape": kernel.shape[:2],
+        "pads": [node.margin] * 4,
+        "strides": [node.stride] * 2,
+      }
       group = kernel.shape[-1] if node.depthwise else 1
       return self._op("Conv", [self._names[node.input], weight, bias], result, group=group, **shape)
 
     def quantizer(self, node, result):
       if node.signed or node.margin:
         return self._names[node.input]
-      return self._op("Clip", [self._names[node.input], self._constant(0.0), self._constant(6.0)], result)
+      return self._op(
+        "Clip", [self._names[node.input], self._constant(0.0), self._constant(6.0)], result
+      )
 
     def _value(self, node, result):
       return self._names[node.input]
@@ -224,7 +252,10 @@ def float_jax(net, path):
 
   arrays = {}
   for layer in net.layers:
-    arrays[f"{layer.name}.kernel"], arrays[f"{layer.name}.bias"] = float_kernel(net, layer), layer.bias
+    arrays[f"{layer.name}.kernel"], arrays[f"{layer.name}.bias"] = (
+      float_kernel(net, layer),
+      layer.bias,
+    )
 
   @jax.jit
   def run(arrays, image):
@@ -243,7 +274,9 @@ def float_jax(net, path):
           y = (sum_of_taps if cpu else grouped)(padded, kernel, stride=node.stride)
         else:
           strides = (node.stride, node.stride)
-          y = jax.lax.conv_general_dilated(x, kernel, strides, margins, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+          y = jax.lax.conv_general_dilated(
+            x, kernel, strides, margins, dimension_numbers=("NHWC", "HWIO", "NHWC")
+          )
         values[node.name] = y + bias
       elif isinstance(node, Quantizer):
         values[node.name] = x if node.signed or node.margin else jnp.clip(x, 0.0, 6.0)

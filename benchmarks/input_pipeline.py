@@ -1,17 +1,23 @@
-"""How fast images come: this package's pipeline against decoding alone, and against a loader of PIL and NumPy.
+"""How fast images come: this package's pipeline against decoding alone, and against a loader of PIL
+and NumPy.
 
     python benchmarks/input_pipeline.py [--images_per_second SPEED]
 
-Cuts JPEGs of ImageNet's usual size (500x375) out of scikit-learn's two photographs and measures, in turns and in one run:
+Cuts JPEGs of ImageNet's usual size (500x375) out of scikit-learn's two photographs and measures, in
+turns and in one run:
 
-  decode       decoding whole JPEGs with tf.data and throwing the pixels away: the limit of these cores
-  profit_jax   random part, scaling to 224, mirroring, batches of bytes: `data.load(settings).train_batches`
-  PIL bytes    the same in PIL, in as many threads as there are cores (PIL and NumPy compute outside Python's lock, and
-               processes would have to send their batches), giving the same batches of bytes
-  PIL floats   and normalized by NumPy to float32, as such loaders do (here the compiled step does it)
+  decode       decoding whole JPEGs with tf.data and throwing the pixels away: the limit of these
+               cores
+  profit_jax   random part, scaling to 224, mirroring, batches of bytes:
+               `data.load(settings).train_batches`
+  PIL bytes    the same in PIL, in as many threads as there are cores (PIL and NumPy compute
+               outside Python's lock, and processes would have to send their batches), giving the
+               same batches of bytes
+  PIL floats   and normalized by NumPy to float32, as such loaders do (here the compiled step does
+               it)
 
-With SPEED, or on an accelerator, where it is measured (MobileNet-v2 at 224, W4A4, batch 256, bfloat16, its own teacher), it
-says how many such cores feed one accelerator.
+With SPEED, or on an accelerator, where it is measured (MobileNet-v2 at 224, W4A4, batch 256,
+bfloat16, its own teacher), it says how many such cores feed one accelerator.
 """
 
 import argparse
@@ -42,7 +48,8 @@ def write_files(root: pathlib.Path) -> list[str]:
 
   photographs = [Image.fromarray(photo) for photo in load_sample_images().images]
   rng, paths = np.random.default_rng(0), []
-  for i in range(FILES + 2):  # enough that a pass's fixed costs do not show: its graphs are traced in 0.3 s
+  # Enough that a pass's fixed costs do not show: its graphs are traced in 0.3 s.
+  for i in range(FILES + 2):
     photo = photographs[i % 2]
     left, top = rng.integers(0, photo.width - WIDTH + 1), rng.integers(0, photo.height - HEIGHT + 1)
     path = root / ("train" if i < FILES else "val") / str(i % 2) / f"{i:04d}.jpg"
@@ -68,7 +75,9 @@ def pil_image(path: str, rng: np.random.Generator) -> np.ndarray:
   else:
     width, height = image.width, image.height
   left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
-  image = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+  image = image.crop((left, top, left + width, top + height)).resize(
+    (SIZE, SIZE), Image.Resampling.BICUBIC
+  )
   if rng.uniform() < 0.5:
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   return np.asarray(image)
@@ -104,12 +113,20 @@ def accelerator_speed() -> float | None:
   phase = plan.plan(settings)[-2]
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
   student = start.load_student(settings, facts.num_classes)
-  programs = Programs(settings, facts, student.model, build(settings.model, facts.num_classes), mesh)
-  state = programs.fresh_optimizer(programs.replicate(create_state(student.make(), ema=True)), True, frozenset())
+  programs = Programs(
+    settings, facts, student.model, build(settings.model, facts.num_classes), mesh
+  )
+  state = programs.fresh_optimizer(
+    programs.replicate(create_state(student.make(), ema=True)), True, frozenset()
+  )
   teacher, key = programs.replicate((student.make(), jax.random.key(0)))
   size = settings.train.batch_size
   batch = programs.split(
-    {"image": np.zeros((size, SIZE, SIZE, 3), np.uint8), "label": np.zeros(size, np.int32), "mask": np.ones(size, bool)}
+    {
+      "image": np.zeros((size, SIZE, SIZE, 3), np.uint8),
+      "label": np.zeros(size, np.int32),
+      "mask": np.ones(size, bool),
+    }
   )
   step, rate = programs.train_step(phase.program, frozenset()), np.float32(0.001)
   for i in range(30):
@@ -123,11 +140,18 @@ def accelerator_speed() -> float | None:
 
 def main() -> None:
   """Measures and prints."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--images_per_second", type=float, help="of one accelerator, measured elsewhere")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--images_per_second", type=float, help="of one accelerator, measured elsewhere"
+  )
   options = parser.parse_args()
 
-  with tempfile.TemporaryDirectory() as directory, concurrent.futures.ThreadPoolExecutor(CORES) as pool:
+  with (
+    tempfile.TemporaryDirectory() as directory,
+    concurrent.futures.ThreadPoolExecutor(CORES) as pool,
+  ):
     files = write_files(pathlib.Path(directory))
     size = statistics.mean(os.path.getsize(path) for path in files)
 
@@ -138,19 +162,29 @@ def main() -> None:
 
     config = mbv2_w4.get_config()
     config.update_from_flattened_dict(
-      {"data.name": "folder", "data.data_dir": directory, "train.batch_size": BATCH, "train.eval_batch_size": 2}
+      {
+        "data.name": "folder",
+        "data.data_dir": directory,
+        "train.batch_size": BATCH,
+        "train.eval_batch_size": 2,
+      }
     )
     source = data.load(parse(config, REGISTRY))
     import tensorflow as tf
 
     def decode():
       def height(path):
-        return tf.shape(tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE"))[0]
+        return tf.shape(
+          tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE")
+        )[0]
 
       options = tf.data.Options()
       options.autotune.enabled = False  # as in data/images.py, which says why
       for _ in (
-        tf.data.Dataset.from_tensor_slices(files).map(height, CORES, deterministic=True).batch(BATCH).with_options(options)
+        tf.data.Dataset.from_tensor_slices(files)
+        .map(height, CORES, deterministic=True)
+        .batch(BATCH)
+        .with_options(options)
       ):
         pass
 
@@ -163,7 +197,12 @@ def main() -> None:
       for _ in pool.map(pil_batch, tasks):
         pass
 
-    loaders = {"decode": decode, "profit_jax": ours, "PIL bytes": lambda: pil(False), "PIL floats": lambda: pil(True)}
+    loaders = {
+      "decode": decode,
+      "profit_jax": ours,
+      "PIL bytes": lambda: pil(False),
+      "PIL floats": lambda: pil(True),
+    }
     speeds = {name: [] for name in loaders}
     for turn in range(ROUNDS + 1):
       for name, run in loaders.items():
@@ -174,12 +213,14 @@ def main() -> None:
 
   median = {name: statistics.median(values) for name, values in speeds.items()}
   print(
-    f"{FILES} JPEGs of {WIDTH}x{HEIGHT}, {size / 1000:.0f} kB on average, {CORES} cores; median of {ROUNDS} turns "
+    f"{FILES} JPEGs of {WIDTH}x{HEIGHT}, {size / 1000:.0f} kB on average, {CORES} cores; median "
+    f"of {ROUNDS} turns "
     f"(lowest to highest)"
   )
   for name, values in speeds.items():
     print(
-      f"{name:11} {median[name]:7.0f} images/s  ({min(values):.0f} to {max(values):.0f}), {median[name] / CORES:.0f} a core"
+      f"{name:11} {median[name]:7.0f} images/s  ({min(values):.0f} to {max(values):.0f}), "
+      f"{median[name] / CORES:.0f} a core"
     )
   for other, target in (("decode", "0.85"), ("PIL floats", "2"), ("PIL bytes", None)):
     wanted = f"  (target: at least {target})" if target else ""
@@ -187,10 +228,15 @@ def main() -> None:
 
   speed = options.images_per_second or accelerator_speed()
   if speed is None:
-    print("Cores that feed one accelerator: not run, there is none here; give its --images_per_second.")
+    print(
+      "Cores that feed one accelerator: not run, there is none here; give its --images_per_second."
+    )
   else:
     told = "given" if options.images_per_second else "measured"
-    print(f"Cores that feed one accelerator of {speed:.0f} images/s ({told}): {speed * CORES / median['profit_jax']:.1f}")
+    print(
+      f"Cores that feed one accelerator of {speed:.0f} images/s ({told}): "
+      f"{speed * CORES / median['profit_jax']:.1f}"
+    )
 
 
 if __name__ == "__main__":

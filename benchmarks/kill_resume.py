@@ -1,11 +1,13 @@
-"""Kills a run with SIGKILL at random instants, lets it go on, and compares its end with that of a run that nobody killed.
+"""Kills a run with SIGKILL at random instants, lets it go on, and compares its end with that of a
+run that nobody killed.
 
     python benchmarks/kill_resume.py 50
 
-The run takes a small MobileNet-v1 on scikit-learn's digits to 4 bits in ten phases, with a checkpoint every second. Each
-trial starts it anew, kills it once at an instant drawn uniformly from its steps (in every second trial, while the next
-checkpoint after that instant is being written), starts the same command again, and lets it finish. It has survived when
-`result.json` is equal apart from times, and so is everything in the last checkpoint, to the bit.
+The run takes a small MobileNet-v1 on scikit-learn's digits to 4 bits in ten phases, with a
+checkpoint every second. Each trial starts it anew, kills it once at an instant drawn uniformly from
+its steps (in every second trial, while the next checkpoint after that instant is being written),
+starts the same command again, and lets it finish. It has survived when `result.json` is equal apart
+from times, and so is everything in the last checkpoint, to the bit.
 """
 
 import argparse
@@ -59,7 +61,9 @@ class Run:
       sys.exit(f"{' '.join(self._command)} failed: see {self.workdir}.log")
 
   def wait_for(self, process: subprocess.Popen, *pattern: str) -> float:
-    """When one of these files of the workdir is there; ends the benchmark if the process does before."""
+    """When one of these files of the workdir is there; ends the benchmark if the process does
+    before.
+    """
     while not any(next(self.workdir.glob(name), None) for name in pattern):
       if process.poll() is not None:
         sys.exit(f"{self.workdir} ended without {pattern}: see {self.workdir}.log")
@@ -72,7 +76,11 @@ class Run:
 
     last = snapshots.read_newest(self.workdir / "checkpoints", sys.exit)
     arrays = {path: array.tobytes() for path, array in last.arrays.items()}
-    return without_times(json.loads((self.workdir / "result.json").read_text())), without_times(last.values), arrays
+    return (
+      without_times(json.loads((self.workdir / "result.json").read_text())),
+      without_times(last.values),
+      arrays,
+    )
 
 
 def without_times(tree):
@@ -83,7 +91,9 @@ def without_times(tree):
 
 
 def trial(run: Run, instant: int, minutes: float, in_save: bool) -> str:
-  """Kills the run once, soon after the checkpoint with that number, and lets it finish; says where it was killed."""
+  """Kills the run once, soon after the checkpoint with that number, and lets it finish; says where
+  it was killed.
+  """
   process, checkpoints = run.start(), run.workdir / "checkpoints"
   run.wait_for(process, "checkpoints")
   while process.poll() is None and max(numbers(checkpoints), default=0) < instant:
@@ -110,7 +120,9 @@ def numbers(checkpoints: pathlib.Path) -> list[int]:
 
 def main() -> None:
   """Prints a line per trial and the count."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("trials", type=int, help="how many")
   parser.add_argument("--seed", type=int, default=0, help="of the instants")
   parser.add_argument("--minutes", type=float, default=0.02, help="between two checkpoints")
@@ -127,7 +139,9 @@ def main() -> None:
     last = max(numbers(reference.workdir / "checkpoints"))
     top1 = expected[0]["final"]["top1"]
     print(
-      f"undisturbed: {seconds:.1f} s, {last} steps and epochs, W4A4 top-1 {top1:.2f} %; {options.trials} kills", flush=True
+      f"undisturbed: {seconds:.1f} s, {last} steps and epochs, W4A4 top-1 {top1:.2f} %; "
+      f"{options.trials} kills",
+      flush=True,
     )
     identical = in_saves = 0
     for number in range(1, options.trials + 1):
@@ -142,7 +156,8 @@ def main() -> None:
       else:
         sys.exit(f"kept: {shutil.copytree(run.workdir, tempfile.mkdtemp() + '/run')}")
     print(
-      f"{identical} of {options.trials} ended identical to the bit; {in_saves} were killed while a checkpoint was written"
+      f"{identical} of {options.trials} ended identical to the bit; {in_saves} were killed while "
+      "a checkpoint was written"
     )
 
 

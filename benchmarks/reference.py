@@ -1,8 +1,10 @@
-"""The authors' PyTorch training step, run from a checkout of their repository (github.com/EunhyeokPark/PROFIT).
+"""The authors' PyTorch training step, run from a checkout of their repository
+(github.com/EunhyeokPark/PROFIT).
 
-Nothing of their code is here: their model and `train_ts` are imported and called. What this adds is what their script
-expects around them: the parameter groups of its optimizer, `DataParallel`, a loader, and, where there is no CUDA,
-tensors whose `.cuda()` is themselves. torch is imported only when it is asked for.
+Nothing of their code is here: their model and `train_ts` are imported and called. What this adds is
+what their script expects around them: the parameter groups of its optimizer, `DataParallel`, a
+loader, and, where there is no CUDA, tensors whose `.cuda()` is themselves. torch is imported only
+when it is asked for.
 """
 
 import copy
@@ -24,7 +26,11 @@ VARIANTS = {
 }
 _MODELS = {
   "mobilenet_v2": ("conv_model.ilsvrc.MobileNetV2_quant", "mobilenet_v2", "width_mult"),
-  "mobilenet_v3_large": ("conv_model.ilsvrc.MobileNetV3Large_pad_quant", "MobileNetV3Large", "scale"),
+  "mobilenet_v3_large": (
+    "conv_model.ilsvrc.MobileNetV3Large_pad_quant",
+    "MobileNetV3Large",
+    "scale",
+  ),
 }
 _BITS = 4
 
@@ -53,7 +59,11 @@ def describe() -> str:
   """Version and device, in a line."""
   import torch
 
-  where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+  where = (
+    torch.cuda.get_device_name()
+    if torch.cuda.is_available()
+    else f"CPU, {torch.get_num_threads()} threads"
+  )
   return f"torch {torch.__version__} on {where}"
 
 
@@ -68,7 +78,10 @@ def contenders(
   import torch
 
   if job.model not in _MODELS:
-    sys.exit(f"the authors' repository has no {job.model}, only {', '.join(_MODELS)}: leave --torch-reference out")
+    sys.exit(
+      f"the authors' repository has no {job.model}, only {', '.join(_MODELS)}: leave "
+      "--torch-reference out"
+    )
   sys.path.insert(0, job.directory)
   library = importlib.import_module("my_lib.train_test")
   library.accuracy = _accuracy
@@ -95,11 +108,14 @@ def _contender(library, job, variant, batch, stage) -> Callable[[int], None]:
   if job.self_teacher:
     teacher = _model(job, "fp", images).to(memory_format=layout).requires_grad_(False)
   if compiled:
-    # In place: AIWQ's hooks, which the sampling step sets, are then seen or break the graph, as torch decides.
+    # In place: AIWQ's hooks, which the sampling step sets, are then seen or break the graph, as
+    # torch decides.
     for module in (model, teacher):
       if module is not None:
         module.compile()
-  model, average, teacher = (module and torch.nn.DataParallel(module.cuda()) for module in (model, average, teacher))
+  model, average, teacher = (
+    module and torch.nn.DataParallel(module.cuda()) for module in (model, average, teacher)
+  )
   images, labels = images.cuda(), labels.cuda()
   loss = torch.nn.CrossEntropyLoss().cuda()
   optimizer = _optimizer(torch, model, stage)
@@ -108,14 +124,18 @@ def _contender(library, job, variant, batch, stage) -> Callable[[int], None]:
     metric = {name: 0 for name, module in model.module.named_modules() if _is_conv(torch, module)}
 
   def run(count: int) -> None:
-    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(
+      "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=autocast
+    ):
       if stage == "forward":
         model.eval()
         with torch.no_grad():
           for _ in range(count):
             model(images)
       else:
-        library.train_ts([(images, labels)] * count, model, average, teacher, loss, optimizer, 0, metric)
+        library.train_ts(
+          [(images, labels)] * count, model, average, teacher, loss, optimizer, 0, metric
+        )
     if torch.cuda.is_available():
       torch.cuda.synchronize()
 
@@ -153,7 +173,9 @@ def _is_conv(torch: Any, module: Any) -> bool:
 
 
 def _optimizer(torch: Any, model: Any, stage: str) -> Any:
-  """SGD in their script's groups. A frozen kernel, or a BN phase's, has rate 0 there and is computed all the same."""
+  """SGD in their script's groups. A frozen kernel, or a BN phase's, has rate 0 there and is
+  computed all the same.
+  """
   rate, quant, norm, weight = 1e-6, [], [], []
   for name, parameter in model.named_parameters():
     group = quant if name.endswith((".a", ".c")) else norm if parameter.ndim == 1 else weight

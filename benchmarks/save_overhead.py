@@ -1,9 +1,11 @@
-"""What a checkpoint costs a run that saves every minute: the same steps with a save among them and without, by turns.
+"""What a checkpoint costs a run that saves every minute: the same steps with a save among them and
+without, by turns.
 
-    python benchmarks/save_overhead.py [--width 1.0] [--image_size 32] [--batch_size 64] [--steps 40] [--pairs 8]
+    python benchmarks/save_overhead.py [--width 1.0] [--image_size 32] [--batch_size 64] [--steps
+    40] [--pairs 8]
 
-MobileNet-v2 with weights and activations quantized, as its own teacher: what is saved is the student, its average, the
-optimizer, the best variables and the teacher.
+MobileNet-v2 with weights and activations quantized, as its own teacher: what is saved is the
+student, its average, the optimizer, the best variables and the teacher.
 """
 
 import argparse
@@ -33,7 +35,9 @@ from profit_jax.train.state import create_state
 
 def main() -> None:
   """Prints both times, the difference, and its share of a minute."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--width", type=float, default=1.0, help="of MobileNet-v2")
   parser.add_argument("--image_size", type=int, default=32, help="pixels")
   parser.add_argument("--batch_size", type=int, default=64, help="images")
@@ -50,7 +54,9 @@ def main() -> None:
   phase = next(phase for phase in plan.plan(settings) if phase.name == "w4a4 ft1")
   variables = init_variables(model, jax.random.key(0), options.image_size)
   step = programs.train_step(phase.program, frozenset())
-  moment = Moment(Progress(phase=phase.index), programs.replicate(create_state(variables, ema=True)))
+  moment = Moment(
+    Progress(phase=phase.index), programs.replicate(create_state(variables, ema=True))
+  )
   moment.state = programs.fresh_optimizer(moment.state, True, frozenset())
   moment.best = moment.teacher = checkpoint.host_copy(moment.state.variables)
   teacher, key = programs.replicate(moment.teacher), programs.replicate(jax.random.key(0))
@@ -80,17 +86,22 @@ def main() -> None:
     newest = pathlib.Path(directory) / "checkpoints" / str(options.pairs + 1)
     megabytes = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) / 1e6
     writer.close()
-  difference = statistics.median(with_save - without for with_save, without in zip(saving, plain, strict=True))
+  difference = statistics.median(
+    with_save - without for with_save, without in zip(saving, plain, strict=True)
+  )
   print(
-    f"MobileNet-v2, width {options.width:g}, {options.image_size}x{options.image_size}, batch {options.batch_size}; "
+    f"MobileNet-v2, width {options.width:g}, {options.image_size}x{options.image_size}, batch "
+    f"{options.batch_size}; "
     f"{jax.devices()[0].device_kind}; a checkpoint has {megabytes:.1f} MB"
   )
   print(
-    f"{options.steps} steps: {statistics.median(plain):.3f} s without a save, {statistics.median(saving):.3f} s with one "
+    f"{options.steps} steps: {statistics.median(plain):.3f} s without a save, "
+    f"{statistics.median(saving):.3f} s with one "
     f"(medians of {options.pairs})"
   )
   print(
-    f"a save takes the loop {statistics.median(blocked):.3f} s by itself, {difference:+.3f} s with what it does in the "
+    f"a save takes the loop {statistics.median(blocked):.3f} s by itself, {difference:+.3f} s "
+    "with what it does in the "
     f"background: {100 * difference / 60:.2f} % of a minute"
   )
 

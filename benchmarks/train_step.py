@@ -1,14 +1,17 @@
-r"""The training step of every stage: time, images a second, operations, bytes, compilation, memory; and the authors'.
+r"""The training step of every stage: time, images a second, operations, bytes, compilation, memory;
+and the authors'.
 
-    python benchmarks/train_step.py [--model mobilenet_v2] [--image_size 224] [--batch_size 16] [--dtype float32] \
-      [--stages fp,a,wa,bn,sampling,ft2,ft3,forward] [--turns 7] [--steps 4] [--json FILE]
-      [--torch-reference DIR [--torch-variants eager,channels_last,compiled]]
+    python benchmarks/train_step.py [--model mobilenet_v2] [--image_size 224] [--batch_size 16] \
+      [--dtype float32] [--stages fp,a,wa,bn,sampling,ft2,ft3,forward] [--turns 7] [--steps 4] \
+      [--json FILE] [--torch-reference DIR [--torch-variants eager,channels_last,compiled]]
 
-What runs is what a run would run: the programs of `profit_jax.train.programs`, at published widths and strides. The
-frozen layers of ft2 and ft3 are drawn at random, AIWQ's ranking being that of no layer in particular; --seed draws others.
+What runs is what a run would run: the programs of `profit_jax.train.programs`, at published widths
+and strides. The frozen layers of ft2 and ft3 are drawn at random, AIWQ's ranking being that of no
+layer in particular; --seed draws others.
 
-DIR is a checkout of the authors' repository (github.com/EunhyeokPark/PROFIT), whose model and `train_ts` run by turns with
-ours in the same process; it needs PyTorch (`pip install torch`). Nothing here imports TensorFlow.
+DIR is a checkout of the authors' repository (github.com/EunhyeokPark/PROFIT), whose model and
+`train_ts` run by turns with ours in the same process; it needs PyTorch (`pip install torch`).
+Nothing here imports TensorFlow.
 
 On a CPU, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the Makefile does; both sides then have it.
 """
@@ -89,7 +92,8 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
   config.data.image_size = options.image_size
   config.train.batch_size = config.train.eval_batch_size = options.batch_size
   config.train.dtype = options.dtype
-  config.train.learning_rate = config.train.full_precision_learning_rate = 1e-6  # weights stay what they are
+  # weights stay what they are
+  config.train.learning_rate = config.train.full_precision_learning_rate = 1e-6
   config.plan.sampling_every = options.sampling_every
   settings = parse(config, REGISTRY)
   facts = data.KNOWN["imagenet2012"]
@@ -120,18 +124,24 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
     facts_of = compiler_facts(step, time.perf_counter() - before)
     state = programs.replicate(create_state(start, ema=True))
     state = programs.fresh_optimizer(state, program.train_kernels, frozen)
-    yield Contender(stage, "profit_jax", _train(programs, program, step, state, arrays, key, teacher), facts_of)
+    yield Contender(
+      stage, "profit_jax", _train(programs, program, step, state, arrays, key, teacher), facts_of
+    )
   programs.close()
 
 
 def _train(programs, program, step, state, arrays, key, teacher) -> Callable[[int], None]:
-  sampling = programs.replicate(aiwq.start(jax.device_get(state.params))) if program.sampling else None
+  sampling = (
+    programs.replicate(aiwq.start(jax.device_get(state.params))) if program.sampling else None
+  )
   steps = levels(4 if program.quantized_weights else None, 4 if program.quantized_acts else None)
   held = [state, sampling]
 
   def run(count: int) -> None:
     for _ in range(count):
-      held[0], metrics, held[1] = step(held[0], arrays, steps, np.float32(1e-6), key, teacher, held[1], None)
+      held[0], metrics, held[1] = step(
+        held[0], arrays, steps, np.float32(1e-6), key, teacher, held[1], None
+      )
     jax.block_until_ready((held, metrics))
     if not bool(metrics["finite"]):
       sys.exit("the benchmark's loss is not finite: what it measures is no training")
@@ -152,13 +162,19 @@ def _forward(programs, variables, arrays, before) -> Contender:
 
 
 def compiler_facts(compiled: Any, seconds: float) -> dict[str, float]:
-  """What the compiled program says of itself; XLA counts each kernel's operands and results as bytes."""
+  """What the compiled program says of itself; XLA counts each kernel's operands and results as
+  bytes.
+  """
   cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
   peak = (
-    memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    memory.temp_size_in_bytes
+    + memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
   )
   kernels = sum(
-    " fusion(" in line or " convolution(" in line or " dot(" in line for line in compiled.as_text().splitlines()
+    " fusion(" in line or " convolution(" in line or " dot(" in line
+    for line in compiled.as_text().splitlines()
   )
   return {
     "compile_seconds": seconds,
@@ -180,7 +196,9 @@ def host_batch(size: int, pixels: int) -> dict[str, np.ndarray]:
 
 
 def measure(contenders: list[Contender], turns: int, steps: int) -> None:
-  """Times all by turns, so that what slows the machine for a while slows each; the first step of a turn is not counted."""
+  """Times all by turns, so that what slows the machine for a while slows each; the first step of a
+  turn is not counted.
+  """
   for contender in contenders:
     contender.run(2)
   for turn in range(turns):
@@ -194,22 +212,24 @@ def measure(contenders: list[Contender], turns: int, steps: int) -> None:
 
 def print_table(contenders: list[Contender], batch_size: int) -> None:
   """One line for each; ms is the median of the turns, with the smallest and the largest."""
-  head = f"{'stage':9} {'code':26} {'ms':>8} {'smallest':>8} {'largest':>8} {'images/s':>8} {'ops G':>7} {'bytes GB':>8}"
+  head = f"{'stage':9} {'code':26} {'ms':>8} {'smallest':>8} {'largest':>8} {'images/s':>8}"
+  head += f" {'ops G':>7} {'bytes GB':>8}"
   print(f"{head} {'kernels':>7} {'peak MB':>8} {'compile s':>9}")
   for one in contenders:
-    line = (
-      f"{one.stage:9} {one.code:26} {one.median * 1e3:8.1f} {min(one.seconds) * 1e3:8.1f} {max(one.seconds) * 1e3:8.1f}"
-    )
+    line = f"{one.stage:9} {one.code:26} {one.median * 1e3:8.1f}"
+    line += f" {min(one.seconds) * 1e3:8.1f} {max(one.seconds) * 1e3:8.1f}"
     line += f" {batch_size / one.median:8.1f}"
     if one.facts:
       facts = one.facts
-      line += f" {facts['gflop']:7.2f} {facts['gbyte']:8.3f} {facts['kernels']:7} {facts['peak_mbyte']:8.0f}"
-      line += f" {facts['compile_seconds']:9.1f}"
+      line += f" {facts['gflop']:7.2f} {facts['gbyte']:8.3f} {facts['kernels']:7}"
+      line += f" {facts['peak_mbyte']:8.0f} {facts['compile_seconds']:9.1f}"
     print(line)
 
 
 def print_ratios(contenders: list[Contender]) -> None:
-  """Stage over stage of our code, then the authors' time over ours; each the median over the turns of the turns' ratio."""
+  """Stage over stage of our code, then the authors' time over ours; each the median over the turns
+  of the turns' ratio.
+  """
   own = {one.stage: one for one in contenders if one.code == "profit_jax"}
 
   def ratio(left: Contender, right: Contender) -> str:
@@ -230,7 +250,11 @@ def machine() -> str:
   name = platform.processor()
   cpuinfo = pathlib.Path("/proc/cpuinfo")
   if cpuinfo.exists():
-    found = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    found = [
+      line.split(":")[1].strip()
+      for line in cpuinfo.read_text().splitlines()
+      if line.startswith("model name")
+    ]
     name = f"{len(found)} x {found[0]}" if found else name
   device = jax.devices()[0]
   return f"{name}; jax {jax.__version__} on {len(jax.devices())} x {device.device_kind}"
@@ -238,36 +262,58 @@ def machine() -> str:
 
 def main() -> None:
   """Compiles, measures, prints."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   quantized = [name for name in sorted(REGISTRY) if name.startswith("mobilenet")]
   parser.add_argument("--model", default="mobilenet_v2", choices=quantized)
   parser.add_argument("--width", type=float, default=1.0)
   parser.add_argument("--image_size", type=int, default=224, help="pixels")
   parser.add_argument("--batch_size", type=int, default=16, help="images")
-  parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is multiplied")
-  parser.add_argument("--teacher", default="none", choices=("none", "self"), help="self: a forward pass more")
+  parser.add_argument(
+    "--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is multiplied"
+  )
+  parser.add_argument(
+    "--teacher", default="none", choices=("none", "self"), help="self: a forward pass more"
+  )
   parser.add_argument("--stages", default=",".join(PROGRAMS), help="separated by commas")
   parser.add_argument("--turns", type=int, default=7)
   parser.add_argument("--steps", type=int, default=4, help="of each stage in a turn")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--sampling_every", type=int, default=1, help="as config.plan.sampling_every")
-  parser.add_argument("--torch-reference", metavar="DIR", help="a checkout of the authors' repository")
-  parser.add_argument("--torch-variants", default="eager", help=f"of {', '.join(reference.VARIANTS)}, separated by commas")
+  parser.add_argument(
+    "--torch-reference", metavar="DIR", help="a checkout of the authors' repository"
+  )
+  parser.add_argument(
+    "--torch-variants",
+    default="eager",
+    help=f"of {', '.join(reference.VARIANTS)}, separated by commas",
+  )
   parser.add_argument("--json", metavar="FILE", help="where all figures go as well")
   options = parser.parse_args()
   stages, variants = options.stages.split(","), options.torch_variants.split(",")
   if wrong := [name for name in stages if name not in PROGRAMS]:
     parser.error(f"--stages: {', '.join(wrong)}: choose from {', '.join(PROGRAMS)}")
   if wrong := [name for name in variants if name not in reference.VARIANTS]:
-    parser.error(f"--torch-variants: {', '.join(wrong)}: choose from {', '.join(reference.VARIANTS)}")
+    parser.error(
+      f"--torch-variants: {', '.join(wrong)}: choose from {', '.join(reference.VARIANTS)}"
+    )
 
   jax.config.update("jax_default_matmul_precision", "highest")  # as main.py does
   print(machine())
-  print(f"{options.model} {options.width}, {options.image_size} px, batch {options.batch_size}, {options.dtype}")
+  print(
+    f"{options.model} {options.width}, {options.image_size} px, batch {options.batch_size}, "
+    f"{options.dtype}"
+  )
   contenders = list(ours(options, stages))
   if options.torch_reference:
     job = reference.Job(
-      options.torch_reference, options.model, options.width, options.dtype, options.teacher == "self", options.seed
+      options.torch_reference,
+      options.model,
+      options.width,
+      options.dtype,
+      options.teacher == "self",
+      options.seed,
     )
     batch = host_batch(options.batch_size, options.image_size)
     for variant in variants:
@@ -278,7 +324,9 @@ def main() -> None:
   print_table(contenders, options.batch_size)
   print_ratios(contenders)
   if options.json:
-    figures = [{"stage": c.stage, "code": c.code, "seconds": c.seconds, **c.facts} for c in contenders]
+    figures = [
+      {"stage": c.stage, "code": c.code, "seconds": c.seconds, **c.facts} for c in contenders
+    ]
     document = {"machine": machine(), "options": vars(options), "figures": figures}
     pathlib.Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
 

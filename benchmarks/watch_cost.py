@@ -1,9 +1,12 @@
-"""What it costs to watch a run's instability: epochs with `train/watch.py` around their steps and without, by turns.
+"""What it costs to watch a run's instability: epochs with `train/watch.py` around their steps and
+without, by turns.
 
-    python benchmarks/watch_cost.py [--width 0.25] [--image_size 32] [--batch_size 64] [--steps 21] [--pairs 10]
+    python benchmarks/watch_cost.py [--width 0.25] [--image_size 32] [--batch_size 64] [--steps 21]
+    [--pairs 10]
 
-MobileNet-v2 with weights and activations quantized, as its own teacher. The cost is an epoch's: its last 8 steps are
-watched, however many there are. 21 steps are an epoch of the demo; of ImageNet at batch 256 it has 5004.
+MobileNet-v2 with weights and activations quantized, as its own teacher. The cost is an epoch's: its
+last 8 steps are watched, however many there are. 21 steps are an epoch of the demo; of ImageNet at
+batch 256 it has 5004.
 """
 
 import argparse
@@ -32,7 +35,9 @@ from profit_jax.train.watch import Watch
 
 def main() -> None:
   """Prints both times of an epoch and the share."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--width", type=float, default=0.25, help="of MobileNet-v2")
   parser.add_argument("--image_size", type=int, default=32, help="pixels")
   parser.add_argument("--batch_size", type=int, default=64, help="images")
@@ -49,10 +54,18 @@ def main() -> None:
   phase = next(phase for phase in plan.plan(settings) if phase.name == "w4a4 ft1")
   variables = init_variables(model, jax.random.key(0), options.image_size)
   step = programs.train_step(phase.program, frozenset())
-  moment = Moment(Progress(phase=phase.index), programs.replicate(create_state(variables, ema=True)))
+  moment = Moment(
+    Progress(phase=phase.index), programs.replicate(create_state(variables, ema=True))
+  )
   moment.state = programs.fresh_optimizer(moment.state, True, frozenset())
-  teacher, key = programs.replicate(host_copy(moment.state.variables)), programs.replicate(jax.random.key(0))
-  batch, watch = next(iter(source.train_batches(0, options.batch_size))), Watch(programs, settings, options.steps)
+  teacher, key = (
+    programs.replicate(host_copy(moment.state.variables)),
+    programs.replicate(jax.random.key(0)),
+  )
+  batch, watch = (
+    next(iter(source.train_batches(0, options.batch_size))),
+    Watch(programs, settings, options.steps),
+  )
 
   def epoch(watched: bool) -> float:
     moment.progress.step, start = 0, time.perf_counter()
@@ -73,13 +86,17 @@ def main() -> None:
   for _ in range(options.pairs):
     plain.append(epoch(watched=False))
     watching.append(epoch(watched=True))
-  share = statistics.median(with_it / without - 1 for with_it, without in zip(watching, plain, strict=True))
+  share = statistics.median(
+    with_it / without - 1 for with_it, without in zip(watching, plain, strict=True)
+  )
   print(
-    f"MobileNet-v2, width {options.width:g}, {options.image_size}x{options.image_size}, batch {options.batch_size}; "
+    f"MobileNet-v2, width {options.width:g}, {options.image_size}x{options.image_size}, batch "
+    f"{options.batch_size}; "
     f"{jax.devices()[0].device_kind}; epochs of {options.steps} steps"
   )
   print(
-    f"an epoch takes {statistics.median(plain):.3f} s without and {statistics.median(watching):.3f} s with what is watched "
+    f"an epoch takes {statistics.median(plain):.3f} s without and "
+    f"{statistics.median(watching):.3f} s with what is watched "
     f"(medians of {options.pairs}): {100 * share:+.2f} % (median of the pairs)"
   )
   programs.close()

@@ -1,4 +1,5 @@
-"""Freezing and progressive bits on images harder than the digits, pairs of them; a grid for `profit_jax.ablate`.
+"""Freezing and progressive bits on images harder than the digits, pairs of them; a grid for
+`profit_jax.ablate`.
 
 Command:  python -m profit_jax.ablate --config configs/ablation_pairs.py --workdir runs/pairs
 Cost and result: docs/ablation.md.

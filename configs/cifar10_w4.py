@@ -1,12 +1,13 @@
-"""CIFAR-10 from random weights to 4 bits: MobileNet-v2 for 32x32 images, its own teacher; 22 phases, 335 epochs.
+"""CIFAR-10 from random weights to 4 bits: MobileNet-v2 for 32x32 images, its own teacher; 22
+phases, 335 epochs.
 
 Command:  python -m profit_jax.data.prepare cifar10
           python main.py --config configs/cifar10_w4.py --workdir RUN
 Data:     tensorflow-datasets' cifar10: 50,000 training and 10,000 test images, 162 MB to download.
 Cost:     130,650 steps of 128 images at 32 px; not run.
-Result:   not run. With the published strides, learning rates and calibration, CIFAR-10 falls to 13 % in the first
-          activation phase (issue 1 of the authors' repository). Calibration is every configuration's here: on what a
-          quantizer sees.
+Result:   not run. With the published strides, learning rates and calibration, CIFAR-10 falls to
+          13 % in the first activation phase (issue 1 of the authors' repository). Calibration is
+          every configuration's here: on what a quantizer sees.
 """
 
 from configs import base
@@ -20,7 +21,8 @@ def get_config():
     config.data.image_size = 32
     config.data.train_crop = "padded"  # a random 8 % of the area would be 9x9 pixels
     config.data.eval_share = 1.0
-    # 32 -> 4. The published strides end at 1x1 after five halvings, where batch statistics are those of single pixels.
+    # 32 -> 4. The published strides end at 1x1 after five halvings, where batch statistics are
+    # those of single pixels.
     config.model.strides = (1, 1, 1, 2, 2, 1, 2, 1)
     config.model.dropout = 0.0
     config.plan.full_precision_epochs = 150  # from random weights

@@ -1,8 +1,10 @@
 """Digits at 2 bits: weights on 3 levels, activations on 4.
 
-Command:  python main.py --config configs/digits_w2.py --workdir runs/digits_w2      (or digits_w2.py:mobilenet_v1, ...)
+Command:  python main.py --config configs/digits_w2.py --workdir runs/digits_w2
+          (or digits_w2.py:mobilenet_v1, ...)
 Cost:     some 5 minutes on 2 CPU cores; more where other programs run.
-Result:   top-1 94.44 % at W2A2, 98.89 % in full precision (seed 0; 450 images, one is 0.22 points). Others: README.md.
+Result:   top-1 94.44 % at W2A2, 98.89 % in full precision (seed 0; 450 images, one is 0.22 points).
+          Others: README.md.
 """
 
 from configs import digits_w4

@@ -9,7 +9,7 @@ from configs import digits_w4
 
 
 def get_config():
-  """The demo with one more rung and longer phases: seven levels are harder to train than fifteen."""
+  """The demo with one more rung and longer phases: 7 levels are harder to train than 15."""
   config = digits_w4.get_config()
   config.plan.weight_bits = (8, 5, 4, 3)
   config.plan.act_bits = (8, 5, 4, 3)

@@ -1,4 +1,6 @@
-"""An exported ONNX file without profit_jax: python classify_onnx.py FILE.onnx IMAGE (needs onnxruntime, numpy, pillow)."""
+"""An exported ONNX file without profit_jax: python classify_onnx.py FILE.onnx IMAGE (needs
+onnxruntime, numpy, pillow).
+"""
 
 import json
 import sys
@@ -13,9 +15,13 @@ with open(f"{file}.json") as opened:
 size, share = card["input"]["image_size"], card["input"]["eval_share"]
 image = Image.open(picture).convert("RGB")
 scale = round(size / share) / min(image.size)  # the shorter side to size / share, then the centre
-image = image.resize([round(side * scale) for side in image.size], Image.Resampling[card["input"]["interpolation"].upper()])
+image = image.resize(
+  [round(side * scale) for side in image.size],
+  Image.Resampling[card["input"]["interpolation"].upper()],
+)
 left, top = ((side - size) // 2 for side in image.size)
-pixels = np.asarray(image.crop((left, top, left + size, top + size)))[None]  # uint8 [1, size, size, 3]
+# Uint8 [1, size, size, 3].
+pixels = np.asarray(image.crop((left, top, left + size, top + size)))[None]
 session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 (logits,) = session.run(None, {"image": pixels})
 for index in np.argsort(-logits[0])[:5]:

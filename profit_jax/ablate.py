@@ -1,8 +1,10 @@
-"""Trains a grid of runs and compares them: python -m profit_jax.ablate --config configs/ablation_digits.py --workdir DIR.
+"""Trains a grid of runs and compares them: python -m profit_jax.ablate --config
+configs/ablation_digits.py --workdir DIR.
 
-Every cell is an ordinary run of `main.py`, in a directory of its own, with as many seeds as the grid says; the same command
-goes on where it was stopped. Phases that two runs have in common are trained once, and the second run forks from there.
-Writes DIR/ablation.md, ablation.json and ablation.png.
+Every cell is an ordinary run of `main.py`, in a directory of its own, with as many seeds as the
+grid says; the same command goes on where it was stopped. Phases that two runs have in common are
+trained once, and the second run forks from there. Writes DIR/ablation.md, ablation.json and
+ablation.png.
 """
 
 import argparse
@@ -23,7 +25,9 @@ from profit_jax.report import files
 from profit_jax.settings import ConfigError, Settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_ALL = 1000  # checkpoints that a run keeps which others begin with: one of every end of a phase, and those between
+# Checkpoints that a run keeps which others begin with: one of every end of a phase, and those
+# between.
+_ALL = 1000
 _POLL = 2.0  # seconds
 _DEVICES = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
@@ -31,15 +35,29 @@ _DEVICES = "import jax; print(jax.default_backend(), jax.local_device_count())"
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code: 1 where a run failed."""
   parser = argparse.ArgumentParser(
-    prog="python -m profit_jax.ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog="python -m profit_jax.ablate",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--config", required=True, help="a file with a function get_grid, as configs/ablation_digits.py")
-  parser.add_argument("--workdir", required=True, help="where the runs and the table go, local or remote")
-  parser.add_argument("--only", action="append", default=[], metavar="AXIS=LABEL", help="a part of the grid; repeatable")
+  parser.add_argument(
+    "--config", required=True, help="a file with a function get_grid, as configs/ablation_digits.py"
+  )
+  parser.add_argument(
+    "--workdir", required=True, help="where the runs and the table go, local or remote"
+  )
+  parser.add_argument(
+    "--only",
+    action="append",
+    default=[],
+    metavar="AXIS=LABEL",
+    help="a part of the grid; repeatable",
+  )
   parser.add_argument("--seeds", type=int, help="runs of every cell, instead of the grid's number")
   parser.add_argument("--jobs", type=int, help="runs at once; by default one on every GPU, or one")
   parser.add_argument(
-    "--alone", action="store_true", help="every run trains all its phases, those in common with others too"
+    "--alone",
+    action="store_true",
+    help="every run trains all its phases, those in common with others too",
   )
   parser.add_argument("--plan", action="store_true", help="print the commands and train nothing")
   options = parser.parse_args(arguments)
@@ -68,7 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(grid, root, run, trunks, *, fork):
-  command = [sys.executable, "main.py", *grid.arguments(*run), f"--workdir={ablation.directory_of(root, *run)}"]
+  command = [
+    sys.executable,
+    "main.py",
+    *grid.arguments(*run),
+    f"--workdir={ablation.directory_of(root, *run)}",
+  ]
   if fork:
     command.append(f"--fork_from={ablation.directory_of(root, *trunks[run].run)}")
   if any(trunk.run == run for trunk in trunks.values()):
@@ -85,10 +108,12 @@ def train(
 ) -> list[tuple[ablation.Labels, int, pathlib.Path]]:
   """Trains the runs that have no result yet; returns those that failed, and their logs.
 
-  A run with a trunk begins when that has trained what both have in common. What can begin does so in the order given, seed
-  by seed: a grid that is stopped has whole ones.
+  A run with a trunk begins when that has trained what both have in common. What can begin does so
+  in the order given, seed by seed: a grid that is stopped has whole ones.
   """
-  waiting = [run for run in settings if not (ablation.directory_of(root, *run) / "result.json").exists()]
+  waiting = [
+    run for run in settings if not (ablation.directory_of(root, *run) / "result.json").exists()
+  ]
   count = len(waiting)
   print(f"{len(settings)} runs, {count} of them to be trained.", flush=True)
   if not waiting:
@@ -108,19 +133,27 @@ def train(
         trunk = trunks.get(run)
         saved = trunk is not None and _is_saved(root, settings, trunk)
         # A trunk that has ended, well or not, will save no more.
-        ended = trunk is not None and trunk.run not in (*waiting, *(other for other, _ in running.values()))
+        ended = trunk is not None and trunk.run not in (
+          *waiting,
+          *(other for other, _ in running.values()),
+        )
         if trunk is None or saved or ended:
           waiting.remove(run)
           command, device = _command(grid, root, run, trunks, fork=saved), devices.pop(0)
           running[pool.submit(_run, command, device, _log(logs, run))] = run, device
-      done_now, _ = concurrent.futures.wait(running, timeout=_POLL, return_when=concurrent.futures.FIRST_COMPLETED)
+      done_now, _ = concurrent.futures.wait(
+        running, timeout=_POLL, return_when=concurrent.futures.FIRST_COMPLETED
+      )
       for future in done_now:
         run, device = running.pop(future)
         devices.append(device)
         code, seconds = future.result()
         done += 1
         told = "failed" if code else _top1(root, *run)
-        print(f"{done:>4}/{count}  {', '.join(run[0])}, seed {run[1]}: {told}, {seconds:.0f} s", flush=True)
+        print(
+          f"{done:>4}/{count}  {', '.join(run[0])}, seed {run[1]}: {told}, {seconds:.0f} s",
+          flush=True,
+        )
         if code:
           failed.append((*run, _log(logs, run)))
   return failed
@@ -131,7 +164,9 @@ def _run(command, environment, log):
   start = time.perf_counter()
   with log.open("a") as opened:
     environment = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=opened, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+      command, cwd=ROOT, env=environment, stdout=opened, stderr=subprocess.STDOUT, check=False
+    )
   return done.returncode, time.perf_counter() - start
 
 
@@ -143,24 +178,35 @@ def _is_saved(root, settings, trunk):
   """Whether the trunk has a checkpoint at the end of what it has in common."""
   directory = ablation.directory_of(root, *trunk.run)
   try:
-    ends = fork.ends(settings[trunk.run], trunk.phases, files.read_data(directory)["train_examples"])
+    ends = fork.ends(
+      settings[trunk.run], trunk.phases, files.read_data(directory)["train_examples"]
+    )
     return ends[-1] in snapshots.saved_numbers(directory / "checkpoints")
-  except ConfigError:  # it has not begun, or what is there cannot be read: then nobody begins with it
+  # It has not begun, or what is there cannot be read: then nobody begins with it.
+  except ConfigError:
     return False
 
 
 def _top1(root, labels, seed):
-  final = json.loads((ablation.directory_of(root, labels, seed) / "result.json").read_text())["final"]
+  final = json.loads((ablation.directory_of(root, labels, seed) / "result.json").read_text())[
+    "final"
+  ]
   return f"{final['top1']:.2f} %"
 
 
 def _environments(jobs):
   """What each run that goes on at once adds to the environment: its GPU."""
   # In a process of its own: this one must not take the devices' memory.
-  found = subprocess.run([sys.executable, "-c", _DEVICES], cwd=ROOT, capture_output=True, text=True, check=False)
-  backend, count = found.stdout.split()[-2:] if found.returncode == 0 and found.stdout else ("cpu", "1")
+  found = subprocess.run(
+    [sys.executable, "-c", _DEVICES], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  backend, count = (
+    found.stdout.split()[-2:] if found.returncode == 0 and found.stdout else ("cpu", "1")
+  )
   if backend in ("gpu", "cuda"):
-    return [{"CUDA_VISIBLE_DEVICES": str(index % int(count))} for index in range(jobs or int(count))]
+    return [
+      {"CUDA_VISIBLE_DEVICES": str(index % int(count))} for index in range(jobs or int(count))
+    ]
   return [{}] * (jobs or 1)
 
 
@@ -171,11 +217,15 @@ def report(grid: ablation.Grid, root: epath.Path) -> None:
   text = ablation.markdown(grid, cells, compared)
   try:
     (root / "ablation.md").write_text(text)
-    (root / "ablation.json").write_text(json.dumps(ablation.to_json(grid, cells, compared), indent=1) + "\n")
+    (root / "ablation.json").write_text(
+      json.dumps(ablation.to_json(grid, cells, compared), indent=1) + "\n"
+    )
     with (root / "ablation.png").open("wb") as file:
       ablation.plot(grid, cells, file)
   except OSError as error:
-    raise ConfigError(f"--workdir {root} cannot be written: {error}. The runs are kept; make room and repeat.") from error
+    raise ConfigError(
+      f"--workdir {root} cannot be written: {error}. The runs are kept; make room and repeat."
+    ) from error
   print(text, end="")
   print(f"Table and plot: {root}/ablation.md, ablation.json, ablation.png")
 

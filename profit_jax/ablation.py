@@ -54,7 +54,10 @@ class Grid:
     for axis, label in named.items():
       fields |= self.axes[axis][label]
     config = re.sub(r"\{([^}]*)\}", lambda match: named[match[1]], self.config)
-    return [f"--config={config}", *(f"--config.{field}={value}" for field, value in {**fields, "seed": seed}.items())]
+    return [
+      f"--config={config}",
+      *(f"--config.{field}={value}" for field, value in {**fields, "seed": seed}.items()),
+    ]
 
 
 def read_grid(path: str) -> Grid:
@@ -66,18 +69,26 @@ def read_grid(path: str) -> Grid:
   try:
     content = runpy.run_path(path)["get_grid"]()
   except Exception as error:  # a configuration file is code: it can raise anything
-    raise ConfigError(f"--config={path} cannot be read: {error!r}. Give a file with a function get_grid.") from error
+    raise ConfigError(
+      f"--config={path} cannot be read: {error!r}. Give a file with a function get_grid."
+    ) from error
   names = [field.name for field in dataclasses.fields(Grid)]
   if not isinstance(content, dict) or sorted(content) != sorted(names):
     raise ConfigError(f"--config={path}: get_grid must give a dictionary of {', '.join(names)}.")
   grid = Grid(**content)
   if not isinstance(grid.seeds, int) or grid.seeds < 1:
-    raise ConfigError(f"--config={path}: seeds = {grid.seeds!r} is not allowed: it must be 1 or more.")
+    raise ConfigError(
+      f"--config={path}: seeds = {grid.seeds!r} is not allowed: it must be 1 or more."
+    )
   for axis, labels in grid.axes.items():
     if not labels:
-      raise ConfigError(f"--config={path}: axis {axis!r} is empty: it must have at least one label.")
+      raise ConfigError(
+        f"--config={path}: axis {axis!r} is empty: it must have at least one label."
+      )
   if unknown := {name for name in re.findall(r"\{([^}]*)\}", grid.config) if name not in grid.axes}:
-    raise ConfigError(f"--config={path}: {grid.config!r} names {sorted(unknown)}, which is no axis.")
+    raise ConfigError(
+      f"--config={path}: {grid.config!r} names {sorted(unknown)}, which is no axis."
+    )
   return grid
 
 
@@ -114,12 +125,15 @@ def directory_of(root: epath.Path, labels: Labels, seed: int) -> epath.Path:
 
 
 def settings_of(grid: Grid, run: Run) -> Settings:
-  """The settings of a run, as `main.py` reads them; raises ConfigError where it does not get as far as that."""
+  """The settings of a run, as `main.py` reads them; raises ConfigError where it does not get as far
+  as that.
+  """
   read, line = flags.FlagValues(), ["main.py", *grid.arguments(*run)]
   config = config_flags.DEFINE_config_file("config", flag_values=read, sys_argv=line)
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads files in an old way
+      # Ml_collections loads files in an old way.
+      warnings.simplefilter("ignore", DeprecationWarning)
       read(line)
       return parse(config.value, REGISTRY)
   except Exception as error:  # a configuration file is code: it can raise anything
@@ -139,7 +153,9 @@ class Trunk(NamedTuple):
 
 
 def trunks(settings: Mapping[Run, Settings]) -> dict[Run, Trunk]:
-  """For every run that has phases in common with an earlier one: the one with most of them, the first of equals."""
+  """For every run that has phases in common with an earlier one: the one with most of them, the
+  first of equals.
+  """
   found: dict[Run, Trunk] = {}
   for place, (run, mine) in enumerate(settings.items()):
     for earlier, other in itertools.islice(settings.items(), place):
@@ -207,8 +223,8 @@ class Difference:
     mean: the mean over seeds that both have of `other - base`, in points.
     error: its standard error.
     runs: the number of those seeds.
-    exceeds: whether the difference exceeds the spread: `mean` is further from 0 than the 95 % point of Student's t times
-      `error`, for pairs of the same seed; never with fewer than `LEAST_SEEDS`.
+    exceeds: whether the difference exceeds the spread: `mean` is further from 0 than the 95 % point
+      of Student's t times `error`, for pairs of the same seed; never with fewer than `LEAST_SEEDS`.
   """
 
   axis: str
@@ -220,11 +236,41 @@ class Difference:
   exceeds: bool
 
 
-# Two-sided 95 % points of Student's t, for 1 to 30 degrees of freedom; beyond, that of the normal distribution.
+# Two-sided 95 % points of Student's t, for 1 to 30 degrees of freedom; beyond, that of the normal
+# distribution.
+# Fmt: skip.
 _T95 = (
-  12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
-  2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+  12.706,
+  4.303,
+  3.182,
+  2.776,
+  2.571,
+  2.447,
+  2.365,
+  2.306,
+  2.262,
+  2.228,
+  2.201,
+  2.179,
+  2.160,
+  2.145,
+  2.131,
+  2.120,
+  2.110,
+  2.101,
+  2.093,
+  2.086,
+  2.080,
+  2.074,
+  2.069,
+  2.064,
+  2.060,
+  2.056,
+  2.052,
+  2.048,
+  2.045,
+  2.042,
+)
 
 
 def differences(grid: Grid, cells: Sequence[Cell]) -> list[Difference]:
@@ -241,17 +287,29 @@ def differences(grid: Grid, cells: Sequence[Cell]) -> list[Difference]:
 
 
 def _difference(axis, base, other):
-  pairs = [other.top1[seed] - base.top1[seed] for seed in sorted(base.top1.keys() & other.top1.keys())]
+  pairs = [
+    other.top1[seed] - base.top1[seed] for seed in sorted(base.top1.keys() & other.top1.keys())
+  ]
   count = len(pairs)
   mean = statistics.fmean(pairs) if pairs else math.nan
   error = statistics.stdev(pairs) / math.sqrt(count) if count > 1 else math.nan
   limit = math.nan if count < 2 else (_T95[count - 2] if count - 2 < len(_T95) else 1.960)
   # Top-1 is counted in whole images: two differences can be equal by chance, and their error 0.
-  return Difference(axis, base.labels, other.labels, mean, error, count, count >= LEAST_SEEDS and abs(mean) > limit * error)
+  return Difference(
+    axis,
+    base.labels,
+    other.labels,
+    mean,
+    error,
+    count,
+    count >= LEAST_SEEDS and abs(mean) > limit * error,
+  )
 
 
 def markdown(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) -> str:
-  """The table, and what exceeds the spread; where runs failed, or were not trained yet, it counts them."""
+  """The table, and what exceeds the spread; where runs failed, or were not trained yet, it counts
+  them.
+  """
   axes = list(grid.axes)
   lines = [
     f"| {' | '.join(axes)} | top-1, mean | std | runs | full precision |",
@@ -273,14 +331,21 @@ def markdown(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) 
 def sentences(axes: Sequence[str], compared: Sequence[Difference]) -> list[str]:
   """A line for every difference, those that exceed the spread first."""
   lines = []
-  for title, exceeds in (("Differences that exceed the spread:", True), ("Differences that do not:", False)):
+  for title, exceeds in (
+    ("Differences that exceed the spread:", True),
+    ("Differences that do not:", False),
+  ):
     rows = [_sentence(axes, row) for row in compared if row.exceeds == exceeds and row.runs > 1]
     lines += [title, "", *(rows or ["- none"]), ""]
   few = sum(row.runs < 2 for row in compared)
   if few:
-    lines += [f"{few} pairs of cells have fewer than two seeds in common: nothing is said of them.", ""]
+    lines += [
+      f"{few} pairs of cells have fewer than two seeds in common: nothing is said of them.",
+      "",
+    ]
   lines.append(
-    "A difference is the mean over seeds of one run's top-1 minus the other's of the same seed, in points, with its "
+    "A difference is the mean over seeds of one run's top-1 minus the other's of the same seed, "
+    "in points, with its "
     "standard error; it exceeds the spread where it is beyond the 95 % point of Student's t, of "
     f"at least {LEAST_SEEDS} seeds. One in twenty does by chance."
   )
@@ -303,11 +368,16 @@ def to_json(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) -
 
   def plain(item, **more):
     values = {**dataclasses.asdict(item), **more}
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+    return {
+      name: None if isinstance(value, float) and math.isnan(value) else value
+      for name, value in values.items()
+    }
 
   return {
     "axes": {axis: list(labels) for axis, labels in grid.axes.items()},
-    "cells": [plain(cell, mean=cell.mean, deviation=cell.deviation, runs=cell.runs) for cell in cells],
+    "cells": [
+      plain(cell, mean=cell.mean, deviation=cell.deviation, runs=cell.runs) for cell in cells
+    ],
     "differences": [plain(row) for row in compared],
   }
 
@@ -323,7 +393,9 @@ def plot(grid: Grid, cells: Sequence[Cell], path: str | os.PathLike) -> None:
     axis.plot(values, [row] * len(values), "o", color="#1f5fa8", alpha=0.45, markersize=5)
     spread = None if math.isnan(cell.deviation) else cell.deviation
     axis.errorbar(cell.mean, row, xerr=spread, fmt="|", color="black", capsize=4, markersize=14)
-  axis.set_yticks(range(len(cells)), [", ".join(cell.labels) for cell in reversed(cells)], fontsize=8)
+  axis.set_yticks(
+    range(len(cells)), [", ".join(cell.labels) for cell in reversed(cells)], fontsize=8
+  )
   axis.set_xlabel("top-1 (%), every run a point; mean and standard deviation over seeds")
   axis.set_title(", ".join(grid.axes), fontsize=9)
   axis.grid(axis="x", color="0.9")

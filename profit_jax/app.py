@@ -1,4 +1,6 @@
-"""Puts a run together: settings -> plan -> data, model, teacher -> loop -> reports. `main.py` reads the flags."""
+"""Puts a run together: settings -> plan -> data, model, teacher -> loop -> reports. `main.py` reads
+the flags.
+"""
 
 import contextlib
 import json
@@ -29,7 +31,9 @@ MODES = ("train", "eval", "plan", "export")
 
 
 class Cluster(NamedTuple):
-  """How several processes find each other, where nothing tells by itself; see `distributed.initialize`."""
+  """How several processes find each other, where nothing tells by itself; see
+  `distributed.initialize`.
+  """
 
   coordinator_address: str | None = None
   num_processes: int | None = None
@@ -49,13 +53,14 @@ def main(
 
   Args:
     config: from `--config`; in modes eval and export None takes the run's own `config.json`.
-    workdir: the run's directory; mode plan needs none, nor does mode eval with `init.weights`, which it evaluates where
-      there is no run.
+    workdir: the run's directory; mode plan needs none, nor does mode eval with `init.weights`,
+      which it evaluates where there is no run.
     mode: one of `MODES`.
     images_per_second: of training; mode plan then prints hours.
     cluster: where the processes meet.
     export_formats: what mode export writes.
-    fork_from: the directory of a run whose first phases a new run in mode train begins with; see `fork`.
+    fork_from: the directory of a run whose first phases a new run in mode train begins with; see
+      `fork`.
 
   Raises:
     ConfigError: anything that the user can mend.
@@ -63,16 +68,26 @@ def main(
   if mode not in MODES:
     raise ConfigError(f"--mode={mode} is not allowed: it must be one of {', '.join(MODES)}.")
   if fork_from and mode != "train":
-    raise ConfigError(f"--fork_from={fork_from} is not allowed with --mode={mode}: only training begins with another run.")
+    raise ConfigError(
+      f"--fork_from={fork_from} is not allowed with --mode={mode}: only training begins with "
+      "another run."
+    )
   names = formats.named(list(export_formats))
   directory = paths.opened("--workdir", workdir) if workdir else epath.Path()
   given = config is not None
   if not given:
     if mode not in ("eval", "export"):
-      raise ConfigError("--config is missing: give a configuration file, as --config configs/digits_w4.py.")
+      raise ConfigError(
+        "--config is missing: give a configuration file, as --config configs/digits_w4.py."
+      )
     _require_workdir(workdir, mode)
   settings = parse(config, REGISTRY) if given else files.read_settings(directory)
-  only_file = mode == "eval" and given and settings.init.weights and not (workdir and files.is_begun(directory))
+  only_file = (
+    mode == "eval"
+    and given
+    and settings.init.weights
+    and not (workdir and files.is_begun(directory))
+  )
   if mode != "plan" and not only_file:
     _require_workdir(workdir, mode)
   check(settings)
@@ -82,7 +97,8 @@ def main(
     return
   if settings.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", os.fspath(_cache(settings)))
-  # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in TensorFloat-32.
+  # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in
+  # TensorFloat-32.
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.initialize(*cluster)
   numbers = json.dumps(files.of_all_processes(settings.to_dict()), sort_keys=True)
@@ -100,12 +116,20 @@ def main(
       train(settings, phases, directory, fork_from)
 
 
-def print_plan(settings: Settings, phases: tuple[plan.Phase, ...], images_per_second: float | None) -> None:
+def print_plan(
+  settings: Settings, phases: tuple[plan.Phase, ...], images_per_second: float | None
+) -> None:
   """Prints the phases; reads the data only where its size is not known otherwise."""
   if images_per_second is not None and not 0 < images_per_second < float("inf"):
-    raise ConfigError(f"--images_per_second={images_per_second} is not allowed: it must be above 0 and finite.")
+    raise ConfigError(
+      f"--images_per_second={images_per_second} is not allowed: it must be above 0 and finite."
+    )
   batch, facts = settings.train.batch_size, data.facts(settings)
-  print(plan.format_table(phases, facts.train_examples // batch, images_per_second and images_per_second / batch))
+  print(
+    plan.format_table(
+      phases, facts.train_examples // batch, images_per_second and images_per_second / batch
+    )
+  )
 
 
 def _say(line: str) -> None:
@@ -114,27 +138,37 @@ def _say(line: str) -> None:
 
 
 def _load_data(settings: Settings) -> data.Source:
-  source = distributed.together(lambda: data.load(settings, data.Host(jax.process_index(), jax.process_count())))
+  source = distributed.together(
+    lambda: data.load(settings, data.Host(jax.process_index(), jax.process_count()))
+  )
   distributed.require_equal("data", source.fingerprint())
   return source
 
 
 def _require_workdir(workdir: str, mode: str) -> None:
   if not workdir:
-    either = " (or --config and --config.init.weights=FILE, to evaluate that)" if mode == "eval" else ""
-    raise ConfigError(f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://{either}.")
+    either = (
+      " (or --config and --config.init.weights=FILE, to evaluate that)" if mode == "eval" else ""
+    )
+    raise ConfigError(
+      f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://{either}."
+    )
 
 
 def train(
   settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path, fork_from: str = ""
 ) -> dict[str, Any] | None:
-  """Trains, or goes on with, the run in `workdir`; returns what `result.json` holds, in the first process."""
+  """Trains, or goes on with, the run in `workdir`; returns what `result.json` holds, in the first
+  process.
+  """
   mesh = make_mesh(settings)
   source = _load_data(settings)
   facts = source.facts
   screen = Console(highlight=False, quiet=not distributed.is_first())
-  with contextlib.ExitStack() as closing:  # in reverse: the last checkpoints are written whatever else fails
-    # A fresh directory is claimed only when what the run starts from has been read: files of weights, or another run.
+  # Closes in reverse order: the last checkpoints are written whatever else fails.
+  with contextlib.ExitStack() as closing:
+    # A fresh directory is claimed only when what the run starts from has been read: files of
+    # weights, or another run.
     begun = distributed.from_first(files.is_begun(workdir))
     writer = _claim(workdir, settings, source, closing) if begun else None
     snapshot = writer and writer.read_newest(lambda text: _warn(screen, text))
@@ -142,12 +176,20 @@ def train(
       origin = distributed.together(lambda: paths.opened("--fork_from", fork_from))
       snapshot = fork.snapshot(settings, source, origin, lambda text: _warn(screen, text))
       writer = writer or _claim_fresh(workdir, settings, source, closing)
-      writer.save(snapshot.number, snapshot.arrays, snapshot.values)  # a run of its own from here on
+      # A run of its own from here on.
+      writer.save(snapshot.number, snapshot.arrays, snapshot.values)
       writer.wait()
-      screen.print(f"Up to the end of phase {snapshot.values['forked_phases']}, this is the run in {fork_from}.")
+      screen.print(
+        f"Up to the end of phase {snapshot.values['forked_phases']}, this is the run in "
+        f"{fork_from}."
+      )
     progress = snapshot and progress_of(snapshot)
-    student = distributed.together(lambda: start.load_student(settings, facts.num_classes, progress))
-    teacher = distributed.together(lambda: start.load_teacher(settings, student, facts.num_classes, progress))
+    student = distributed.together(
+      lambda: start.load_student(settings, facts.num_classes, progress)
+    )
+    teacher = distributed.together(
+      lambda: start.load_teacher(settings, student, facts.num_classes, progress)
+    )
     writer = writer or _claim_fresh(workdir, settings, source, closing)
     screen.print(f"{plan.summary_line(phases)}; {workdir}")
     if settings.from_scratch:
@@ -155,7 +197,13 @@ def train(
     for doubt in start.doubts(settings, student, teacher):
       _warn(screen, doubt)
     programs = Programs(
-      settings, facts, student.model, teacher.model, mesh, student.file_model, _programs_directory(settings)
+      settings,
+      facts,
+      student.model,
+      teacher.model,
+      mesh,
+      student.file_model,
+      _programs_directory(settings),
     )
     closing.callback(programs.close)
     observer = Observers(_watchers(screen, facts, workdir) if distributed.is_first() else [])
@@ -185,24 +233,32 @@ def _claim_fresh(
   """`_claim`, of a directory in which no run was a moment ago."""
   writer = _claim(workdir, settings, source, closing)
   if snapshots.saved_numbers(workdir / "checkpoints"):
-    raise ConfigError(f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its end.")
+    raise ConfigError(
+      f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its "
+      "end."
+    )
   return writer
 
 
-def _claim(workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack) -> snapshots.Writer:
+def _claim(
+  workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
+) -> snapshots.Writer:
   """Makes the directory this run's, until `closing`; gives the writer of its checkpoints."""
 
   def claim():
-    # In this order: of two that start together, the second must not find the first one's files half written.
+    # In this order: of two that start together, the second must not find the first one's files half
+    # written.
     closing.enter_context(files.hold(workdir))
     files.claim_workdir(workdir, settings, source)
 
   distributed.first_does(claim)
-  distributed.together(lambda: files.read_data(workdir))  # a directory that only the first process sees
+  # A directory that only the first process sees.
+  distributed.together(lambda: files.read_data(workdir))
   writer = snapshots.Writer(workdir / "checkpoints", keep=settings.checkpoint.keep)
 
   def close(error, *_):
-    # After an error in this process alone, closing would wait for the others; and the first error is the one to tell.
+    # After an error in this process alone, closing would wait for the others; and the first error
+    # is the one to tell.
     if error is None:
       writer.close()
     elif jax.process_count() == 1:
@@ -214,7 +270,8 @@ def _claim(workdir: epath.Path, settings: Settings, source: data.Source, closing
 
 
 def _warn(screen: Console, text: str) -> None:
-  screen.print(f"WARNING: {text}", style="yellow", soft_wrap=True)  # whole in a log file, where a path is not cut in two
+  # Whole in a log file, where a path is not cut in two.
+  screen.print(f"WARNING: {text}", style="yellow", soft_wrap=True)
 
 
 def _cache(settings: Settings) -> epath.Path:
@@ -250,32 +307,46 @@ def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   mesh, source = make_mesh(settings), _load_data(settings)
   distributed.first_does(lambda: files.require_same_run(workdir, settings, source))
   model = build(settings.model, source.facts.num_classes, settings.quant)
-  programs = Programs(settings, source.facts, model, None, mesh, keep_in=_programs_directory(settings))
+  programs = Programs(
+    settings, source.facts, model, None, mesh, keep_in=_programs_directory(settings)
+  )
   try:
     screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
     shapes = variable_shapes(model, settings.data.image_size)
     found = best_variables(workdir / "checkpoints", shapes, lambda text: _warn(screen, text))
     if found is None:
-      raise ConfigError(f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first.")
+      raise ConfigError(
+        f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first."
+      )
     yield Trained(source, model, programs, *found)
   finally:
     programs.close()
 
 
-def run_eval(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path) -> dict[str, float]:
+def run_eval(
+  settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path
+) -> dict[str, float]:
   """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
   with _trained(settings, workdir) as best:
     return _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
 
 
-def run_export(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path, names: Sequence[str]) -> None:
-  """Writes a run's best checkpoint at the plan's last bits as integer model files; raises as `command.export`."""
+def run_export(
+  settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path, names: Sequence[str]
+) -> None:
+  """Writes a run's best checkpoint at the plan's last bits as integer model files; raises as
+  `command.export`.
+  """
   if jax.process_count() > 1:
-    raise ConfigError(f"--mode=export runs in one process, not in {jax.process_count()}. Start it on one machine alone.")
+    raise ConfigError(
+      f"--mode=export runs in one process, not in {jax.process_count()}. Start it on one machine "
+      "alone."
+    )
   if None in (phases[-1].weight_bits, phases[-1].act_bits):
     bits = plan.bits_name(phases[-1].weight_bits, phases[-1].act_bits)
     raise ConfigError(
-      f"--workdir {workdir}: the plan ends with {bits}, and only a run whose weights and activations are both quantized "
+      f"--workdir {workdir}: the plan ends with {bits}, and only a run whose weights and "
+      "activations are both quantized "
       f"can be exported. Train with config.plan.weight_bits and config.plan.act_bits."
     )
   with _trained(settings, workdir) as best:
@@ -285,7 +356,9 @@ def run_export(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epat
       model=best.model,
       variables=best.variables,
       run=summary(best.progress, phases),
-      trained_top1=_evaluate_quantized(settings, phases, best.programs, best.source, best.variables)["top1"],
+      trained_top1=_evaluate_quantized(
+        settings, phases, best.programs, best.source, best.variables
+      )["top1"],
       names=names,
       directory=workdir / "export",
       screen=Console(highlight=False),
@@ -293,14 +366,24 @@ def run_export(settings: Settings, phases: tuple[plan.Phase, ...], workdir: epat
 
 
 def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
-  """Evaluates `init.weights`: in full precision, and at the plan's last bits if it has the quantizers' scalars."""
+  """Evaluates `init.weights`: in full precision, and at the plan's last bits if it has the
+  quantizers' scalars.
+  """
   mesh, source = make_mesh(settings), _load_data(settings)
   classes = source.facts.num_classes
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
   screen = Console(highlight=False, quiet=not distributed.is_first())
   for doubt in start.doubts(settings, student, teacher):
     _warn(screen, doubt)
-  programs = Programs(settings, source.facts, student.model, None, mesh, student.file_model, _programs_directory(settings))
+  programs = Programs(
+    settings,
+    source.facts,
+    student.model,
+    None,
+    mesh,
+    student.file_model,
+    _programs_directory(settings),
+  )
   try:
     variables = programs.replicate(student.make())
     scores = start.evaluate_start(programs, source, settings, student, teacher, variables)
@@ -316,5 +399,8 @@ def _evaluate_quantized(settings, phases, programs, source, variables) -> dict[s
   bits = {"weight_bits": phases[-1].weight_bits, "act_bits": phases[-1].act_bits}
   scores, _ = evaluate(programs, source, settings, programs.replicate(variables), **bits)
   name = plan.bits_name(**bits)
-  _say(f"{name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on {scores['examples']:.0f} images")
+  _say(
+    f"{name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on "
+    f"{scores['examples']:.0f} images"
+  )
   return scores

@@ -1,7 +1,8 @@
-"""Prints runs side by side: python -m profit_jax.compare RUN RUN...; what they ended with, and the settings that differ.
+"""Prints runs side by side: python -m profit_jax.compare RUN RUN...; what they ended with, and the
+settings that differ.
 
-With --plot FILE.png also draws their accuracy and their instability over the epochs; runs that differ in their seed alone
-are one group, with its mean.
+With --plot FILE.png also draws their accuracy and their instability over the epochs; runs that
+differ in their seed alone are one group, with its mean.
 """
 
 import argparse
@@ -63,7 +64,9 @@ def _result(directory: epath.Path) -> dict[str, Any]:
     result["final"]["top1"], result["environment"]["packages"]["jax"]
     return result
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ConfigError(f"{path} cannot be read: {error!r}. Restore the file; the run's command writes it anew.") from error
+    raise ConfigError(
+      f"{path} cannot be read: {error!r}. Restore the file; the run's command writes it anew."
+    ) from error
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -86,26 +89,37 @@ def print_runs(runs: Sequence[str], screen: Console) -> None:
     table.add_row(row, *(rows[row] for _, rows in found))
   table.add_section()
   fields = list(dict.fromkeys(field for settings, _ in found for field in settings))
-  differing = [field for field in fields if len({json.dumps(settings.get(field)) for settings, _ in found}) > 1]
+  differing = [
+    field for field in fields if len({json.dumps(settings.get(field)) for settings, _ in found}) > 1
+  ]
   for field in differing:
-    table.add_row(field, *(json.dumps(settings[field]) if field in settings else "-" for settings, _ in found))
+    table.add_row(
+      field, *(json.dumps(settings[field]) if field in settings else "-" for settings, _ in found)
+    )
   screen.print(table)
   if not differing and len(runs) > 1:
     screen.print("All settings are the same.")
 
 
 def groups(runs: Sequence[str]) -> dict[str, list[str]]:
-  """Runs that differ in their seed alone, by the fields in which groups differ; raises as `read`."""
+  """Runs that differ in their seed alone, by the fields that groups differ in; raises as `read`."""
   settings = {}
   for run in runs:
     config = files.comparable(files.read_settings(paths.opened("The run", run)).to_dict())
     settings[run] = {field: value for field, value in _flat(config).items() if field != "seed"}
   fields = list(dict.fromkeys(field for flat in settings.values() for field in flat))
-  differing = [field for field in fields if len({json.dumps(flat.get(field)) for flat in settings.values()}) > 1]
+  differing = [
+    field
+    for field in fields
+    if len({json.dumps(flat.get(field)) for flat in settings.values()}) > 1
+  ]
   values = {run: {field: flat.get(field) for field in differing} for run, flat in settings.items()}
   # Shortened, two groups could have one name.
   write = (
-    _short if len({_short(of) for of in values.values()}) == len({json.dumps(of) for of in values.values()}) else json.dumps
+    _short
+    if len({_short(of) for of in values.values()})
+    == len({json.dumps(of) for of in values.values()})
+    else json.dumps
   )
   found: dict[str, list[str]] = {}
   for run, of in values.items():
@@ -123,13 +137,20 @@ def _short(value: Any) -> str:
 
 
 def plot(runs: Sequence[str], file: str, screen: Console) -> None:
-  """Draws the runs, of whose checkpoints the last is read; raises as `read`, and where that or the file cannot be."""
+  """Draws the runs, of whose checkpoints the last is read; raises as `read`, and where that or the
+  file cannot be.
+  """
 
   def progress(run):
     directory = paths.opened("The run", run) / "checkpoints"
-    found = snapshots.read_newest(directory, lambda text: screen.print(f"WARNING: {text}", style="yellow"))
+    found = snapshots.read_newest(
+      directory, lambda text: screen.print(f"WARNING: {text}", style="yellow")
+    )
     if found is None:
-      raise ConfigError(f"{directory} has no checkpoint: the picture shows what is in a run's last one. Leave out --plot.")
+      raise ConfigError(
+        f"{directory} has no checkpoint: the picture shows what is in a run's last one. Leave out "
+        "--plot."
+      )
     return progress_of(found)
 
   target = paths.opened("--plot", file)
@@ -137,16 +158,22 @@ def plot(runs: Sequence[str], file: str, screen: Console) -> None:
   try:
     plots.plot_runs(drawn, target)
   except OSError as error:
-    raise ConfigError(f"--plot={file} cannot be written: {error}. Give a file in a directory that is there.") from error
+    raise ConfigError(
+      f"--plot={file} cannot be written: {error}. Give a file in a directory that is there."
+    ) from error
   screen.print(f"Plot: {file}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
-    prog="python -m profit_jax.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog="python -m profit_jax.compare",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run that has ended")
+  parser.add_argument(
+    "runs", nargs="+", metavar="RUN", help="the --workdir of a run that has ended"
+  )
   parser.add_argument("--plot", metavar="FILE.png", help="draw them over the epochs")
   options, screen = parser.parse_args(arguments), Console(highlight=False)
   try:

@@ -8,13 +8,16 @@ from jax import lax
 
 from profit_jax.lowering import channel_sums, own_kernel
 
-# XLA on CPU is 4-5x slower with `feature_group_count` than with one shifted multiply-add per tap; GPUs and TPUs have
-# kernels of their own for the grouped form. `platform_dependent` decides at lowering, so a program that is lowered here
-# for another platform has that platform's form. The custom_vjp keeps the choice out of what autodiff sees:
-# differentiating through it would make both forms' residuals live.
+# XLA on CPU is 4-5x slower with `feature_group_count` than with one shifted multiply-add per tap;
+# GPUs and TPUs have kernels of their own for the grouped form. `platform_dependent` decides at
+# lowering, so a program that is lowered here for another platform has that platform's form. The
+# custom_vjp keeps the choice out of what autodiff sees: differentiating through it would make both
+# forms' residuals live.
 
 
-def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, margin: int = 0, pad_value: float = 0.0) -> jax.Array:
+def depthwise_conv(
+  x: jax.Array, kernel: jax.Array, stride: int, margin: int = 0, pad_value: float = 0.0
+) -> jax.Array:
   """Convolves each channel with its own filter.
 
   Args:
@@ -41,13 +44,17 @@ def _forward(x, kernel, stride, margin, pad_value):
     around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
     padded = own_kernel(lambda x: lax.pad(x, jnp.asarray(pad_value, x.dtype), around), kernel, x)
   forms = {"cpu": _shifted, "default": grouped}
-  y = lax.platform_dependent(padded, kernel, **{key: functools.partial(form, stride=stride) for key, form in forms.items()})
+  y = lax.platform_dependent(
+    padded, kernel, **{key: functools.partial(form, stride=stride) for key, form in forms.items()}
+  )
   return y, (padded, kernel)
 
 
 def _backward(stride, margin, pad_value, residuals, upstream):
   forms = {"cpu": _shifted_backward, "default": _grouped_backward}
-  forms = {key: functools.partial(form, stride=stride, margin=margin) for key, form in forms.items()}
+  forms = {
+    key: functools.partial(form, stride=stride, margin=margin) for key, form in forms.items()
+  }
   return lax.platform_dependent(*residuals, upstream, **forms)
 
 
@@ -57,7 +64,12 @@ _depthwise_conv.defvjp(_forward, _backward)
 def grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """The form of accelerators, of an x that is padded already; shapes as `depthwise_conv`'s."""
   return lax.conv_general_dilated(
-    x, kernel, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
+    x,
+    kernel,
+    (stride, stride),
+    "VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=x.shape[-1],
   )
 
 
@@ -67,7 +79,7 @@ def _grouped_backward(padded, kernel, upstream, stride, margin):
 
 
 def _taps(x_shape, kernel_shape, stride):
-  """For each tap (i, j): the strided window of x that it multiplies, as (start, limit) of H and W."""
+  """For each tap (i, j): the strided window of x it multiplies, as (start, limit) of H and W."""
   height = (x_shape[1] - kernel_shape[0]) // stride + 1
   width = (x_shape[2] - kernel_shape[1]) // stride + 1
   for i in range(kernel_shape[0]):
@@ -76,8 +88,8 @@ def _taps(x_shape, kernel_shape, stride):
 
 
 def _widened(*arrays):
-  # The other platforms' convolutions sum bfloat16 in float32. A filter gradient is a sum over a whole batch: in bfloat16 it
-  # stops growing at 256 times its terms.
+  # The other platforms' convolutions sum bfloat16 in float32. A filter gradient is a sum over a
+  # whole batch: in bfloat16 it stops growing at 256 times its terms.
   return [array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array for array in arrays]
 
 
@@ -98,13 +110,18 @@ def sum_of_taps(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 def _shifted_backward(padded, kernel, upstream, stride, margin):
   # dx is the upstream, spread out by the stride, convolved with the flipped kernel.
   around = []
-  for size, extent, out in zip(kernel.shape[:2], padded.shape[1:3], upstream.shape[1:3], strict=True):
+  for size, extent, out in zip(
+    kernel.shape[:2], padded.shape[1:3], upstream.shape[1:3], strict=True
+  ):
     around.append((size - 1 - margin, extent - 1 - stride * (out - 1) - margin, stride - 1))
   zero = jnp.zeros((), upstream.dtype)
-  spread = own_kernel(lambda upstream: lax.pad(upstream, zero, [(0, 0, 0), *around, (0, 0, 0)]), kernel, upstream)
+  spread = own_kernel(
+    lambda upstream: lax.pad(upstream, zero, [(0, 0, 0), *around, (0, 0, 0)]), kernel, upstream
+  )
   dx = _shifted(spread, kernel[::-1, ::-1], 1)
 
-  # Sums of some rows at a time, see lowering.py: their error is 2e-7 where that of one long sum in float32 is 5e-6.
+  # Sums of some rows at a time, see lowering.py: their error is 2e-7 where that of one long sum in
+  # float32 is 5e-6.
   wide, upstream = _widened(padded, upstream)
   products = [
     wide[:, slice(*rows, stride), slice(*columns, stride), :] * upstream

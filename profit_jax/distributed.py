@@ -1,7 +1,9 @@
-"""One run on several machines: how the processes find each other, what they must agree on, and who writes.
+"""One run on several machines: how the processes find each other, what they must agree on, and who
+writes.
 
-Every process runs the same program on the same configuration, each with its own part of every batch. The first one alone
-prints, writes TensorBoard events and reports; checkpoints are orbax's business, which lets the first one write too.
+Every process runs the same program on the same configuration, each with its own part of every
+batch. The first one alone prints, writes TensorBoard events and reports; checkpoints are orbax's
+business, which lets the first one write too.
 """
 
 import contextlib
@@ -24,7 +26,8 @@ from jax.experimental import multihost_utils
 from profit_jax.settings import ConfigError, Ending
 
 _T = TypeVar("_T")
-# Without the first process, JAX aborts the others: it leaves with them, or some seconds after it has failed.
+# Without the first process, JAX aborts the others: it leaves with them, or some seconds after it
+# has failed.
 _LAST, _OUTLIVES = 20.0, 2.0
 PATIENCE = 300.0  # seconds in which the processes must have started; JAX's own is the same
 
@@ -37,8 +40,8 @@ def initialize(
 ) -> None:
   """Joins the other processes of the run; must come before anything that asks for devices.
 
-  On a Cloud TPU, and under Slurm or Open MPI with several tasks, all is found without arguments; a process that is alone
-  stays alone.
+  On a Cloud TPU, and under Slurm or Open MPI with several tasks, all is found without arguments; a
+  process that is alone stays alone.
 
   Args:
     coordinator_address: `HOST:PORT` of the first process, or None.
@@ -51,15 +54,27 @@ def initialize(
   """
   if jax.distributed.is_initialized():
     return
-  given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+  given = {
+    "coordinator_address": coordinator_address,
+    "num_processes": num_processes,
+    "process_id": process_id,
+  }
   missing = [name for name, value in given.items() if value is None]
   if missing and len(missing) < len(given):
-    raise ConfigError(f"--{missing[0]} is missing: --{', --'.join(given)} belong together. Give all of them or none.")
+    raise ConfigError(
+      f"--{missing[0]} is missing: --{', --'.join(given)} belong together. Give all of them or "
+      "none."
+    )
   if not missing:
     if not 1 <= num_processes < 2**31:
-      raise ConfigError(f"--num_processes={num_processes} is not allowed: it must be 1 or above, below 2^31.")
+      raise ConfigError(
+        f"--num_processes={num_processes} is not allowed: it must be 1 or above, below 2^31."
+      )
     if not 0 <= process_id < num_processes:
-      raise ConfigError(f"--process_id={process_id} is not allowed: it must be 0 to {num_processes - 1} (--num_processes).")
+      raise ConfigError(
+        f"--process_id={process_id} is not allowed: it must be 0 to {num_processes - 1} "
+        "(--num_processes)."
+      )
     host, port = _host_and_port(coordinator_address)
     if process_id:
       _wait_for(host, port)
@@ -68,10 +83,16 @@ def initialize(
   try:
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
   except (RuntimeError, ValueError) as error:
-    told = ", ".join(f"--{name}={value}" for name, value in given.items()) if not missing else "automatically"
+    told = (
+      ", ".join(f"--{name}={value}" for name, value in given.items())
+      if not missing
+      else "automatically"
+    )
     raise ConfigError(
-      f"This process could not join the others ({told}): {' '.join(str(error).split())[:300]} Start the same command on "
-      f"every machine at the same time, and let them reach the first one's port; or give --{', --'.join(given)}."
+      f"This process could not join the others ({told}): {' '.join(str(error).split())[:300]} "
+      "Start the same command on "
+      "every machine at the same time, and let them reach the first one's port; or give "
+      f"--{', --'.join(given)}."
     ) from error
 
 
@@ -82,12 +103,15 @@ def _host_and_port(address: str) -> tuple[str, int]:
     if host.encode("idna") and re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) < 2**16:
       return host, int(port)
   raise ConfigError(
-    f"--coordinator_address={address} is not allowed: it must be HOST:PORT, as 10.0.0.2:8476, with a port from 1 to 65535."
+    f"--coordinator_address={address} is not allowed: it must be HOST:PORT, as 10.0.0.2:8476, "
+    "with a port from 1 to 65535."
   )
 
 
 def _wait_for(host: str, port: int, seconds: float = PATIENCE) -> None:
-  """Until the first process answers: where it never does, JAX would end this one with a fatal error and a stack."""
+  """Until the first process answers: where it never does, JAX would end this one with a fatal error
+  and a stack.
+  """
   end = time.monotonic() + seconds
   while True:
     try:
@@ -96,7 +120,8 @@ def _wait_for(host: str, port: int, seconds: float = PATIENCE) -> None:
     except OSError as error:
       if time.monotonic() > end:
         raise ConfigError(
-          f"--coordinator_address={host}:{port} did not answer for {seconds:.0f} seconds ({error}). Start process 0 with "
+          f"--coordinator_address={host}:{port} did not answer for {seconds:.0f} seconds "
+          f"({error}). Start process 0 with "
           f"the same address, its own, and let the others reach that port."
         ) from error
       time.sleep(1)
@@ -128,11 +153,15 @@ def from_first(value: bool) -> bool:
 
 
 def numbers_of_first(numbers: Sequence[int]) -> list[int]:
-  """The numbers (below 2^31) that the first process gives, on all: another may see a directory as it was a second ago."""
+  """The numbers (below 2^31) that the first process gives, on all: another may see a directory as
+  it was a second ago.
+  """
   if jax.process_count() == 1:
     return list(numbers)
   count = int(multihost_utils.broadcast_one_to_all(np.asarray(len(numbers), np.int32)))
-  padded = np.resize(np.asarray(numbers, np.int32), count) if len(numbers) else np.zeros(count, np.int32)
+  padded = (
+    np.resize(np.asarray(numbers, np.int32), count) if len(numbers) else np.zeros(count, np.int32)
+  )
   return [int(number) for number in multihost_utils.broadcast_one_to_all(padded)]
 
 
@@ -144,7 +173,8 @@ def on_all(value: bool) -> bool:
 
 
 def together(action: Callable[[], _T]) -> _T:
-  """Runs an action that may fail in one process and not in the others: they would wait for it in vain.
+  """Runs an action that may fail in one process and not in the others: they would wait for it in
+  vain.
 
   Raises:
     ConfigError: where it did not fail, but elsewhere.
@@ -186,7 +216,9 @@ def require_equal(what: str, text: str) -> None:
   everyone = multihost_utils.process_allgather(digest)
   others = [i for i, theirs in enumerate(everyone) if not np.array_equal(theirs, everyone[0])]
   if others:
-    raise ConfigError(f"processes {others} have other {what} than process 0: it must be the same on all.")
+    raise ConfigError(
+      f"processes {others} have other {what} than process 0: it must be the same on all."
+    )
 
 
 class PeerLost(Ending):
@@ -194,7 +226,9 @@ class PeerLost(Ending):
 
 
 # What collectives and the coordination service say then: gloo (CPUs), NCCL (GPUs), JAX's own.
-_PEER_LOST = re.compile("gloo|nccl|connection|unavailable|heartbeat|deadline|peer|another task", re.IGNORECASE)
+_PEER_LOST = re.compile(
+  "gloo|nccl|connection|unavailable|heartbeat|deadline|peer|another task", re.IGNORECASE
+)
 
 
 @contextlib.contextmanager
@@ -202,7 +236,8 @@ def peers_needed() -> Iterator[None]:
   """Within, the loss of another process is told as such.
 
   Raises:
-    PeerLost: a collective failed because of it. JAX itself notices after 100 s at the latest, by missing heartbeats.
+    PeerLost: a collective failed because of it. JAX itself notices after 100 s at the latest, by
+      missing heartbeats.
   """
   try:
     yield
@@ -211,14 +246,16 @@ def peers_needed() -> Iterator[None]:
     if jax.process_count() == 1 or not _PEER_LOST.search(text):
       raise
     raise PeerLost(
-      f"Another process of this run has ended or cannot be reached; its own output may say why ({text[:200]}). Start the "
+      "Another process of this run has ended or cannot be reached; its own output may say why "
+      f"({text[:200]}). Start the "
       f"same command on all machines again: the run goes on from its last checkpoint."
     ) from error
 
 
 def leave(code: int, everywhere: bool = False) -> int:
-  """The exit code. Where it is not 0 the process ends here: Python would wait for what is being compiled in the background,
-  and JAX, of several processes, minutes for others that wait for this one.
+  """The exit code. Where it is not 0 the process ends here: Python would wait for what is being
+  compiled in the background, and JAX, of several processes, minutes for others that wait for this
+  one.
 
   Args:
     code: to exit with.

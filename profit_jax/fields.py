@@ -1,4 +1,6 @@
-"""From plain values to a frozen dataclass, with the types that it names; whatever is wrong, one message says it."""
+"""From plain values to a frozen dataclass, with the types that it names; whatever is wrong, one
+message says it.
+"""
 
 import dataclasses
 import math
@@ -8,7 +10,9 @@ from typing import Any, Literal
 
 
 class Ending(Exception):
-  """Ends the command with one message, behind the label, and the exit code; `everywhere`: in all processes alike."""
+  """Ends the command with one message, behind the label, and the exit code; `everywhere`: in all
+  processes alike.
+  """
 
   label, code, everywhere = "error", 1, False
 
@@ -23,13 +27,26 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
   """Fills a dataclass from a dictionary, section by section, types checked."""
   hints = typing.get_type_hints(cls)
   # Fields that came later have a default, with which runs of before go on.
-  later = {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
-  unknown, missing = sorted(values.keys() - hints.keys()), sorted(hints.keys() - values.keys() - later)
+  later = {
+    field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING
+  }
+  unknown, missing = (
+    sorted(values.keys() - hints.keys()),
+    sorted(hints.keys() - values.keys() - later),
+  )
   if unknown:
     raise ConfigError(f"{where} has unknown fields: {listed(unknown)}. Allowed: {listed(hints)}.")
   if missing:
-    raise ConfigError(f"{where} lacks the fields {listed(missing)}. Start from configs/base.py, which has them all.")
-  return cls(**{name: _convert(values[name], hint, f"{where}.{name}") for name, hint in hints.items() if name in values})
+    raise ConfigError(
+      f"{where} lacks the fields {listed(missing)}. Start from configs/base.py, which has them all."
+    )
+  return cls(
+    **{
+      name: _convert(values[name], hint, f"{where}.{name}")
+      for name, hint in hints.items()
+      if name in values
+    }
+  )
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -57,7 +74,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def require(condition: bool, field: str, value: Any, allowed: str) -> None:
-  """Raises a ConfigError of a field, as `train.batch_size`, where its value is not what is allowed."""
+  """Raises a ConfigError of a field, as `train.batch_size`, where its value is not allowed."""
   if not condition:
     raise ConfigError(f"config.{field} = {value!r} is not allowed: it must be {allowed}.")
 

@@ -1,7 +1,8 @@
 """Batch normalization, non-linearity and activation quantizer as one operation with one gradient.
 
-Taken one by one, each keeps its input for the backward pass and each passes over it again. Together they keep the
-convolution's output alone; the backward pass computes the rest again, twice: once for the sums, once for the gradient.
+Taken one by one, each keeps its input for the backward pass and each passes over it again. Together
+they keep the convolution's output alone; the backward pass computes the rest again, twice: once for
+the sums, once for the gradient.
 """
 
 import functools
@@ -42,7 +43,9 @@ class Normalized(NamedTuple):
     """`activation((x - mean) / sqrt(var + epsilon) * scale + bias)`, in x's dtype."""
     return _fused(*self[:5], None, None, None, self.epsilon, self.activation, None)
 
-  def quantized(self, raw_a: jax.Array, raw_c: jax.Array, steps: jax.Array, kind: duq.Kind) -> jax.Array:
+  def quantized(
+    self, raw_a: jax.Array, raw_c: jax.Array, steps: jax.Array, kind: duq.Kind
+  ) -> jax.Array:
     """`duq.quantize` of `value()`, in x's dtype; arguments as there."""
     return _fused(*self[:5], raw_a, raw_c, steps, self.epsilon, self.activation, kind)
 
@@ -56,8 +59,12 @@ def activate(x: jax.Array, activation: Activation | None) -> jax.Array:
   return jnp.clip(x, 0.0, 6.0) if activation == "relu6" else jnp.maximum(x, 0.0)
 
 
-def activate_backward(z: jax.Array, upstream: jax.Array, activation: Activation | None) -> jax.Array:
-  """The gradient of `activate` at z, times `upstream`; 0 at the corners, as in the authors' PyTorch."""
+def activate_backward(
+  z: jax.Array, upstream: jax.Array, activation: Activation | None
+) -> jax.Array:
+  """The gradient of `activate` at z, times `upstream`; 0 at the corners, as in the authors'
+  PyTorch.
+  """
   if activation is None:
     return upstream
   if activation == "hard_swish":
@@ -73,8 +80,8 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return mean, jnp.mean(jnp.square(x - mean), axis=axes)
 
 
-# The statistics are arguments, so that the layer can keep them; as functions of x they have their part in x's gradient, and
-# none of their own.
+# The statistics are arguments, so that the layer can keep them; as functions of x they have their
+# part in x's gradient, and none of their own.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
 def _fused(x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation, kind):
   def compute(x, mean, var, scale, bias, raw_a, raw_c, steps):
@@ -97,7 +104,9 @@ def _backward(epsilon, activation, kind, residuals, upstream):
   ratio = 1.0 if kind is None else jax.nn.softplus(raw_c) / jax.nn.softplus(raw_a)
 
   def rows(x, upstream):
-    """The normalized input and what comes back to it, `[N*H*W, C]`; the quantizer's factor c/a is left to the end."""
+    """The normalized input and what comes back to it, `[N*H*W, C]`; the quantizer's factor c/a is
+    left to the end.
+    """
     upstream = upstream.reshape(-1, channels).astype(scale.dtype)
     centred = x.reshape(-1, channels).astype(scale.dtype) - mean
     z = centred * (scale * inverse) + bias
@@ -109,9 +118,12 @@ def _backward(epsilon, activation, kind, residuals, upstream):
     return centred, activate_backward(z, through, activation), [upstream * q, through * v]
 
   centred, dz, quantizer = rows(x, upstream)
-  # Without a corner beyond the interval's own, dz is all that passes and v = z/a: their product is summed already.
+  # Without a corner beyond the interval's own, dz is all that passes and v = z/a: their product is
+  # summed already.
   derived = activation in (None, "relu") and kind is not None and not duq.OFFSET[kind]
-  d_bias, product, *sums = channel_sums([dz, dz * centred, *(quantizer[:1] if derived else quantizer)])
+  d_bias, product, *sums = channel_sums(
+    [dz, dz * centred, *(quantizer[:1] if derived else quantizer)]
+  )
   d_raw_a = d_raw_c = None
   if kind is not None:
     if derived:

@@ -1,17 +1,22 @@
-"""Quantized building blocks (linen). Every layer computes in the dtype of its input; parameters keep their own.
+"""Quantized building blocks (linen). Every layer computes in the dtype of its input; parameters
+keep their own.
 
-With `dtype` given, a convolution or dense layer multiplies in it and gives its result in the dtype of its input: for
-float32 images and bfloat16, operands, products and their gradients are bfloat16 (summed in float32), all else is float32.
+With `dtype` given, a convolution or dense layer multiplies in it and gives its result in the dtype
+of its input: for float32 images and bfloat16, operands, products and their gradients are bfloat16
+(summed in float32), all else is float32.
 
-A layer's kernel and its quantizer's scalars live side by side: `{kernel, [bias,] quant_a, quant_c}`. Leaf names that begin
-with `quant_` are reserved for quantizers: the optimizer groups find them by name.
+A layer's kernel and its quantizer's scalars live side by side:
+`{kernel, [bias,] quant_a, quant_c}`. Leaf names that begin with `quant_` are reserved for
+quantizers: the optimizer groups find them by name.
 
-Besides `params` and `batch_stats`, the layers know three collections, each used only when the caller asks for it:
+Besides `params` and `batch_stats`, the layers know three collections, each used only when the
+caller asks for it:
 
-- `previous` (given): per convolution, the quantized kernel of the step before. Convolutions then convolve twice and
-  write to `moments` the per-channel moments of both outputs, from which `train/aiwq.py` computes AIWQ, and to `quantized`
-  the present quantized kernel.
-- `calibration` (mutable): activation quantizers write the first values of their scalars to it, and quantize nothing.
+- `previous` (given): per convolution, the quantized kernel of the step before. Convolutions then
+  convolve twice and write to `moments` the per-channel moments of both outputs, from which
+  `train/aiwq.py` computes AIWQ, and to `quantized` the present quantized kernel.
+- `calibration` (mutable): activation quantizers write the first values of their scalars to it, and
+  quantize nothing.
 - `clip_rate` (mutable): every active quantizer writes which share of its input it clips.
 """
 
@@ -45,8 +50,10 @@ def _method(levels: Levels) -> Method:
   return METHODS["duq" if levels.quant is None else levels.quant.method]
 
 
-def _quantizer_params(module: nn.Module, leaves: tuple[str, ...], shape: tuple[int, ...] = ()) -> dict[str, jax.Array]:
-  """The raw scalars of a quantizer; 1 (the value, not the raw) until they are calibrated or loaded."""
+def _quantizer_params(
+  module: nn.Module, leaves: tuple[str, ...], shape: tuple[int, ...] = ()
+) -> dict[str, jax.Array]:
+  """The raw scalars of a quantizer; 1 (the value, not the raw) until calibrated or loaded."""
 
   def one(_):
     return duq.inverse_softplus(jnp.ones(shape, jnp.float32))
@@ -62,7 +69,11 @@ def _quantized_kernel(module: nn.Module, kernel: jax.Array, levels: Levels) -> j
     return kernel
   apply = functools.partial(per_channel, method.kernel) if split else method.kernel
   if module.is_mutable_collection("clip_rate"):
-    clipped = per_channel(method.kernel_clipped, kernel, params) if split else method.kernel_clipped(kernel, params)
+    clipped = (
+      per_channel(method.kernel_clipped, kernel, params)
+      if split
+      else method.kernel_clipped(kernel, params)
+    )
     _sow(module, "clip_rate", "kernel", jnp.mean(clipped, dtype=jnp.float32))
   return apply(kernel, params, levels.weight)
 
@@ -78,13 +89,16 @@ class QuantConv(nn.Module):
   Pads `(k - 1) / 2` on every side, as torch does (`SAME` differs for strides above 1).
 
   Attributes:
-    features: number of output channels; ignored by a depthwise convolution, which keeps its input's.
+    features: number of output channels; ignored by a depthwise convolution, which keeps its
+      input's.
     kernel_size: odd, in both directions.
     stride: in both directions.
-    depthwise: one filter per channel; the kernel is `[K, K, 1, C]`, otherwise `[K, K, C_in, features]`.
-    pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish (paper
-      section 3.3).
-    dtype: in which it multiplies, as bfloat16; None is the input's. The output has the input's dtype.
+    depthwise: one filter per channel; the kernel is `[K, K, 1, C]`, otherwise
+      `[K, K, C_in, features]`.
+    pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish
+      (paper section 3.3).
+    dtype: in which it multiplies, as bfloat16; None is the input's. The output has the input's
+      dtype.
     sampling_every: the moments are those of every so many-th image of the batch, which it divides.
   """
 
@@ -104,14 +118,16 @@ class QuantConv(nn.Module):
     kernel = self.param("kernel", _conv_init, (size, size, channels_in, features), jnp.float32)
     quantized = _quantized_kernel(self, kernel, levels)
 
-    # In bfloat16 results are rounded too. Kept in float32 they train no better: the demo's full precision, at rate 0.03,
-    # ends at 99.04 % either way (mean of 3 seeds; float32 99.33). And XLA on GPUs has no convolution of bfloat16 into
-    # float32: it widens the operands.
+    # In bfloat16 results are rounded too. Kept in float32 they train no better: the demo's full
+    # precision, at rate 0.03, ends at 99.04 % either way (mean of 3 seeds; float32 99.33). And XLA
+    # on GPUs has no convolution of bfloat16 into float32: it widens the operands.
     operand = x.astype(self.dtype or x.dtype)
     y = self._convolve(operand, quantized).astype(x.dtype)
 
     if self.has_variable("previous", "kernel"):
-      sampled, present = (_every(array, self.sampling_every) for array in jax.lax.stop_gradient((operand, y)))
+      sampled, present = (
+        _every(array, self.sampling_every) for array in jax.lax.stop_gradient((operand, y))
+      )
       previous = self._convolve(sampled, self.get_variable("previous", "kernel")).astype(x.dtype)
       _sow(self, "moments", "present", output_moments(present))
       _sow(self, "moments", "previous", output_moments(previous))
@@ -123,19 +139,25 @@ class QuantConv(nn.Module):
     if self.depthwise:
       return depthwise_conv(x, kernel, self.stride, margin, self.pad_value)
     if self.kernel_size == 1 and self.stride == 1:
-      # Rows by channels: of three contracted axes, XLA on CPU copies both operands first to make one. The kernel's gradient
-      # at [16, 112, 112, 96] and 24 features takes 6 ms so, and 28 ms as an einsum of the images.
+      # Rows by channels: of three contracted axes, XLA on CPU copies both operands first to make
+      # one. The kernel's gradient at [16, 112, 112, 96] and 24 features takes 6 ms so, and 28 ms as
+      # an einsum of the images.
       y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
       return y.reshape(*x.shape[:-1], -1)
     around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
     padded = jax.lax.pad(x, jnp.asarray(self.pad_value, x.dtype), around)
     return jax.lax.conv_general_dilated(
-      padded, kernel, (self.stride, self.stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+      padded,
+      kernel,
+      (self.stride, self.stride),
+      "VALID",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
 class QuantDense(nn.Module):
-  """A dense layer with bias whose kernel `[C, features]` is quantized when `levels.weight` is given.
+  """A dense layer with bias whose kernel `[C, features]` is quantized when `levels.weight` is
+  given.
 
   Attributes:
     features: size of the output.
@@ -161,11 +183,13 @@ class QuantDense(nn.Module):
 
 
 class QuantAct(nn.Module):
-  """Quantizes activations when `levels.act` is given; the non-linearity comes before, see `BatchNorm.pending`.
+  """Quantizes activations when `levels.act` is given; the non-linearity comes before, see
+  `BatchNorm.pending`.
 
   Attributes:
     kind: which quantizer: unsigned (after ReLU), symmetric (signed inputs), hswish.
-    largest_interval: upper bound of the calibrated interval (6 in the authors' MobileNet-v2), or None.
+    largest_interval: upper bound of the calibrated interval (6 in the authors' MobileNet-v2), or
+      None.
   """
 
   kind: duq.Kind
@@ -176,7 +200,11 @@ class QuantAct(nn.Module):
     """Any shape, the batch first; or what `BatchNorm.pending` gives."""
     method = _method(levels)
     params = _quantizer_params(self, method.act_leaves)
-    steps = symmetric_steps(levels.act) if self.kind == "symmetric" and levels.act is not None else levels.act
+    steps = (
+      symmetric_steps(levels.act)
+      if self.kind == "symmetric" and levels.act is not None
+      else levels.act
+    )
     if isinstance(x, Normalized):
       watched = self.is_mutable_collection("calibration") or self.is_mutable_collection("clip_rate")
       if levels.act is not None and not watched and method is METHODS["duq"]:
@@ -191,18 +219,21 @@ class QuantAct(nn.Module):
     if self.is_mutable_collection("clip_rate"):
       # Per example, so that the caller can leave out the examples that only pad a batch.
       beyond = method.act_clipped(x, params, self.kind)
-      _sow(self, "clip_rate", "act", jnp.mean(beyond, axis=tuple(range(1, x.ndim)), dtype=jnp.float32))
+      _sow(
+        self, "clip_rate", "act", jnp.mean(beyond, axis=tuple(range(1, x.ndim)), dtype=jnp.float32)
+      )
     return method.act(x, params, steps, self.kind)
 
 
 class BatchNorm(nn.Module):
   """Batch normalization over all axes but the last, with torch's running statistics.
 
-  flax's own keeps the biased running variance; this keeps the unbiased one, n/(n-1), as torch does. Under jit over a
-  mesh the statistics are those of the global batch.
+  flax's own keeps the biased running variance; this keeps the unbiased one, n/(n-1), as torch does.
+  Under jit over a mesh the statistics are those of the global batch.
 
   Attributes:
-    momentum: share of the old running value that an update keeps (torch's momentum 0.1 is 0.9 here).
+    momentum: share of the old running value that an update keeps (torch's momentum 0.1 is 0.9
+      here).
     epsilon: added to the variance.
   """
 
@@ -210,11 +241,15 @@ class BatchNorm(nn.Module):
   epsilon: float = 1e-5
 
   def __call__(self, x: jax.Array, train: bool, activation: Activation | None = None) -> jax.Array:
-    """`activation` of x normalized with the batch's statistics if `train`, else with the running ones."""
+    """`activation` of x normalized with the batch's statistics if `train`, else with the running
+    ones.
+    """
     return value(self.pending(x, train, activation))
 
   @nn.compact
-  def pending(self, x: jax.Array, train: bool, activation: Activation | None = None) -> jax.Array | Normalized:
+  def pending(
+    self, x: jax.Array, train: bool, activation: Activation | None = None
+  ) -> jax.Array | Normalized:
     """The same for a `QuantAct` to take, which computes both at once."""
     channels = (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
@@ -224,7 +259,9 @@ class BatchNorm(nn.Module):
 
     if not train:
       factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-      return activate(((x.astype(scale.dtype) - running_mean.value) * factor + bias).astype(x.dtype), activation)
+      return activate(
+        ((x.astype(scale.dtype) - running_mean.value) * factor + bias).astype(x.dtype), activation
+      )
 
     mean, var = moments(jax.lax.stop_gradient(x).astype(scale.dtype))
     if self.is_mutable_collection("batch_stats") and not self.is_initializing():
@@ -242,7 +279,7 @@ def value(x: jax.Array | Normalized) -> jax.Array:
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
-  """Statistics and losses are computed in float32 (float64 stays) whatever the network's precision."""
+  """Statistics and losses are in float32 (float64 stays), whatever the network's precision."""
   return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 

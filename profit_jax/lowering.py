@@ -1,6 +1,7 @@
 """Operations in the form that each platform's compiler makes fast.
 
-GPUs and TPUs get the plain form. What XLA makes of it on a CPU was measured on 2 cores; the figures stand beside each.
+GPUs and TPUs get the plain form. What XLA makes of it on a CPU was measured on 2 cores; the figures
+stand beside each.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,30 +15,37 @@ from jax import lax
 def own_kernel(compute: Callable[..., jax.Array], witness: jax.Array, *operands: Any) -> jax.Array:
   """`compute(*operands)` as an array of its own, in programs for CPUs.
 
-  XLA on CPU fuses an elementwise result into each of its uses, which compute it again and then are too long for LLVM to
-  vectorize; it removes `optimization_barrier` before it fuses. The branch of a conditional is compiled by itself. Forward
-  and backward pass of an expansion and a depthwise convolution, norms and quantizers, [16, 56, 56, 144]: 41 ms, not 125.
+  XLA on CPU fuses an elementwise result into each of its uses, which compute it again and then are
+  too long for LLVM to vectorize; it removes `optimization_barrier` before it fuses. The branch of a
+  conditional is compiled by itself. Forward and backward pass of an expansion and a depthwise
+  convolution, norms and quantizers, [16, 56, 56, 144]: 41 ms, not 125.
 
   Args:
     compute: gives one array.
-    witness: not NaN, and the same on every device: a parameter. Where its first element is NaN, so is the result.
+    witness: not NaN, and the same on every device: a parameter. Where its first element is NaN, so
+      is the result.
     operands: of `compute`.
   """
 
   def conditional(witness, *operands):
     first = witness.reshape(-1)[0].astype(jnp.float32)
     shape = jax.eval_shape(compute, *operands)
-    return lax.cond(first == first, compute, lambda *_: jnp.full(shape.shape, jnp.nan, shape.dtype), *operands)
+    return lax.cond(
+      first == first, compute, lambda *_: jnp.full(shape.shape, jnp.nan, shape.dtype), *operands
+    )
 
-  return lax.platform_dependent(witness, *operands, cpu=conditional, default=lambda _, *operands: compute(*operands))
+  return lax.platform_dependent(
+    witness, *operands, cpu=conditional, default=lambda _, *operands: compute(*operands)
+  )
 
 
-# XLA on CPU writes the operand of a sum to memory first, and once for each sum; one reduction of several operands computes
-# them as it goes. LLVM vectorizes it where it can unroll the loop over the reduced axis, which depends on what the loop
-# computes: first a few rows are summed, then the sums of these. On 2 cores, a depthwise kernel's gradient (9 cheap sums) of
-# [16, 56, 56, 144]: 32 ms as 9 sums, 14 ms as one reduction, 6 ms as 3 of 3 with 16 rows; of [64, 28, 28, 192] with 4, 8,
-# 16 and 32 rows: 17, 13, 7 and 30 ms. The sums of `fused.py` (3 long ones) of [16, 112, 112, 96]: 51 ms apart, 38 ms with
-# 16 rows, 8 ms with 8.
+# XLA on CPU writes the operand of a sum to memory first, and once for each sum; one reduction of
+# several operands computes them as it goes. LLVM vectorizes it where it can unroll the loop over
+# the reduced axis, which depends on what the loop computes: first a few rows are summed, then the
+# sums of these. On 2 cores, a depthwise kernel's gradient (9 cheap sums) of [16, 56, 56, 144]: 32
+# ms as 9 sums, 14 ms as one reduction, 6 ms as 3 of 3 with 16 rows; of [64, 28, 28, 192] with 4, 8,
+# 16 and 32 rows: 17, 13, 7 and 30 ms. The sums of `fused.py` (3 long ones) of [16, 112, 112, 96]:
+# 51 ms apart, 38 ms with 16 rows, 8 ms with 8.
 _TOGETHER = 3
 
 
@@ -77,4 +85,9 @@ def _reduce_rows(operands: Sequence[jax.Array], rows: int) -> Sequence[jax.Array
 
 def _reduce(operands: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
   zeros = [jnp.zeros((), operand.dtype) for operand in operands]
-  return lax.reduce(list(operands), zeros, lambda left, right: [a + b for a, b in zip(left, right, strict=True)], axes)
+  return lax.reduce(
+    list(operands),
+    zeros,
+    lambda left, right: [a + b for a, b in zip(left, right, strict=True)],
+    axes,
+  )

@@ -1,4 +1,4 @@
-"""Paths that users give: local ones, and those of file systems that `etils.epath` opens (`gs://`)."""
+"""Paths that users give: local, or of a file system that `etils.epath` opens (`gs://`)."""
 
 import os
 
@@ -21,9 +21,11 @@ def opened(what: str, path: str) -> epath.Path:
     place = epath.Path(path if "://" in path else os.path.abspath(path))
     place.exists()
     return place
-  except Exception as error:  # remote file systems have their own, and epath raises KeyError('s4://')
+  # Remote file systems have their own, and epath raises KeyError('s4://').
+  except Exception as error:
     told = " ".join(str(error).split())[:300]
     raise ConfigError(
-      f"{what} {path!r} cannot be reached: {told}. It must be a local path, or one of a file system that can be opened "
+      f"{what} {path!r} cannot be reached: {told}. It must be a local path, or one of a file "
+      "system that can be opened "
       f"from here, as gs://BUCKET/NAME."
     ) from error

@@ -1,4 +1,5 @@
-"""The phases of a PROFIT run as data (SPEC section 4; the published 4-bit command is 22 phases and 200 epochs).
+"""The phases of a PROFIT run as data (SPEC section 4; the published 4-bit command is 22 phases and
+200 epochs).
 
 Pure: imports no jax, so that `--mode plan` answers at once on any machine.
 """
@@ -16,7 +17,8 @@ FINAL = 0.001  # multiple that the cosine falls to
 
 
 class Program(NamedTuple):
-  """What makes one compiled training program; phases that agree here, and freeze the same layers, share it.
+  """What makes one compiled training program; phases that agree here, and freeze the same layers,
+  share it.
 
   Attributes:
     quantized_weights: kernels go through their quantizers.
@@ -50,8 +52,8 @@ class Phase:
     learning_rate: its peak.
     constant_rate: no schedule (the sampling phase).
     frozen_fraction: share of the AIWQ ranking whose kernels are frozen.
-    calibrate: quantizers that get their first a and c just before it: "act", "weight" (the first values), "fit" (kernels',
-      fitted to the phase's bits) or None.
+    calibrate: quantizers that get their first a and c just before it: "act", "weight" (the first
+      values), "fit" (kernels', fitted to the phase's bits) or None.
     distill: the loss has the teacher's part.
   """
 
@@ -86,7 +88,9 @@ class Phase:
     return self.program.quantized_weights and self.program.train_kernels
 
   def learning_rate_at(self, epoch: int) -> float:
-    """The learning rate of the weights in an epoch, from 0: warm-up from 0.1, then a cosine to 0.001, as multiples."""
+    """The learning rate of the weights in an epoch, from 0: warm-up from 0.1, then a cosine to
+    0.001, as multiples.
+    """
     if self.constant_rate:
       return self.learning_rate
     if epoch < self.warmup_epochs:
@@ -106,8 +110,10 @@ def plan(settings: Settings) -> tuple[Phase, ...]:
   phases = _Builder(settings).build()
   if not phases:
     raise ConfigError(
-      "The plan has no phase: config.plan.weight_bits and config.plan.act_bits are empty, and a full-precision phase runs "
-      "only with a teacher, from random weights or with a new classifier. Give at least one bit width."
+      "The plan has no phase: config.plan.weight_bits and config.plan.act_bits are empty, and a "
+      "full-precision phase runs "
+      "only with a teacher, from random weights or with a new classifier. Give at least one bit "
+      "width."
     )
   return phases
 
@@ -115,7 +121,9 @@ def plan(settings: Settings) -> tuple[Phase, ...]:
 def target_phases(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
   """The phases that run at the plan's last bits: what the final result is chosen from."""
   last = phases[-1]
-  return tuple(p for p in phases if (p.weight_bits, p.act_bits) == (last.weight_bits, last.act_bits))
+  return tuple(
+    p for p in phases if (p.weight_bits, p.act_bits) == (last.weight_bits, last.act_bits)
+  )
 
 
 class _Builder:
@@ -131,16 +139,21 @@ class _Builder:
     options, settings = self.options, self.settings
     taught = settings.teacher.model != "none"
     if taught or settings.new_classifier:
-      # A student with a random classifier has nothing to learn from itself yet: its teacher is what this phase makes.
+      # A student with a random classifier has nothing to learn from itself yet: its teacher is what
+      # this phase makes.
       own_teacher = settings.teacher.model == "self" and settings.new_classifier
-      self._add("full_precision", "", options.full_precision_epochs, distill=taught and not own_teacher)
+      self._add(
+        "full_precision", "", options.full_precision_epochs, distill=taught and not own_teacher
+      )
 
     for bits in self._ladder(options.act_bits):
       self.calibrate = "act" if self.act_bits is None else None
       self.act_bits = bits
       self._stable("finetune")
     for bits in self._ladder(options.weight_bits):
-      self.calibrate = "fit" if bits in options.fitted_bits else "weight" if self.weight_bits is None else None
+      self.calibrate = (
+        "fit" if bits in options.fitted_bits else "weight" if self.weight_bits is None else None
+      )
       self.weight_bits = bits
       self._stable("profit" if options.profit and bits in options.profit_bits else "finetune")
     return tuple(self.phases)
@@ -161,7 +174,15 @@ class _Builder:
     if options.stabilize:
       self._add("bn", "bn2", options.bn_epochs)
 
-  def _add(self, kind: Kind, part: str, epochs: int, *, frozen_fraction: float = 0.0, distill: bool | None = None) -> None:
+  def _add(
+    self,
+    kind: Kind,
+    part: str,
+    epochs: int,
+    *,
+    frozen_fraction: float = 0.0,
+    distill: bool | None = None,
+  ) -> None:
     if epochs == 0:
       return
     train = self.settings.train
@@ -199,7 +220,9 @@ def summary_line(phases: tuple[Phase, ...]) -> str:
   return f"{counted}, {epochs} epochs, to {bits_name(last.weight_bits, last.act_bits)}"
 
 
-def format_table(phases: tuple[Phase, ...], steps_per_epoch: int, steps_per_second: float | None = None) -> str:
+def format_table(
+  phases: tuple[Phase, ...], steps_per_epoch: int, steps_per_second: float | None = None
+) -> str:
   """The plan as text: a line per phase, phases that share a compiled program under one number.
 
   Args:
@@ -208,17 +231,25 @@ def format_table(phases: tuple[Phase, ...], steps_per_epoch: int, steps_per_seco
     steps_per_second: of training; gives the hours of each phase, evaluation and compilation apart.
   """
   # Another sampling phase freezes other layers, so that it brings programs of its own.
-  sampled = {p.index: sum(q.kind == "sampling" for q in phases[: p.index]) if p.frozen_fraction else 0 for p in phases}
+  sampled = {
+    p.index: sum(q.kind == "sampling" for q in phases[: p.index]) if p.frozen_fraction else 0
+    for p in phases
+  }
   keys = {p.index: (p.program, sampled[p.index]) for p in phases}
   numbers = {key: i for i, key in enumerate(dict.fromkeys(keys.values()), 1)}
   kinds = {(p.weight_bits is not None, p.act_bits is not None) for p in phases}
-  lines = [f"{'#':>3}  {'phase':14} {'kind':14} {'bits':5} {'frozen':>6} {'epochs':>6} {'steps':>8} {'program':>7}"]
+  lines = [
+    f"{'#':>3}  {'phase':14} {'kind':14} {'bits':5} {'frozen':>6} {'epochs':>6} {'steps':>8} "
+    f"{'program':>7}"
+  ]
   if steps_per_second:
     lines[0] += f" {'hours':>7}"
   for p in phases:
     lines.append(
-      f"{p.index:>3}  {p.name:14} {p.kind.replace('_', ' '):14} {bits_name(p.weight_bits, p.act_bits):5} "
-      f"{p.frozen_fraction:>6.0%} {p.epochs:>6} {p.epochs * steps_per_epoch:>8} {numbers[keys[p.index]]:>7}"
+      f"{p.index:>3}  {p.name:14} {p.kind.replace('_', ' '):14} "
+      f"{bits_name(p.weight_bits, p.act_bits):5} "
+      f"{p.frozen_fraction:>6.0%} {p.epochs:>6} {p.epochs * steps_per_epoch:>8} "
+      f"{numbers[keys[p.index]]:>7}"
     )
     if steps_per_second:
       lines[-1] += f" {p.epochs * steps_per_epoch / steps_per_second / 3600:>7.2f}"
@@ -229,5 +260,8 @@ def format_table(phases: tuple[Phase, ...], steps_per_epoch: int, steps_per_seco
   )
   if steps_per_second:
     hours = epochs * steps_per_epoch / steps_per_second / 3600
-    lines.append(f"{hours:.1f} hours of training at {steps_per_second:g} steps a second, evaluation and compilation apart")
+    lines.append(
+      f"{hours:.1f} hours of training at {steps_per_second:g} steps a second, evaluation and "
+      "compilation apart"
+    )
   return "\n".join(lines)

@@ -1,6 +1,8 @@
-"""What a run is: `ConfigDict` -> frozen, validated `Settings`. Every later module trusts these and checks nothing again.
+"""What a run is: `ConfigDict` -> frozen, validated `Settings`. Every later module trusts these and
+checks nothing again.
 
-`configs/base.py` documents each field's meaning and unit; here stand the types and the allowed values.
+`configs/base.py` documents each field's meaning and unit; here stand the types and the allowed
+values.
 """
 
 import dataclasses
@@ -60,7 +62,11 @@ class TeacherSettings:
   def as_model(self) -> ModelSettings:
     """Another model's settings. Without dropout, which would only add noise to what it teaches."""
     own = dataclasses.asdict(self)
-    shape = {field.name: own[field.name] for field in dataclasses.fields(ModelSettings) if field.name in own}
+    shape = {
+      field.name: own[field.name]
+      for field in dataclasses.fields(ModelSettings)
+      if field.name in own
+    }
     # Its running statistics are its file's and never updated, so that the momentum does not matter.
     return ModelSettings(name=self.model, dropout=0.0, bn_momentum=0.9, **shape)
 
@@ -179,7 +185,9 @@ class Settings:
 
   @property
   def new_classifier(self) -> bool:
-    """Whether the student's classifier starts at random: before its full-precision phase it can teach nobody."""
+    """Whether the student's classifier starts at random: before its full-precision phase it can
+    teach nobody.
+    """
     return self.from_scratch or self.init.reset_head
 
   def to_dict(self) -> dict[str, Any]:
@@ -198,7 +206,9 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
     ConfigError: naming the field, its value, and what is allowed.
   """
   if not isinstance(config, ml_collections.ConfigDict):
-    raise ConfigError(f"the configuration is a {type(config).__name__}: its get_config() must return a ConfigDict.")
+    raise ConfigError(
+      f"the configuration is a {type(config).__name__}: its get_config() must return a ConfigDict."
+    )
   settings = build(Settings, config.to_dict(), "config")
   _check_model(settings, models)
   _check_data(settings.data)
@@ -209,7 +219,10 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
     require(bits == 0 or MIN_BITS <= bits <= MAX_BITS, f"quant.{name}", bits, allowed)
   fitted, method = settings.plan.fitted_bits, settings.quant.method
   require(
-    not fitted or method == "duq", "plan.fitted_bits", fitted, f"() with quant.method = {method}: it fits DuQ's a and c"
+    not fitted or method == "duq",
+    "plan.fitted_bits",
+    fitted,
+    f"() with quant.method = {method}: it fits DuQ's a and c",
   )
   _check_remedy(settings.remedy, method)
   epochs = settings.plan.full_precision_epochs
@@ -231,12 +244,26 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   fitting = f"a divisor of {part}, the images in a part of a batch"
   require(every >= 1 and part % every == 0, "plan.sampling_every", every, fitting)
   for name in ("learning_rate", "full_precision_learning_rate"):
-    require(0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10")
-  require(0 <= train.quantizer_lr_scale <= 1, "train.quantizer_lr_scale", train.quantizer_lr_scale, "0 to 1")
+    require(
+      0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10"
+    )
+  require(
+    0 <= train.quantizer_lr_scale <= 1,
+    "train.quantizer_lr_scale",
+    train.quantizer_lr_scale,
+    "0 to 1",
+  )
   for name in ("weight_decay", "momentum", "ema_rate"):
-    require(0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1")
+    require(
+      0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1"
+    )
   require(settings.checkpoint.keep >= 1, "checkpoint.keep", settings.checkpoint.keep, "1 or above")
-  require(settings.checkpoint.minutes >= 0, "checkpoint.minutes", settings.checkpoint.minutes, "0 or above")
+  require(
+    settings.checkpoint.minutes >= 0,
+    "checkpoint.minutes",
+    settings.checkpoint.minutes,
+    "0 or above",
+  )
   recovery, factor = settings.recovery, settings.recovery.learning_rate_factor
   require(recovery.retries >= 0, "recovery.retries", recovery.retries, "0 or above")
   require(0 < factor < 1, "recovery.learning_rate_factor", factor, "above 0, below 1")
@@ -247,7 +274,9 @@ def _check_model(settings: Settings, models: Collection[str]) -> None:
   model, teacher = settings.model, settings.teacher
   require(model.name in models, "model.name", model.name, f"one of {listed(models)}")
   for name in ("dropout", "bn_momentum"):
-    require(0 <= getattr(model, name) < 1, f"model.{name}", getattr(model, name), "0 or above, below 1")
+    require(
+      0 <= getattr(model, name) < 1, f"model.{name}", getattr(model, name), "0 or above, below 1"
+    )
   for section, shape in (("model", model), ("teacher", teacher)):
     require(0 < shape.width <= 4, f"{section}.width", shape.width, "above 0, at most 4")
     require(
@@ -256,17 +285,23 @@ def _check_model(settings: Settings, models: Collection[str]) -> None:
       shape.strides,
       "numbers that are each 1 or 2, the stem's and the stages'; or () for the published ones",
     )
-    require(0 < shape.bn_epsilon <= 0.1, f"{section}.bn_epsilon", shape.bn_epsilon, "above 0, at most 0.1")
-    require(shape.pad_value in (0.0, -0.375), f"{section}.pad_value", shape.pad_value, "-0.375 (negative padding) or 0.0")
+    require(
+      0 < shape.bn_epsilon <= 0.1, f"{section}.bn_epsilon", shape.bn_epsilon, "above 0, at most 0.1"
+    )
+    require(
+      shape.pad_value in (0.0, -0.375),
+      f"{section}.pad_value",
+      shape.pad_value,
+      "-0.375 (negative padding) or 0.0",
+    )
   allowed = ["none", "self", *models]
   require(teacher.model in allowed, "teacher.model", teacher.model, f"one of {listed(allowed)}")
   if teacher.model in ("none", "self"):
     none = f'"" with teacher.model = {teacher.model}, which reads none'
     require(not teacher.weights, "teacher.weights", teacher.weights, none)
   else:
-    needed = (
-      f"a weights file: teacher.model = {teacher.model} cannot teach without one; or set teacher.model to self or none"
-    )
+    needed = f"a weights file: teacher.model = {teacher.model} cannot teach without one; "
+    needed += "or set teacher.model to self or none"
     require(bool(teacher.weights), "teacher.weights", teacher.weights, needed)
 
 
@@ -274,7 +309,9 @@ def _check_data(data: DataSettings) -> None:
   # Only the sources know which data sets there are.
   sets = "digits, digit_pairs, folder, or the name of a tensorflow-datasets set"
   require(bool(data.name.strip()), "data.name", data.name, sets)
-  require(bool(data.train_split), "data.train_split", data.train_split, "the name of a split, as train")
+  require(
+    bool(data.train_split), "data.train_split", data.train_split, "the name of a split, as train"
+  )
   require(8 <= data.image_size <= 1024, "data.image_size", data.image_size, "8 to 1024 pixels")
   require(0.1 <= data.eval_share <= 1, "data.eval_share", data.eval_share, "0.1 to 1")
   require(0 <= data.max_broken <= 1, "data.max_broken", data.max_broken, "a share from 0 to 1")
@@ -284,7 +321,12 @@ def _check_data(data: DataSettings) -> None:
 def _check_plan(plan: PlanSettings) -> None:
   for name in ("weight_bits", "act_bits"):
     bits = getattr(plan, name)
-    require(all(MIN_BITS <= b <= MAX_BITS for b in bits), f"plan.{name}", bits, f"bit widths from {MIN_BITS} to {MAX_BITS}")
+    require(
+      all(MIN_BITS <= b <= MAX_BITS for b in bits),
+      f"plan.{name}",
+      bits,
+      f"bit widths from {MIN_BITS} to {MAX_BITS}",
+    )
     require(
       all(before > after for before, after in itertools.pairwise(bits)),
       f"plan.{name}",
@@ -325,18 +367,28 @@ def _check_plan(plan: PlanSettings) -> None:
 
 def _check_remedy(remedy: RemedySettings, method: str) -> None:
   require(0 <= remedy.dampening <= 1000, "remedy.dampening", remedy.dampening, "0 (off) to 1000")
-  require(0 < remedy.freezing_momentum < 1, "remedy.freezing_momentum", remedy.freezing_momentum, "above 0, below 1")
-  thresholds = remedy.freezing_thresholds
-  # A single oscillation makes a frequency of the momentum: at or below it every one would be enough.
   require(
-    not thresholds or (len(thresholds) == 2 and 1 >= thresholds[0] >= thresholds[1] > remedy.freezing_momentum),
+    0 < remedy.freezing_momentum < 1,
+    "remedy.freezing_momentum",
+    remedy.freezing_momentum,
+    "above 0, below 1",
+  )
+  thresholds = remedy.freezing_thresholds
+  # A single oscillation makes a frequency of the momentum: at or below it every one would be
+  # enough.
+  require(
+    not thresholds
+    or (len(thresholds) == 2 and 1 >= thresholds[0] >= thresholds[1] > remedy.freezing_momentum),
     "remedy.freezing_thresholds",
     thresholds,
-    f"() (off), or two frequencies, first and last, at most 1, not rising, and above remedy.freezing_momentum = "
+    "() (off), or two frequencies, first and last, at most 1, not rising, and above "
+    "remedy.freezing_momentum = "
     f"{remedy.freezing_momentum:g}",
   )
   require(remedy.bn_batches >= 0, "remedy.bn_batches", remedy.bn_batches, "0 (off) or above")
   for name, off in (("dampening", 0.0), ("freezing_thresholds", ())):
     value = getattr(remedy, name)
-    allowed = f"{off} with quant.method = {method}: it needs duq or lsq, whose codes come from one interval"
+    allowed = (
+      f"{off} with quant.method = {method}: it needs duq or lsq, whose codes come from one interval"
+    )
     require(not value or method in ("duq", "lsq"), f"remedy.{name}", value, allowed)

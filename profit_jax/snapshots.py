@@ -1,11 +1,14 @@
-"""Moments of a run on disk: arrays and plain values that are there whole, with a checksum over all of them, or not at all.
+"""Moments of a run on disk: arrays and plain values that are there whole, with a checksum over all
+of them, or not at all.
 
-WORKDIR/checkpoints/N/moment/  written through orbax: moment.safetensors has the arrays, and the plain values as JSON in its
-                               metadata; `sha256sum -c moment.sha256` checks it
+WORKDIR/checkpoints/N/moment/  written through orbax: moment.safetensors has the arrays, and the
+                               plain values as JSON in its metadata;
+                               `sha256sum -c moment.sha256` checks it
 WORKDIR/damaged_checkpoints/   what could not be read back, set aside
 
-Orbax writes into a directory of another name and renames it (on `gs://`: marks it at the end): a process that is killed
-leaves no half of a moment. What happens to the files later, only a checksum tells; orbax has none.
+Orbax writes into a directory of another name and renames it (on `gs://`: marks it at the end): a
+process that is killed leaves no half of a moment. What happens to the files later, only a checksum
+tells; orbax has none.
 """
 
 import contextlib
@@ -52,7 +55,11 @@ class Snapshot(NamedTuple):
 
   def section(self, name: str) -> dict[str, np.ndarray]:
     """The arrays of one of the trees, by path within it; empty if it was None."""
-    return {path.removeprefix(f"{name}/"): leaf for path, leaf in self.arrays.items() if path.startswith(f"{name}/")}
+    return {
+      path.removeprefix(f"{name}/"): leaf
+      for path, leaf in self.arrays.items()
+      if path.startswith(f"{name}/")
+    }
 
   def restore(self, name: str, template: Any) -> Any:
     """One of the trees, or None where it was None.
@@ -72,14 +79,17 @@ class Snapshot(NamedTuple):
     if found != expected:
       differing = [path for path in {**expected, **found} if expected.get(path) != found.get(path)]
       raise ConfigError(
-        f"Checkpoint {self.number} does not hold the {name} of this plan's phase; the first differences: {differing[:5]}. "
+        f"Checkpoint {self.number} does not hold the {name} of this plan's phase; the first "
+        f"differences: {differing[:5]}. "
         f"Start in an empty --workdir."
       )
     return jax.tree_util.tree_map_with_path(lambda path, _: saved[_name(path)], template)
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's, but for preemptions: the loop asks for them, and a second caller with other numbers would upset the count."""
+  """Orbax's, but for preemptions: the loop asks for them, and a second caller with other numbers
+  would upset the count.
+  """
 
   def reached_preemption(self, step: int) -> bool:
     """Never."""
@@ -90,7 +100,9 @@ class Writer:
   """Writes moments, in the background, and keeps the last few."""
 
   def __init__(self, directory: epath.PathLike, *, keep: int):
-    """Args: directory: `WORKDIR/checkpoints`; keep: how many stay. Raises as `saved_numbers`, and as `save`."""
+    """Args: directory: `WORKDIR/checkpoints`; keep: how many stay. Raises as `saved_numbers`, and
+    as `save`.
+    """
     self._directory = epath.Path(directory)
     _listed(self._directory)  # orbax would only stumble at the first save over what is no directory
     options = ocp.CheckpointManagerOptions(
@@ -108,7 +120,8 @@ class Writer:
     self._newest = self._manager.latest_step()
 
   def save(self, number: int, trees: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Begins to write a moment, once the one before is on disk. A number that is there already is the same moment.
+    """Begins to write a moment, once the one before is on disk. A number that is there already is
+    the same moment.
 
     Args:
       number: grows from one to the next.
@@ -122,14 +135,21 @@ class Writer:
       return
     content = b""
     if distributed.is_first():
-      # A copy in memory: orbax writes in the background, while the next step is already given the originals to overwrite.
-      arrays = {path: np.asarray(leaf, order="C") for path, leaf in _leaves(jax.device_get(dict(trees)))}
+      # A copy in memory: orbax writes in the background, while the next step is already given the
+      # originals to overwrite.
+      arrays = {
+        path: np.asarray(leaf, order="C") for path, leaf in _leaves(jax.device_get(dict(trees)))
+      }
       content = safetensors.numpy.save(arrays, {"values": json.dumps(values)})
-    self._guarded(lambda: self._manager.save(number, args=ocp.args.Composite(**{_ITEM: _Save(content)})))
+    self._guarded(
+      lambda: self._manager.save(number, args=ocp.args.Composite(**{_ITEM: _Save(content)}))
+    )
     self._newest = number
 
   def read_newest(self, warn: Warn) -> Snapshot | None:
-    """The newest moment that is whole, as `read_newest`; damaged ones are set aside, out of the way of later ones."""
+    """The newest moment that is whole, as `read_newest`; damaged ones are set aside, out of the way
+    of later ones.
+    """
     self.wait()
     found = read_newest(self._directory, warn, set_aside=True)
     self._manager.reload()
@@ -158,7 +178,8 @@ class Writer:
       there = saved_numbers(self._directory)
       good = f"the last good one is {there[-1]}" if there else "there is no earlier one"
       raise ConfigError(
-        f"A checkpoint could not be written to {self._directory}: {_short(error)}. Nothing that was there is lost: {good}. "
+        f"A checkpoint could not be written to {self._directory}: {_short(error)}. Nothing that "
+        f"was there is lost: {good}. "
         f"Make room (or give the disk back) and run the same command: it goes on from there."
       ) from error
 
@@ -178,12 +199,15 @@ def saved_numbers(directory: epath.PathLike) -> list[int]:
     return sorted(int(path.name) for path in there if ocp.path.step.is_path_finalized(path))
   except Exception as error:  # remote file systems have their own
     raise ConfigError(
-      f"{directory} must be the directory of a run's checkpoints, and cannot be listed: {_short(error)}. Move away what is "
+      f"{directory} must be the directory of a run's checkpoints, and cannot be listed: "
+      f"{_short(error)}. Move away what is "
       f"there, or give another --workdir."
     ) from error
 
 
-def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = False) -> Snapshot | None:
+def read_newest(
+  directory: epath.PathLike, warn: Warn, *, set_aside: bool = False
+) -> Snapshot | None:
   """The newest moment that is whole; every process of a run must call this together.
 
   Args:
@@ -195,7 +219,8 @@ def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = Fals
     None in a fresh directory.
 
   Raises:
-    ConfigError: there are moments, and none of them is whole; or one cannot be read at present. All stay where they are.
+    ConfigError: there are moments, and none of them is whole; or one cannot be read at present. All
+      stay where they are.
   """
   directory = epath.Path(directory)
   numbers = _listed(directory)
@@ -206,9 +231,12 @@ def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = Fals
     if found is not None or before == numbers:
       break
   if damaged and found is None:
-    listing = "\n  ".join(f"{directory / str(number)}: {damage}" for number, damage in damaged.items())
+    listing = "\n  ".join(
+      f"{directory / str(number)}: {damage}" for number, damage in damaged.items()
+    )
     raise ConfigError(
-      f"No checkpoint in {directory} can be read back; nothing was changed. Restore one from a copy, or start in an empty "
+      f"No checkpoint in {directory} can be read back; nothing was changed. Restore one from a "
+      "copy, or start in an empty "
       f"--workdir.\n  {listing}"
     )
   aside = directory.parent / "damaged_checkpoints"
@@ -216,7 +244,10 @@ def read_newest(directory: epath.PathLike, warn: Warn, *, set_aside: bool = Fals
     place = directory / str(number)
     if set_aside:
       distributed.first_does(functools.partial(_move, place, aside / str(number)))
-      warn(f"checkpoint {place} is damaged ({damage}); it was moved to {aside}, and the run goes on from {found.number}.")
+      warn(
+        f"checkpoint {place} is damaged ({damage}); it was moved to {aside}, and the run goes on "
+        f"from {found.number}."
+      )
     else:
       warn(f"checkpoint {place} is damaged ({damage}); {found.number} is used.")
   return found
@@ -228,7 +259,9 @@ def _listed(directory: epath.Path) -> list[int]:
 
 
 def newest_of(directory: epath.Path, numbers: list[int]) -> tuple[Snapshot | None, dict[int, str]]:
-  """The newest of these moments (oldest first) that is whole, and what is wrong with newer ones; all processes together."""
+  """The newest of these moments (oldest first) that is whole, and what is wrong with newer ones;
+  all processes together.
+  """
   damaged = {}
   for number in reversed(numbers):
     found, damage = _read_on_all(directory, number)
@@ -269,7 +302,8 @@ def _content(path: epath.Path) -> bytes:
 
   Raises:
     FileNotFoundError: it is not there.
-    ConfigError: it may be whole, but cannot be read: a disk or a network that has failed for a while.
+    ConfigError: it may be whole, but cannot be read: a disk or a network that has failed for a
+      while.
   """
   try:
     if path.exists() and not path.is_dir():
@@ -278,8 +312,10 @@ def _content(path: epath.Path) -> bytes:
     pass
   except Exception as error:  # remote file systems have their own
     raise ConfigError(
-      f"The checkpoint file {path} cannot be read at present: {_short(error)}. Nothing was changed. Run the same command "
-      f"again when it can; or, if it is lost, move its checkpoint's directory away: the one before is used then."
+      f"The checkpoint file {path} cannot be read at present: {_short(error)}. Nothing was "
+      "changed. Run the same command "
+      "again when it can; or, if it is lost, move its checkpoint's directory away: the one "
+      "before is used then."
     ) from error
   raise FileNotFoundError(f"{path.name} is missing")
 
@@ -288,7 +324,9 @@ def _parse(number: int, content: bytes, checksum: bytes) -> Snapshot:
   if checksum.decode().split()[:1] != [hashlib.sha256(content).hexdigest()]:
     raise ValueError(f"the checksum of {_FILE} is not what {_CHECKSUM} says")
   header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-  return Snapshot(number, json.loads(header["__metadata__"]["values"]), safetensors.numpy.load(content))
+  return Snapshot(
+    number, json.loads(header["__metadata__"]["values"]), safetensors.numpy.load(content)
+  )
 
 
 def _short(error: Exception) -> str:
@@ -304,8 +342,9 @@ def _leaves(tree: Any) -> list[tuple[str, Any]]:
   return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-# Orbax's own arrays would take 0.7 s for the thousand small ones of a state, have no checksum, and where a file is damaged
-# their reader prints stacks from threads of its own. One file that every tool reads takes 0.05 s.
+# Orbax's own arrays would take 0.7 s for the thousand small ones of a state, have no checksum, and
+# where a file is damaged their reader prints stacks from threads of its own. One file that every
+# tool reads takes 0.05 s.
 
 
 def _write_through(path: epath.Path, content: bytes) -> None:
@@ -313,7 +352,8 @@ def _write_through(path: epath.Path, content: bytes) -> None:
   with path.open("wb") as file:
     file.write(content)
     file.flush()
-    with contextlib.suppress(AttributeError, io.UnsupportedOperation):  # remote files have no number
+    # Remote files have no number.
+    with contextlib.suppress(AttributeError, io.UnsupportedOperation):
       os.fsync(file.fileno())
 
 
@@ -326,7 +366,9 @@ class _Handler(ocp.AsyncCheckpointHandler):
     async def write():
       if distributed.is_first():
         _write_through(directory / _FILE, args.content)
-        _write_through(directory / _CHECKSUM, f"{hashlib.sha256(args.content).hexdigest()}  {_FILE}\n".encode())
+        _write_through(
+          directory / _CHECKSUM, f"{hashlib.sha256(args.content).hexdigest()}  {_FILE}\n".encode()
+        )
 
     return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="moment")]
 

@@ -1,4 +1,6 @@
-"""Writes a run's best weights for PyTorch: python -m profit_jax.to_torch RUN FILE.safetensors [--names=authors]."""
+"""Writes a run's best weights for PyTorch: python -m profit_jax.to_torch RUN FILE.safetensors
+[--names=authors].
+"""
 
 import argparse
 import dataclasses
@@ -10,7 +12,12 @@ from profit_jax.models import build, variable_shapes
 from profit_jax.report.files import read_data, read_settings
 from profit_jax.settings import ConfigError, QuantSettings
 from profit_jax.weights.load import differing_settings, load_variables, namings
-from profit_jax.weights.save import leaves_quantizers_out, named_tensors, settings_metadata, write_safetensors
+from profit_jax.weights.save import (
+  leaves_quantizers_out,
+  named_tensors,
+  settings_metadata,
+  write_safetensors,
+)
 
 
 def write(run: str, file: str, names: str | None) -> str:
@@ -19,7 +26,8 @@ def write(run: str, file: str, names: str | None) -> str:
   Args:
     run: the `--workdir` of a run that has reached its plan's last bits.
     file: where to, a `.safetensors`.
-    names: `authors`, `torchvision`, `timm` or `profit_jax`; None takes the first of these that the model has.
+    names: `authors`, `torchvision`, `timm` or `profit_jax`; None takes the first of these that the
+      model has.
 
   Raises:
     ConfigError: anything that the user can mend.
@@ -28,11 +36,16 @@ def write(run: str, file: str, names: str | None) -> str:
   settings = read_settings(directory)
   model = settings.model.name
   if names is None:
-    names = next(source for source in ("authors", "torchvision", "timm", "profit_jax") if source in namings(model))
+    names = next(
+      source
+      for source in ("authors", "torchvision", "timm", "profit_jax")
+      if source in namings(model)
+    )
   module = build(settings.model, read_data(directory)["num_classes"], settings.quant)
   if names == "authors" and settings.quant != QuantSettings():
     raise ConfigError(
-      f"--names=authors is not allowed: their quantizers are DuQ's, and this run has config.quant = "
+      "--names=authors is not allowed: their quantizers are DuQ's, and this run has config.quant "
+      "= "
       f"{dataclasses.asdict(settings.quant)}. Use --names=profit_jax."
     )
   loaded = load_variables(run, model, variable_shapes(module, settings.data.image_size))
@@ -43,12 +56,16 @@ def write(run: str, file: str, names: str | None) -> str:
   told = [f"Wrote {file}: {model}, {len(tensors)} float32 tensors under {names} names."]
   if leaves_quantizers_out(tensors, loaded.variables) and bits != "fp":
     told.append(
-      f"WARNING: {names} names have no place for the quantizers' a and c, so that they are not in the file; the weights "
+      f"WARNING: {names} names have no place for the quantizers' a and c, so that they are not in "
+      "the file; the weights "
       f"were trained for {bits} and lose accuracy without them."
     )
-  for name, (theirs, ours) in differing_settings(namings(model)[names].settings, settings.model).items():
+  for name, (theirs, ours) in differing_settings(
+    namings(model)[names].settings, settings.model
+  ).items():
     told.append(
-      f"WARNING: the code behind {names} names computes with {name} = {theirs!r}, these weights were trained with "
+      f"WARNING: the code behind {names} names computes with {name} = {theirs!r}, these weights "
+      "were trained with "
       f"{ours!r}: change it there, or they lose accuracy although every tensor fits."
     )
   return "\n".join(told)
@@ -59,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m profit_jax.to_torch", description=__doc__)
   parser.add_argument("run", help="the --workdir of a run")
   parser.add_argument("file", help="to be written: a .safetensors")
-  parser.add_argument("--names", help="authors, torchvision, timm or profit_jax; the first that the model has")
+  parser.add_argument(
+    "--names", help="authors, torchvision, timm or profit_jax; the first that the model has"
+  )
   options = parser.parse_args(arguments)
   try:
     print(write(options.run, options.file, options.names))

@@ -3,9 +3,11 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Most of the tests' time is compilation: 28 s of CPU time for one training step of MobileNet-v2, 17 s without LLVM's
-# optimizations. Also for the processes that tests start.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# Most of the tests' time is compilation: 28 s of CPU time for one training step of MobileNet-v2, 17
+# s without LLVM's optimizations. Also for the processes that tests start.
+os.environ["XLA_FLAGS"] = (
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+)
 
 import tempfile
 
@@ -14,7 +16,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# The same small programs are compiled by several runs, in several processes; kept in a directory of this session only.
+# The same small programs are compiled by several runs, in several processes; kept in a directory of
+# this session only.
 if "PROFIT_JAX_TESTS_CACHE" not in os.environ:
   _CACHE = tempfile.TemporaryDirectory(prefix="profit_jax_tests_")
   os.environ["PROFIT_JAX_TESTS_CACHE"] = _CACHE.name
@@ -22,7 +25,8 @@ jax.config.update("jax_compilation_cache_dir", os.environ["PROFIT_JAX_TESTS_CACH
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
-# Two processes take whole files, in this order: what takes longest first, then what shares a finished run.
+# Two processes take whole files, in this order: what takes longest first, then what shares a
+# finished run.
 _FIRST = (
   "test_imagenet.py",
   "test_trajectory.py",
@@ -34,4 +38,6 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items):
-  items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
+  items.sort(
+    key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST)
+  )

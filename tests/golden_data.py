@@ -33,7 +33,11 @@ def images(name, shape):
 
 
 def labels(index, count):
-  return np.random.RandomState(zlib.crc32(f"labels:{index}".encode())).randint(0, 10, count).astype(np.int32)
+  return (
+    np.random.RandomState(zlib.crc32(f"labels:{index}".encode()))
+    .randint(0, 10, count)
+    .astype(np.int32)
+  )
 
 
 def tensors(shapes, prefix=""):

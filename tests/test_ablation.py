@@ -44,7 +44,9 @@ def test_every_cell_of_every_grid_is_a_valid_run(path):
     chosen = digits_w4.get_config(name)
     for field in fields:
       key, value = field.removeprefix("--config.").split("=", 1)
-      chosen.update_from_flattened_dict({key: eval(value) if value[0] in "(0123456789TF" else value})
+      chosen.update_from_flattened_dict(
+        {key: eval(value) if value[0] in "(0123456789TF" else value}
+      )
     settings = parse(chosen, REGISTRY)
     check(settings)
     assert plan(settings)
@@ -77,8 +79,15 @@ def test_a_part_of_a_grid():
   [
     ("x = 1", "get_grid"),
     ("def get_grid(): return {}", "must give a dictionary of config, fields, axes, keep, seeds"),
-    ("def get_grid(): return dict(config='{m}', fields={}, axes={'a': {'x': {}}}, keep=bool, seeds=1)", "is no axis"),
-    ("def get_grid(): return dict(config='', fields={}, axes={'a': {}}, keep=bool, seeds=1)", "axis 'a' is empty"),
+    (
+      "def get_grid(): return dict(config='{m}', fields={}, axes={'a': {'x': {}}}, keep=bool, "
+      "seeds=1)",
+      "is no axis",
+    ),
+    (
+      "def get_grid(): return dict(config='', fields={}, axes={'a': {}}, keep=bool, seeds=1)",
+      "axis 'a' is empty",
+    ),
     ("def get_grid(): return dict(config='', fields={}, axes={}, keep=bool, seeds=0)", "seeds = 0"),
   ],
 )
@@ -116,14 +125,25 @@ def write_results(root, grid, top1):
       if value is not None:
         directory = ablation.directory_of(root, labels, seed)
         directory.mkdir(parents=True)
-        (directory / "result.json").write_text(json.dumps({"final": {"top1": value, "full_precision_top1": 99.0}}))
+        (directory / "result.json").write_text(
+          json.dumps({"final": {"top1": value, "full_precision_top1": 99.0}})
+        )
 
 
 def test_mean_deviation_and_what_exceeds_the_spread(tmp_path):
   root, grid = epath.Path(tmp_path), small_grid(seeds=4)
-  # The seeds differ by more than the cells, but every seed says the same of the cells: pairs show it.
-  levels = {("mobilenet_v1", "on"): 80.0, ("mobilenet_v2", "on"): 90.0, ("mobilenet_v2", "off"): 89.0}
-  write_results(root, grid, lambda labels, seed: levels[labels] + 3.0 * seed + 0.1 * (seed % 2) * (labels[1] == "off"))
+  # The seeds differ by more than the cells, but every seed says the same of the cells: pairs show
+  # it.
+  levels = {
+    ("mobilenet_v1", "on"): 80.0,
+    ("mobilenet_v2", "on"): 90.0,
+    ("mobilenet_v2", "off"): 89.0,
+  }
+  write_results(
+    root,
+    grid,
+    lambda labels, seed: levels[labels] + 3.0 * seed + 0.1 * (seed % 2) * (labels[1] == "off"),
+  )
   cells = ablation.read_cells(grid, root)
   assert [(cell.runs, round(cell.mean, 6)) for cell in cells] == [(4, 84.5), (4, 94.5), (4, 93.55)]
   assert cells[1].deviation == pytest.approx(np.std([90, 93, 96, 99], ddof=1))
@@ -176,8 +196,8 @@ def test_runs_that_are_missing_are_counted(tmp_path):
 
 GRID = """
 def get_grid():
-  return {"config": "configs/digits_w4.py:mobilenet_v2", "fields": {}, "axes": {"a": {"x": {}, "y": {}}},
-          "keep": lambda labels: True, "seeds": 2}
+  return {"config": "configs/digits_w4.py:mobilenet_v2", "fields": {},
+          "axes": {"a": {"x": {}, "y": {}}}, "keep": lambda labels: True, "seeds": 2}
 """
 # Stands for a run: writes a result, or fails.
 RUN = """
@@ -191,7 +211,8 @@ if directory.name.startswith("x"):
 elif not (directory.parent / directory.name.replace("y", "x", 1) / "result.json").exists():
   sys.exit("too early")
 directory.mkdir()
-(directory / "result.json").write_text(json.dumps({"final": {"top1": 90.0, "full_precision_top1": None}}))
+result = {"final": {"top1": 90.0, "full_precision_top1": None}}
+(directory / "result.json").write_text(json.dumps(result))
 """
 
 
@@ -200,7 +221,11 @@ def test_a_grid_goes_on_where_it_stopped_and_tells_which_runs_failed(tmp_path, m
   (tmp_path / "run.py").write_text(RUN)
   root = tmp_path / "runs"
   command = ablate._command
-  monkeypatch.setattr(ablate, "_command", lambda *a, **b: [sys.executable, str(tmp_path / "run.py"), *command(*a, **b)[2:]])
+  monkeypatch.setattr(
+    ablate,
+    "_command",
+    lambda *a, **b: [sys.executable, str(tmp_path / "run.py"), *command(*a, **b)[2:]],
+  )
   monkeypatch.setattr(ablate, "_environments", lambda jobs: [{}] * jobs)
   arguments = ["--config", str(tmp_path / "grid.py"), "--workdir", str(root), "--jobs", "2"]
   assert ablate.main(arguments) == 1
@@ -215,7 +240,8 @@ def test_a_grid_goes_on_where_it_stopped_and_tells_which_runs_failed(tmp_path, m
   assert json.loads((root / "ablation.json").read_text())["cells"][1]["runs"] == 2
 
 
-# Stands for two runs that go on at the same time: x has saved what y may begin with, and waits for it.
+# Stands for two runs that go on at the same time: x has saved what y may begin with, and waits for
+# it.
 LIVE = """
 import json, pathlib, sys, time
 directory = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir")).split("=")[1])
@@ -223,7 +249,8 @@ x, y = directory.parent / "x-seed0", directory.parent / "y-seed0"
 result = {"final": {"top1": 90.0, "full_precision_top1": None}}
 if directory == x:
   (directory / "checkpoints" / "NUMBER").mkdir(parents=True)
-  (directory / "data.json").write_text('{"train_examples": 1347, "eval_examples": 450, "num_classes": 10}')
+  data = {"train_examples": 1347, "eval_examples": 450, "num_classes": 10}
+  (directory / "data.json").write_text(json.dumps(data))
   for _ in range(300):
     if (y / "result.json").exists():
       break
@@ -244,9 +271,22 @@ def test_a_run_begins_while_its_trunk_goes_on(tmp_path, monkeypatch, alone):
   end = fork.ends(settings, len(plan(settings)), 1347)[-1]
   (tmp_path / "run.py").write_text(LIVE.replace("NUMBER", str(end)))
   command, root = ablate._command, tmp_path / "runs"
-  monkeypatch.setattr(ablate, "_command", lambda *a, **b: [sys.executable, str(tmp_path / "run.py"), *command(*a, **b)[2:]])
+  monkeypatch.setattr(
+    ablate,
+    "_command",
+    lambda *a, **b: [sys.executable, str(tmp_path / "run.py"), *command(*a, **b)[2:]],
+  )
   monkeypatch.setattr(ablate, "_environments", lambda jobs: [{}] * jobs)
-  arguments = ["--config", str(tmp_path / "grid.py"), "--workdir", str(root), "--jobs", "2", "--seeds", "1"]
+  arguments = [
+    "--config",
+    str(tmp_path / "grid.py"),
+    "--workdir",
+    str(root),
+    "--jobs",
+    "2",
+    "--seeds",
+    "1",
+  ]
   assert ablate.main([*arguments, *["--alone"] * alone]) == 0
   got = json.loads((root / "y-seed0" / "result.json").read_text())
   assert got["given"] == ([] if alone else [f"--fork_from={root}/x-seed0"])
@@ -255,7 +295,12 @@ def test_a_run_begins_while_its_trunk_goes_on(tmp_path, monkeypatch, alone):
 
 def test_plan_prints_commands_and_trains_nothing(tmp_path, capsys):
   (tmp_path / "grid.py").write_text(GRID)
-  assert ablate.main(["--config", str(tmp_path / "grid.py"), "--workdir", str(tmp_path / "runs"), "--plan"]) == 0
+  assert (
+    ablate.main(
+      ["--config", str(tmp_path / "grid.py"), "--workdir", str(tmp_path / "runs"), "--plan"]
+    )
+    == 0
+  )
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 4
   x, y = shlex.split(lines[0])[1:], shlex.split(lines[1])[1:]

@@ -1,4 +1,6 @@
-"""The house: a file imports only from what stands above it, and TensorFlow and clu stay in their rooms."""
+"""The house: a file imports only from what stands above it, and TensorFlow and clu stay in their
+rooms.
+"""
 
 import ast
 import pathlib

@@ -8,11 +8,16 @@ import pytest
 from profit_jax import depthwise
 
 
-@pytest.mark.parametrize(("size", "kernel", "stride"), [(9, 3, 1), (9, 3, 2), (8, 3, 2), (11, 5, 1), (12, 5, 2), (3, 3, 1)])
+@pytest.mark.parametrize(
+  ("size", "kernel", "stride"), [(9, 3, 1), (9, 3, 2), (8, 3, 2), (11, 5, 1), (12, 5, 2), (3, 3, 1)]
+)
 def test_forms_agree_forward_and_backward(size, kernel, stride):
   rng = np.random.default_rng(size)
   with jax.enable_x64(True):
-    x, k = jnp.asarray(rng.normal(size=(2, size, size + 1, 5))), jnp.asarray(rng.normal(size=(kernel, kernel, 1, 5)))
+    x, k = (
+      jnp.asarray(rng.normal(size=(2, size, size + 1, 5))),
+      jnp.asarray(rng.normal(size=(kernel, kernel, 1, 5))),
+    )
     y, vjp = jax.vjp(lambda x, k: depthwise.depthwise_conv(x, k, stride), x, k)
     expected, expected_vjp = jax.vjp(lambda x, k: depthwise.grouped(x, k, stride), x, k)
     upstream = jnp.asarray(rng.normal(size=y.shape))
@@ -41,7 +46,10 @@ def test_bfloat16_is_summed_in_float32():
 
 @pytest.mark.parametrize(("platform", "grouped"), [("cpu", False), ("cuda", True), ("tpu", True)])
 def test_each_platform_has_its_form(platform, grouped):
-  x, k = jax.ShapeDtypeStruct((2, 8, 8, 4), np.float32), jax.ShapeDtypeStruct((3, 3, 1, 4), np.float32)
+  x, k = (
+    jax.ShapeDtypeStruct((2, 8, 8, 4), np.float32),
+    jax.ShapeDtypeStruct((3, 3, 1, 4), np.float32),
+  )
   traced = jax.jit(lambda x, k: depthwise.depthwise_conv(x, k, 1)).trace(x, k)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert ("feature_group_count = 4" in text) == grouped

@@ -1,4 +1,6 @@
-"""Normalization, non-linearity and quantizer in one: what they give, and pass back, one after the other."""
+"""Normalization, non-linearity and quantizer in one: what they give, and pass back, one after the
+other.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,9 @@ def test_value_and_gradients_are_those_of_the_parts(shape, activation, kind, int
     steps = jnp.asarray(7.0)
 
     def whole(x, scale, bias, raw_a, raw_c):
-      pending = fused.Normalized(x, *fused.moments(jax.lax.stop_gradient(x)), scale, bias, 1e-5, activation)
+      pending = fused.Normalized(
+        x, *fused.moments(jax.lax.stop_gradient(x)), scale, bias, 1e-5, activation
+      )
       y = pending.value() if kind is None else pending.quantized(raw_a, raw_c, steps, kind)
       return jnp.sum(upstream * y), y
 
@@ -65,6 +69,8 @@ def test_value_and_gradients_are_those_of_the_parts(shape, activation, kind, int
       return jnp.sum(upstream * y), y
 
     arguments = x, scale, bias, raw_a, raw_c
-    ours, formula = (jax.jit(jax.grad(f, range(5), has_aux=True))(*arguments) for f in (whole, parts))
+    ours, formula = (
+      jax.jit(jax.grad(f, range(5), has_aux=True))(*arguments) for f in (whole, parts)
+    )
     for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(formula), strict=True):
       np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-11)

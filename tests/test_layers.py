@@ -21,30 +21,42 @@ def test_batch_norm_formulas_and_unbiased_running_variance():
   x = np.random.default_rng(0).normal(3, 2, (4, 3, 3, 5))
   with jax.enable_x64(True):
     module = BatchNorm(momentum=0.9, epsilon=1e-5)
-    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(module, jnp.asarray(x), True))
+    variables = jax.tree.map(
+      lambda leaf: leaf.astype(jnp.float64), init(module, jnp.asarray(x), True)
+    )
     y, updates = module.apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
   mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
   np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), rtol=1e-10, atol=1e-12)
   np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * mean, rtol=1e-10)
-  np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-10)
+  np.testing.assert_allclose(
+    updates["batch_stats"]["var"], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1), rtol=1e-10
+  )
 
 
 def test_batch_norm_gradient_is_that_of_its_formula():
   rng = np.random.default_rng(1)
   with jax.enable_x64(True):
-    x, upstream = jnp.asarray(rng.normal(3, 2, (4, 3, 3, 5))), jnp.asarray(rng.normal(size=(4, 3, 3, 5)))
+    x, upstream = (
+      jnp.asarray(rng.normal(3, 2, (4, 3, 3, 5))),
+      jnp.asarray(rng.normal(size=(4, 3, 3, 5))),
+    )
     scale, bias = jnp.asarray(rng.normal(size=5)), jnp.asarray(rng.normal(size=5))
     module = BatchNorm()
 
     def ours(x, scale, bias):
-      variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": bias * 0, "var": bias * 0}}
+      variables = {
+        "params": {"scale": scale, "bias": bias},
+        "batch_stats": {"mean": bias * 0, "var": bias * 0},
+      }
       return jnp.sum(upstream * module.apply(variables, x, True, mutable=["batch_stats"])[0])
 
     def formula(x, scale, bias):
       mean, var = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
       return jnp.sum(upstream * ((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias))
 
-    for a, b in zip(*(jax.grad(f, (0, 1, 2))(x, scale, bias) for f in (ours, formula)), strict=True):
+    for a, b in zip(
+      *(jax.grad(f, (0, 1, 2))(x, scale, bias) for f in (ours, formula)), strict=True
+    ):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -93,7 +105,10 @@ def test_quantizers_are_absent_in_full_precision_and_on_the_grid_otherwise():
 def test_bfloat16_rounds_operands_and_results_and_sums_in_float32(make):
   rng = np.random.default_rng(0)
 
-  def draw(shape):  # already rounded; means away from 0, so that long sums in bfloat16 would stop growing
+  # Already rounded; means away from 0, so that long sums in bfloat16 would stop growing.
+  def draw(
+    shape,
+  ):
     return jnp.asarray(rng.normal(1, 1, shape), jnp.bfloat16).astype(jnp.float32)
 
   x = draw((512, 16) if make.func is QuantDense else (8, 9, 9, 16))
@@ -104,7 +119,9 @@ def test_bfloat16_rounds_operands_and_results_and_sums_in_float32(make):
   @functools.partial(jax.jit, static_argnums=0)
   def value_and_gradients(dtype):
     def apply(x, kernel):
-      return make(dtype=dtype).apply({"params": {**variables["params"], "kernel": kernel}}, x, Levels())
+      return make(dtype=dtype).apply(
+        {"params": {**variables["params"], "kernel": kernel}}, x, Levels()
+      )
 
     y, vjp = jax.vjp(apply, x, kernel)
     return y, *vjp(upstream)
@@ -115,7 +132,9 @@ def test_bfloat16_rounds_operands_and_results_and_sums_in_float32(make):
     np.testing.assert_allclose(ours, exact, rtol=2**-8, atol=1e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("layer", ["pointwise", "depthwise", "depthwise_negative_pad", "dead_channel"])
+@pytest.mark.parametrize(
+  "layer", ["pointwise", "depthwise", "depthwise_negative_pad", "dead_channel"]
+)
 def test_authors_aiwq(layer):
   golden = golden_data.load("aiwq.npz")
   kernels = [golden[f"{layer}_{name}"].transpose(2, 3, 1, 0) for name in ("w_prev", "w")]
@@ -130,7 +149,11 @@ def test_authors_aiwq(layer):
     x = jnp.asarray(golden[f"{layer}_x"].transpose(0, 2, 3, 1))
     state = aiwq.start({"conv": {"kernel": kernels[0]}})
     for kernel in kernels:
-      params = {"kernel": jnp.asarray(kernel), "quant_a": jnp.float64(0.8), "quant_c": jnp.float64(0.6)}
+      params = {
+        "kernel": jnp.asarray(kernel),
+        "quant_a": jnp.float64(0.8),
+        "quant_c": jnp.float64(0.6),
+      }
       _, sown = module.apply(
         {"params": params, "previous": aiwq.previous_collection(state)["conv"]},
         x,
@@ -152,7 +175,9 @@ def test_aiwq_of_every_second_image_is_that_of_those_images():
   def moments(x, every):
     module = QuantConv(features=8, kernel_size=3, sampling_every=every)
     variables = module.init(jax.random.key(0), x, levels(4, None))
-    y, sown = module.apply({**variables, "previous": previous}, x, levels(4, None), mutable=["moments", "quantized"])
+    y, sown = module.apply(
+      {**variables, "previous": previous}, x, levels(4, None), mutable=["moments", "quantized"]
+    )
     return y, sown["moments"]
 
   (whole, of_some), (_, expected) = moments(x, 2), moments(x[::2], 1)

@@ -17,7 +17,9 @@ def test_sums_are_sums(shape, rows, count):
   operands = [draw.normal(size=shape).astype(np.float32) for _ in range(count)]
   ours = jax.jit(lambda *operands: (channel_sums(operands, rows), total_sums(operands)))(*operands)
   for operand, channels, total in zip(operands, *ours, strict=True):
-    np.testing.assert_allclose(channels, operand.sum(axis=tuple(range(operand.ndim - 1))), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+      channels, operand.sum(axis=tuple(range(operand.ndim - 1))), rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_allclose(total, operand.sum(), rtol=1e-5, atol=1e-5)
 
 
@@ -29,7 +31,10 @@ def test_a_kernel_of_its_own_is_a_branch_on_cpus_only():
   step = jax.jit(lambda witness, x: own_kernel(lambda x: 2 * x, witness, x))
   witness, x = jnp.ones((2, 2)), jnp.arange(3.0)
   np.testing.assert_array_equal(step(witness, x), 2 * x)
-  texts = {name: step.trace(witness, x).lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+  texts = {
+    name: step.trace(witness, x).lower(lowering_platforms=(name,)).as_text()
+    for name in ("cpu", "cuda", "tpu")
+  }
   # The choice of a platform is a branch too, but on a constant.
   assert {name for name, text in texts.items() if "stablehlo.compare" in text} == {"cpu"}
 

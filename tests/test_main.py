@@ -39,7 +39,9 @@ def run(tmp_path_factory):
     process = server.Process(target=_command, args=(arguments, str(out), str(err)))
     process.start()
     process.join(120)
-    return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+    return subprocess.CompletedProcess(
+      arguments, process.exitcode, out.read_text(), err.read_text()
+    )
 
   return command
 
@@ -60,17 +62,29 @@ def run(tmp_path_factory):
     ([*DIGITS, "--mode=eval", "--workdir=/nonexistent/run"], "holds no run"),
     (["--mode=export", "--workdir=/nonexistent/run"], "holds no run"),
     (["--mode=export"], "--workdir is missing"),
-    (["--mode=export", "--workdir=r", "--formats=onnx,tflite"], "'tflite' must be one of onnx, jax, safetensors"),
+    (
+      ["--mode=export", "--workdir=r", "--formats=onnx,tflite"],
+      "'tflite' must be one of onnx, jax, safetensors",
+    ),
     ([*DIGITS, "--mode=eval", "--config.init.weights=absent.pth"], "'absent.pth' does not exist"),
-    ([*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/whole_model.pth"], "not run here"),
-    ([*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/zip.pth"], "Nothing was loaded"),
+    (
+      [*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/whole_model.pth"],
+      "not run here",
+    ),
+    (
+      [*DIGITS, "--mode=eval", f"--config.init.weights={TORCH_FILES}/zip.pth"],
+      "Nothing was loaded",
+    ),
     (["--config=configs/digits_w4.py:vgg", "--mode=plan"], "mobilenet_v3_small"),
     ([*DIGITS, "--mode=plan", "--images_per_second=0"], "above 0"),
     (
       ["--config=configs/mbv2_w4.py", "--workdir=r", "--config.data.data_dir=/absent"],
       "profit_jax.data.prepare imagenet2012 --data_dir=/absent",
     ),
-    (["--config=configs/mbv2_w4.py", "--workdir=r", "--config.data.name=imagenets"], "neither its catalogue"),
+    (
+      ["--config=configs/mbv2_w4.py", "--workdir=r", "--config.data.name=imagenets"],
+      "neither its catalogue",
+    ),
     ([*DIGITS, "--workdir=r", "--num_processes=2"], "--coordinator_address is missing"),
   ],
 )

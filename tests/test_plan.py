@@ -21,7 +21,8 @@ def settings(**changes):
   return parse(config, ["mobilenet_v2"])
 
 
-# SPEC section 4: kind, weight bits, act bits, epochs, frozen share; the command with a teacher, bits 8 5 4, PROFIT at 4.
+# SPEC section 4: kind, weight bits, act bits, epochs, frozen share; the command with a teacher,
+# bits 8 5 4, PROFIT at 4.
 THIRD, TWO_THIRDS = 1 / 3, 2 / 3
 PUBLISHED = [("full_precision", None, None, 15, 0)]
 for bits in (8, 5, 4):
@@ -29,11 +30,18 @@ for bits in (8, 5, 4):
 for bits in (8, 5):
   PUBLISHED += [("bn", bits, 4, 5, 0), ("finetune", bits, 4, 15, 0), ("bn", bits, 4, 5, 0)]
 PUBLISHED += [("bn", 4, 4, 5, 0), ("sampling", 4, 4, 5, 0)]
-PUBLISHED += [("finetune", 4, 4, 15, share) for share in (0, THIRD, TWO_THIRDS)] + [("bn", 4, 4, 5, 0)]
+PUBLISHED += [("finetune", 4, 4, 15, share) for share in (0, THIRD, TWO_THIRDS)] + [
+  ("bn", 4, 4, 5, 0)
+]
 
 
 @pytest.mark.parametrize(
-  "name", sorted(path.stem for path in CONFIGS.glob("[!_]*.py") if path.stem != "base" and "ablation" not in path.stem)
+  "name",
+  sorted(
+    path.stem
+    for path in CONFIGS.glob("[!_]*.py")
+    if path.stem != "base" and "ablation" not in path.stem
+  ),
 )
 def test_every_configuration_is_valid_and_says_its_command_cost_and_result(name):
   module = importlib.import_module(f"configs.{name}")
@@ -49,13 +57,17 @@ def test_hours_follow_from_the_speed():
   lines = format_table(phases, 5004, 1500 / 256).splitlines()
   # 15 epochs of 5004 steps of 256 images at 1500 images a second.
   assert lines[1].split()[-1] == f"{15 * 5004 * 256 / 1500 / 3600:.2f}"
-  assert lines[-1].startswith(f"{200 * 5004 * 256 / 1500 / 3600:.1f} hours of training at 5.85938 steps a second")
+  assert lines[-1].startswith(
+    f"{200 * 5004 * 256 / 1500 / 3600:.1f} hours of training at 5.85938 steps a second"
+  )
   assert "hours" not in format_table(phases, 5004)
 
 
 def test_published_command_is_22_phases_and_200_epochs():
   phases = plan(settings())
-  assert [(p.kind, p.weight_bits, p.act_bits, p.epochs, p.frozen_fraction) for p in phases] == PUBLISHED
+  assert [
+    (p.kind, p.weight_bits, p.act_bits, p.epochs, p.frozen_fraction) for p in phases
+  ] == PUBLISHED
   assert len(phases) == 22
   assert sum(p.epochs for p in phases) == 200
   assert [p.index for p in phases] == list(range(1, 23))
@@ -64,7 +76,9 @@ def test_published_command_is_22_phases_and_200_epochs():
 
 
 def test_kernels_are_fitted_at_the_bits_that_say_so():
-  phases = plan(settings(**{"plan.weight_bits": (8, 4, 2), "plan.profit_bits": (2,), "plan.fitted_bits": (2,)}))
+  phases = plan(
+    settings(**{"plan.weight_bits": (8, 4, 2), "plan.profit_bits": (2,), "plan.fitted_bits": (2,)})
+  )
   assert [p.name for p in phases if p.calibrate == "fit"] == ["w2a4 bn1"]
   assert [p.name for p in phases if p.calibrate == "weight"] == ["w8a4 bn1"]
 
@@ -94,14 +108,28 @@ def test_phases_share_programs():
 @pytest.mark.parametrize(
   ("changes", "names"),
   [
-    ({"plan.progressive": False}, "fp|a4 bn1|a4 ft|a4 bn2|w4a4 bn1|w4a4 sampling|w4a4 ft1|w4a4 ft2|w4a4 ft3|w4a4 bn2"),
-    ({"plan.progressive": False, "plan.profit": False, "plan.stabilize": False}, "fp|a4 ft|w4a4 ft"),
-    ({"plan.act_bits": (), "plan.weight_bits": (8,), "plan.profit": False}, "fp|w8 bn1|w8 ft|w8 bn2"),
+    (
+      {"plan.progressive": False},
+      "fp|a4 bn1|a4 ft|a4 bn2|w4a4 bn1|w4a4 sampling|w4a4 ft1|w4a4 ft2|w4a4 ft3|w4a4 bn2",
+    ),
+    (
+      {"plan.progressive": False, "plan.profit": False, "plan.stabilize": False},
+      "fp|a4 ft|w4a4 ft",
+    ),
+    (
+      {"plan.act_bits": (), "plan.weight_bits": (8,), "plan.profit": False},
+      "fp|w8 bn1|w8 ft|w8 bn2",
+    ),
     ({"plan.weight_bits": (), "plan.act_bits": (8,), "plan.stabilize": False}, "fp|a8 ft"),
     ({"plan.weight_bits": (), "plan.act_bits": ()}, "fp"),
     ({"plan.act_bits": (4,), "plan.weight_bits": (), "plan.bn_epochs": 0}, "fp|a4 ft"),
     (
-      {"teacher.model": "none", "init.weights": "w.npz", "plan.act_bits": (8,), "plan.weight_bits": ()},
+      {
+        "teacher.model": "none",
+        "init.weights": "w.npz",
+        "plan.act_bits": (8,),
+        "plan.weight_bits": (),
+      },
       "a8 bn1|a8 ft|a8 bn2",
     ),
     (
@@ -118,7 +146,11 @@ def test_options(changes, names):
   ("changes", "first", "later"),
   [
     ({"teacher.model": "none"}, False, False),
-    ({"teacher.model": "self"}, False, True),  # from random weights it has no teacher before phase 1 ends
+    (
+      {"teacher.model": "self"},
+      False,
+      True,
+    ),  # from random weights it has no teacher before phase 1 ends
     ({"teacher.model": "self", "init.weights": "w.npz"}, True, True),
     ({"teacher.model": "mobilenet_v2", "teacher.weights": "t.npz"}, True, True),
   ],
@@ -131,14 +163,25 @@ def test_which_phases_distill(changes, first, later):
 
 def test_a_plan_without_phases_is_refused():
   with pytest.raises(ConfigError, match="no phase"):
-    plan(settings(**{"teacher.model": "none", "init.weights": "w.npz", "plan.act_bits": (), "plan.weight_bits": ()}))
+    plan(
+      settings(
+        **{
+          "teacher.model": "none",
+          "init.weights": "w.npz",
+          "plan.act_bits": (),
+          "plan.weight_bits": (),
+        }
+      )
+    )
 
 
 def test_table_counts_steps_and_programs():
   lines = format_table(plan(settings()), 5004).split("\n")
   assert len(lines) == 24
   assert "75060" in lines[1]
-  assert lines[-1].startswith("22 phases, 200 epochs, 1000800 steps; compiled programs: 8 for training, 3 for evaluation")
+  assert lines[-1].startswith(
+    "22 phases, 200 epochs, 1000800 steps; compiled programs: 8 for training, 3 for evaluation"
+  )
 
 
 def test_every_sampling_phase_brings_frozen_programs_of_its_own():

@@ -17,7 +17,10 @@ from profit_jax.settings import ConfigError
 def trees(number, size=1000):
   rng = np.random.default_rng(number)
   return {
-    "state": {"step": np.asarray(number, np.int32), "kernel": rng.normal(size=(4, size)).astype(np.float32)},
+    "state": {
+      "step": np.asarray(number, np.int32),
+      "kernel": rng.normal(size=(4, size)).astype(np.float32),
+    },
     "sampling": None,
     "best": {"flag": np.asarray(True)},
   }
@@ -37,7 +40,9 @@ def write(directory, numbers, keep=3, size=1000):
 def assert_is(snapshot, number, size=1000):
   assert (snapshot.number, snapshot.values) == (number, values(number))
   expected = trees(number, size)
-  np.testing.assert_array_equal(snapshot.restore("state", expected["state"])["kernel"], expected["state"]["kernel"])
+  np.testing.assert_array_equal(
+    snapshot.restore("state", expected["state"])["kernel"], expected["state"]["kernel"]
+  )
   assert snapshot.arrays["state/step"].dtype == np.int32
   assert snapshot.restore("sampling", {"metric": np.zeros(3)}) is None
   assert snapshot.section("best")["flag"].dtype == bool
@@ -63,7 +68,8 @@ def test_the_newest_comes_back(two):
 def test_the_last_few_stay(tmp_path):
   write(tmp_path / "c", [1, 2, 3, 5, 8], keep=2)
   assert snapshots.saved_numbers(tmp_path / "c") == [5, 8]
-  # The number that is there is the same moment; and what a killed process left unfinished is swept away.
+  # The number that is there is the same moment; and what a killed process left unfinished is swept
+  # away.
   unfinished = shutil.copytree(tmp_path / "c" / "8", tmp_path / "c" / "9.orbax-checkpoint-tmp")
   write(tmp_path / "c", [8, 9], keep=2)
   assert not unfinished.exists()
@@ -83,7 +89,11 @@ _DAMAGES = ("truncated", "altered", "removed")
 
 
 def damages(directory):
-  files = sorted(str(path.relative_to(directory / "7")) for path in (directory / "7").rglob("*") if path.is_file())
+  files = sorted(
+    str(path.relative_to(directory / "7"))
+    for path in (directory / "7").rglob("*")
+    if path.is_file()
+  )
   return [(file, how) for file in files for how in _DAMAGES]
 
 
@@ -111,7 +121,9 @@ def test_any_damage_to_any_file_falls_back_or_does_not_matter(two, tmp_path):
       assert "; 3 is used." in warnings[0]
     # Whatever the damage, what comes back is one of the moments, to the bit.
     assert_is(found, 3 if warnings else 7)
-  assert fell_back == {(f"moment/moment.{kind}", how) for kind in ("safetensors", "sha256") for how in _DAMAGES}
+  assert fell_back == {
+    (f"moment/moment.{kind}", how) for kind in ("safetensors", "sha256") for how in _DAMAGES
+  }
 
 
 def test_who_trains_sets_damaged_ones_aside(copy):
@@ -131,7 +143,10 @@ def test_nothing_is_changed_where_all_are_damaged(copy):
   for number in (3, 7):
     damage(copy / str(number) / "moment" / "moment.sha256", "truncated")
   writer = snapshots.Writer(copy, keep=3)
-  with pytest.raises(ConfigError, match=r"No checkpoint in .* can be read back; nothing was changed[\s\S]*/7: [\s\S]*/3: "):
+  with pytest.raises(
+    ConfigError,
+    match=r"No checkpoint in .* can be read back; nothing was changed[\s\S]*/7: [\s\S]*/3: ",
+  ):
     writer.read_newest(pytest.fail)
   writer.close()
   assert snapshots.saved_numbers(copy) == [3, 7]
@@ -148,7 +163,9 @@ def test_a_disk_that_fails_for_a_while_is_no_damage(copy, monkeypatch):
   monkeypatch.setattr(type(epath.Path(copy)), "read_bytes", read_bytes)
   writer = snapshots.Writer(copy, keep=3)
   with pytest.raises(
-    ConfigError, match=r"7/moment/moment.safetensors cannot be read at present: .*Input/output error\. Nothing was changed"
+    ConfigError,
+    match=r"7/moment/moment.safetensors cannot be read at present: .*Input/output error\. Nothing "
+    r"was changed",
   ):
     writer.read_newest(pytest.fail)
   failing.clear()
@@ -185,21 +202,28 @@ def test_a_file_in_the_place_of_the_directory_is_named(tmp_path):
     lambda: snapshots.Writer(tmp_path / "checkpoints", keep=1),
   ):
     with pytest.raises(
-      ConfigError, match=r"/checkpoints must be the directory of a run's checkpoints, and cannot be listed"
+      ConfigError,
+      match=r"/checkpoints must be the directory of a run's checkpoints, and cannot be listed",
     ):
       action()
 
 
 def test_another_structure_is_named(two):
   newest = snapshots.read_newest(two, pytest.fail)
-  with pytest.raises(ConfigError, match=r"Checkpoint 7 does not hold the state .*\['weights', 'kernel'\]"):
-    newest.restore("state", {"step": np.zeros((), np.int32), "weights": np.zeros((4, 1000), np.float32)})
+  with pytest.raises(
+    ConfigError, match=r"Checkpoint 7 does not hold the state .*\['weights', 'kernel'\]"
+  ):
+    newest.restore(
+      "state", {"step": np.zeros((), np.int32), "weights": np.zeros((4, 1000), np.float32)}
+    )
 
 
 def test_a_full_disk_leaves_the_last_good_one(tmp_path):
   disk = tmp_path / "disk"
   disk.mkdir()
-  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False)
+  mounted = subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+  )
   if mounted.returncode:
     pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
   try:
@@ -207,7 +231,10 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path):
     write(disk / "checkpoints", [1, 2], size=size)
     writer = snapshots.Writer(disk / "checkpoints", keep=1)
     writer.save(3, trees(3, size), values(3))
-    with pytest.raises(ConfigError, match=r"could not be written to .*No space left on device.* the last good one is 2\."):
+    with pytest.raises(
+      ConfigError,
+      match=r"could not be written to .*No space left on device.* the last good one is 2\.",
+    ):
       writer.wait()
     assert snapshots.saved_numbers(disk / "checkpoints") == [1, 2]  # nor has the old one made room
     assert_is(snapshots.read_newest(disk / "checkpoints", pytest.fail), 2, size)

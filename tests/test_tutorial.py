@@ -11,7 +11,9 @@ NOTEBOOK = pathlib.Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
 
 
 def text_of(notebook):
-  outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+  outputs = [
+    output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+  ]
   assert not [output for output in outputs if output.output_type == "error"]
   pictures = sum("image/png" in output.get("data", {}) for output in outputs)
   return "".join(output.get("text", "") for output in outputs), pictures
@@ -22,7 +24,10 @@ def test_it_ends_with_a_verified_file(executed):
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   if executed:
     NotebookClient(
-      notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": NOTEBOOK.parent}}
+      notebook,
+      timeout=900,
+      kernel_name="python3",
+      resources={"metadata": {"path": NOTEBOOK.parent}},
     ).execute()
   text, pictures = text_of(notebook)
   assert pictures == 4

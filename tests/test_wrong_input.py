@@ -1,4 +1,6 @@
-"""Whatever is wrong with a configuration, a command line or a file: one message that names it, and exit code 2."""
+"""Whatever is wrong with a configuration, a command line or a file: one message that names it, and
+exit code 2.
+"""
 
 import contextlib
 import importlib
@@ -40,7 +42,9 @@ from tests.wrong_input import (
 )
 
 # `HYPOTHESIS_PROFILE=full pytest tests/test_wrong_input.py` draws 500 of each kind.
-hypothesis.settings.register_profile("ci", max_examples=120, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+  "ci", max_examples=120, deadline=None, derandomize=True, database=None
+)
 hypothesis.settings.register_profile("full", max_examples=500, deadline=None, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 FULL = os.environ.get("HYPOTHESIS_PROFILE") == "full"
@@ -62,7 +66,9 @@ def main():
 
 
 def command(main, arguments):
-  """What `python main.py` does with arguments, in this process; returns exit code, output and errors."""
+  """What `python main.py` does with arguments, in this process; returns exit code, output and
+  errors.
+  """
   for name in [name for name in flags.FLAGS if name.startswith("config.")]:
     delattr(flags.FLAGS, name)
   flags.FLAGS.unparse_flags()
@@ -95,12 +101,20 @@ def assert_refused(code, err, names):
 
 def test_every_field_is_drawn_from():
   config = base.get_config()
-  fields = {f"{section}.{name}" for section in config if hasattr(config[section], "keys") for name in config[section]}
+  fields = {
+    f"{section}.{name}"
+    for section in config
+    if hasattr(config[section], "keys")
+    for name in config[section]
+  }
   assert set(FIELDS) == fields | {name for name in config if not hasattr(config[name], "keys")}
 
 
 def test_an_override_arrives(main):
-  assert "22 phases, 79 epochs" in command(main, [DIGITS, "--mode=plan", "--config.plan.full_precision_epochs=33"])[1]
+  assert (
+    "22 phases, 79 epochs"
+    in command(main, [DIGITS, "--mode=plan", "--config.plan.full_precision_epochs=33"])[1]
+  )
   assert "22 phases, 76 epochs" in command(main, [DIGITS, "--mode=plan"])[1]
 
 
@@ -110,16 +124,20 @@ wrong_changes = st.lists(
   max_size=3,
   unique=True,
 ).flatmap(lambda fields: st.fixed_dictionaries({field: FIELDS[field][0] for field in fields}))
-right_changes = st.lists(st.sampled_from(sorted(FIELDS)), min_size=1, max_size=6, unique=True).flatmap(
-  lambda fields: st.fixed_dictionaries({field: FIELDS[field][1] for field in fields})
-)
+right_changes = st.lists(
+  st.sampled_from(sorted(FIELDS)), min_size=1, max_size=6, unique=True
+).flatmap(lambda fields: st.fixed_dictionaries({field: FIELDS[field][1] for field in fields}))
 
 
 @hypothesis.given(config=configs, changes=wrong_changes)
 def test_wrong_values_are_named(main, config, changes):
   code, _, err = command(main, [config, "--mode=plan", *overrides(changes)])
   # ml_collections refuses a wrong type with the field's last name only.
-  assert_refused(code, err, [f"config.{field}" for field in changes] + [f"flag --config.{field}" for field in changes])
+  assert_refused(
+    code,
+    err,
+    [f"config.{field}" for field in changes] + [f"flag --config.{field}" for field in changes],
+  )
 
 
 def accepted(main, config, changes):
@@ -150,12 +168,16 @@ wrong_arguments = st.one_of(
   st.builds("--{}".format, WORDS),
   TEXT.filter(lambda text: not text.startswith("-")),
   st.builds("--mode={}".format, TEXT.filter(lambda text: text not in ("train", "eval", "plan"))),
-  st.builds("--images_per_second={}".format, WORDS | st.sampled_from(["0", "-1", "nan", "inf", ""])),
+  st.builds(
+    "--images_per_second={}".format, WORDS | st.sampled_from(["0", "-1", "nan", "inf", ""])
+  ),
   st.builds("--num_processes={}".format, WORDS | st.sampled_from(["1.5", ""])),
   st.builds("--config=configs/{}.py".format, WORDS),
   st.builds("--config.{}=1".format, WORDS),
   st.builds("--config.train.{}=1".format, WORDS),
-  st.builds("--config.train.batch_size={}".format, WORDS | st.sampled_from(["", "1.5", "(1,)", "True"])),
+  st.builds(
+    "--config.train.batch_size={}".format, WORDS | st.sampled_from(["", "1.5", "(1,)", "True"])
+  ),
 )
 
 
@@ -181,7 +203,11 @@ def test_wrong_clusters_are_refused(main, tmp_path_factory, arguments, mode):
 @hypothesis.given(workdir=NO_RUN | st.just(""))
 def test_wrong_workdirs_are_refused(main, workdir):
   code, _, err = command(main, [*START, "--mode=eval", f"--workdir={workdir}"])
-  assert_refused(code, err, [f"--workdir {workdir}", f"--workdir {workdir!r}", f"/{workdir} holds no run", "--workdir is"])
+  assert_refused(
+    code,
+    err,
+    [f"--workdir {workdir}", f"--workdir {workdir!r}", f"/{workdir} holds no run", "--workdir is"],
+  )
 
 
 @hypothesis.given(origin=NO_RUN)
@@ -193,7 +219,9 @@ def test_wrong_places_to_fork_from_are_named(main, tmp_path_factory, origin):
 
 
 @hypothesis.settings(max_examples=40 if FULL else 10)
-@hypothesis.given(workdir=SCHEMES | st.sampled_from(["", "README.md", "README.md/run", "/dev/null/run", "a" * 256]))
+@hypothesis.given(
+  workdir=SCHEMES | st.sampled_from(["", "README.md", "README.md/run", "/dev/null/run", "a" * 256])
+)
 def test_wrong_workdirs_to_train_in_are_refused(main, workdir):
   code, _, err = command(main, [*START, f"--workdir={workdir}"])
   assert_refused(code, err, ["--workdir "])
@@ -205,7 +233,11 @@ def test_wrong_weights_are_named(main, tmp_path_factory, path, teacher):
   workdir = tmp_path_factory.getbasetemp() / "never"
   chosen = [f"--config.init.weights={path}", "--mode=eval"]
   if teacher:
-    chosen = [f"--config.teacher.weights={path}", "--config.teacher.model=mobilenet_v1", f"--workdir={workdir}"]
+    chosen = [
+      f"--config.teacher.weights={path}",
+      "--config.teacher.model=mobilenet_v1",
+      f"--workdir={workdir}",
+    ]
     chosen.append("--config.teacher.strides=(1, 1, 2, 2, 2, 1)")
   code, _, err = command(main, [*START, *chosen])
   assert_refused(code, err, [path])
@@ -214,7 +246,11 @@ def test_wrong_weights_are_named(main, tmp_path_factory, path, teacher):
 
 @hypothesis.given(path=NO_FOLDER, mode=st.sampled_from(["plan", "eval"]))
 def test_wrong_places_of_data_are_named(main, path, mode):
-  chosen = ["--config.data.name=folder", f"--config.data.data_dir={path}", "--config.init.weights=absent.npz"]
+  chosen = [
+    "--config.data.name=folder",
+    f"--config.data.data_dir={path}",
+    "--config.init.weights=absent.npz",
+  ]
   code, _, err = command(main, [*START, *chosen, f"--mode={mode}"])
   assert_refused(code, err, ["config.data.data_dir = ", "config.data.eval_split is not there"])
 
@@ -223,7 +259,9 @@ def test_wrong_places_of_data_are_named(main, path, mode):
 @hypothesis.given(path=SCHEMES, mode=st.sampled_from(["train", "eval"]))
 def test_wrong_places_of_programs_are_named(main, tmp_path_factory, path, mode):
   workdir = tmp_path_factory.getbasetemp() / "never"
-  code, _, err = command(main, [DIGITS, f"--config.compilation_cache={path}", f"--mode={mode}", f"--workdir={workdir}"])
+  code, _, err = command(
+    main, [DIGITS, f"--config.compilation_cache={path}", f"--mode={mode}", f"--workdir={workdir}"]
+  )
   assert_refused(code, err, [f"config.compilation_cache = '{path}'"])
 
 
@@ -258,7 +296,10 @@ def test_wrong_configuration_files_are_refused(main, tmp_path_factory, line, unl
   path = tmp_path_factory.mktemp("config") / "config.py"
   line, word = line
   opening = "  config.unlock()\n" if unlocked else ""
-  opening = f"from configs import digits_w4\n\ndef get_config():\n  config = digits_w4.get_config()\n{opening}"
+  opening = (
+    "from configs import digits_w4\n\n"
+    f"def get_config():\n  config = digits_w4.get_config()\n{opening}"
+  )
   path.write_text(f"{opening}  {line}\n  return config\n")
   code, _, err = command(main, [f"--config={path}", "--mode=plan"])
   assert_refused(code, err, [word])
@@ -271,7 +312,11 @@ def weights(tmp_path_factory):
   tensors = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float16)}
   np.savez(directory / "w.npz", **tensors)
   torch = pathlib.Path("tests/golden/torch_files/zip.pth").read_bytes()
-  return {".npz": (directory / "w.npz").read_bytes(), ".safetensors": safetensors.numpy.save(tensors), ".pth": torch}
+  return {
+    ".npz": (directory / "w.npz").read_bytes(),
+    ".safetensors": safetensors.numpy.save(tensors),
+    ".pth": torch,
+  }
 
 
 @hypothesis.given(data=st.data(), suffix=st.sampled_from([".npz", ".safetensors", ".pth"]))
@@ -289,7 +334,9 @@ def test_damaged_weights_files_are_named(weights, tmp_path_factory, data, suffix
 @pytest.fixture(scope="module")
 def model():
   """A model's shapes, and tensors of it under its own names."""
-  shapes = variable_shapes(build(parse(digits_w4.get_config("mobilenet_v1"), REGISTRY).model, 10), 16)
+  shapes = variable_shapes(
+    build(parse(digits_w4.get_config("mobilenet_v1"), REGISTRY).model, 10), 16
+  )
   ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
   return shapes, named_tensors("mobilenet_v1", ones, "timm")
 
@@ -312,7 +359,9 @@ def test_damaged_files_of_a_run_are_refused(main, tmp_path_factory, data, name):
   config = digits_w4.get_config("mobilenet_v1")
   config.data.image_size, config.compilation_cache = 16, ""
   (workdir / "config.json").write_text(json.dumps(parse(config, REGISTRY).to_dict(), indent=2))
-  (workdir / "data.json").write_text(json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10}))
+  (workdir / "data.json").write_text(
+    json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10})
+  )
   (workdir / name).write_bytes(data.draw(damaged((workdir / name).read_bytes())))
   code, _, err = command(main, ["--mode=eval", f"--workdir={workdir}"])
   # As there is no checkpoint either, nothing can come of it.

@@ -21,8 +21,12 @@ def deep_check(model, changes):
   settings = parse(config, REGISTRY)
   phases = plan.plan(settings)
   model = build(settings.model, 10, settings.quant)
-  teacher = start.load_teacher(settings, start.load_student(settings, 10, Progress()), 10, Progress()).model
-  programs = Programs(settings, FACTS, model, teacher, Mesh(np.asarray(jax.devices()[:1]), ("data",)))
+  teacher = start.load_teacher(
+    settings, start.load_student(settings, 10, Progress()), 10, Progress()
+  ).model
+  programs = Programs(
+    settings, FACTS, model, teacher, Mesh(np.asarray(jax.devices()[:1]), ("data",))
+  )
   last = phases[-1].program
   programs.close()
   step = steps.make_train_step(

@@ -1,5 +1,5 @@
-"""Every field of a configuration with values that are wrong, and with values that are right; and wrong places, addresses
-and damaged files: what the tests draw from.
+"""Every field of a configuration with values that are wrong, and with values that are right; and
+wrong places, addresses and damaged files: what the tests draw from.
 """
 
 import math
@@ -7,7 +7,9 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-TEXT = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S")), min_size=1, max_size=12)
+TEXT = st.text(
+  st.characters(codec="ascii", categories=("L", "N", "P", "S")), min_size=1, max_size=12
+)
 WORDS = st.from_regex(r"[a-z]{3,8}_[a-z]{1,8}", fullmatch=True)  # no name of anything here
 NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
 
@@ -26,7 +28,9 @@ def floats(low, high, *, open_low=False, open_high=False):
   """(wrong, right) numbers around an interval."""
   below = st.floats(max_value=low, exclude_max=not open_low, allow_nan=False)
   above = st.floats(min_value=high, exclude_min=not open_high, allow_nan=False)
-  return below | above | NOT_FINITE, st.floats(low, high, exclude_min=open_low, exclude_max=open_high)
+  return below | above | NOT_FINITE, st.floats(
+    low, high, exclude_min=open_low, exclude_max=open_high
+  )
 
 
 def choice(*names):
@@ -39,17 +43,29 @@ def truth():
   return WORDS, st.booleans()
 
 
-BITS = st.lists(st.integers(2, 8), max_size=4, unique=True).map(lambda bits: tuple(sorted(bits, reverse=True)))
+BITS = st.lists(st.integers(2, 8), max_size=4, unique=True).map(
+  lambda bits: tuple(sorted(bits, reverse=True))
+)
 WRONG_BITS = (
-  st.lists(st.integers(-3, 12), min_size=1, max_size=4).map(tuple).filter(lambda bits: any(not 2 <= b <= 8 for b in bits))
-  | st.lists(st.integers(2, 8), min_size=2, max_size=4).map(tuple).filter(lambda b: list(b) != sorted(set(b), reverse=True))
+  st.lists(st.integers(-3, 12), min_size=1, max_size=4)
+  .map(tuple)
+  .filter(lambda bits: any(not 2 <= b <= 8 for b in bits))
+  | st.lists(st.integers(2, 8), min_size=2, max_size=4)
+  .map(tuple)
+  .filter(lambda b: list(b) != sorted(set(b), reverse=True))
   | WORDS
 )
-FRACTIONS = st.lists(st.floats(0, 1), min_size=1, max_size=4).map(lambda shares: tuple(sorted(shares)))
+FRACTIONS = st.lists(st.floats(0, 1), min_size=1, max_size=4).map(
+  lambda shares: tuple(sorted(shares))
+)
 WRONG_FRACTIONS = (
   st.just(())
-  | st.lists(st.floats(-2, 3), min_size=1, max_size=4).map(tuple).filter(lambda f: any(not 0 <= x <= 1 for x in f))
-  | st.lists(st.floats(0, 1), min_size=2, max_size=4).map(tuple).filter(lambda f: list(f) != sorted(f))
+  | st.lists(st.floats(-2, 3), min_size=1, max_size=4)
+  .map(tuple)
+  .filter(lambda f: any(not 0 <= x <= 1 for x in f))
+  | st.lists(st.floats(0, 1), min_size=2, max_size=4)
+  .map(tuple)
+  .filter(lambda f: list(f) != sorted(f))
 )
 STRIDES = (
   (
@@ -72,7 +88,10 @@ FIELDS = {
   "model.bn_momentum": floats(0, 1, open_high=True),
   "model.bn_epsilon": floats(0, 0.1, open_low=True),
   "model.squeeze_excite": choice("before", "after"),
-  "model.pad_value": (st.floats().filter(lambda value: value not in (0.0, -0.375)), st.sampled_from([0.0, -0.375])),
+  "model.pad_value": (
+    st.floats().filter(lambda value: value not in (0.0, -0.375)),
+    st.sampled_from([0.0, -0.375]),
+  ),
   "model.channel_rounding": choice("nearest", "up"),
   "init.weights": (st.nothing(), st.just("")),  # a plan is made without reading it
   "init.reset_head": (st.just(True), st.just(False)),
@@ -85,9 +104,15 @@ FIELDS = {
   "teacher.strides": (st.lists(st.sampled_from([0, 3]), min_size=1).map(tuple), st.just(())),
   "teacher.bn_epsilon": floats(0, 0.1, open_low=True),
   "teacher.squeeze_excite": choice("before", "after"),
-  "teacher.pad_value": (st.floats().filter(lambda value: value not in (0.0, -0.375)), st.sampled_from([0.0, -0.375])),
+  "teacher.pad_value": (
+    st.floats().filter(lambda value: value not in (0.0, -0.375)),
+    st.sampled_from([0.0, -0.375]),
+  ),
   "teacher.channel_rounding": choice("nearest", "up"),
-  "data.name": (st.sampled_from(["", " ", "../digits", "digits:x", "no_such_set", "folder"]), st.just("digits")),
+  "data.name": (
+    st.sampled_from(["", " ", "../digits", "digits:x", "no_such_set", "folder"]),
+    st.just("digits"),
+  ),
   "data.data_dir": (st.nothing(), st.just("")),
   "data.train_split": (st.just(""), st.just("train")),
   "data.eval_split": (st.nothing(), st.just("")),
@@ -129,7 +154,10 @@ FIELDS = {
     st.integers(-5, 20).filter(lambda bits: bits != 0 and not 2 <= bits <= 8) | WORDS,
     st.integers(2, 8),
   ),
-  "quant.last_bits": (st.integers(-5, 20).filter(lambda bits: bits != 0 and not 2 <= bits <= 8) | WORDS, st.integers(2, 8)),
+  "quant.last_bits": (
+    st.integers(-5, 20).filter(lambda bits: bits != 0 and not 2 <= bits <= 8) | WORDS,
+    st.integers(2, 8),
+  ),
   "remedy.dampening": floats(0, 1000),
   "remedy.freezing_thresholds": (
     st.sampled_from([(0.1,), (0.01, 0.1), (0.1, 0.0005), (2.0, 0.1), (0.1, 0.05, 0.02)]) | WORDS,
@@ -138,29 +166,43 @@ FIELDS = {
   "remedy.freezing_momentum": floats(0, 1, open_low=True, open_high=True),
   "remedy.bn_batches": at_least(0),
   "checkpoint.keep": at_least(1),
-  "checkpoint.minutes": (st.floats(max_value=0, exclude_max=True, allow_nan=False) | NOT_FINITE, st.floats(0, 1e6)),
+  "checkpoint.minutes": (
+    st.floats(max_value=0, exclude_max=True, allow_nan=False) | NOT_FINITE,
+    st.floats(0, 1e6),
+  ),
   "recovery.retries": at_least(0),
   "recovery.learning_rate_factor": floats(0, 1, open_low=True, open_high=True),
   "compilation_cache": (st.nothing(), st.just("")),
 }
 
-# Places that are wrong for whatever is looked for there. README.md is a file, and tests a directory of nothing of ours.
+# Places that are wrong for whatever is looked for there. README.md is a file, and tests a directory
+# of nothing of ours.
 SCHEMES = st.builds("{}://{}".format, WORDS, WORDS)  # file systems that nobody knows
 LONG = st.integers(256, 400).map("a".__mul__)  # for a file's name
-NO_RUN = SCHEMES | LONG | WORDS | st.sampled_from(["README.md", "README.md/run", "tests", "/dev/null"])
+NO_RUN = (
+  SCHEMES | LONG | WORDS | st.sampled_from(["README.md", "README.md/run", "tests", "/dev/null"])
+)
 NO_WEIGHTS = (
   SCHEMES
   | LONG
   | st.builds("{}{}".format, WORDS, st.sampled_from([".npz", ".pth", ".safetensors", ".zip", ""]))
   | st.sampled_from(
-    ["README.md", "README.md/w.npz", "tests", "tests/golden/quantizers.npz", "tests/golden/torch_files/zip.pth"]
+    [
+      "README.md",
+      "README.md/w.npz",
+      "tests",
+      "tests/golden/quantizers.npz",
+      "tests/golden/torch_files/zip.pth",
+    ]
   )
 )
 NO_FOLDER = SCHEMES | LONG | WORDS | st.sampled_from(["", "README.md", "README.md/data", "tests"])
 
 # HOST:PORT that is none.
 PORTS = (
-  WORDS | (st.integers(-(2**40), 0) | st.integers(2**16, 2**80)).map(str) | st.sampled_from(["", "²", "٣", "1.5", " 1"])
+  WORDS
+  | (st.integers(-(2**40), 0) | st.integers(2**16, 2**80)).map(str)
+  | st.sampled_from(["", "²", "٣", "1.5", " 1"])
 )
 ADDRESSES = (
   TEXT.filter(lambda text: ":" not in text)

@@ -1,4 +1,6 @@
-"""Data sources, by the name that `config.data.name` takes. TensorFlow is imported in this package only."""
+"""Data sources, by the name that `config.data.name` takes. TensorFlow is imported in this package
+only.
+"""
 
 import re
 
@@ -7,8 +9,8 @@ from profit_jax.data.base import Facts, Host, Source
 from profit_jax.data.normalize import Normalization
 from profit_jax.settings import ConfigError, Settings
 
-# What pretrained weights expect, by the name that `normalization` takes: torchvision's ImageNet statistics; the halves of
-# Inception, with which some of timm's were trained; pixels in 0..1.
+# What pretrained weights expect, by the name that `normalization` takes: torchvision's ImageNet
+# statistics; the halves of Inception, with which some of timm's were trained; pixels in 0..1.
 NORMALIZATIONS = {
   "imagenet": Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
   "inception": Normalization(mean=(0.5,) * 3, std=(0.5,) * 3),
@@ -17,26 +19,37 @@ NORMALIZATIONS = {
 
 _IMAGENET = NORMALIZATIONS["imagenet"]
 _CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-# Facts of data sets that a plan is made for before they are there; of any other one, its files tell.
+# Facts of data sets that a plan is made for before they are there; of any other one, its files
+# tell.
 KNOWN: dict[str, Facts] = {
   "digits": digits.FACTS,
   "digit_pairs": pairs.FACTS,
-  "imagenet2012": Facts(train_examples=1_281_167, eval_examples=50_000, num_classes=1000, normalization=_IMAGENET),
-  "cifar10": Facts(train_examples=50_000, eval_examples=10_000, num_classes=10, normalization=_CIFAR10),
+  "imagenet2012": Facts(
+    train_examples=1_281_167, eval_examples=50_000, num_classes=1000, normalization=_IMAGENET
+  ),
+  "cifar10": Facts(
+    train_examples=50_000, eval_examples=10_000, num_classes=10, normalization=_CIFAR10
+  ),
 }
 FOLDER = "folder"
 _MADE_OF_DIGITS = {"digits": digits.Digits, "digit_pairs": pairs.Pairs}
 
 
 def normalization(name: str, facts: Facts) -> Normalization:
-  """What `data.normalization` or `teacher.normalization` stands for: one of `NORMALIZATIONS`, or the data set's own."""
+  """What `data.normalization` or `teacher.normalization` stands for: one of `NORMALIZATIONS`, or
+  the data set's own.
+  """
   return facts.normalization if name == "dataset" else NORMALIZATIONS[name]
 
 
 def eval_preparation(settings: Settings) -> tuple[float, str]:
-  """How evaluation images are prepared: the share of their shorter side that is kept, and the interpolation."""
+  """How evaluation images are prepared: the share of their shorter side that is kept, and the
+  interpolation.
+  """
   return (
-    (1.0, "bicubic") if settings.data.name in _MADE_OF_DIGITS else (settings.data.eval_share, settings.data.interpolation)
+    (1.0, "bicubic")
+    if settings.data.name in _MADE_OF_DIGITS
+    else (settings.data.eval_share, settings.data.interpolation)
   )
 
 
@@ -65,18 +78,23 @@ def load(settings: Settings, host: Host = Host()) -> Source:
     host: whose rows of each batch it gives.
 
   Raises:
-    ConfigError: a source that is not there or not as it must be, or batches that it cannot fill, or hosts not share.
+    ConfigError: a source that is not there or not as it must be, or batches that it cannot fill, or
+      hosts not share.
   """
   train = settings.train
   for name in ("batch_size", "eval_batch_size"):
     if getattr(train, name) % host.count:
       raise ConfigError(
-        f"config.train.{name} = {getattr(train, name)} is not allowed: it must be a multiple of {host.count}, the number "
+        f"config.train.{name} = {getattr(train, name)} is not allowed: it must be a multiple of "
+        f"{host.count}, the number "
         f"of processes."
       )
   if settings.data.name in _MADE_OF_DIGITS:
     source = _MADE_OF_DIGITS[settings.data.name](
-      image_size=settings.data.image_size, augment=settings.data.augment, seed=settings.seed, host=host
+      image_size=settings.data.image_size,
+      augment=settings.data.augment,
+      seed=settings.seed,
+      host=host,
     )
   else:
     source = _images(settings, host)
@@ -85,7 +103,8 @@ def load(settings: Settings, host: Host = Host()) -> Source:
 
 
 def _images(settings, host):
-  # Here, because TensorFlow takes seconds to import, and what needs no images (steps, benchmarks, plans) runs without it.
+  # Here, because TensorFlow takes seconds to import, and what needs no images (steps, benchmarks,
+  # plans) runs without it.
   from profit_jax.data import images, records
 
   images.quiet_tensorflow()
@@ -98,7 +117,9 @@ def _images(settings, host):
   splits.train.count(records.Pass(settings.train.batch_size, host, shuffle=(0, 0)))
   splits.eval.count(records.Pass(settings.train.eval_batch_size, host))
   known = _known(settings.data.name)
-  return images.Images(splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, host)
+  return images.Images(
+    splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, host
+  )
 
 
 _SMALL_BATCH = 1024  # of which nobody minds the padding
@@ -108,12 +129,15 @@ def _check_batch(settings, found):
   batch = settings.train.batch_size
   if batch > found.train_examples:
     raise ConfigError(
-      f"config.train.batch_size = {batch} is larger than the data: {settings.data.name} has {found.train_examples} "
-      f"training images, and an epoch needs at least one full batch. Use {found.train_examples} or less."
+      f"config.train.batch_size = {batch} is larger than the data: {settings.data.name} has "
+      f"{found.train_examples} "
+      f"training images, and an epoch needs at least one full batch. Use {found.train_examples} "
+      "or less."
     )
   evaluated, most = settings.train.eval_batch_size, max(found.eval_examples, _SMALL_BATCH)
   if evaluated > most:
     raise ConfigError(
-      f"config.train.eval_batch_size = {evaluated} is not allowed: {settings.data.name} has {found.eval_examples} "
+      f"config.train.eval_batch_size = {evaluated} is not allowed: {settings.data.name} has "
+      f"{found.eval_examples} "
       f"evaluation images, and the rest of a batch would be padding. Use {most} or less."
     )

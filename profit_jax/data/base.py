@@ -10,7 +10,8 @@ from profit_jax.data.normalize import Normalization
 
 Batch = dict[str, np.ndarray]
 
-# Longer side to shorter side: of an image that is longer still, the evaluation cuts the ends off first.
+# Longer side to shorter side: of an image that is longer still, the evaluation cuts the ends off
+# first.
 LONGEST = 4
 
 
@@ -53,8 +54,9 @@ class Host(NamedTuple):
 class Source(Protocol):
   """A loaded data set, as one host sees it.
 
-  A batch is `image` uint8 `[n, H, W, 3]`, `label` int32 `[n]`, `mask` bool `[n]`, with n the host's part of a global
-  batch. `mask` is False where a row holds no example: in the last batch of an evaluation, and for a broken image.
+  A batch is `image` uint8 `[n, H, W, 3]`, `label` int32 `[n]`, `mask` bool `[n]`, with n the host's
+  part of a global batch. `mask` is False where a row holds no example: in the last batch of an
+  evaluation, and for a broken image.
 
   What stands in which row of which global batch does not depend on the number of hosts.
   """
@@ -66,7 +68,8 @@ class Source(Protocol):
     ...
 
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
-    """One epoch, in an order and with changes that are functions of (seed, epoch, place in the order).
+    """One epoch, in an order and with changes that are functions of (seed, epoch, place in the
+    order).
 
     Args:
       epoch: over the whole run, from 0.

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 real scans of 8x8 pixels (UCI, Alpaydin & Kaynak 1998)."""
+"""scikit-learn's handwritten digits: 1797 real scans of 8x8 pixels (UCI, Alpaydin, Kaynak 1998)."""
 
 from collections.abc import Iterator
 
@@ -22,12 +22,14 @@ FACTS = Facts(
 
 
 class Digits:
-  """The digits, enlarged to `image_size`; training images move by up to a sixteenth of their size."""
+  """The digits, enlarged to `image_size`; training images move by up to 1/16 of their size."""
 
   facts = FACTS
 
   def __init__(self, *, image_size: int, augment: bool, seed: int, host: Host = Host()):
-    """Args: image_size in pixels; augment: shift the training images; seed: of order and shifts; host: whose rows."""
+    """Args: image_size in pixels; augment: shift the training images; seed: of order and shifts;
+    host: whose rows.
+    """
     scans = load_digits()
     images = np.stack([_enlarge(scan, image_size) for scan in scans.images])
     labels = scans.target.astype(np.int32)
@@ -63,7 +65,9 @@ class Digits:
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """The numbers of the scans to train and to evaluate on, by class in equal shares."""
   numbers = np.arange(len(labels))
-  return tuple(train_test_split(numbers, train_size=TRAIN_EXAMPLES, stratify=labels, random_state=SPLIT_SEED))
+  return tuple(
+    train_test_split(numbers, train_size=TRAIN_EXAMPLES, stratify=labels, random_state=SPLIT_SEED)
+  )
 
 
 def _enlarge(scan: np.ndarray, size: int) -> np.ndarray:
@@ -76,7 +80,9 @@ def _moved(images: np.ndarray, offsets: np.ndarray, margin: int) -> np.ndarray:
   """Each image cut at its own offset out of a frame of background `margin` pixels wide."""
   size = images.shape[1]
   framed = np.pad(images, [(0, 0), (margin, margin), (margin, margin)])
-  return np.stack([f[y : y + size, x : x + size] for f, (y, x) in zip(framed, offsets, strict=True)])
+  return np.stack(
+    [f[y : y + size, x : x + size] for f, (y, x) in zip(framed, offsets, strict=True)]
+  )
 
 
 def batch(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Batch:

@@ -1,4 +1,4 @@
-"""The source for encoded images: records -> decoded and augmented batches, by tf.data on all cores."""
+"""The source for encoded images: records -> decoded, augmented batches, by tf.data on all cores."""
 
 import contextlib
 import logging
@@ -16,7 +16,8 @@ from profit_jax.data.normalize import Normalization
 from profit_jax.data.records import Pass, Records
 from profit_jax.settings import ConfigError, DataSettings
 
-# Batches in the making at once: while the last images of one are decoded, threads that are free begin the next.
+# Batches in the making at once: while the last images of one are decoded, threads that are free
+# begin the next.
 _BATCHES_AT_ONCE = 2
 _READY_BATCHES = 2
 # Broken images that an error message names.
@@ -40,20 +41,29 @@ def _cores() -> int:
 
 
 def quiet_tensorflow() -> None:
-  """TensorFlow only reads images here: it must not take accelerators, nor a core for each part of an operation."""
+  """TensorFlow only reads images here: it must not take accelerators, nor a core for each part of
+  an operation.
+  """
   # In a process where it runs already, as in a notebook, it stays as it is.
   with contextlib.suppress(RuntimeError):
     for kind in ("GPU", "TPU"):
       tf.config.set_visible_devices([], kind)
-    # Images are many enough to keep the cores busy. With 2 threads in an operation, scaling an image costs 1.0 ms of CPU
-    # time, with one 0.6 ms (2 cores).
+    # Images are many enough to keep the cores busy. With 2 threads in an operation, scaling an
+    # image costs 1.0 ms of CPU time, with one 0.6 ms (2 cores).
     tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
 class Images:
   """A source of encoded images; see `Source`."""
 
-  def __init__(self, splits: Splits, settings: DataSettings, normalization: Normalization, seed: int, host: Host):
+  def __init__(
+    self,
+    splits: Splits,
+    settings: DataSettings,
+    normalization: Normalization,
+    seed: int,
+    host: Host,
+  ):
     """Args:
     splits: the data set.
     settings: validated.
@@ -79,13 +89,19 @@ class Images:
     """See `Source.train_batches`."""
     wanted = Pass(batch_size, self._host, start, (self._seed, epoch))
     # Two words, because a seed has two: every place of every epoch has its own.
-    first = np.random.SeedSequence((self._seed, epoch)).generate_state(1, np.uint64).astype(np.int64)[0]
-    yield from self._batches(self._splits.train, wanted, lambda contents, place: self._augment(contents, [first, place]))
+    first = (
+      np.random.SeedSequence((self._seed, epoch)).generate_state(1, np.uint64).astype(np.int64)[0]
+    )
+    yield from self._batches(
+      self._splits.train, wanted, lambda contents, place: self._augment(contents, [first, place])
+    )
 
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """See `Source.eval_batches`."""
     yield from self._batches(
-      self._splits.eval, Pass(batch_size, self._host), lambda contents, place: self._center(contents)
+      self._splits.eval,
+      Pass(batch_size, self._host),
+      lambda contents, place: self._center(contents),
     )
 
   def _augment(self, contents, seed):
@@ -95,12 +111,16 @@ class Images:
     if settings.train_crop == "padded":
       image = preprocess.padded_crop(self._center(contents), settings.image_size // 8, seed)
     else:
-      image = preprocess.random_resized_crop(contents, settings.image_size, settings.interpolation, seed)
+      image = preprocess.random_resized_crop(
+        contents, settings.image_size, settings.interpolation, seed
+      )
     return preprocess.random_flip(image, seed)
 
   def _center(self, contents):
     settings = self._settings
-    return preprocess.center_crop(contents, settings.image_size, settings.eval_share, settings.interpolation)
+    return preprocess.center_crop(
+      contents, settings.image_size, settings.eval_share, settings.interpolation
+    )
 
   def _batches(self, records: Records, wanted: Pass, pixels) -> Iterator[Batch]:
     size, part = self._settings.image_size, wanted.batch_size // self._host.count
@@ -130,12 +150,18 @@ class Images:
       return whole.map(lambda batch: {**_in_rows(batch, part), "key": found["key"]})
 
     # Read before that: a file that cannot be read is no broken image.
-    found = records.rows(wanted).map(read, cores, deterministic=True).batch(part, drop_remainder=True)
-    batches = found.interleave(
-      decoded, cycle_length=_BATCHES_AT_ONCE, block_length=1, num_parallel_calls=_BATCHES_AT_ONCE, deterministic=True
+    found = (
+      records.rows(wanted).map(read, cores, deterministic=True).batch(part, drop_remainder=True)
     )
-    # All parallelism is fixed. The tuner sleeps for longer and longer between its looks, and the end of a pass waits until
-    # it wakes: passes of 0.8 s took 0.63 or 1.33 s, whatever they did.
+    batches = found.interleave(
+      decoded,
+      cycle_length=_BATCHES_AT_ONCE,
+      block_length=1,
+      num_parallel_calls=_BATCHES_AT_ONCE,
+      deterministic=True,
+    )
+    # All parallelism is fixed. The tuner sleeps for longer and longer between its looks, and the
+    # end of a pass waits until it wakes: passes of 0.8 s took 0.63 or 1.33 s, whatever they did.
     options = tf.data.Options()
     options.autotune.enabled = False
     batches = batches.prefetch(_READY_BATCHES).with_options(options)
@@ -150,13 +176,15 @@ class Images:
         yield batch
     except tf.errors.OpError as error:
       raise ConfigError(
-        f"{self._settings.name} cannot be read: {' '.join(error.message.split())[:500]}. Restore the file, or prepare the "
+        f"{self._settings.name} cannot be read: {' '.join(error.message.split())[:500]}. Restore "
+        "the file, or prepare the "
         f"data again."
       ) from error
     expected = records.count(wanted)
     if seen != expected:
       raise ConfigError(
-        f"{self._settings.name} holds fewer examples than its description says ({seen} instead of {expected} in one pass "
+        f"{self._settings.name} holds fewer examples than its description says ({seen} instead of "
+        f"{expected} in one pass "
         f"of this process): files are cut. Prepare the data again."
       )
 
@@ -164,7 +192,8 @@ class Images:
     wrong = sorted({int(label) for label in labels if not 0 <= label < self.facts.num_classes})
     if wrong:
       raise ConfigError(
-        f"{self._settings.name} has labels {wrong}: they must be 0 to {self.facts.num_classes - 1}. A split "
+        f"{self._settings.name} has labels {wrong}: they must be 0 to "
+        f"{self.facts.num_classes - 1}. A split "
         f"without labels? Choose others with config.data.train_split and config.data.eval_split."
       )
 
@@ -180,21 +209,30 @@ class Images:
     for name in names:
       if name not in self._broken:
         self._broken[name] = None
-        _log.warning("skipped a broken image (%d so far, %d are allowed): %s", len(self._broken), limit, name)
+        _log.warning(
+          "skipped a broken image (%d so far, %d are allowed): %s", len(self._broken), limit, name
+        )
     if len(self._broken) > limit:
       listing = "\n  ".join(list(self._broken)[:_NAMED])
       raise ConfigError(
-        f"{len(self._broken)} images cannot be decoded as JPEG or PNG, more than config.data.max_broken = {share:g} of "
-        f"{self._settings.name} allows ({limit}). Repair or remove them, or raise it. The first of them:\n  {listing}"
+        f"{len(self._broken)} images cannot be decoded as JPEG or PNG, more than "
+        f"config.data.max_broken = {share:g} of "
+        f"{self._settings.name} allows ({limit}). Repair or remove them, or raise it. The first "
+        f"of them:\n  {listing}"
       )
 
 
 def _in_rows(batch, part):
-  """A batch of `part` rows in which every example stands in its own; `mask` tells which rows are filled."""
+  """A batch of `part` rows in which every example stands in its own; `mask` tells which rows are
+  filled.
+  """
 
   def scattered():
     index = batch["row"][:, None]
-    filled = {name: tf.scatter_nd(index, batch[name], [part, *batch[name].shape[1:]]) for name in ("image", "label")}
+    filled = {
+      name: tf.scatter_nd(index, batch[name], [part, *batch[name].shape[1:]])
+      for name in ("image", "label")
+    }
     return {**filled, "mask": tf.scatter_nd(index, tf.ones_like(batch["row"], tf.bool), [part])}
 
   def whole():

@@ -19,7 +19,9 @@ class Normalization(NamedTuple):
 
 
 def normalize(image: jax.Array, normalization: Normalization) -> jax.Array:
-  """Normalizes uint8 images `[N, H, W, C]` to float32; floats are taken as already normalized and pass as they are."""
+  """Normalizes uint8 images `[N, H, W, C]` to float32; floats are taken as already normalized and
+  pass as they are.
+  """
   if image.dtype != jnp.uint8:
     return image
   mean, std = (jnp.asarray(value, jnp.float32) for value in (normalization.mean, normalization.std))

@@ -1,8 +1,10 @@
-"""Pairs of handwritten digits, 100 classes: harder images made from scikit-learn's scans (see `data/digits.py`).
+"""Pairs of handwritten digits, 100 classes: harder images made from scikit-learn's scans (see
+`data/digits.py`).
 
-Two digits stand side by side and are read as one number, 00 to 99. Each is turned, sheared, scaled and moved on its own,
-and their frames overlap; pieces of other digits lie over them. Training images are made anew in every epoch, from the
-scans that `Digits` trains on; the evaluation images are fixed, from those that it evaluates on.
+Two digits stand side by side and are read as one number, 00 to 99. Each is turned, sheared, scaled
+and moved on its own, and their frames overlap; pieces of other digits lie over them. Training
+images are made anew in every epoch, from the scans that `Digits` trains on; the evaluation images
+are fixed, from those that it evaluates on.
 """
 
 from collections.abc import Iterator
@@ -23,7 +25,8 @@ FACTS = Facts(
   class_names=tuple(f"{number:02}" for number in range(100)),
 )
 
-# Of each digit, drawn evenly: radians; relative change of width and height; offset of a row per row; pixels of 8.
+# Of each digit, drawn evenly: radians; relative change of width and height; offset of a row per
+# row; pixels of 8.
 _TURN, _SCALE, _SHEAR, _MOVE = 0.35, 0.15, 0.25, 0.8
 _PIECES, _PIECE = 3, 3  # pieces of other digits in an image, and their side in pixels of 8
 _SCAN = 8
@@ -37,7 +40,9 @@ class Pairs:
   facts = FACTS
 
   def __init__(self, *, image_size: int, augment: bool, seed: int, host: Host = Host()):
-    """Args: image_size in pixels; augment: False trains on one epoch's images; seed: of the images; host: whose rows."""
+    """Args: image_size in pixels; augment: False trains on one epoch's images; seed: of the images;
+    host: whose rows.
+    """
     self._scans, self._digits = load_digits().images.astype(np.float32) / 16, load_digits().target
     self._train, self._eval = split(self._digits)
     self._size, self._augment, self._seed, self._host = image_size, augment, seed, host
@@ -75,14 +80,17 @@ class Pairs:
 
   def _part(self, rng, among, count):
     pairs = rng.choice(among, (count, 2))
-    # A canvas of 12 rows and 14 columns of a scan's pixels: two scans of 8 columns share two of them.
+    # A canvas of 12 rows and 14 columns of a scan's pixels: two scans of 8 columns share two of
+    # them.
     height, width = 12.0, 14.0
     places = (np.arange(self._size, dtype=np.float32) + 0.5) / self._size
     y, x = np.meshgrid(places * np.float32(height), places * np.float32(width), indexing="ij")
     image = np.zeros((count, self._size, self._size), np.float32)
     for place in range(2):
       center = height / 2, 4.0 + 6.0 * place
-      image = np.maximum(image, _warped(rng, self._scans[pairs[:, place]], y - center[0], x - center[1]))
+      image = np.maximum(
+        image, _warped(rng, self._scans[pairs[:, place]], y - center[0], x - center[1])
+      )
     for _ in range(_PIECES):
       image = np.maximum(image, self._piece(rng, among, y, x, count))
     first, second = self._digits[pairs].T
@@ -100,7 +108,9 @@ class Pairs:
 
 
 def _warped(rng, scans, y, x):
-  """Scans `[n, 8, 8]` seen at `[size, size]` places relative to their centre, each turned, scaled, sheared and moved."""
+  """Scans `[n, 8, 8]` seen at `[size, size]` places relative to their centre, each turned, scaled,
+  sheared and moved.
+  """
   count = len(scans)
 
   def draw(most):
@@ -111,7 +121,9 @@ def _warped(rng, scans, y, x):
   y, x = y - move_y, x - move_x
   turned_y, turned_x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
   middle = (_SCAN - 1) / 2
-  return _sampled(scans, turned_y / scale_y + middle, (turned_x + shear * turned_y) / scale_x + middle)
+  return _sampled(
+    scans, turned_y / scale_y + middle, (turned_x + shear * turned_y) / scale_x + middle
+  )
 
 
 def _sampled(scans, y, x):

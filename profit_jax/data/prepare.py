@@ -40,7 +40,9 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> str:
   except Exception as error:  # its code is another one for each set, and can raise anything
     wanted = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     hint = f" It needs files that are fetched by hand (--manual_dir): {wanted}" if wanted else ""
-    raise ConfigError(f"{name} could not be prepared: {' '.join(str(error).split())[:500]}{hint}") from error
+    raise ConfigError(
+      f"{name} could not be prepared: {' '.join(str(error).split())[:500]}{hint}"
+    ) from error
   splits = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
   return f"{name} is in {builder.data_dir}; examples: {splits}."
 
@@ -48,11 +50,17 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
-    prog="python -m profit_jax.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog="python -m profit_jax.data.prepare",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("name", help="of the data set, with its configuration where it has several: imagenette/320px-v2")
   parser.add_argument(
-    "--data_dir", default="", help="where to, local or gs://; else $TFDS_DATA_DIR or ~/tensorflow_datasets"
+    "name", help="of the data set, with its configuration where it has several: imagenette/320px-v2"
+  )
+  parser.add_argument(
+    "--data_dir",
+    default="",
+    help="where to, local or gs://; else $TFDS_DATA_DIR or ~/tensorflow_datasets",
   )
   parser.add_argument("--manual_dir", default="", help="where files lie that were fetched by hand")
   options = parser.parse_args(arguments)

@@ -1,8 +1,10 @@
-"""Where encoded images lie, and in which order they come: a table that is open at every place, or streams of shards.
+"""Where encoded images lie, and in which order they come: a table that is open at every place, or
+streams of shards.
 
-The order of a table's epoch is a permutation of all examples. Shards on a disk far away are read from front to end, by a
-fixed number of readers: each owns an equal range of the examples and the same rows of every global batch, and shuffles the
-order of its shards and, in a buffer, of its examples. The hosts share the readers, so that their number changes nothing.
+The order of a table's epoch is a permutation of all examples. Shards on a disk far away are read
+from front to end, by a fixed number of readers: each owns an equal range of the examples and the
+same rows of every global batch, and shuffles the order of its shards and, in a buffer, of its
+examples. The hosts share the readers, so that their number changes nothing.
 """
 
 import hashlib
@@ -19,8 +21,9 @@ from profit_jax.settings import ConfigError
 
 Record = dict[str, tf.Tensor]
 
-# Examples that wait, over all readers, to be drawn from: for ImageNet about 1 GB of JPEGs. TFDS has shuffled the examples
-# once when it wrote the shards, and the readers stand in as many places of the data set.
+# Examples that wait, over all readers, to be drawn from: for ImageNet about 1 GB of JPEGs. TFDS has
+# shuffled the examples once when it wrote the shards, and the readers stand in as many places of
+# the data set.
 SHUFFLE_BUFFER = 8192
 _READ_AT_ONCE = 16  # of a host's readers
 
@@ -32,7 +35,8 @@ class Pass(NamedTuple):
     batch_size: of the global batch.
     host: who asks.
     start: global batches that are passed over.
-    shuffle: `(seed, epoch)`, and what fills no batch is left out; None keeps the order, and the last batch is padded.
+    shuffle: `(seed, epoch)`, and what fills no batch is left out; None keeps the order, and the
+      last batch is padded.
   """
 
   batch_size: int
@@ -53,8 +57,8 @@ class Records(Protocol):
   def rows(self, wanted: Pass) -> tf.data.Dataset:
     """The host's rows of the pass, batch after batch, one record each.
 
-    A record has `place` (int64, row number in the global order of the pass), `key` (int64 `[2]`, what `name` takes; -1 in
-    a row that only pads), and what `read` needs.
+    A record has `place` (int64, row number in the global order of the pass), `key` (int64 `[2]`,
+    what `name` takes; -1 in a row that only pads), and what `read` needs.
     """
     ...
 
@@ -87,7 +91,8 @@ def table_rows(examples: int, wanted: Pass) -> tuple[np.ndarray, np.ndarray]:
     wanted: the pass.
 
   Returns:
-    int64 vectors, for each of the host's rows: the example (-1 where the row only pads), and its place in the pass.
+    int64 vectors, for each of the host's rows: the example (-1 where the row only pads), and its
+    place in the pass.
   """
   batch, host = wanted.batch_size, wanted.host
   if wanted.shuffle is None:
@@ -101,10 +106,14 @@ def table_rows(examples: int, wanted: Pass) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Table:
-  """Records that can be had in any order: the base of those that know how to `read` and `name` them."""
+  """Records that can be had in any order: the base of those that know how to `read` and `name`
+  them.
+  """
 
   def __init__(self, columns: Record, names: Sequence[str] = ()):
-    """Args: columns: equally long vectors, `label` among them; a record has one value of each; names: of the examples."""
+    """Args: columns: equally long vectors, `label` among them; a record has one value of each;
+    names: of the examples.
+    """
     self._columns, self._names = columns, names
     self.examples = int(next(iter(columns.values())).shape[0])
 
@@ -132,7 +141,9 @@ class Table:
     return digest.hexdigest()
 
   def sample(self) -> Iterable[bytes]:
-    """Contents of as many records as can be read in no time: names alone do not tell which images they are."""
+    """Contents of as many records as can be read in no time: names alone do not tell which images
+    they are.
+    """
     return ()
 
 
@@ -172,8 +183,10 @@ def reader_plan(examples: int, readers: int, wanted: Pass) -> Plan:
   count, host = math.gcd(readers, wanted.batch_size), wanted.host
   if count % host.count:
     raise ConfigError(
-      f"config.data.readers = {readers} is not allowed: with batches of {wanted.batch_size}, {count} readers are used, and "
-      f"{host.count} processes cannot share them equally. Choose a multiple of {host.count} that divides the batch sizes."
+      f"config.data.readers = {readers} is not allowed: with batches of {wanted.batch_size}, "
+      f"{count} readers are used, and "
+      f"{host.count} processes cannot share them equally. Choose a multiple of {host.count} that "
+      "divides the batch sizes."
     )
   rows = wanted.batch_size // count
   longest = -(-examples // count)
@@ -216,11 +229,15 @@ class Stream:
     number = {path: i for i, path in enumerate(self._paths)}
     paths = tf.constant([shard.path for shard in shards])
     files = tf.constant([number[shard.path] for shard in shards], tf.int64)
-    skips, takes = (tf.constant([getattr(shard, name) for shard in shards], tf.int64) for name in ("skip", "take"))
+    skips, takes = (
+      tf.constant([getattr(shard, name) for shard in shards], tf.int64) for name in ("skip", "take")
+    )
     first, seeds = tf.constant(first, tf.int64), tf.constant(seeds or [0], tf.int64)
 
     def records_of(shard):
-      found = tf.data.TFRecordDataset(paths[shard]).enumerate().skip(skips[shard]).take(takes[shard])
+      found = (
+        tf.data.TFRecordDataset(paths[shard]).enumerate().skip(skips[shard]).take(takes[shard])
+      )
       return found.map(lambda i, data: {"data": data, "key": tf.stack([files[shard], i])})
 
     def reader_rows(own):
@@ -228,8 +245,15 @@ class Stream:
       if wanted.shuffle is not None:
         buffer = max(SHUFFLE_BUFFER // count, 2 * plan.rows)
         found = found.shuffle(buffer, seed=seeds[own], reshuffle_each_iteration=False)
-      padding = tf.data.Dataset.from_tensors({"data": "", "key": tf.constant([-1, -1], tf.int64)}).repeat()
-      found = found.concatenate(padding).take(plan.steps * plan.rows).enumerate().skip(wanted.start * plan.rows)
+      padding = tf.data.Dataset.from_tensors(
+        {"data": "", "key": tf.constant([-1, -1], tf.int64)}
+      ).repeat()
+      found = (
+        found.concatenate(padding)
+        .take(plan.steps * plan.rows)
+        .enumerate()
+        .skip(wanted.start * plan.rows)
+      )
 
       def placed(i, record):
         row = (plan.readers.start + own) * plan.rows + i % plan.rows
@@ -259,5 +283,8 @@ class Stream:
 
   def fingerprint(self) -> str:
     """See `Records.fingerprint`."""
-    shards = [(os.path.basename(shard.path), shard.skip, shard.take) for shard in self._shards_of(0, self.examples)]
+    shards = [
+      (os.path.basename(shard.path), shard.skip, shard.take)
+      for shard in self._shards_of(0, self.examples)
+    ]
     return hashlib.sha256(repr(shards).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Any classification set of tensorflow-datasets that lies prepared in a directory, local or gs://."""
+"""Any classification set of tensorflow-datasets prepared in a directory, local or gs://."""
 
 import itertools
 from collections.abc import Iterable
@@ -9,7 +9,8 @@ import tensorflow_datasets as tfds
 from profit_jax.data.records import Record, Shard, Stream, Table
 from profit_jax.settings import ConfigError, DataSettings
 
-# A split whose files are smaller is kept in memory, and shuffled as a whole; every host holds all of it.
+# A split whose files are smaller is kept in memory, and shuffled as a whole; every host holds all
+# of it.
 MEMORY_LIMIT = 512 * 2**20
 
 
@@ -26,7 +27,8 @@ class Splits:
     """Opens a data set; its images are read later.
 
     Raises:
-      ConfigError: one that is unknown, not prepared, not made of images and classes, or lacks a split.
+      ConfigError: one that is unknown, not prepared, not made of images and classes, or lacks a
+        split.
     """
     self._settings = settings
     self._builder = builder = open_builder(settings.name, settings.data_dir)
@@ -35,15 +37,19 @@ class Splits:
     self._image, self._label = keys
     self.class_names = tuple(builder.info.features[self._label].names)
     self.train = self._records("train_split", settings.train_split)
-    self.eval = self._records("eval_split", settings.eval_split or self._first_of("validation", "val", "test"))
+    self.eval = self._records(
+      "eval_split", settings.eval_split or self._first_of("validation", "val", "test")
+    )
 
   def _first_of(self, *names):
     for name in names:
       if name in self._builder.info.splits:
         return name
     raise ConfigError(
-      f"config.data.eval_split = '' is not allowed: {self._settings.name} has none of {', '.join(names)}, which are tried "
-      f"then. Give one of its splits, {', '.join(self._builder.info.splits)}, or a part of one, as train[90%:]."
+      f"config.data.eval_split = '' is not allowed: {self._settings.name} has none of "
+      f"{', '.join(names)}, which are tried "
+      f"then. Give one of its splits, {', '.join(self._builder.info.splits)}, or a part of one, "
+      "as train[90%:]."
     )
 
   def _records(self, field, split):
@@ -53,7 +59,8 @@ class Splits:
       shards = [Shard(str(part.filename), part.skip, part.take) for part in found.file_instructions]
     except (KeyError, ValueError, AssertionError) as error:
       raise ConfigError(
-        f"config.data.{field} = {split!r} is not allowed: {self._settings.name} in {info.data_dir} has the splits "
+        f"config.data.{field} = {split!r} is not allowed: {self._settings.name} in "
+        f"{info.data_dir} has the splits "
         f"{', '.join(info.splits)}; parts of them are written as train[:90%]."
       ) from error
     if not found.num_examples:
@@ -62,10 +69,14 @@ class Splits:
       return _InMemory(self._builder, split, self._image, self._label)
     if info.file_format != tfds.core.FileFormat.TFRECORD:
       raise ConfigError(
-        f"config.data.name = {self._settings.name!r} is not allowed: {info.data_dir} holds {info.file_format.value} "
-        f"files. Prepare it as TFRecord, in another directory: python -m profit_jax.data.prepare {self._settings.name}."
+        f"config.data.name = {self._settings.name!r} is not allowed: {info.data_dir} holds "
+        f"{info.file_format.value} "
+        "files. Prepare it as TFRecord, in another directory: python -m profit_jax.data.prepare "
+        f"{self._settings.name}."
       )
-    return _Streamed(found.num_examples, self._settings.readers, shards, info.features, self._image, self._label)
+    return _Streamed(
+      found.num_examples, self._settings.readers, shards, info.features, self._image, self._label
+    )
 
 
 def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -78,14 +89,31 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     return tfds.builder(name, data_dir=data_dir or None)
   except tfds.core.DatasetNotFoundError as error:
     raise ConfigError(
-      f"config.data.name = {name!r} is not allowed: it must be digits, digit_pairs, folder, or a data set of "
-      f"tensorflow-datasets; neither its catalogue (https://www.tensorflow.org/datasets/catalog) nor "
+      f"config.data.name = {name!r} is not allowed: it must be digits, digit_pairs, folder, or a "
+      "data set of "
+      "tensorflow-datasets; neither its catalogue (https://www.tensorflow.org/datasets/catalog) "
+      "nor "
       f"{data_dir or 'its own directory'} has it."
     ) from error
-  except (ValueError, AssertionError, KeyError) as error:  # a configuration or a version that it does not have
-    raise ConfigError(f"config.data.name = {name!r} is not allowed: {' '.join(str(error).split())[:500]}") from error
-  except (RuntimeError, ImportError, OSError, tf.errors.OpError) as error:  # no network, no permission, no such code
-    login = " For gs://, gcloud auth application-default login." if data_dir.startswith("gs://") else ""
+  # A configuration or a version that it does not have.
+  except (
+    ValueError,
+    AssertionError,
+    KeyError,
+  ) as error:
+    raise ConfigError(
+      f"config.data.name = {name!r} is not allowed: {' '.join(str(error).split())[:500]}"
+    ) from error
+  # No network, no permission, no such code.
+  except (
+    RuntimeError,
+    ImportError,
+    OSError,
+    tf.errors.OpError,
+  ) as error:
+    login = (
+      " For gs://, gcloud auth application-default login." if data_dir.startswith("gs://") else ""
+    )
     raise ConfigError(
       f"config.data.name = {name!r} cannot be opened in {data_dir or 'its own directory'}: "
       f"{' '.join(str(error).split())[:500]}.{login}"
@@ -99,10 +127,15 @@ def class_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
     ConfigError: examples are something else.
   """
   keys, features = builder.info.supervised_keys, builder.info.features
-  found = [features[key] for key in keys] if keys and len(keys) == 2 and all(isinstance(key, str) for key in keys) else []
+  found = (
+    [features[key] for key in keys]
+    if keys and len(keys) == 2 and all(isinstance(key, str) for key in keys)
+    else []
+  )
   if [type(feature) for feature in found] != [tfds.features.Image, tfds.features.ClassLabel]:
     raise ConfigError(
-      f"config.data.name = {builder.info.full_name!r} is not allowed: it must be a data set of one image and one class "
+      f"config.data.name = {builder.info.full_name!r} is not allowed: it must be a data set of "
+      "one image and one class "
       f"label per example; its supervised keys are {keys}."
     )
   return keys
@@ -116,7 +149,8 @@ def _require_prepared(builder, settings):
   if by_hand:
     where, by_hand = f"{where} --manual_dir=DIR", f" DIR holds what is fetched by hand: {by_hand}"
   raise ConfigError(
-    f"config.data.name = {settings.name!r} is not prepared: there is no {builder.data_dir}. Prepare it with "
+    f"config.data.name = {settings.name!r} is not prepared: there is no {builder.data_dir}. "
+    "Prepare it with "
     f"python -m profit_jax.data.prepare {settings.name}{where} (docs/data.md).{by_hand}"
   )
 
@@ -126,7 +160,10 @@ def _fits(shards: list[Shard]) -> bool:
   total = 0
   for path in dict.fromkeys(shard.path for shard in shards):
     if not tf.io.gfile.exists(path):
-      raise ConfigError(f"{path} does not exist, though the data set's description names it. Prepare the data again.")
+      raise ConfigError(
+        f"{path} does not exist, though the data set's description names it. Prepare the data "
+        "again."
+      )
     total += tf.io.gfile.stat(path).length
     if total > MEMORY_LIMIT:
       return False
@@ -157,7 +194,9 @@ class _InMemory(Table):
       shuffle_files=False,
     )
     try:
-      examples = list(found.map(lambda example: (example[image], example[label])).as_numpy_iterator())
+      examples = list(
+        found.map(lambda example: (example[image], example[label])).as_numpy_iterator()
+      )
     except tf.errors.OpError as error:
       raise ConfigError(
         f"{self._title} cannot be read: {' '.join(error.message.split())[:500]}. Prepare it again."
@@ -187,5 +226,7 @@ class _Streamed(Stream):
 
   def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
     """See `Records.read`."""
-    example = self._features.deserialize_example(record["data"], decoders={self._image: tfds.decode.SkipDecoding()})
+    example = self._features.deserialize_example(
+      record["data"], decoders={self._image: tfds.decode.SkipDecoding()}
+    )
     return example[self._image], tf.cast(example[self._label], tf.int32)

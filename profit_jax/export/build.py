@@ -1,7 +1,8 @@
-"""Trained variables -> the code-domain net. The topology of each model stands here once more, in terms of `net.py`.
+"""Trained variables -> the code-domain net. The topology of each model stands here once more, in
+terms of `net.py`.
 
-That it is the model's is not believed but measured, with every export: each quantizer's codes are compared with those of
-the trained network (`verify.py`).
+That it is the model's is not believed but measured, with every export: each quantizer's codes are
+compared with those of the trained network (`verify.py`).
 """
 
 import dataclasses
@@ -14,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from profit_jax.data.normalize import Normalization
-from profit_jax.export.net import IMAGE, Activation, Layer, Mean, Net, Node, Product, Quantizer, Sum, Value
+from profit_jax.export.net import (
+  IMAGE,
+  Activation,
+  Layer,
+  Mean,
+  Net,
+  Node,
+  Product,
+  Quantizer,
+  Sum,
+  Value,
+)
 from profit_jax.models import STRIDES, mobilenet_v1, mobilenet_v2, mobilenet_v3
 from profit_jax.quant import duq
 from profit_jax.settings import ConfigError, QuantSettings, Settings
@@ -23,7 +35,11 @@ _SIXTH = 6.0  # where ReLU6 ends
 
 
 def build_net(
-  settings: Settings, variables: dict[str, Any], normalization: Normalization, weight_bits: int, act_bits: int
+  settings: Settings,
+  variables: dict[str, Any],
+  normalization: Normalization,
+  weight_bits: int,
+  act_bits: int,
 ) -> Net:
   """The code-domain net of a trained model.
 
@@ -35,23 +51,28 @@ def build_net(
     act_bits: 2 to 8.
 
   Raises:
-    ConfigError: a model that pads with 0 where an h-swish quantizer has no code for it; other quantizers than DuQ with one
-      interval per kernel.
+    ConfigError: a model that pads with 0 where an h-swish quantizer has no code for it; other
+      quantizers than DuQ with one interval per kernel.
   """
   model = settings.model
   if settings.quant != QuantSettings():
     raise ConfigError(
-      f"config.quant = {dataclasses.asdict(settings.quant)} cannot be exported: only DuQ quantizers with one interval per "
+      f"config.quant = {dataclasses.asdict(settings.quant)} cannot be exported: only DuQ "
+      "quantizers with one interval per "
       f"kernel and the same bits in all layers can be. Train with the defaults of configs/base.py."
     )
   if model.name.startswith("mobilenet_v3") and model.pad_value != duq.HSWISH_MINIMUM:
     raise ConfigError(
-      f"config.model.pad_value = {model.pad_value} cannot be exported: h-swish quantizers begin at -3/8, and a border "
-      f"of {model.pad_value} lies between two codes (paper section 3.3). Train with config.model.pad_value=-0.375."
+      f"config.model.pad_value = {model.pad_value} cannot be exported: h-swish quantizers begin "
+      "at -3/8, and a border "
+      f"of {model.pad_value} lies between two codes (paper section 3.3). Train with "
+      "config.model.pad_value=-0.375."
     )
   builder = _Builder(variables, model.bn_epsilon, weight_bits, act_bits)
   _NETWORKS[model.name](builder, model, model.strides or STRIDES[model.name])
-  return Net(model.name, tuple(builder.nodes), settings.data.image_size, normalization, weight_bits, act_bits)
+  return Net(
+    model.name, tuple(builder.nodes), settings.data.image_size, normalization, weight_bits, act_bits
+  )
 
 
 class _Builder:
@@ -89,12 +110,16 @@ class _Builder:
     return self._layer(x, path, np.ones_like(bias), bias)
 
   def quantize(self, x: str, path: str, kind: duq.Kind, activation: str | None = None) -> str:
-    """A quantizer, behind an activation of its input; ReLUs that its own lower and upper end do already are left out."""
+    """A quantizer, behind an activation of its input; ReLUs that its own lower and upper end do
+    already are left out.
+    """
     params = self._get("params", path)
     interval, scale = (_softplus(params[name]) for name in ("quant_a", "quant_c"))
     signed = kind == "symmetric"
     high = 2 ** (self._act_bits - signed) - 1
-    does_it = kind == "unsigned" and (activation == "relu" or (activation == "relu6" and interval <= _SIXTH))
+    does_it = kind == "unsigned" and (
+      activation == "relu" or (activation == "relu6" and interval <= _SIXTH)
+    )
     x = x if does_it else self.activation(x, activation)
     margin = -duq.OFFSET[kind]
     self._append(
@@ -116,7 +141,9 @@ class _Builder:
   def activation(self, x: str, function: str | None) -> str:
     if function is None:
       return x
-    return self._append(Activation(name=f"{x}/{function}", input=x, function=function), self._channels[x])
+    return self._append(
+      Activation(name=f"{x}/{function}", input=x, function=function), self._channels[x]
+    )
 
   def mean(self, x: str, path: str) -> str:
     name = self._append(Mean(name=path, input=x), self._channels[x])
@@ -127,7 +154,9 @@ class _Builder:
   def add(self, x: str, shortcut: str, path: str) -> str:
     if shortcut in self._scales:
       scale, offset = self._scales[shortcut]
-      value = Value(name=f"{shortcut}/value", input=shortcut, scale=float(np.float32(scale)), offset=offset)
+      value = Value(
+        name=f"{shortcut}/value", input=shortcut, scale=float(np.float32(scale)), offset=offset
+      )
       shortcut = self._append(value, self._channels[shortcut])
     return self._append(Sum(name=path, input=x, other=shortcut), self._channels[x])
 
@@ -158,7 +187,9 @@ class _Builder:
     return node.name
 
   def _find(self, collection: str, path: str) -> Any:
-    return functools.reduce(lambda tree, part: tree and tree.get(part), path.split("/"), self._variables[collection])
+    return functools.reduce(
+      lambda tree, part: tree and tree.get(part), path.split("/"), self._variables[collection]
+    )
 
   def _get(self, collection: str, path: str) -> Any:
     found = self._find(collection, path)
@@ -170,9 +201,12 @@ class _Builder:
 def kernel_codes(kernel: np.ndarray, raw_a: np.ndarray, steps: int) -> np.ndarray:
   """The int8 codes of a float32 kernel, computed by the trained quantizer itself.
 
-  NumPy would round some other way near ties: XLA's quotient and its softplus differ from NumPy's in the last bits.
+  NumPy would round some other way near ties: XLA's quotient and its softplus differ from NumPy's in
+  the last bits.
   """
-  return np.asarray(_codes(jnp.asarray(kernel), jnp.asarray(raw_a), jnp.float32(steps), "symmetric")).astype(np.int8)
+  return np.asarray(
+    _codes(jnp.asarray(kernel), jnp.asarray(raw_a), jnp.float32(steps), "symmetric")
+  ).astype(np.int8)
 
 
 _codes = jax.jit(duq.codes, static_argnames="kind")
@@ -260,7 +294,9 @@ def _with_shortcut(net: _Builder, x: str, shortcut: str, stride: int, block: str
 
 def _squeeze_excite(net: _Builder, x: str, path: str) -> str:
   scale = net.quantize(net.mean(x, f"{path}/mean"), f"{path}/input_quant", "symmetric")
-  scale = net.quantize(net.dense(scale, f"{path}/reduce"), f"{path}/reduce_quant", "unsigned", "relu")
+  scale = net.quantize(
+    net.dense(scale, f"{path}/reduce"), f"{path}/reduce_quant", "unsigned", "relu"
+  )
   scale = net.activation(net.dense(scale, f"{path}/expand"), "hard_sigmoid")
   return net.multiply(x, scale, f"{path}/product")
 

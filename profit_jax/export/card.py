@@ -52,7 +52,9 @@ def make(
     examples: in the evaluation set.
   """
   content, rows = path.read_bytes(), costs(net)
-  float_bytes, macs = (sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs"))
+  float_bytes, macs = (
+    sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs")
+  )
   before, after = (round(100.0 * count / examples, 4) for count in correct)
   share, interpolation = eval_preparation(settings)
   return {
@@ -73,7 +75,11 @@ def make(
     },
     "num_classes": net.num_classes,
     "class_names": list(facts.class_names),
-    "size": {"bytes": len(content), "float_bytes": float_bytes, "ratio": round(float_bytes / len(content), 3)},
+    "size": {
+      "bytes": len(content),
+      "float_bytes": float_bytes,
+      "ratio": round(float_bytes / len(content), 3),
+    },
     "cost": {
       "macs": macs,
       "bops": sum(row.bops for row in rows),
@@ -89,17 +95,25 @@ def make(
     "verification": {
       "images": images,
       "trained": {"codes": trained.codes, "differing": trained.differing},
-      "file": {"codes": file.codes, "differing": file.differing, "largest_logit_difference": file.logits},
+      "file": {
+        "codes": file.codes,
+        "differing": file.differing,
+        "largest_logit_difference": file.logits,
+      },
       "quantizers": [
-        {**vars(row), "trained_differing": other.differing} for row, other in zip(file.rows, trained.rows, strict=True)
+        {**vars(row), "trained_differing": other.differing}
+        for row, other in zip(file.rows, trained.rows, strict=True)
       ],
     },
     "policy": {
-      "weights": f"all kernels, the first and the last layer's too, {net.weight_bits} bits symmetric without the lowest "
+      "weights": f"all kernels, the first and the last layer's too, {net.weight_bits} bits "
+      "symmetric without the lowest "
       f"code, one interval per layer; {field_bits(net.weight_bits)} bits of the file each",
-      "activations": f"the input of every layer, {net.act_bits} bits: unsigned after ReLU, symmetric where signed, hswish "
+      "activations": f"the input of every layer, {net.act_bits} bits: unsigned after ReLU, "
+      "symmetric where signed, hswish "
       "from -3/8 after h-swish; the image as it is",
-      "float32": "batch normalization as multiplier and bias per channel, shortcuts, means, squeeze-excite's gates",
+      "float32": "batch normalization as multiplier and bias per channel, shortcuts, means, "
+      "squeeze-excite's gates",
     },
     "layers": [row._asdict() for row in rows],
     "training": {
@@ -109,14 +123,18 @@ def make(
       "seed": settings.seed,
       "weights": run["final"]["weights"],
       "phases": [
-        {field: phase[field] for field in ("index", "name", "weight_bits", "act_bits", "epochs", "top1", "top1_ema")}
+        {
+          field: phase[field]
+          for field in ("index", "name", "weight_bits", "act_bits", "epochs", "top1", "top1_ema")
+        }
         for phase in run["phases"]
       ],
     },
     "versions": {
       "python": platform.python_version(),
       **{
-        package: metadata.version(package) for package in dict.fromkeys((*FORMATS[name].packages, "jax", "flax", "numpy"))
+        package: metadata.version(package)
+        for package in dict.fromkeys((*FORMATS[name].packages, "jax", "flax", "numpy"))
       },
     },
     "runtime": FORMATS[name].runtime,
@@ -125,24 +143,34 @@ def make(
 
 def markdown(card: dict[str, Any]) -> str:
   """The same for people."""
-  size, cost, top1, proof, pixels = (card[key] for key in ("size", "cost", "top1", "verification", "input"))
+  size, cost, top1, proof, pixels = (
+    card[key] for key in ("size", "cost", "top1", "verification", "input")
+  )
   name = bits_name(card["weight_bits"], card["act_bits"])
-  before = "" if top1["full_precision"] is None else f" In full precision the run had {top1['full_precision']:.2f} %."
+  before = (
+    ""
+    if top1["full_precision"] is None
+    else f" In full precision the run had {top1['full_precision']:.2f} %."
+  )
   lines = [
     f"# {card['file']}",
     "",
-    f"{card['model']}, width {card['width']:g}, {name}, {card['num_classes']} classes; format {card['format']}.",
+    f"{card['model']}, width {card['width']:g}, {name}, {card['num_classes']} classes; format "
+    f"{card['format']}.",
     "",
     "| | |",
     "|:--|:--|",
     f"| top-1 of the trained model | {top1['trained']:.2f} % ({top1['examples']} images) |",
     f"| top-1 of this file | {top1['file']:.2f} % ({'equal' if top1['equal'] else 'NOT EQUAL'}) |",
-    f"| size | {size['bytes']:,} bytes; kernels and biases in float32 {size['float_bytes']:,}, {size['ratio']:.1f}x |",
+    f"| size | {size['bytes']:,} bytes; kernels and biases in float32 {size['float_bytes']:,}, "
+    f"{size['ratio']:.1f}x |",
     f"| multiply-accumulates | {cost['macs']:,} an image |",
     f"| bit operations (BOPs) | {cost['bops']:,} an image; in float32 {cost['float_bops']:,} |",
-    f"| input | `{pixels['name']}`, uint8 `[N, {pixels['image_size']}, {pixels['image_size']}, 3]`, RGB, 0 to 255; "
+    f"| input | `{pixels['name']}`, uint8 `[N, {pixels['image_size']}, {pixels['image_size']}, "
+    "3]`, RGB, 0 to 255; "
     f"normalized by the file |",
-    f"| preparing an image | shorter side to {pixels['image_size']} / {pixels['eval_share']:g} pixels "
+    f"| preparing an image | shorter side to {pixels['image_size']} / {pixels['eval_share']:g} "
+    "pixels "
     f"({pixels['interpolation']}), centre cut out |",
     f"| sha256 | `{card['sha256']}` |",
     "",
@@ -150,11 +178,13 @@ def markdown(card: dict[str, Any]) -> str:
     "",
     "## Verification",
     "",
-    f"On {proof['images']} evaluation images, every quantizer's codes compared layer by layer, each computed from the "
+    f"On {proof['images']} evaluation images, every quantizer's codes compared layer by layer, "
+    "each computed from the "
     f"codes of the side that is checked:",
     "",
     f"- trained model and code-domain net: {_differ(proof['trained'])};",
-    f"- this file, read back and run in its runtime, and code-domain net: {_differ(proof['file'])}; its logits differ by "
+    "- this file, read back and run in its runtime, and code-domain net: "
+    f"{_differ(proof['file'])}; its logits differ by "
     f"at most {proof['file']['largest_logit_difference']:.1e} of the largest.",
     "",
     "## What computes how",
@@ -167,8 +197,10 @@ def markdown(card: dict[str, Any]) -> str:
     "",
     "## Training",
     "",
-    f"On {card['training']['dataset']} ({card['training']['train_examples']:,} images, seed {card['training']['seed']}); "
-    f"the weights are the {card['training']['weights']} ones of the best evaluation at the last bits.",
+    f"On {card['training']['dataset']} ({card['training']['train_examples']:,} images, seed "
+    f"{card['training']['seed']}); "
+    f"the weights are the {card['training']['weights']} ones of the best evaluation at the last "
+    "bits.",
     "",
     "| # | phase | bits | epochs | top-1 raw | top-1 EMA |",
     "|--:|:--|:--|--:|--:|--:|",
@@ -176,20 +208,24 @@ def markdown(card: dict[str, Any]) -> str:
   for phase in card["training"]["phases"]:
     average = "-" if phase["top1_ema"] is None else f"{phase['top1_ema']:.2f}"
     lines.append(
-      f"| {phase['index']} | {phase['name']} | {bits_name(phase['weight_bits'], phase['act_bits'])} | {phase['epochs']} "
+      f"| {phase['index']} | {phase['name']} | "
+      f"{bits_name(phase['weight_bits'], phase['act_bits'])} | {phase['epochs']} "
       f"| {phase['top1']:.2f} | {average} |"
     )
   lines += [
     "",
     "## Layers",
     "",
-    "| layer | kind | kernel | weight bits | input | input bits | bytes | float bytes | MACs | BOPs |",
+    "| layer | kind | kernel | weight bits | input | input bits | bytes | float bytes | MACs | "
+    "BOPs |",
     "|:--|:--|:--|--:|:--|--:|--:|--:|--:|--:|",
   ]
   for row in card["layers"]:
     lines.append(
-      f"| {row['layer']} | {row['kind']} | {'x'.join(map(str, row['kernel']))} | {row['weight_bits']} | {row['input']} | "
-      f"{row['input_bits']} | {row['kernel_bytes']:,} | {row['float_bytes']:,} | {row['macs']:,} | {row['bops']:,} |"
+      f"| {row['layer']} | {row['kind']} | {'x'.join(map(str, row['kernel']))} | "
+      f"{row['weight_bits']} | {row['input']} | "
+      f"{row['input_bits']} | {row['kernel_bytes']:,} | {row['float_bytes']:,} | {row['macs']:,} "
+      f"| {row['bops']:,} |"
     )
   versions = ", ".join(f"{package} {version}" for package, version in card["versions"].items())
   return "\n".join([*lines, "", f"Versions: {versions}."]) + "\n"
@@ -214,6 +250,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     return card
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
-      f"{place} cannot be read: {error!r}. It lies beside every exported file and says how images are prepared: put it "
+      f"{place} cannot be read: {error!r}. It lies beside every exported file and says how images "
+      "are prepared: put it "
       f"back."
     ) from error

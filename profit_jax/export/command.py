@@ -64,13 +64,16 @@ def export(
   trained = verify.compare(net, images, verify.trained_codes(net, model, variables, pixels))
   bits = bits_name(net.weight_bits, net.act_bits)
   screen.print(
-    f"{net.model} {bits} in the code domain, {count} images: {trained.differing} of {trained.codes:,} codes differ from "
+    f"{net.model} {bits} in the code domain, {count} images: {trained.differing} of "
+    f"{trained.codes:,} codes differ from "
     "the trained model's",
     soft_wrap=True,
   )
   if not trained.at_ties:
     _print_layers(screen, trained)
-    raise NotEqual("the code-domain net does not compute what the trained model does; nothing was written.")
+    raise NotEqual(
+      "the code-domain net does not compute what the trained model does; nothing was written."
+    )
   failed = []
   for name in names:
     final_path = directory / f"{net.model}_{net.bits_name}{formats.FORMATS[name].suffix}"
@@ -83,8 +86,12 @@ def export(
       try:
         compared = verify.compare(net, images, verify.file_codes(runner))
       except verify.WatchedDiffers as error:
-        why = f"its logits change by {error.args[0]:.1e} of the largest when its codes are asked for"
-      correct, examples = verify.count_correct(lambda image, runner=runner: runner.run(image)[0], source, batch)
+        why = (
+          f"its logits change by {error.args[0]:.1e} of the largest when its codes are asked for"
+        )
+      correct, examples = verify.count_correct(
+        lambda image, runner=runner: runner.run(image)[0], source, batch
+      )
       trained_correct = round(trained_top1 * examples / 100.0)
       if why is None and not compared.exact:
         why = f"{compared.differing:,} of {compared.codes:,} codes differ"
@@ -113,15 +120,22 @@ def export(
       _keep(path, final_path, content)
     size = content["size"]
     screen.print(
-      f"{name:12}{final_path.name}  {size['bytes']:,} bytes ({size['ratio']:.1f}x smaller than float32)  "
+      f"{name:12}{final_path.name}  {size['bytes']:,} bytes ({size['ratio']:.1f}x smaller than "
+      "float32)  "
       f"{compared.differing} of {compared.codes:,} codes differ  {figures}: top-1 equal",
       soft_wrap=True,
     )
   kept = len(names) - len(failed)
   if kept:
-    screen.print(f"{kept} verified {'file' if kept == 1 else 'files'} with cards (.md, .json): {directory}", soft_wrap=True)
+    screen.print(
+      f"{kept} verified {'file' if kept == 1 else 'files'} with cards (.md, .json): {directory}",
+      soft_wrap=True,
+    )
   if failed:
-    raise NotEqual(f"{', '.join(failed)}: not what was trained (see above), and not kept. Please report it with the table.")
+    raise NotEqual(
+      f"{', '.join(failed)}: not what was trained (see above), and not kept. Please report it "
+      "with the table."
+    )
 
 
 def _clear(path: epath.Path) -> None:
@@ -131,7 +145,9 @@ def _clear(path: epath.Path) -> None:
       (path.parent / f"{path.name}{suffix}").unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise ConfigError(f"{path.parent} cannot be written: {error}. Give a --workdir that can.") from error
+    raise ConfigError(
+      f"{path.parent} cannot be written: {error}. Give a --workdir that can."
+    ) from error
 
 
 def _keep(path: pathlib.Path, to: epath.Path, content: dict[str, Any]) -> None:
@@ -143,12 +159,19 @@ def _keep(path: pathlib.Path, to: epath.Path, content: dict[str, Any]) -> None:
     unfinished.write_bytes(path.read_bytes())
     unfinished.replace(to)
   except OSError as error:
-    raise ConfigError(f"{to} cannot be written: {error}. Make room, and give the same command again.") from error
+    raise ConfigError(
+      f"{to} cannot be written: {error}. Make room, and give the same command again."
+    ) from error
 
 
 def _print_layers(screen: Console, comparison: verify.Comparison) -> None:
   table = Table(box=box.SIMPLE)
-  for title, justify in (("quantizer", "left"), ("codes", "right"), ("differ", "right"), ("reads", "left")):
+  for title, justify in (
+    ("quantizer", "left"),
+    ("codes", "right"),
+    ("differ", "right"),
+    ("reads", "left"),
+  ):
     table.add_column(title, justify=justify)
   for row in comparison.rows:
     style = "red" if row.differing else None

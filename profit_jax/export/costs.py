@@ -38,7 +38,9 @@ class LayerCost(NamedTuple):
 
 
 def costs(net: Net) -> list[LayerCost]:
-  """The cost of every layer, for one image. Additions, means, squeeze-excite products and quantizers are not counted."""
+  """The cost of every layer, for one image. Additions, means, squeeze-excite products and
+  quantizers are not counted.
+  """
   sizes = {IMAGE: net.image_size}
   quantizers = {quantizer.name: quantizer for quantizer in net.quantizers}
   rows = []
@@ -57,11 +59,23 @@ def _row(net, layer, size, quantizer):
   elif quantizer is None:
     source, bits = "float", _FLOAT_BITS
   else:
-    source, bits = ("symmetric" if quantizer.signed else "hswish" if quantizer.margin else "unsigned"), quantizer.bits
+    source, bits = (
+      ("symmetric" if quantizer.signed else "hswish" if quantizer.margin else "unsigned"),
+      quantizer.bits,
+    )
   macs = layer.kernel.size * size * size
   kind = "dense" if layer.dense else "depthwise" if layer.depthwise else "conv"
   packed = -(-layer.kernel.size * field_bits(net.weight_bits) // 8)
   float_bytes = 4 * (layer.kernel.size + layer.kernel.shape[-1])
   return LayerCost(
-    layer.name, kind, layer.kernel.shape, layer.bits, source, bits, macs, macs * layer.bits * bits, packed, float_bytes
+    layer.name,
+    kind,
+    layer.kernel.shape,
+    layer.bits,
+    source,
+    bits,
+    macs,
+    macs * layer.bits * bits,
+    packed,
+    float_bytes,
   )

@@ -1,4 +1,6 @@
-"""The formats of exported files, by the name that `--formats` takes. Their modules are imported when they are needed."""
+"""The formats of exported files, by the name that `--formats` takes. Their modules are imported
+when they are needed.
+"""
 
 import importlib
 import os
@@ -13,7 +15,9 @@ from profit_jax.settings import ConfigError
 class Runner(Protocol):
   """An exported file in its own runtime."""
 
-  def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  def run(
+    self, image: np.ndarray, with_codes: bool = False
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Classifies images.
 
     Args:
@@ -21,8 +25,9 @@ class Runner(Protocol):
       with_codes: whether codes are wanted.
 
     Returns:
-      Logits float32 `[N, num_classes]`, and the codes of every quantizer, by its name, `[N, H, W, C]` or `[N, C]`, as the
-      file's own program computes them; without `with_codes` none.
+      Logits float32 `[N, num_classes]`, and the codes of every quantizer, by its name,
+      `[N, H, W, C]` or `[N, C]`, as the file's own program computes them; without `with_codes`
+      none.
     """
     ...
 
@@ -58,36 +63,43 @@ class Format(NamedTuple):
 
 
 _EXACT = (
-  "Convolutions and dense layers compute on integer values held in float32: their sums are whole numbers below 2^24, so "
-  "that they are exact in any order. Multipliers, biases, shortcuts, means and squeeze-excite are float32."
+  "Convolutions and dense layers compute on integer values held in float32: their sums are whole "
+  "numbers below 2^24, so "
+  "that they are exact in any order. Multipliers, biases, shortcuts, means and squeeze-excite are "
+  "float32."
 )
 FORMATS = {
   "onnx": Format(
     ".onnx",
     "onnx_file",
     ("onnx", "onnxruntime"),
-    f"The kernels are packed in the file; onnxruntime unpacks them when it loads it. {_EXACT} Activation codes are uint8 "
+    f"The kernels are packed in the file; onnxruntime unpacks them when it loads it. {_EXACT} "
+    "Activation codes are uint8 "
     "or int8 between QuantizeLinear and DequantizeLinear. Nothing computes below 8 bits on a CPU.",
   ),
   "jax": Format(
     ".jax",
     "jax_file",
     ("jax", "jaxlib"),
-    f"The kernels are packed in the program, which unpacks them with shifts. {_EXACT} Activation codes are float32. "
-    "Lowered for CPU, CUDA and TPU; any batch. JAX reads an artifact for at least six months after it was written.",
+    f"The kernels are packed in the program, which unpacks them with shifts. {_EXACT} Activation "
+    "codes are float32. "
+    "Lowered for CPU, CUDA and TPU; any batch. JAX reads an artifact for at least six months "
+    "after it was written.",
   ),
   "safetensors": Format(
     ".safetensors",
     "safetensors_file",
     ("safetensors", "jax", "jaxlib"),
-    f"Data without a program, for kernels of your own; its layout stands in profit_jax/export/safetensors_file.py. In the "
+    "Data without a program, for kernels of your own; its layout stands in "
+    "profit_jax/export/safetensors_file.py. In the "
     f"verification JAX executes it. {_EXACT}",
   ),
   "qonnx": Format(
     ".qonnx.onnx",
     "qonnx_file",
     ("qonnx", "onnx", "onnxruntime"),
-    f"For FPGA flows such as FINN: integer datatypes are annotated, the file's kernels are float32 with integer values. In "
+    "For FPGA flows such as FINN: integer datatypes are annotated, the file's kernels are "
+    "float32 with integer values. In "
     f"the verification QONNX's executor computes it. {_EXACT}",
     "pip install -r requirements.txt -r requirements-qonnx.txt",
   ),
@@ -95,7 +107,8 @@ FORMATS = {
     ".tflite",
     "litert_file",
     ("ai-edge-litert",),
-    f"The kernels are packed in the file; LiteRT unpacks them before the first image. {_EXACT} Activation codes are "
+    f"The kernels are packed in the file; LiteRT unpacks them before the first image. {_EXACT} "
+    "Activation codes are "
     "float32.",
     "pip install -r requirements.txt -r requirements-litert.txt",
   ),
@@ -111,7 +124,9 @@ def named(names: list[str]) -> list[str]:
   """
   for name in names or [""]:
     if name not in FORMATS:
-      raise ConfigError(f"--formats={','.join(names)} is not allowed: {name!r} must be one of {', '.join(FORMATS)}.")
+      raise ConfigError(
+        f"--formats={','.join(names)} is not allowed: {name!r} must be one of {', '.join(FORMATS)}."
+      )
   return list(dict.fromkeys(names))
 
 
@@ -127,7 +142,9 @@ def load(name: str) -> Module:
     if error.name and error.name.startswith("profit_jax"):
       raise
     install = FORMATS[name].install or "pip install -r requirements.txt"
-    raise ConfigError(f"Format {name} needs {error.name}, which is not installed. Install it: {install}") from error
+    raise ConfigError(
+      f"Format {name} needs {error.name}, which is not installed. Install it: {install}"
+    ) from error
 
 
 def of_file(path: str | os.PathLike) -> str:
@@ -141,4 +158,6 @@ def of_file(path: str | os.PathLike) -> str:
     if os.fspath(path).endswith(format.suffix):
       return name
   suffixes = ", ".join(format.suffix for format in FORMATS.values())
-  raise ConfigError(f"{os.fspath(path)!r} is no exported model: its name must end in one of {suffixes}.")
+  raise ConfigError(
+    f"{os.fspath(path)!r} is no exported model: its name must end in one of {suffixes}."
+  )

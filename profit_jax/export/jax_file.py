@@ -1,11 +1,15 @@
-"""The format `jax`: an artifact of `jax.export` that needs nothing of this package, with the codes packed in bytes.
+"""The format `jax`: an artifact of `jax.export` that needs nothing of this package, with the codes
+packed in bytes.
 
     exported = jax.export.deserialize(bytearray(open(FILE, "rb").read()))
-    logits = exported.call(images)          # uint8 [N, image_size, image_size, 3] -> float32 [N, num_classes]
+    logits = exported.call(images)
 
-Any batch; lowered for CPU, CUDA and TPU. Kernels stand in the program as uint8 constants, several codes each, since
-StableHLO writes int4 constants with a byte per code; the program takes them apart with shifts. Every quantizer is a
-function of its own, `codes_of__` and its name with `__` for `/`: `open_file` finds them there.
+`images` is uint8 `[N, image_size, image_size, 3]`, `logits` float32 `[N, num_classes]`.
+
+Any batch; lowered for CPU, CUDA and TPU. Kernels stand in the program as uint8 constants, several
+codes each, since StableHLO writes int4 constants with a byte per code; the program takes them apart
+with shifts. Every quantizer is a function of its own, `codes_of__` and its name with `__` for `/`:
+`open_file` finds them there.
 """
 
 import dataclasses
@@ -33,7 +37,10 @@ def write(net: Net, path: str | os.PathLike) -> None:
   packed = {layer.name: pack(layer.kernel, width) for layer in net.layers}
 
   def classify(image):
-    kernels = {layer.name: unpack(jnp.asarray(packed[layer.name]), width, layer.kernel.shape) for layer in net.layers}
+    kernels = {
+      layer.name: unpack(jnp.asarray(packed[layer.name]), width, layer.kernel.shape)
+      for layer in net.layers
+    }
     return reference.run(net, image, kernels, _named_codes)
 
   (batch,) = jax.export.symbolic_shape("batch")
@@ -63,8 +70,12 @@ class Runner:
     self._logits = jax.jit(exported.call)
     self._exported, self._with_codes = exported, None
 
-  def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The logits, and if asked for every quantizer's codes: those of the same program, with more results."""
+  def run(
+    self, image: np.ndarray, with_codes: bool = False
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The logits, and if asked for every quantizer's codes: those of the same program, with more
+    results.
+    """
     if not with_codes:
       return np.asarray(self._logits(image)), {}
     if self._with_codes is None:
@@ -77,13 +88,16 @@ class Runner:
 def _with_results(exported: jax.export.Exported) -> tuple[jax.export.Exported, list[str]]:
   """The same artifact with every quantizer's codes as a further result, and their names.
 
-  Its outer function wraps the one with the computation; both give on what the inner one's calls of quantizers give.
+  Its outer function wraps the one with the computation; both give on what the inner one's calls of
+  quantizers give.
   """
   with mlir.make_ir_context() as context, ir.Location.unknown(context):
     module = ir.Module.parse(exported.mlir_module())
     functions = {function.name.value: function for function in module.body.operations}
     main = functions["main"]
-    (wrapper,) = [op for op in main.regions[0].blocks[0].operations if op.operation.name == "func.call"]
+    (wrapper,) = [
+      op for op in main.regions[0].blocks[0].operations if op.operation.name == "func.call"
+    ]
     inner = functions[wrapper.callee.value]
     calls = [
       op
@@ -93,17 +107,26 @@ def _with_results(exported: jax.export.Exported) -> tuple[jax.export.Exported, l
     types = [call.results[0].type for call in calls]
     _return_more(inner, [call.results[0] for call in calls])
     with ir.InsertionPoint(wrapper):
-      call = func.CallOp([*(result.type for result in wrapper.results), *types], wrapper.callee, list(wrapper.operands))
+      call = func.CallOp(
+        [*(result.type for result in wrapper.results), *types],
+        wrapper.callee,
+        list(wrapper.operands),
+      )
     for before, after in zip(wrapper.results, call.results, strict=False):
       before.replace_all_uses_with(after)
     wrapper.erase()
     _return_more(main, list(call.results)[len(call.results) - len(types) :])
     module.operation.verify()
-    serialized = stablehlo.serialize_portable_artifact_str(str(module), stablehlo.get_current_version())
+    serialized = stablehlo.serialize_portable_artifact_str(
+      str(module), stablehlo.get_current_version()
+    )
     names = [call.callee.value.removeprefix(_PREFIX).replace("__", "/") for call in calls]
     batch = exported.in_avals[0].shape[0]
     shapes = [
-      tuple(batch if ir.ShapedType(kind).is_dynamic_dim(i) else n for i, n in enumerate(ir.ShapedType(kind).shape))
+      tuple(
+        batch if ir.ShapedType(kind).is_dynamic_dim(i) else n
+        for i, n in enumerate(ir.ShapedType(kind).shape)
+      )
       for kind in types
     ]
   results = (*exported.out_avals, *(jax.core.ShapedArray(shape, np.float32) for shape in shapes))

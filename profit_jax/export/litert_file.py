@@ -2,18 +2,22 @@
 
     pip install -r requirements.txt -r requirements-litert.txt
 
-Input `image` uint8 `[N, H, W, 3]`, of which the file says N = 1: other batches after `resize_tensor_input`. Output `logits`
-float32 `[N, num_classes]`. Kernels stand as INT4 (3 and 4 bits), INT2 or INT8 (5 to 8) with scale 1. A layer is
+Input `image` uint8 `[N, H, W, 3]`, of which the file says N = 1: other batches after
+`resize_tensor_input`. Output `logits` float32 `[N, num_classes]`. Kernels stand as INT4 (3 and 4
+bits), INT2 or INT8 (5 to 8) with scale 1. A layer is
 
-    Dequantize(codes) -> [Pad ->] Conv2D, DepthwiseConv2D or FullyConnected -> Mul(multiplier) -> Add(bias)
+    Dequantize(codes) -> [Pad ->] Conv2D, DepthwiseConv2D or FullyConnected
+      -> Mul(multiplier) -> Add(bias)
 
-and a quantizer `[Add(3/8) ->] Mul(n/a) -> Round -> Maximum(low) -> Minimum(high)`, its codes float32. Kernels are
-dequantized once, before the first image. What is not obvious:
+and a quantizer `[Add(3/8) ->] Mul(n/a) -> Round -> Maximum(low) -> Minimum(high)`, its codes
+float32. Kernels are dequantized once, before the first image. What is not obvious:
 
-- The format's own Quantize rounds half away from zero; Round rounds to even, as the trained net does.
-- `SAME` puts an even border's odd row at the end, where the trained net has it at the beginning: hence Pad.
-- The file is written with the schema's own classes. Of the converters, those from JAX fix the batch and need a net of fake
-  quantization, from which they find the codes again.
+- The format's own Quantize rounds half away from zero; Round rounds to even, as the trained net
+  does.
+- `SAME` puts an even border's odd row at the end, where the trained net has it at the beginning:
+  hence Pad.
+- The file is written with the schema's own classes. Of the converters, those from JAX fix the batch
+  and need a net of fake quantization, from which they find the codes again.
 """
 
 import os
@@ -27,11 +31,24 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
-from profit_jax.export.net import IMAGE, Activation, Layer, Mean, Net, Product, Quantizer, Sum, Value
+from profit_jax.export.net import (
+  IMAGE,
+  Activation,
+  Layer,
+  Mean,
+  Net,
+  Product,
+  Quantizer,
+  Sum,
+  Value,
+)
 from profit_jax.export.packing import field_bits, pack
 
 LOGITS = "logits"
-_TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): schema.TensorType.INT32}
+_TYPES = {
+  np.dtype(np.float32): schema.TensorType.FLOAT32,
+  np.dtype(np.int32): schema.TensorType.INT32,
+}
 _KERNEL_TYPES = {2: schema.TensorType.INT2, 4: schema.TensorType.INT4, 8: schema.TensorType.INT8}
 _CODES = "/codes"  # how the names of tensors with a quantizer's codes end
 
@@ -50,7 +67,11 @@ def save(net: Net, graph: "Graph", path: str | os.PathLike) -> None:
   model = schema.ModelT()
   model.version = 3
   model.description = "profit_jax"
-  model.operatorCodes, model.buffers, model.subgraphs = graph.operator_codes, graph.buffers, [subgraph]
+  model.operatorCodes, model.buffers, model.subgraphs = (
+    graph.operator_codes,
+    graph.buffers,
+    [subgraph],
+  )
   builder = flatbuffers.Builder(1 << 20)
   builder.Finish(model.Pack(builder), b"TFL3")
   pathlib.Path(path).write_bytes(bytes(builder.Output()))
@@ -79,7 +100,9 @@ class Graph:
     factor, summand = net.pixel_scale()
     x = self._op("CAST", [IMAGE], f"{IMAGE}/float", (1, size, size, 3), schema.CastOptionsT())
     x = self._mul(x, self._array(f"{IMAGE}/factor", factor), f"{IMAGE}/scaled")
-    self._names = {IMAGE: self._add(x, self._array(f"{IMAGE}/summand", summand), f"{IMAGE}/normalized")}
+    self._names = {
+      IMAGE: self._add(x, self._array(f"{IMAGE}/summand", summand), f"{IMAGE}/normalized")
+    }
     for node in net.nodes:
       result = LOGITS if node is net.nodes[-1] else node.name
       self._names[node.name] = getattr(self, _WRITERS[type(node)])(node, result)
@@ -88,7 +111,9 @@ class Graph:
     """Where a tensor stands."""
     return self._indices[name]
 
-  def _tensor(self, name: str, shape: Sequence[int], kind: int, content: bytes | None = None) -> str:
+  def _tensor(
+    self, name: str, shape: Sequence[int], kind: int, content: bytes | None = None
+  ) -> str:
     tensor = schema.TensorT()
     tensor.name, tensor.shape, tensor.type, tensor.buffer = name, list(shape), kind, 0
     if content is None:
@@ -110,13 +135,19 @@ class Graph:
   def _constant(self, value: float) -> str:
     return self._array(f"float32_{value!r}", np.float32([value]))
 
-  def _op(self, kind: str, inputs: list[str], output: str, shape: Sequence[int], options: Any = None) -> str:
+  def _op(
+    self, kind: str, inputs: list[str], output: str, shape: Sequence[int], options: Any = None
+  ) -> str:
     number = getattr(schema.BuiltinOperator, kind)
     known = [code.builtinCode for code in self.operator_codes]
     if number not in known:
       code = schema.OperatorCodeT()
       # Readers take the larger of the two; the older field has 7 bits.
-      code.builtinCode, code.deprecatedBuiltinCode, code.version = number, min(number, 127), _VERSIONS.get(kind, 1)
+      code.builtinCode, code.deprecatedBuiltinCode, code.version = (
+        number,
+        min(number, 127),
+        _VERSIONS.get(kind, 1),
+      )
       self.operator_codes.append(code)
       known.append(number)
     operator = schema.OperatorT()
@@ -126,7 +157,9 @@ class Graph:
     operator.outputs = [self.index(output)]
     if options is not None:
       operator.builtinOptions = options
-      operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+      operator.builtinOptionsType = getattr(
+        schema.BuiltinOptions, type(options).__name__.removesuffix("T")
+      )
     self.operators.append(operator)
     return output
 
@@ -138,8 +171,12 @@ class Graph:
 
   def _between(self, x: str, low: float, high: float, name: str, result: str) -> str:
     shape = self._shapes[x]
-    x = self._op("MAXIMUM", [x, self._constant(low)], f"{name}/raised", shape, schema.MaximumMinimumOptionsT())
-    return self._op("MINIMUM", [x, self._constant(high)], result, shape, schema.MaximumMinimumOptionsT())
+    x = self._op(
+      "MAXIMUM", [x, self._constant(low)], f"{name}/raised", shape, schema.MaximumMinimumOptionsT()
+    )
+    return self._op(
+      "MINIMUM", [x, self._constant(high)], result, shape, schema.MaximumMinimumOptionsT()
+    )
 
   def _kernel(self, node: Layer) -> str:
     # [F, K, K, C], depthwise [1, K, K, C], dense [F, C].
@@ -150,14 +187,18 @@ class Graph:
     tensor = self.tensors[self.index(name)]
     tensor.quantization = schema.QuantizationParametersT()
     tensor.quantization.scale, tensor.quantization.zeroPoint = np.float32([1.0]), np.int64([0])
-    return self._op("DEQUANTIZE", [name], f"{node.name}/kernel", codes.shape, schema.DequantizeOptionsT())
+    return self._op(
+      "DEQUANTIZE", [name], f"{node.name}/kernel", codes.shape, schema.DequantizeOptionsT()
+    )
 
   def _layer(self, node: Layer, result: str) -> str:
     x, kernel, features = self._names[node.input], self._kernel(node), node.kernel.shape[-1]
     self.tensors[self.index(kernel)].shapeSignature = None  # its first axis is no batch
     bias, sums = self._bias(node), f"{node.name}/sums"
     if node.dense:
-      x = self._op("FULLY_CONNECTED", [x, kernel, bias], sums, (1, features), schema.FullyConnectedOptionsT())
+      x = self._op(
+        "FULLY_CONNECTED", [x, kernel, bias], sums, (1, features), schema.FullyConnectedOptionsT()
+      )
     else:
       x = self._conv(node, x, kernel, bias)
     return self._scaled(x, node, result)
@@ -173,7 +214,9 @@ class Graph:
   def _conv(self, node: Layer, x: str, kernel: str, bias: str) -> str:
     margin, size = node.margin, self._shapes[x][1]
     if margin:
-      borders = self._array(f"borders_{margin}", np.int32([[0, 0], [margin] * 2, [margin] * 2, [0, 0]]))
+      borders = self._array(
+        f"borders_{margin}", np.int32([[0, 0], [margin] * 2, [margin] * 2, [0, 0]])
+      )
       shape = (1, size + 2 * margin, size + 2 * margin, self._shapes[x][3])
       x = self._op("PAD", [x, borders], f"{node.name}/padded", shape, schema.PadOptionsT())
     size = (size + 2 * margin - node.kernel.shape[0]) // node.stride + 1
@@ -184,7 +227,9 @@ class Graph:
     if node.depthwise:
       options.depthMultiplier = 1
     kind = "DEPTHWISE_CONV_2D" if node.depthwise else "CONV_2D"
-    return self._op(kind, [x, kernel, bias], f"{node.name}/sums", (1, size, size, node.kernel.shape[-1]), options)
+    return self._op(
+      kind, [x, kernel, bias], f"{node.name}/sums", (1, size, size, node.kernel.shape[-1]), options
+    )
 
   def _quantizer(self, node: Quantizer, result: str) -> str:
     x = self._names[node.input]
@@ -255,8 +300,12 @@ class Runner:
     self._content, self._threads = content, threads
     self._alone = self._observed = None
 
-  def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The logits, and if asked for every quantizer's codes: those of the same model, its tensors kept."""
+  def run(
+    self, image: np.ndarray, with_codes: bool = False
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The logits, and if asked for every quantizer's codes: those of the same model, its tensors
+    kept.
+    """
     if not with_codes:
       if self._alone is None:
         self._alone = Interpreter(model_content=self._content, num_threads=self._threads)
@@ -265,7 +314,9 @@ class Runner:
       with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of the memory
         self._observed = Interpreter(
-          model_content=self._content, num_threads=self._threads, experimental_preserve_all_tensors=True
+          model_content=self._content,
+          num_threads=self._threads,
+          experimental_preserve_all_tensors=True,
         )
     logits = _invoke(self._observed, image)
     found = {

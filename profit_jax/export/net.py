@@ -1,16 +1,19 @@
-"""The code-domain net: a trained network as integer codes and per-channel numbers, plain data that every format is made of.
+"""The code-domain net: a trained network as integer codes and per-channel numbers, plain data that
+every format is made of.
 
-With the codes q of a layer's input (value `s_x*q + offset`) and w of its kernel (value `s_w*w`), and batch normalization
-as `gain*y + shift` per channel, the layer and the quantizer behind it are
+With the codes q of a layer's input (value `s_x*q + offset`) and w of its kernel (value `s_w*w`),
+and batch normalization as `gain*y + shift` per channel, the layer and the quantizer behind it are
 
-    acc  = conv(q, w)                                   integers; exact in float32 below 2^24
-    y    = acc * multiplier + bias                      multiplier = s_x*s_w*gain, bias = shift + offset*s_w*sum(w)*gain
+    acc  = conv(q, w)                     integers; exact in float32 below 2^24
+    y    = acc * multiplier + bias        multiplier = s_x*s_w*gain
+                                          bias = shift + offset*s_w*sum(w)*gain
     code = clip(round((activation(y) + margin) * inverse), low, high)
 
-DuQ quantizes with its interval a and dequantizes with its output scale c: `inverse = n/a` is here, `s_x = c/n` is in the
-multiplier of the layers behind. The offset -3/8 of h-swish is the same for every tap, the border included, whose pad is
-code 0 (negative padding, paper section 3.3): it folds into the bias exactly. Shortcuts, means and squeeze-excite stay in
-floating point, as they were trained.
+DuQ quantizes with its interval a and dequantizes with its output scale c: `inverse = n/a` is here,
+`s_x = c/n` is in the multiplier of the layers behind. The offset -3/8 of h-swish is the same for
+every tap, the border included, whose pad is code 0 (negative padding, paper section 3.3): it folds
+into the bias exactly. Shortcuts, means and squeeze-excite stay in floating point, as they were
+trained.
 """
 
 import dataclasses
@@ -69,7 +72,8 @@ class Quantizer:
     low: the smallest code.
     high: the largest.
     bits: of the codes.
-    scale: float32, what a code is worth: c/n. For whoever wants values; the layers have it in their multipliers.
+    scale: float32, what a code is worth: c/n. For whoever wants values; the layers have it in their
+      multipliers.
   """
 
   name: str
@@ -89,7 +93,9 @@ class Quantizer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activation:
-  """`relu`, `relu6`, `hard_swish` (`x * relu6(x + 3) * (1/6)`) or `hard_sigmoid` (`relu6(x + 3) * (1/6)`)."""
+  """`relu`, `relu6`, `hard_swish` (`x * relu6(x + 3) * (1/6)`) or `hard_sigmoid`
+  (`relu6(x + 3) * (1/6)`).
+  """
 
   name: str
   input: str
@@ -140,7 +146,8 @@ class Net(NamedTuple):
 
   Attributes:
     model: its name, as `mobilenet_v2`.
-    nodes: in an order in which each reads what stands before it; the last one gives the logits `[N, num_classes]`.
+    nodes: in an order in which each reads what stands before it; the last one gives the logits
+      `[N, num_classes]`.
     image_size: height and width of the images, in pixels.
     normalization: of the images.
     weight_bits: of all kernels.
@@ -182,11 +189,14 @@ class Net(NamedTuple):
   def float_fed(self) -> frozenset[str]:
     """The quantizers that read the float stream: what is not a function of one integer accumulator.
 
-    Two runtimes may sum a mean, a shortcut or the image's convolution in another order or precision, so that a value at a
-    tie may get one code here and its neighbour there. All other quantizers must agree to the last code.
+    Two runtimes may sum a mean, a shortcut or the image's convolution in another order or
+    precision, so that a value at a tie may get one code here and its neighbour there. All other
+    quantizers must agree to the last code.
     """
     exact, codes = set(), {node.name for node in self.quantizers}
     for node in self.nodes:
-      if (isinstance(node, Layer) and node.input in codes) or (isinstance(node, Activation) and node.input in exact):
+      if (isinstance(node, Layer) and node.input in codes) or (
+        isinstance(node, Activation) and node.input in exact
+      ):
         exact.add(node.name)
     return frozenset(node.name for node in self.quantizers if node.input not in exact)

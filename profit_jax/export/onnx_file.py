@@ -1,26 +1,32 @@
 """The format `onnx`: integer codes in packed initializers, executed by onnxruntime.
 
-Kernels of 3 and 4 bits stand as INT4 (opset 21), of 2 bits as INT2 (opset 25), of 5 to 8 as INT8. A layer is
+Kernels of 3 and 4 bits stand as INT4 (opset 21), of 2 bits as INT2 (opset 25), of 5 to 8 as INT8. A
+layer is
 
     Cast(codes) -> Conv -> Mul(multiplier, .) -> Add(bias)
 
 and a quantizer
 
-    [Add(3/8) ->] Mul(n/a) -> Clip -> QuantizeLinear(scale 1, uint8 or int8) -> DequantizeLinear(scale 1)
+    [Add(3/8) ->] Mul(n/a) -> Clip -> QuantizeLinear(scale 1, uint8 or int8)
+      -> DequantizeLinear(scale 1)
 
 What looks odd is deliberate (measured with onnxruntime 1.32):
 
-- Kernels are cast, which onnxruntime does once, when it loads the file, so that its fast convolution takes them. It does
-  not touch DequantizeLinear before a Conv, in the hope of a quantized one, computes it anew with every image and takes a
-  slow convolution: MobileNet-v2 at 224 pixels 31 ms instead of 9 (one core; the float model 9).
-- The multiplier is the Mul's first operand: as the second it would be multiplied into the kernel, and the sums were no
-  longer whole numbers. The bias stays outside of Conv: between DequantizeLinear and QuantizeLinear, onnxruntime rounds it
-  to int32 steps of the two scales, and 3 % of the codes change without a word.
-- The Clip stands before the rounding, where the result is the same: of bytes it is slow (3 of 12 ms).
-- Activation codes are carried in bytes: a Clip before a QuantizeLinear to INT4 does not load, and INT4 activations are
-  slower.
+- Kernels are cast, which onnxruntime does once, when it loads the file, so that its fast
+  convolution takes them. It does not touch DequantizeLinear before a Conv, in the hope of a
+  quantized one, computes it anew with every image and takes a slow convolution: MobileNet-v2 at 224
+  pixels 31 ms instead of 9 (one core; the float model 9).
+- The multiplier is the Mul's first operand: as the second it would be multiplied into the kernel,
+  and the sums were no longer whole numbers. The bias stays outside of Conv: between
+  DequantizeLinear and QuantizeLinear, onnxruntime rounds it to int32 steps of the two scales, and
+  3 % of the codes change without a word.
+- The Clip stands before the rounding, where the result is the same: of bytes it is slow (3 of
+  12 ms).
+- Activation codes are carried in bytes: a Clip before a QuantizeLinear to INT4 does not load, and
+  INT4 activations are slower.
 - Initializers are raw bytes: as lists of numbers, INT4 files are a third larger.
-- A multiplication by n/a, and no QuantizeLinear with scale a/n, so that JAX computes the same at ties.
+- A multiplication by n/a, and no QuantizeLinear with scale a/n, so that JAX computes the same at
+  ties.
 """
 
 import os
@@ -31,7 +37,17 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from profit_jax.export.net import IMAGE, Activation, Layer, Mean, Net, Product, Quantizer, Sum, Value
+from profit_jax.export.net import (
+  IMAGE,
+  Activation,
+  Layer,
+  Mean,
+  Net,
+  Product,
+  Quantizer,
+  Sum,
+  Value,
+)
 from profit_jax.export.packing import field_bits, pack
 
 LOGITS = "logits"
@@ -40,14 +56,20 @@ _KERNEL_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
 
 
 def write(net: Net, path: str | os.PathLike) -> None:
-  """Writes the model: input `image` uint8 `[N, H, W, 3]`, output `logits` float32 `[N, num_classes]`."""
+  """Writes the model: input `image` uint8 `[N, H, W, 3]`, output `logits` float32
+  `[N, num_classes]`.
+  """
   graph = Graph(net)
   width = field_bits(net.weight_bits)
   model = helper.make_model(
     helper.make_graph(
       graph.nodes,
       f"{net.model}_{net.bits_name}",
-      [helper.make_tensor_value_info(IMAGE, TensorProto.UINT8, ["N", net.image_size, net.image_size, 3])],
+      [
+        helper.make_tensor_value_info(
+          IMAGE, TensorProto.UINT8, ["N", net.image_size, net.image_size, 3]
+        )
+      ],
       [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["N", net.num_classes])],
       graph.initializers,
     ),
@@ -62,7 +84,8 @@ def write(net: Net, path: str | os.PathLike) -> None:
 class Graph:
   """Appends what the nodes of a net are in ONNX; images are NCHW inside.
 
-  How codes are written is up to `image`, `kernel` and `quantizer`; each returns the name of a float32 tensor.
+  How codes are written is up to `image`, `kernel` and `quantizer`; each returns the name of a
+  float32 tensor.
 
   Attributes:
     nodes: so far.
@@ -87,17 +110,27 @@ class Graph:
     return self._op("Cast", [IMAGE], f"{IMAGE}/float", to=TensorProto.FLOAT)
 
   def kernel(self, node: Layer, codes: np.ndarray) -> str:
-    """The codes of a kernel, given as int8 `[F, C, K, K]`, depthwise `[F, 1, K, K]`, dense `[C, F]`."""
+    """The codes of a kernel, given as int8 `[F, C, K, K]`, depthwise `[F, 1, K, K]`, dense
+    `[C, F]`.
+    """
     raw = pack(np.ascontiguousarray(codes), self._bits).tobytes()
     name = f"{node.name}/codes"
-    self.initializers.append(helper.make_tensor(name, _KERNEL_TYPES[self._bits], codes.shape, raw, raw=True))
+    self.initializers.append(
+      helper.make_tensor(name, _KERNEL_TYPES[self._bits], codes.shape, raw, raw=True)
+    )
     return self._op("Cast", [name], f"{node.name}/kernel", to=TensorProto.FLOAT)
 
   def quantizer(self, node: Quantizer, result: str) -> str:
     """The codes of what `_scaled` gives."""
     x, dtype = self._scaled(node), "int8" if node.signed else "uint8"
-    x = self._op("Clip", [x, self._constant(float(node.low)), self._constant(float(node.high))], f"{node.name}/clipped")
-    x = self._op("QuantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], codes_of(node))
+    x = self._op(
+      "Clip",
+      [x, self._constant(float(node.low)), self._constant(float(node.high))],
+      f"{node.name}/clipped",
+    )
+    x = self._op(
+      "QuantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], codes_of(node)
+    )
     return self._op("DequantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], result)
 
   def _op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
@@ -158,7 +191,9 @@ class Graph:
     return self._op("Mul", [gate, self._constant(float(np.float32(1 / 6)))], result)
 
   def _value(self, node: Value, result: str) -> str:
-    x = self._op("Mul", [self._names[node.input], self._constant(node.scale)], f"{node.name}/scaled")
+    x = self._op(
+      "Mul", [self._names[node.input], self._constant(node.scale)], f"{node.name}/scaled"
+    )
     return self._op("Add", [x, self._constant(node.offset)], result)
 
   def _mean(self, node: Mean, result: str) -> str:
@@ -203,12 +238,18 @@ class Runner:
     self._model, self._threads = model, threads
     self._logits, self._with_codes, self._names = _session(model, threads), None, []
 
-  def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The logits, and if asked for every quantizer's codes, NHWC: those of the same graph, with more outputs."""
+  def run(
+    self, image: np.ndarray, with_codes: bool = False
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The logits, and if asked for every quantizer's codes, NHWC: those of the same graph, with
+    more outputs.
+    """
     if not with_codes:
       return self._logits.run([LOGITS], {IMAGE: image})[0], {}
     if self._with_codes is None:
-      self._names = [node.output[0] for node in self._model.graph.node if node.op_type == "QuantizeLinear"]
+      self._names = [
+        node.output[0] for node in self._model.graph.node if node.op_type == "QuantizeLinear"
+      ]
       observed = onnx.ModelProto()
       observed.CopyFrom(self._model)
       observed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self._names)
@@ -227,4 +268,6 @@ def _session(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSessi
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = threads
   options.log_severity_level = 3
-  return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+  return onnxruntime.InferenceSession(
+    model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+  )

@@ -5,12 +5,15 @@ import numpy as np
 
 
 def field_bits(bits: int) -> int:
-  """The bits that a code of so many takes in a file: 2, 4 or 8, so that no code stands in two bytes."""
+  """The bits that a code of so many takes in a file: 2, 4 or 8, so that no code stands in two
+  bytes.
+  """
   return 2 if bits <= 2 else 4 if bits <= 4 else 8
 
 
 def pack(codes: np.ndarray, width: int) -> np.ndarray:
-  """Codes of any shape, in row-major order, as uint8 `[ceil(size * width / 8)]`; zeros fill the last byte.
+  """Codes of any shape, in row-major order, as uint8 `[ceil(size * width / 8)]`; zeros fill the
+  last byte.
 
   Args:
     codes: int8.
@@ -33,7 +36,10 @@ def unpack(packed: np.ndarray, width: int, shape: tuple[int, ...]) -> np.ndarray
   if packed.shape != (-(-size // count),):
     raise ValueError(f"{packed.shape} bytes do not hold codes of shape {shape} at {width} bits")
   codes = packed.astype(np.int8)
-  # Up, so that the code's sign stands in the byte's, then down again: the shift to the right repeats it.
-  columns = [(codes << np.int8(8 - width * (place + 1))) >> np.int8(8 - width) for place in range(count)]
+  # Up, so that the code's sign stands in the byte's, then down again: the shift to the right
+  # repeats it.
+  columns = [
+    (codes << np.int8(8 - width * (place + 1))) >> np.int8(8 - width) for place in range(count)
+  ]
   stack = np.stack if isinstance(packed, np.ndarray) else jnp.stack
   return stack(columns, axis=-1).reshape(-1)[:size].reshape(shape)

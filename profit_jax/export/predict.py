@@ -1,4 +1,6 @@
-"""Classifies pictures with an exported file: python -m profit_jax.export.predict FILE IMAGE... (prints the top 5)."""
+"""Classifies pictures with an exported file: python -m profit_jax.export.predict FILE IMAGE...
+(prints the top 5).
+"""
 
 import argparse
 import hashlib
@@ -17,7 +19,9 @@ _AT_ONCE = 16
 _PRINTED = 5
 
 
-def predict(file: str | os.PathLike, images: Sequence[str | os.PathLike]) -> Iterator[list[tuple[str, float]]]:
+def predict(
+  file: str | os.PathLike, images: Sequence[str | os.PathLike]
+) -> Iterator[list[tuple[str, float]]]:
   """Classifies pictures.
 
   Args:
@@ -25,11 +29,12 @@ def predict(file: str | os.PathLike, images: Sequence[str | os.PathLike]) -> Ite
     images: paths of JPEG or PNG files.
 
   Returns:
-    Of each picture the five most probable classes, best first: their names (numbers, where the data has no names) and
-    probabilities, 0 to 1.
+    Of each picture the five most probable classes, best first: their names (numbers, where the data
+    has no names) and probabilities, 0 to 1.
 
   Raises:
-    ConfigError: a file that is no exported model or not the one of its card, or a picture that is none.
+    ConfigError: a file that is no exported model or not the one of its card, or a picture that is
+      none.
   """
   name = formats.of_file(file)
   path = pathlib.Path(file)
@@ -37,9 +42,17 @@ def predict(file: str | os.PathLike, images: Sequence[str | os.PathLike]) -> Ite
     raise ConfigError(f"{os.fspath(file)!r} does not exist. Give a file that --mode export wrote.")
   content = card.read(file)
   if hashlib.sha256(path.read_bytes()).hexdigest() != content["sha256"]:
-    raise ConfigError(f"{os.fspath(file)!r} is not the file that its card describes: other bytes. Export it again.")
-  pixels, classes = content["input"], content["class_names"] or list(map(str, range(content["num_classes"])))
-  pictures = [read_picture(image, pixels["image_size"], pixels["eval_share"], pixels["interpolation"]) for image in images]
+    raise ConfigError(
+      f"{os.fspath(file)!r} is not the file that its card describes: other bytes. Export it again."
+    )
+  pixels, classes = (
+    content["input"],
+    content["class_names"] or list(map(str, range(content["num_classes"]))),
+  )
+  pictures = [
+    read_picture(image, pixels["image_size"], pixels["eval_share"], pixels["interpolation"])
+    for image in images
+  ]
   runner = formats.load(name).open_file(file)
   # All batches have one size, so that JAX compiles one program.
   size = min(_AT_ONCE, len(pictures))
@@ -56,7 +69,9 @@ def predict(file: str | os.PathLike, images: Sequence[str | os.PathLike]) -> Ite
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(prog="python -m profit_jax.export.predict", description=__doc__)
-  parser.add_argument("file", help=f"exported: {', '.join(format.suffix for format in formats.FORMATS.values())}")
+  parser.add_argument(
+    "file", help=f"exported: {', '.join(format.suffix for format in formats.FORMATS.values())}"
+  )
   parser.add_argument("images", nargs="+", help="JPEG or PNG files")
   options = parser.parse_args(arguments)
   try:

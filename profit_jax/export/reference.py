@@ -8,7 +8,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from profit_jax.depthwise import grouped, sum_of_taps
-from profit_jax.export.net import IMAGE, Activation, Layer, Mean, Net, Node, Product, Quantizer, Sum, Value
+from profit_jax.export.net import (
+  IMAGE,
+  Activation,
+  Layer,
+  Mean,
+  Net,
+  Node,
+  Product,
+  Quantizer,
+  Sum,
+  Value,
+)
 
 Arrays = dict[str, jax.Array]
 
@@ -75,7 +86,8 @@ def _layer(node: Layer, x: jax.Array, kernel: jax.Array) -> jax.Array:
   if node.dense:
     total = jnp.matmul(x, kernel, precision="highest")
   elif node.depthwise:
-    # Without the training's custom_vjp: nothing is differentiated here, and the artifact is smaller.
+    # Without the training's custom_vjp: nothing is differentiated here, and the artifact is
+    # smaller.
     padded = jnp.pad(x, [(0, 0), (node.margin, node.margin), (node.margin, node.margin), (0, 0)])
     total = lax.platform_dependent(padded, kernel, **_depthwise_forms(node.stride))
   else:
@@ -91,14 +103,17 @@ def _layer(node: Layer, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _depthwise_forms(stride: int) -> dict[str, Callable[..., jax.Array]]:
-  return {"cpu": functools.partial(sum_of_taps, stride=stride), "default": functools.partial(grouped, stride=stride)}
+  return {
+    "cpu": functools.partial(sum_of_taps, stride=stride),
+    "default": functools.partial(grouped, stride=stride),
+  }
 
 
 def _rounded(product: jax.Array) -> jax.Array:
   """A product before it is added to: XLA would join the two into one operation that rounds once.
 
-  No product lies below, but the compiler cannot know. Without it 27 % of the sums are a unit in the last place off, and a
-  value at a tie gets another code than in onnxruntime.
+  No product lies below, but the compiler cannot know. Without it 27 % of the sums are a unit in the
+  last place off, and a value at a tie gets another code than in onnxruntime.
   """
   return jnp.maximum(product, jnp.finfo(jnp.float32).min)
 

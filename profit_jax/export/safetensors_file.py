@@ -1,24 +1,34 @@
-"""The format `safetensors`: codes and numbers with a documented layout, for people who write kernels.
+"""The format `safetensors`: codes and numbers with a documented layout, for people who write
+kernels.
 
 Tensors, of every layer:
 
-| name           | type             | what                                                               |
-|----------------|------------------|--------------------------------------------------------------------|
-| `LAYER.codes`  | uint8 `[bytes]`  | the kernel's codes, row-major, as two's complement,                |
-|                |                  | 8 / `field_bits` to a byte, the first in the lowest bits           |
-| `LAYER.affine` | float32 `[2, F]` | multiplier and bias per channel: `y = acc * affine[0] + affine[1]` |
+| name           | type             | what                                                     |
+|----------------|------------------|----------------------------------------------------------|
+| `LAYER.codes`  | uint8 `[bytes]`  | the kernel's codes, row-major, as two's complement,      |
+|                |                  | 8 / `field_bits` to a byte, the first in the lowest bits |
+| `LAYER.affine` | float32 `[2, F]` | multiplier and bias per channel:                         |
+|                |                  | `y = acc * affine[0] + affine[1]`                        |
 
-The metadata entry `net` is JSON: `model`, `image_size`, `mean`, `std` (of pixels / 255, per channel), `weight_bits`,
-`act_bits`, `field_bits`, and `nodes`, in order of execution: `[kind, name, input, ...]` with
+The metadata entry `net` is JSON: `model`, `image_size`, `mean`, `std` (of pixels / 255, per
+channel), `weight_bits`, `act_bits`, `field_bits`, and `nodes`, in order of execution:
+`[kind, name, input, ...]` with
 
-    ["Layer", name, input, shape, stride, depthwise]              shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]
-    ["Quantizer", name, input, inverse, margin, low, high, scale] code = clip(round((x + margin) * inverse), low, high)
-    ["Activation", name, input, function]                         relu, relu6, hard_swish, hard_sigmoid
-    ["Value", name, input, scale, offset]                         code * scale + offset
-    ["Mean", name, input]                                         over space
-    ["Sum", name, input, other], ["Product", name, input, other]  element by element; a [N, C] over space
+    ["Layer", name, input, shape, stride, depthwise]
+        shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]
+    ["Quantizer", name, input, inverse, margin, low, high, scale]
+        code = clip(round((x + margin) * inverse), low, high)
+    ["Activation", name, input, function]
+        relu, relu6, hard_swish, hard_sigmoid
+    ["Value", name, input, scale, offset]
+        code * scale + offset
+    ["Mean", name, input]
+        over space
+    ["Sum", name, input, other], ["Product", name, input, other]
+        element by element; a [N, C] over space
 
-Images and activations are NHWC, kernels HWIO; every border is zeros, `(K - 1) / 2` wide. Round half to even.
+Images and activations are NHWC, kernels HWIO; every border is zeros, `(K - 1) / 2` wide. Round half
+to even.
 """
 
 import functools
@@ -64,13 +74,21 @@ def write(net: Net, path: str | os.PathLike) -> None:
     "field_bits": width,
     "nodes": [_row(node) for node in net.nodes],
   }
-  safetensors.numpy.save_file(tensors, os.fspath(path), {"net": json.dumps(content, separators=(",", ":"))})
+  safetensors.numpy.save_file(
+    tensors, os.fspath(path), {"net": json.dumps(content, separators=(",", ":"))}
+  )
 
 
 def _row(node: Node) -> list[Any]:
   kind = type(node).__name__
   shape = [list(node.kernel.shape)] if isinstance(node, Layer) else []
-  return [kind, node.name, node.input, *shape, *(_short(getattr(node, field)) for field in _FIELDS[kind])]
+  return [
+    kind,
+    node.name,
+    node.input,
+    *shape,
+    *(_short(getattr(node, field)) for field in _FIELDS[kind]),
+  ]
 
 
 def _short(value: Any) -> Any:
@@ -84,7 +102,14 @@ def read(path: str | os.PathLike) -> Net:
     content = json.loads(file.metadata()["net"])
     nodes = tuple(_node(row, content, file.get_tensor) for row in content["nodes"])
   normalization = Normalization(mean=tuple(content["mean"]), std=tuple(content["std"]))
-  return Net(content["model"], nodes, content["image_size"], normalization, content["weight_bits"], content["act_bits"])
+  return Net(
+    content["model"],
+    nodes,
+    content["image_size"],
+    normalization,
+    content["weight_bits"],
+    content["act_bits"],
+  )
 
 
 def _node(row: list[Any], content: dict[str, Any], tensor: Any) -> Node:
@@ -94,7 +119,12 @@ def _node(row: list[Any], content: dict[str, Any], tensor: Any) -> Node:
     shape, *values = values
     multiplier, bias = tensor(f"{name}.affine")
     kernel = unpack(tensor(f"{name}.codes"), content["field_bits"], tuple(shape))
-    given |= {"kernel": kernel, "multiplier": multiplier, "bias": bias, "bits": content["weight_bits"]}
+    given |= {
+      "kernel": kernel,
+      "multiplier": multiplier,
+      "bias": bias,
+      "bits": content["weight_bits"],
+    }
   elif kind == "Quantizer":
     given["bits"] = content["act_bits"]
   given |= dict(zip(_FIELDS[kind], values, strict=True))
@@ -117,7 +147,9 @@ class Runner:
     self._logits = jax.jit(functools.partial(reference.run, net))
     self._with_codes = jax.jit(functools.partial(reference.run_with_codes, net))
 
-  def run(self, image: np.ndarray, with_codes: bool = False) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  def run(
+    self, image: np.ndarray, with_codes: bool = False
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The logits, and if asked for every quantizer's codes."""
     if not with_codes:
       return np.asarray(self._logits(image)), {}

@@ -1,11 +1,14 @@
 """The proof that an exported file is the trained network, on real images of the run's data.
 
-Codes are compared teacher-forced: the reference computes each quantizer's codes from those that the other side had before
-it, so that a code that differs is counted where it arises, and nowhere else. Three comparisons make the chain:
+Codes are compared teacher-forced: the reference computes each quantizer's codes from those that the
+other side had before it, so that a code that differs is counted where it arises, and nowhere else.
+Three comparisons make the chain:
 
-    trained model  --codes-->  reference     that the code-domain net is the trained one, its topology and its numbers
-    file           --codes-->  reference     that the file, read back and run in its own runtime, is that net
-    file           --top-1-->  trained model on the whole evaluation set, without forcing anything
+    trained model  --codes-->  reference      that the code-domain net is the trained one,
+                                              its topology and its numbers
+    file           --codes-->  reference      that the file, read back and run in its own
+                                              runtime, is that net
+    file           --top-1-->  trained model  on the whole evaluation set, without forcing anything
 """
 
 import dataclasses
@@ -29,15 +32,18 @@ from profit_jax.quant.levels import levels
 
 Codes = dict[str, np.ndarray]
 
-# What may differ between a file and the reference: one code in a million, and only behind sums of floats.
+# What may differ between a file and the reference: one code in a million, and only behind sums of
+# floats.
 SHARE = 1e-6
 # Enough for `SHARE` to be seen.
 CODES = 20_000_000
 # Compared at once, as float32.
 _AT_ONCE = 4_000_000
-# How near to a tie a value is that float32 may round either way, over the range of the codes. Seen: at most 2e-7.
+# How near to a tie a value is that float32 may round either way, over the range of the codes. Seen:
+# at most 2e-7.
 _TIE = 4e-6
-# Of the evaluation set, half a hundredth of a percent: what two decimals show. Below 20,000 images it is none.
+# Of the evaluation set, half a hundredth of a percent: what two decimals show. Below 20,000 images
+# it is none.
 _TOP1_SHARE = 5e-5
 
 
@@ -50,7 +56,8 @@ class Row:
     codes: compared.
     differing: of them.
     apart: of those, where the reference's value is not at a tie between the two codes.
-    float_fed: whether it reads the float stream, where a code at a tie may differ (see `Net.float_fed`).
+    float_fed: whether it reads the float stream, where a code at a tie may differ (see
+      `Net.float_fed`).
   """
 
   quantizer: str
@@ -84,23 +91,30 @@ class Comparison:
 
   @property
   def at_ties(self) -> bool:
-    """Whether all that differ are at ties, as is allowed between the trained model and the reference.
+    """Whether all that differ are at ties, as is allowed between the trained model and the
+    reference.
 
-    The trained model rounds after every float operation where the net's sums are exact, so that any value may fall to the
-    other side of a tie that it is at. Finer steps have more ties: of a million codes, none to 0.1 at 4 bits, 20 at 8.
+    The trained model rounds after every float operation where the net's sums are exact, so that any
+    value may fall to the other side of a tie that it is at. Finer steps have more ties: of a
+    million codes, none to 0.1 at 4 bits, 20 at 8.
     """
     return not any(row.apart for row in self.rows)
 
   @property
   def exact(self) -> bool:
     """Whether no more differ than may between a file and the reference."""
-    return self.differing <= SHARE * self.codes and not any(row.differing for row in self.rows if not row.float_fed)
+    return self.differing <= SHARE * self.codes and not any(
+      row.differing for row in self.rows if not row.float_fed
+    )
 
 
 def eval_images(net: Net, source: Source, batch_size: int) -> list[np.ndarray]:
-  """The first evaluation images, uint8, in equal parts to be compared at once: `CODES` codes, or nearly all images."""
+  """The first evaluation images, uint8, in equal parts to be compared at once: `CODES` codes, or
+  nearly all images.
+  """
   shapes = jax.eval_shape(
-    functools.partial(reference.run_with_codes, net), np.zeros((1, net.image_size, net.image_size, 3), np.uint8)
+    functools.partial(reference.run_with_codes, net),
+    np.zeros((1, net.image_size, net.image_size, 3), np.uint8),
   )
   codes = sum(math.prod(shape.shape) for shape in shapes[1].values())
   wanted, found = -(-CODES // codes), []
@@ -114,8 +128,12 @@ def eval_images(net: Net, source: Source, batch_size: int) -> list[np.ndarray]:
   return [images[part * size : (part + 1) * size] for part in range(parts)]
 
 
-def trained_codes(net: Net, model: nn.Module, variables: Any, normalization: Normalization) -> Callable[[np.ndarray], Any]:
-  """What the trained model itself computes: images -> logits and codes, from the values that its quantizers give on."""
+def trained_codes(
+  net: Net, model: nn.Module, variables: Any, normalization: Normalization
+) -> Callable[[np.ndarray], Any]:
+  """What the trained model itself computes: images -> logits and codes, from the values that its
+  quantizers give on.
+  """
   quantizers = {quantizer.name: quantizer for quantizer in net.quantizers}
 
   @jax.jit
@@ -130,12 +148,16 @@ def trained_codes(net: Net, model: nn.Module, variables: Any, normalization: Nor
     return logits, state["intermediates"]
 
   def run(image):
-    logits, captured = jax.device_get(apply(variables, image, levels(net.weight_bits, net.act_bits)))
+    logits, captured = jax.device_get(
+      apply(variables, image, levels(net.weight_bits, net.act_bits))
+    )
     values = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(captured):
       values["/".join(part.key for part in path[:-2])] = leaf
     if values.keys() != quantizers.keys():
-      raise KeyError(f"the net and the model have other quantizers: {sorted(values.keys() ^ quantizers.keys())}")
+      raise KeyError(
+        f"the net and the model have other quantizers: {sorted(values.keys() ^ quantizers.keys())}"
+      )
     return logits, {name: _codes(quantizers[name], value) for name, value in values.items()}
 
   return run
@@ -149,8 +171,9 @@ def _codes(quantizer, value):
 def file_codes(runner: Runner) -> Callable[[np.ndarray], Any]:
   """What an exported file computes: images -> logits and codes.
 
-  The logits are those of the file as its users run it. Where it computes others while it is being watched, the codes prove
-  nothing: a runtime that fuses operations may do so only where nobody asks for what stands between them.
+  The logits are those of the file as its users run it. Where it computes others while it is being
+  watched, the codes prove nothing: a runtime that fuses operations may do so only where nobody asks
+  for what stands between them.
   """
 
   def run(image):
@@ -165,7 +188,9 @@ def file_codes(runner: Runner) -> Callable[[np.ndarray], Any]:
 
 
 class WatchedDiffers(Exception):
-  """A file whose logits change when its codes are asked for; the argument: by which part of the largest."""
+  """A file whose logits change when its codes are asked for; the argument: by which part of the
+  largest.
+  """
 
 
 def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]) -> Comparison:
@@ -185,28 +210,40 @@ def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]
     theirs, codes = run(image)
     if codes.keys() != counts.keys():
       raise KeyError(f"codes of other quantizers: {sorted(codes.keys() ^ counts.keys())}")
-    expected, found = jax.device_get(forced(image, {name: np.float32(array) for name, array in codes.items()}))
+    expected, found = jax.device_get(
+      forced(image, {name: np.float32(array) for name, array in codes.items()})
+    )
     logits = max(logits, float(np.abs(theirs - expected).max() / np.abs(expected).max()))
     for name, count in counts.items():
       count += (codes[name].size, *found[name])
   fed = net.float_fed()
-  return Comparison(tuple(Row(name, *map(int, count), name in fed) for name, count in counts.items()), logits)
+  return Comparison(
+    tuple(Row(name, *map(int, count), name in fed) for name, count in counts.items()), logits
+  )
 
 
-def _count(net: Net, image: jax.Array, theirs: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-  """The logits that follow from their codes, and by quantizer how many of those differ, and how many not at a tie."""
+def _count(
+  net: Net, image: jax.Array, theirs: Mapping[str, jax.Array]
+) -> tuple[jax.Array, dict[str, Any]]:
+  """The logits that follow from their codes, and by quantizer how many of those differ, and how
+  many not at a tie.
+  """
   found = {}
 
   def quantize(node, x):
     codes, reach = theirs[node.name], jnp.float32(_TIE * (node.high - node.low) / node.inverse)
-    explained = (reference.codes(node, x - reach) <= codes) & (codes <= reference.codes(node, x + reach))
+    explained = (reference.codes(node, x - reach) <= codes) & (
+      codes <= reference.codes(node, x + reach)
+    )
     found[node.name] = jnp.sum(codes != reference.codes(node, x)), jnp.sum(~explained)
     return codes
 
   return reference.run(net, image, quantize=quantize), found
 
 
-def count_correct(run: Callable[[np.ndarray], np.ndarray], source: Source, batch_size: int) -> tuple[int, int]:
+def count_correct(
+  run: Callable[[np.ndarray], np.ndarray], source: Source, batch_size: int
+) -> tuple[int, int]:
   """How many evaluation images get the right class, and how many there are.
 
   Args:
@@ -218,7 +255,9 @@ def count_correct(run: Callable[[np.ndarray], np.ndarray], source: Source, batch
   for batch in source.eval_batches(batch_size):
     mask = batch["mask"]
     # The first of equal logits, as `np.argmax`, and as the evaluation while training.
-    correct += int(np.count_nonzero((np.argmax(run(batch["image"]), axis=1) == batch["label"]) & mask))
+    correct += int(
+      np.count_nonzero((np.argmax(run(batch["image"]), axis=1) == batch["label"]) & mask)
+    )
     examples += int(mask.sum())
   return correct, examples
 

@@ -40,8 +40,8 @@ def check(settings: Settings) -> None:
   """Checks what only the models know of their settings.
 
   Raises:
-    ConfigError: strides of another number, or too many of them for the image; a width where there is none; bits for a
-      model without quantizers.
+    ConfigError: strides of another number, or too many of them for the image; a width where there
+      is none; bits for a model without quantizers.
   """
   _check_shape(settings.model, settings.data.image_size, "model")
   if settings.teacher.model in REGISTRY:
@@ -49,8 +49,10 @@ def check(settings: Settings) -> None:
   name, plan = settings.model.name, settings.plan
   if name in TEACHERS_ONLY and (plan.weight_bits or plan.act_bits):
     raise ConfigError(
-      f"config.model.name = {name!r} is not allowed with config.plan.weight_bits = {plan.weight_bits!r} and "
-      f"config.plan.act_bits = {plan.act_bits!r}: {name} has no quantizers. Set both to () to train it in full precision, "
+      f"config.model.name = {name!r} is not allowed with config.plan.weight_bits = "
+      f"{plan.weight_bits!r} and "
+      f"config.plan.act_bits = {plan.act_bits!r}: {name} has no quantizers. Set both to () to "
+      "train it in full precision, "
       f"as a teacher, or choose one of {', '.join(sorted(REGISTRY.keys() - TEACHERS_ONLY))}."
     )
 
@@ -59,23 +61,30 @@ def _check_shape(model: ModelSettings, image_size: int, section: str) -> None:
   strides, published = model.strides, STRIDES.get(model.name, ())
   if strides and published and len(strides) != len(published):
     raise ConfigError(
-      f"config.{section}.strides = {strides!r} is not allowed: {model.name} takes {len(published)} numbers, the stem's "
+      f"config.{section}.strides = {strides!r} is not allowed: {model.name} takes "
+      f"{len(published)} numbers, the stem's "
       f"and the stages', published as {published!r}; () stands for these."
     )
   reduction = math.prod(strides or published)
   if image_size < reduction:
     raise ConfigError(
-      f"config.{section}.strides = {strides!r} is not allowed: the product of {strides or published!r} must be at most "
+      f"config.{section}.strides = {strides!r} is not allowed: the product of "
+      f"{strides or published!r} must be at most "
       f"data.image_size = {image_size}; it is {reduction}, use fewer 2s."
     )
   if model.name in TEACHERS_ONLY and model.width != 1:
     raise ConfigError(
-      f"config.{section}.width = {model.width!r} is not allowed: {model.name} has no width multiplier, it must be 1.0."
+      f"config.{section}.width = {model.width!r} is not allowed: {model.name} has no width "
+      "multiplier, it must be 1.0."
     )
 
 
-def build(settings: ModelSettings, num_classes: int, quant: QuantSettings | None = None) -> nn.Module:
-  """The module that the settings describe, with these quantizers; a model takes the fields that it has."""
+def build(
+  settings: ModelSettings, num_classes: int, quant: QuantSettings | None = None
+) -> nn.Module:
+  """The module that the settings describe, with these quantizers; a model takes the fields that it
+  has.
+  """
   known = options(settings.name)
   chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name in known}
   if quant is not None and settings.name not in TEACHERS_ONLY and quant != QuantSettings():
@@ -91,7 +100,9 @@ def options(name: str) -> frozenset[str]:
 
 
 def init_variables(module: nn.Module, key: jax.Array, image_size: int) -> dict[str, Any]:
-  """A model's `params` and `batch_stats`, drawn from `key`; images are `[N, image_size, image_size, 3]`."""
+  """A model's `params` and `batch_stats`, drawn from `key`; images are
+  `[N, image_size, image_size, 3]`.
+  """
   return _initializer(module, image_size)(key)
 
 
@@ -104,5 +115,7 @@ def _initializer(module: nn.Module, image_size: int) -> Callable[[jax.Array], di
 
 @functools.cache
 def variable_shapes(module: nn.Module, image_size: int) -> dict[str, Any]:
-  """The shapes of a model's `params` and `batch_stats`, without computing them; read-only, since it is cached."""
+  """The shapes of a model's `params` and `batch_stats`, without computing them; read-only, since it
+  is cached.
+  """
   return jax.eval_shape(lambda key: init_variables(module, key, image_size), jax.random.key(0))

@@ -1,6 +1,7 @@
 """What the MobileNets share: how channels are rounded, and the bound of a ReLU6's quantizer."""
 
-# A ReLU6 quantizer's interval starts at 6 or below, whether the non-linearity itself is bounded or not.
+# A ReLU6 quantizer's interval starts at 6 or below, whether the non-linearity itself is bounded or
+# not.
 RELU6_BOUND = 6.0
 
 

@@ -1,7 +1,8 @@
 """MobileNet-v1 (Howard et al., 2017, arXiv 1704.04861) with DuQ quantizers.
 
-The PROFIT paper trains it, the authors' code does not have it: an unsigned quantizer stands after every ReLU. There is no
-shortcut and no layer without a ReLU after it, so none is symmetric. The classifier sees the mean of quantized values.
+The PROFIT paper trains it, the authors' code does not have it: an unsigned quantizer stands after
+every ReLU. There is no shortcut and no layer without a ReLU after it, so none is symmetric. The
+classifier sees the mean of quantized values.
 """
 
 import functools
@@ -80,12 +81,14 @@ class MobileNetV1(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
-    """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
+    """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments: `MobileNetV2`'s."""
     levels = levels._replace(quant=self.quant)
     conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels.first())
+    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
+      x, levels.first()
+    )
     x = norm(name="stem_norm").pending(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 

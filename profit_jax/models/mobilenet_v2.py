@@ -1,7 +1,9 @@
-"""MobileNet-v2 (Sandler et al., CVPR 2018, arXiv 1801.04381) with DuQ quantizers where PROFIT's authors put them.
+"""MobileNet-v2 (Sandler et al., CVPR 2018, arXiv 1801.04381) with DuQ quantizers where PROFIT's
+authors put them.
 
-A symmetric quantizer stands on the input of every inverted-residual block except the first, and before the last 1x1
-convolution; an unsigned one after every ReLU; the residual add stays in full precision.
+A symmetric quantizer stands on the input of every inverted-residual block except the first, and
+before the last 1x1 convolution; an unsigned one after every ReLU; the residual add stays in full
+precision.
 """
 
 import functools
@@ -30,7 +32,8 @@ class InvertedResidual(nn.Module):
     features: output channels.
     expansion: hidden channels over input channels; 1 leaves the expansion convolution out.
     stride: of the depthwise convolution.
-    quantize_input: a symmetric quantizer on the convolutions' input (the shortcut stays in full precision).
+    quantize_input: a symmetric quantizer on the convolutions' input (the shortcut stays in full
+      precision).
     activation: relu or relu6.
     conv: makes a convolution, given its attributes and name.
     norm: makes a batch normalization, given its name.
@@ -68,9 +71,10 @@ class MobileNetV2(nn.Module):
   Attributes:
     num_classes: size of the head.
     width: multiplies the channels of every layer; the head's 1280 only grows.
-    strides: of the stem and of the seven stages, () is the published ones; small images want fewer 2s.
-    activation: `relu` is what the authors' code computes (6 only bounds its first intervals), `relu6` what
-      torchvision's weights were trained with.
+    strides: of the stem and of the seven stages, () is the published ones; small images want fewer
+      2s.
+    activation: `relu` is what the authors' code computes (6 only bounds its first intervals),
+      `relu6` what torchvision's weights were trained with.
     dropout: rate before the classifier.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
@@ -103,7 +107,9 @@ class MobileNetV2(nn.Module):
     conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(x, levels.first())
+    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
+      x, levels.first()
+    )
     x = norm(name="stem_norm").pending(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
 

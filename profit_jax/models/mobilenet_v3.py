@@ -1,8 +1,10 @@
-"""MobileNet-v3, large and small (Howard et al., ICCV 2019, arXiv 1905.02244) with DuQ quantizers and negative padding.
+"""MobileNet-v3, large and small (Howard et al., ICCV 2019, arXiv 1905.02244) with DuQ quantizers
+and negative padding.
 
-A symmetric quantizer stands before every expansion, before the last convolution and before each squeeze; one of the kind of
-the non-linearity after each of these. The first block has no expansion and quantizes the stem's h-swish output. A depthwise
-convolution whose input is quantized after h-swish pads with -3/8 (PROFIT section 3.3).
+A symmetric quantizer stands before every expansion, before the last convolution and before each
+squeeze; one of the kind of the non-linearity after each of these. The first block has no expansion
+and quantizes the stem's h-swish output. A depthwise convolution whose input is quantized after
+h-swish pads with -3/8 (PROFIT section 3.3).
 
 Two layouts are about, and the fields reproduce both exactly:
 
@@ -13,8 +15,8 @@ Two layouts are about, and the fields reproduce both exactly:
 | pad_value        | -3/8                                  | 0                                    |
 | channel_rounding | up                                    | nearest                              |
 
-In both, what is quantized is the input of the next convolution. After h-swish and a squeeze-excite in (0, 1) the minimum is
-still -3/8 or above, so the h-swish quantizer covers either order.
+In both, what is quantized is the input of the next convolution. After h-swish and a squeeze-excite
+in (0, 1) the minimum is still -3/8 or above, so the h-swish quantizer covers either order.
 """
 
 import functools
@@ -31,7 +33,8 @@ from profit_jax.quant.duq import HSWISH_MINIMUM
 from profit_jax.quant.levels import Levels
 from profit_jax.settings import QuantSettings
 
-# torch's kaiming_uniform_(mode="fan_out") with gain 1, which the authors start their dense layers from.
+# torch's kaiming_uniform_(mode="fan_out") with gain 1, which the authors start their dense layers
+# from.
 _dense_init = nn.initializers.variance_scaling(1.0, "fan_out", "uniform")
 
 
@@ -69,7 +72,11 @@ VARIANTS = {
     stages=(
       (BlockSpec(3, 16, 16, False, False),),
       (BlockSpec(3, 64, 24, False, False), BlockSpec(3, 72, 24, False, False)),
-      (BlockSpec(5, 72, 40, _SE, False), BlockSpec(5, 120, 40, _SE, False), BlockSpec(5, 120, 40, _SE, False)),
+      (
+        BlockSpec(5, 72, 40, _SE, False),
+        BlockSpec(5, 120, 40, _SE, False),
+        BlockSpec(5, 120, 40, _SE, False),
+      ),
       (
         BlockSpec(3, 240, 80, False, _HS),
         BlockSpec(3, 200, 80, False, _HS),
@@ -77,7 +84,11 @@ VARIANTS = {
         BlockSpec(3, 184, 80, False, _HS),
       ),
       (BlockSpec(3, 480, 112, _SE, _HS), BlockSpec(3, 672, 112, _SE, _HS)),
-      (BlockSpec(5, 672, 160, _SE, _HS), BlockSpec(5, 960, 160, _SE, _HS), BlockSpec(5, 960, 160, _SE, _HS)),
+      (
+        BlockSpec(5, 672, 160, _SE, _HS),
+        BlockSpec(5, 960, 160, _SE, _HS),
+        BlockSpec(5, 960, 160, _SE, _HS),
+      ),
     ),
     strides=(2, 1, 2, 2, 2, 1, 2),
     pre_classifier=1280,
@@ -86,9 +97,17 @@ VARIANTS = {
     stages=(
       (BlockSpec(3, 16, 16, _SE, False),),
       (BlockSpec(3, 72, 24, False, False), BlockSpec(3, 88, 24, False, False)),
-      (BlockSpec(5, 96, 40, _SE, _HS), BlockSpec(5, 240, 40, _SE, _HS), BlockSpec(5, 240, 40, _SE, _HS)),
+      (
+        BlockSpec(5, 96, 40, _SE, _HS),
+        BlockSpec(5, 240, 40, _SE, _HS),
+        BlockSpec(5, 240, 40, _SE, _HS),
+      ),
       (BlockSpec(5, 120, 48, _SE, _HS), BlockSpec(5, 144, 48, _SE, _HS)),
-      (BlockSpec(5, 288, 96, _SE, _HS), BlockSpec(5, 576, 96, _SE, _HS), BlockSpec(5, 576, 96, _SE, _HS)),
+      (
+        BlockSpec(5, 288, 96, _SE, _HS),
+        BlockSpec(5, 576, 96, _SE, _HS),
+        BlockSpec(5, 576, 96, _SE, _HS),
+      ),
     ),
     strides=(2, 2, 2, 2, 1, 2),
     pre_classifier=1024,
@@ -120,7 +139,8 @@ class SqueezeExcite(nn.Module):
 
 
 class Block(nn.Module):
-  """1x1 expansion, depthwise convolution, squeeze-excite, 1x1 projection; the input is added where the shapes agree.
+  """1x1 expansion, depthwise convolution, squeeze-excite, 1x1 projection; the input is added where
+  the shapes agree.
 
   Attributes:
     kernel_size: of the depthwise convolution.
@@ -194,11 +214,13 @@ class MobileNetV3(nn.Module):
     width: multiplies the channels of every layer.
     strides: of the stem and of the stages; () is the published ones.
     dropout: rate before the classifier.
-    bn_momentum: share of the old running statistics that a step keeps (0.9997 in the authors' code).
+    bn_momentum: share of the old running statistics that a step keeps (0.9997 in the authors'
+      code).
     bn_epsilon: added to variances.
     squeeze_excite: before or after the depthwise convolution's non-linearity.
     pad_value: what depthwise convolutions after h-swish pad with, -3/8 or 0.
-    channel_rounding: of scaled channels to a multiple of 8: nearest (torchvision), or up (the authors).
+    channel_rounding: of scaled channels to a multiple of 8: nearest (torchvision), or up (the
+      authors).
     dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
     sampling_every: as `QuantConv`'s.
     quant: which quantizers; None is DuQ, at the levels of every layer.
@@ -220,7 +242,7 @@ class MobileNetV3(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
-    """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments as `MobileNetV2`'s."""
+    """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments: `MobileNetV2`'s."""
     levels = levels._replace(quant=self.quant)
     conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
     dense = functools.partial(QuantDense, kernel_init=_dense_init, dtype=self.dtype)
@@ -264,12 +286,22 @@ class MobileNetV3(nn.Module):
     return dense(self.num_classes, name="classifier")(x, levels.last())
 
   def _channels(self, channels: int) -> int:
-    return (up_to_multiple_of_8 if self.channel_rounding == "up" else divisible_by_8)(channels * self.width)
+    return (up_to_multiple_of_8 if self.channel_rounding == "up" else divisible_by_8)(
+      channels * self.width
+    )
 
   def _squeezed(self, hidden: int) -> int:
-    return up_to_multiple_of_8(hidden / SQUEEZE) if self.channel_rounding == "up" else divisible_by_8(hidden // SQUEEZE)
+    return (
+      up_to_multiple_of_8(hidden / SQUEEZE)
+      if self.channel_rounding == "up"
+      else divisible_by_8(hidden // SQUEEZE)
+    )
 
   def _head_channels(self, variant: Variant) -> int:
     last = variant.stages[-1][-1].channels
     # torchvision multiplies the rounded channels, the authors round the multiplied ones.
-    return self._channels(HEAD_EXPANSION * last) if self.channel_rounding == "up" else HEAD_EXPANSION * self._channels(last)
+    return (
+      self._channels(HEAD_EXPANSION * last)
+      if self.channel_rounding == "up"
+      else HEAD_EXPANSION * self._channels(last)
+    )

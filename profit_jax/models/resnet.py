@@ -23,7 +23,9 @@ BOTTLENECK_EXPANSION = 4
 _init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _conv(x: jax.Array, features: int, kernel_size: int, stride: int, *, dtype: Any, name: str) -> jax.Array:
+def _conv(
+  x: jax.Array, features: int, kernel_size: int, stride: int, *, dtype: Any, name: str
+) -> jax.Array:
   """A convolution without bias, padded by `(k - 1) / 2` on every side; `dtype` as `QuantConv`'s."""
   margin = (kernel_size - 1) // 2
   return nn.Conv(
@@ -60,12 +62,18 @@ class ResidualBlock(nn.Module):
     """`[N, H, W, C]` -> `[N, H / stride, W / stride, features or 4 * features]`."""
     shortcut, features = x, self.features
     if self.bottleneck:
-      layers = [(features, 1, 1), (features, 3, self.stride), (BOTTLENECK_EXPANSION * features, 1, 1)]
+      layers = [
+        (features, 1, 1),
+        (features, 3, self.stride),
+        (BOTTLENECK_EXPANSION * features, 1, 1),
+      ]
     else:
       layers = [(features, 3, self.stride), (features, 3, 1)]
     for number, (channels, size, stride) in enumerate(layers, 1):
       activation = "relu" if number < len(layers) else None
-      x = self.norm(name=f"norm{number}")(self.conv(x, channels, size, stride, name=f"conv{number}"), train, activation)
+      x = self.norm(name=f"norm{number}")(
+        self.conv(x, channels, size, stride, name=f"conv{number}"), train, activation
+      )
     if shortcut.shape != x.shape:
       shortcut = self.conv(shortcut, x.shape[-1], 1, self.stride, name="shortcut_conv")
       shortcut = self.norm(name="shortcut_norm")(shortcut, train)
@@ -78,10 +86,12 @@ class ResNet(nn.Module):
   Attributes:
     depth: 18, 50 or 101.
     num_classes: size of the head.
-    strides: of the stem, the max-pooling (1 leaves it out) and the four stages; () is the published ones.
+    strides: of the stem, the max-pooling (1 leaves it out) and the four stages; () is the published
+      ones.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
-    dtype: of the products in convolutions, as `QuantConv`'s; None is the images'. The classifier keeps the images'.
+    dtype: of the products in convolutions, as `QuantConv`'s; None is the images'. The classifier
+      keeps the images'.
   """
 
   depth: Literal[18, 50, 101]
@@ -105,7 +115,9 @@ class ResNet(nn.Module):
     blocks, bottleneck = DEPTHS[self.depth]
     stem_stride, pool_stride, *stage_strides = self.strides or IMAGENET_STRIDES
 
-    x = norm(name="stem_norm")(conv(x, STEM_CHANNELS, 7, stem_stride, name="stem_conv"), train, "relu")
+    x = norm(name="stem_norm")(
+      conv(x, STEM_CHANNELS, 7, stem_stride, name="stem_conv"), train, "relu"
+    )
     if pool_stride != 1:
       x = nn.max_pool(x, (3, 3), (pool_stride, pool_stride), ((1, 1), (1, 1)))
     for stage, (count, stage_stride) in enumerate(zip(blocks, stage_strides, strict=True)):

@@ -1,15 +1,17 @@
 """LSQ, learned step size quantization (Esser et al., ICLR 2020, arXiv 1902.08153).
 
-One scalar per tensor. The paper learns the step s; here stands the interval `a = n * s`, stored raw like DuQ's, so that it
-stays positive and keeps its meaning where the bits change. With `v = (x - offset) / s`:
+One scalar per tensor. The paper learns the step s; here stands the interval `a = n * s`, stored raw
+like DuQ's, so that it stays positive and keeps its meaning where the bits change. With
+`v = (x - offset) / s`:
 
     y     = s * round(clip(v, low, n)) + offset
     dy/ds = round(v) - v inside, low or n where v is clipped                  (equation 3)
     dy/dx = 1 inside, 0 outside                                               (equation 5)
 
-The gradient of s is scaled by `g = 1 / sqrt(N * n)`, N the number of weights, or of features of one example (section 2.2),
-and s starts at `2 * mean|v| / sqrt(n)` (section 2.1). `low` is -n for kernels and signed activations: the paper's range has
-one code more below, which no method has here. After h-swish, offset is -3/8.
+The gradient of s is scaled by `g = 1 / sqrt(N * n)`, N the number of weights, or of features of one
+example (section 2.2), and s starts at `2 * mean|v| / sqrt(n)` (section 2.1). `low` is -n for
+kernels and signed activations: the paper's range has one code more below, which no method has here.
+After h-swish, offset is -3/8.
 """
 
 import functools

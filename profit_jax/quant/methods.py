@@ -1,8 +1,8 @@
 """The quantizers that `config.quant.method` chooses from, behind one interface.
 
-All of them run under the same plan, bits and policy: kernels and signed activations on -n to n (PACT's kernels apart),
-unsigned ones on 0 to n, half to even. Their scalars are leaves whose names begin with `quant_`, stored raw: the value is
-the softplus.
+All of them run under the same plan, bits and policy: kernels and signed activations on -n to n
+(PACT's kernels apart), unsigned ones on 0 to n, half to even. Their scalars are leaves whose names
+begin with `quant_`, stored raw: the value is the softplus.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +28,10 @@ class Method(NamedTuple):
     act_leaves: of an activation's.
     kernel: `(kernel, params, steps) -> values`.
     act: `(x, params, steps, kind) -> values`.
-    kernel_codes: `(kernel, params, steps) -> integers` of its shape, in any dtype, that fit into 8 bits.
-    kernel_clipped: `(kernel, params) -> bool` of its shape, whether an element lies beyond the interval.
+    kernel_codes: `(kernel, params, steps) -> integers` of its shape, in any dtype, that fit into 8
+      bits.
+    kernel_clipped: `(kernel, params) -> bool` of its shape, whether an element lies beyond the
+      interval.
     act_clipped: `(x, params, kind) -> bool`.
     first_kernel: `(kernel, steps) -> values of the scalars`, positive.
     first_act: `(x, steps, kind, largest interval or None) -> values of the scalars`.
@@ -103,7 +105,8 @@ METHODS: dict[str, Method] = {
     kernel_clipped=lambda kernel, _: jnp.zeros(kernel.shape, bool),
     act_clipped=_interval_clipped,
     first_kernel=lambda _, __: {},
-    # The paper starts high and lets its penalty bring alpha down; here it starts where DuQ's interval does.
+    # The paper starts high and lets its penalty bring alpha down; here it starts where DuQ's
+    # interval does.
     first_act=lambda x, _, kind, largest: {"quant_a": calibration.act_interval(x, kind, largest)},
   ),
   "qil": Method(
@@ -123,12 +126,18 @@ METHODS: dict[str, Method] = {
 }
 
 
-def per_channel(function: Callable[..., jax.Array], kernel: jax.Array, params: Params, *rest: jax.Array) -> jax.Array:
-  """A function of a kernel and scalars, with scalars of its own for every output channel (the last axis)."""
+def per_channel(
+  function: Callable[..., jax.Array], kernel: jax.Array, params: Params, *rest: jax.Array
+) -> jax.Array:
+  """A function of a kernel and scalars, with scalars of its own for every output channel (the last
+  axis).
+  """
   return jax.vmap(lambda k, p: function(k, p, *rest), in_axes=(-1, 0), out_axes=-1)(kernel, params)
 
 
-def kernel_codes(params: Mapping[str, Any], steps: jax.Array, quant: QuantSettings) -> dict[str, jax.Array]:
+def kernel_codes(
+  params: Mapping[str, Any], steps: jax.Array, quant: QuantSettings
+) -> dict[str, jax.Array]:
   """The integer codes of every kernel, as int8 of its shape, by layer (`block01/expand_conv`).
 
   Args:
@@ -140,7 +149,14 @@ def kernel_codes(params: Mapping[str, Any], steps: jax.Array, quant: QuantSettin
   found = {}
   for path, kernel in flat.items():
     if path[-1] == "kernel":
-      scalars, layer = {leaf: flat[*path[:-1], leaf] for leaf in method.kernel_leaves}, "/".join(path[:-1])
-      of = (lambda k, p, n: per_channel(method.kernel_codes, k, p, n)) if quant.per_channel else method.kernel_codes
+      scalars, layer = (
+        {leaf: flat[*path[:-1], leaf] for leaf in method.kernel_leaves},
+        "/".join(path[:-1]),
+      )
+      of = (
+        (lambda k, p, n: per_channel(method.kernel_codes, k, p, n))
+        if quant.per_channel
+        else method.kernel_codes
+      )
       found[layer] = of(kernel, scalars, kernel_steps(layer, steps, quant)).astype(jnp.int8)
   return found

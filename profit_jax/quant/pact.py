@@ -1,4 +1,5 @@
-"""PACT (Choi et al., 2018, arXiv 1805.06085), with the weight quantizer that it takes from DoReFa-Net (arXiv 1606.06160).
+"""PACT (Choi et al., 2018, arXiv 1805.06085), with the weight quantizer that it takes from
+DoReFa-Net (arXiv 1606.06160).
 
 Activations are clipped at a learned alpha, here `quant_a`, stored raw like DuQ's scalars:
 
@@ -6,8 +7,9 @@ Activations are clipped at a learned alpha, here `quant_a`, stored raw like DuQ'
     dy/dalpha = 1 where x is clipped above, else 0                             (equation 3)
     dy/dx     = 1 inside, 0 outside
 
-The paper has unsigned activations only; for signed ones `low` is -1 and a value clipped below gives -1, and after h-swish
-the offset is -3/8: both ours. Its L2 penalty on alpha is left out, as decay is for all of our quantizers' scalars.
+The paper has unsigned activations only; for signed ones `low` is -1 and a value clipped below gives
+-1, and after h-swish the offset is -3/8: both ours. Its L2 penalty on alpha is left out, as decay
+is for all of our quantizers' scalars.
 
 A kernel has no scalar:
 
@@ -74,7 +76,9 @@ def _backward(kind, residuals, upstream):
   x, raw_a, steps = residuals
   _, v = duq.grid(x, raw_a, steps, kind)
   upstream = upstream.astype(v.dtype)
-  beyond = jnp.where(v >= 1.0, 1.0, 0.0) - (jnp.where(v <= -1.0, 1.0, 0.0) if kind == "symmetric" else 0.0)
+  beyond = jnp.where(v >= 1.0, 1.0, 0.0) - (
+    jnp.where(v <= -1.0, 1.0, 0.0) if kind == "symmetric" else 0.0
+  )
   (moved,) = total_sums([upstream * beyond])
   d_raw_a = moved * jax.nn.sigmoid(raw_a)
   return jnp.where(duq.inside(v, kind), upstream, 0.0).astype(x.dtype), d_raw_a, None

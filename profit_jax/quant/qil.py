@@ -1,15 +1,17 @@
 """QIL, quantization interval learning (Jung et al., CVPR 2019, arXiv 1808.05779).
 
-Each tensor has an interval, of center and half width d, all stored raw like DuQ's scalars; below it magnitudes are pruned,
-above it they are clipped. Kernels also have an exponent gamma. With `p = center - d` and `t = center + d`:
+Each tensor has an interval, of center and half width d, all stored raw like DuQ's scalars; below it
+magnitudes are pruned, above it they are clipped. Kernels also have an exponent gamma. With
+`p = center - d` and `t = center + d`:
 
     u = clip((|x| - p) / (2 d), 0, 1)
     y = sign(x) * t * round(u^gamma * n) / n
 
-(equations 3 to 5; gamma is 1 for activations). Rounding passes its gradient on; through u it reaches x, center, d, and
-gamma where `0 < u < 1`. The paper gives values in [-1, 1] and leaves their scale to batch normalization. The factor t is
-ours, for the classifier, which has none behind it; no gradient goes through it. So are the offset -3/8 after h-swish, and
-that unsigned activations stand for |x|.
+(equations 3 to 5; gamma is 1 for activations). Rounding passes its gradient on; through u it
+reaches x, center, d, and gamma where `0 < u < 1`. The paper gives values in [-1, 1] and leaves
+their scale to batch normalization. The factor t is ours, for the classifier, which has none behind
+it; no gradient goes through it. So are the offset -3/8 after h-swish, and that unsigned activations
+stand for |x|.
 """
 
 from collections.abc import Mapping
@@ -48,7 +50,9 @@ def clipped(x: jax.Array, params: Params, kind: duq.Kind) -> jax.Array:
   """Whether each element lies above the interval (what lies below is pruned, not clipped): bool."""
   shifted = x.astype(params["quant_center"].dtype) - duq.OFFSET[kind]
   magnitude = jnp.abs(shifted) if kind == "symmetric" else shifted
-  return magnitude > jax.nn.softplus(params["quant_center"]) + jax.nn.softplus(params["quant_width"])
+  return magnitude > jax.nn.softplus(params["quant_center"]) + jax.nn.softplus(
+    params["quant_width"]
+  )
 
 
 def _transformed(x, params, steps, gamma, *, signed):

@@ -26,11 +26,15 @@ class ConsoleObserver(Observer):
     self._count = self._steps_per_epoch = 0
     self._speed = 0.0
 
-  def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: RunProgress) -> None:
+  def run_started(
+    self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: RunProgress
+  ) -> None:
     """See `Observer`."""
     self._count, self._steps_per_epoch = len(phases), steps_per_epoch
     if progress.phase:
-      self._console.print(f"Going on from the checkpoint: {place(phases, progress, steps_per_epoch)}.")
+      self._console.print(
+        f"Going on from the checkpoint: {place(phases, progress, steps_per_epoch)}."
+      )
 
   def start_evaluated(self, start: Start) -> None:
     """See `Observer`."""
@@ -64,7 +68,9 @@ class ConsoleObserver(Observer):
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """See `Observer`."""
     self._speed = images_per_second
-    numbers = f"loss {metrics['loss']:.3f} train {metrics['top1']:.0f}% {images_per_second:,.0f} img/s"
+    numbers = (
+      f"loss {metrics['loss']:.3f} train {metrics['top1']:.0f}% {images_per_second:,.0f} img/s"
+    )
     self._bar.update(self._task, advance=1, numbers=numbers)
 
   def epoch_done(self, report: EpochReport) -> None:
@@ -102,10 +108,13 @@ def start_lines(start: Start) -> list[str]:
   if start.top1 is not None:
     line = f"Before training, in full precision: top-1 {start.top1:.2f} %, top-5 {start.top5:.2f} %"
     if start.file_top1 is not None:
-      line += f" with the padding of this run, top-1 {start.file_top1:.2f} % with that of the code behind the file"
+      line += f" with the padding of this run, top-1 {start.file_top1:.2f} %"
+      line += " with that of the code behind the file"
     lines.append(f"{line} ({start.examples} images; {start.source} names).")
   if start.teacher_top1 is not None:
-    lines.append(f"The teacher, in full precision: top-1 {start.teacher_top1:.2f} % ({start.examples} images).")
+    lines.append(
+      f"The teacher, in full precision: top-1 {start.teacher_top1:.2f} % ({start.examples} images)."
+    )
   return lines
 
 
@@ -116,30 +125,54 @@ def print_start(console: Console, start: Start, num_classes: int) -> None:
   guessing = f"guessing gives {100.0 / num_classes:.2f} %"
   if start.top1 is not None and near_chance(start.top1, num_classes):
     if start.quantized:
-      text = (
-        f"The weights reach top-1 {start.top1:.2f} % in full precision; {guessing}. They have the a and c of quantizers: "
+      text = f"The weights reach top-1 {start.top1:.2f} % in full precision; {guessing}. "
+      text += "They have the a and c of quantizers: trained quantized, they need not work without. "
+      text += "A run starts in full precision; start it from other weights."
+      console.print(
+        Panel(
+          text, title="NEAR CHANCE IN FULL PRECISION", border_style="bold yellow", style="yellow"
+        )
       )
-      text += "trained quantized, they need not work without. A run starts in full precision; start it from other weights."
-      console.print(Panel(text, title="NEAR CHANCE IN FULL PRECISION", border_style="bold yellow", style="yellow"))
     elif start.new_head:
-      console.print(f"Near chance ({guessing}), as it has to be: the classifier is new (init.reset_head).")
+      console.print(
+        f"Near chance ({guessing}), as it has to be: the classifier is new (init.reset_head)."
+      )
     elif start.file_top1 is not None and not near_chance(start.file_top1, num_classes):
-      console.print(f"Near chance ({guessing}) with the padding of this run, to which training has to adapt the weights.")
+      console.print(
+        f"Near chance ({guessing}) with the padding of this run, to which training has to adapt "
+        "the weights."
+      )
     else:
       end = "Training from here spends its time on learning anew."
-      _warn(console, "NEAR CHANCE", f"The first weights reach top-1 {start.top1:.2f} %; {guessing}.", "model", end)
+      _warn(
+        console,
+        "NEAR CHANCE",
+        f"The first weights reach top-1 {start.top1:.2f} %; {guessing}.",
+        "model",
+        end,
+      )
   if start.teacher_top1 is not None and near_chance(start.teacher_top1, num_classes):
     text = f"The teacher reaches top-1 {start.teacher_top1:.2f} %; {guessing}."
-    _warn(console, "TEACHER NEAR CHANCE", text, "teacher", "What it teaches is noise; set teacher.model to self or none.")
+    _warn(
+      console,
+      "TEACHER NEAR CHANCE",
+      text,
+      "teacher",
+      "What it teaches is noise; set teacher.model to self or none.",
+    )
 
 
 def _warn(console: Console, title: str, text: str, section: str, end: str) -> None:
   advice = (
-    "Every tensor fitted, so the file is of this model, but it does not know this data, or computes otherwise than "
-    f"configured. Compare config.{section} (activation, bn_epsilon, squeeze_excite), the normalization and the order of "
+    "Every tensor fitted, so the file is of this model, but it does not know this data, or "
+    "computes otherwise than "
+    f"configured. Compare config.{section} (activation, bn_epsilon, squeeze_excite), the "
+    "normalization and the order of "
     f"the classes with those that it was trained with. {end}"
   )
-  console.print(Panel(f"{text} {advice}", title=f"WARNING: {title}", border_style="bold red", style="red"))
+  console.print(
+    Panel(f"{text} {advice}", title=f"WARNING: {title}", border_style="bold red", style="red")
+  )
 
 
 def print_table(console: Console, result: dict[str, Any]) -> None:
@@ -151,7 +184,15 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
     padding=(0, 1, 0, 0),
   )
   left, right = "left", "right"
-  columns = {"#": right, "phase": left, "bits": left, "frozen": right, "top-1": right, "EMA": right, "loss": right}
+  columns = {
+    "#": right,
+    "phase": left,
+    "bits": left,
+    "frozen": right,
+    "top-1": right,
+    "EMA": right,
+    "loss": right,
+  }
   columns |= {"time/s": right, "compile/s": right}
   for name, justify in columns.items():
     table.add_column(name, justify=justify, no_wrap=True)
@@ -176,10 +217,12 @@ def final_line(result: dict[str, Any]) -> str:
   """The outcome in one sentence."""
   final = result["final"]
   bits = bits_name(final["weight_bits"], final["act_bits"]).upper()
-  line = f"{bits}: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % ({final['weights']} weights, "
-  line += f"{final['examples']} images)"
+  line = f"{bits}: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % "
+  line += f"({final['weights']} weights, {final['examples']} images)"
   quantized = final["weight_bits"] is not None or final["act_bits"] is not None
   if quantized and final["full_precision_top1"] is not None:
     difference = final["top1"] - final["full_precision_top1"]
-    line += f"; full precision {final['full_precision_top1']:.2f} %, difference {difference:+.2f} points"
+    line += (
+      f"; full precision {final['full_precision_top1']:.2f} %, difference {difference:+.2f} points"
+    )
   return line + "."

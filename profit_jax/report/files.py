@@ -29,11 +29,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "clu", "ml-co
 
 
 def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> None:
-  """Writes `config.json` and `data.json`, or checks that those that are there are this run's; for who holds the directory.
+  """Writes `config.json` and `data.json`, or checks that those that are there are this run's; for
+  who holds the directory.
 
   Raises:
-    ConfigError: the directory belongs to another configuration or to nobody knows which, the data has changed, or it
-      cannot be written.
+    ConfigError: the directory belongs to another configuration or to nobody knows which, the data
+      has changed, or it cannot be written.
   """
   path = workdir / "config.json"
   if path.exists():
@@ -41,7 +42,8 @@ def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> No
     return
   if snapshots.saved_numbers(workdir / "checkpoints"):
     raise ConfigError(
-      f"--workdir {workdir} has checkpoints, but {path}, which says what run they belong to, does not exist. Restore it "
+      f"--workdir {workdir} has checkpoints, but {path}, which says what run they belong to, does "
+      "not exist. Restore it "
       f"(that run's command in an empty directory writes the same file), or use an empty directory."
     )
   try:
@@ -49,7 +51,9 @@ def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> No
     for name, content in (("data.json", _identity(source)), ("config.json", settings.to_dict())):
       _write(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
-    raise ConfigError(f"--workdir {workdir} cannot be written: {error}. Give a directory that can.") from error
+    raise ConfigError(
+      f"--workdir {workdir} cannot be written: {error}. Give a directory that can."
+    ) from error
 
 
 def require_same_run(workdir: epath.Path, settings: Settings, source: Source) -> None:
@@ -66,10 +70,12 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
       f"Use an empty directory, or that run's configuration. "
       f"The fields that differ:\n  {listing}"
     )
-  # An epoch's order is a function of the number of examples: with another one, a run would not go on but begin anew.
+  # An epoch's order is a function of the number of examples: with another one, a run would not go
+  # on but begin anew.
   if found := other_data(workdir, source):
     raise ConfigError(
-      f"--workdir {workdir} belongs to a run on other data: {'; '.join(found)}. Give the data back as it was, or use an "
+      f"--workdir {workdir} belongs to a run on other data: {'; '.join(found)}. Give the data "
+      "back as it was, or use an "
       f"empty directory."
     )
 
@@ -78,20 +84,31 @@ _COUNTS = ("train_examples", "eval_examples", "num_classes")
 
 
 def other_data(workdir: epath.Path, source: Source, flag: str = "--workdir") -> list[str]:
-  """In what the data of the run in a directory differs from this; arguments and errors as `read_data`."""
+  """In what the data of the run in a directory differs from this; arguments and errors as
+  `read_data`.
+  """
   saved, present = read_data(workdir, flag), _identity(source)
-  found = differences(*({name: count for name, count in facts.items() if name in _COUNTS} for facts in (saved, present)))
+  found = differences(
+    *(
+      {name: count for name, count in facts.items() if name in _COUNTS}
+      for facts in (saved, present)
+    )
+  )
   if not found and saved["fingerprint"] not in (None, present["fingerprint"]):
     found = ["as many images, but others or of other classes (another fingerprint)"]
   return found
 
 
 def _identity(source: Source) -> dict[str, Any]:
-  return {**{name: getattr(source.facts, name) for name in _COUNTS}, "fingerprint": source.fingerprint()}
+  return {
+    **{name: getattr(source.facts, name) for name in _COUNTS},
+    "fingerprint": source.fingerprint(),
+  }
 
 
 def read_data(workdir: epath.Path, flag: str = "--workdir") -> dict[str, Any]:
-  """The `data.json` of a run: train_examples, eval_examples, num_classes, fingerprint (None where an older release ran).
+  """The `data.json` of a run: train_examples, eval_examples, num_classes, fingerprint (None where
+  an older release ran).
 
   `flag` named its directory, for messages.
 
@@ -106,12 +123,15 @@ def read_data(workdir: epath.Path, flag: str = "--workdir") -> dict[str, Any]:
       raise ValueError(f"every count must be 1 or above: {counts}")
     return {**counts, "fingerprint": saved.get("fingerprint")}
   except Exception as error:  # a damaged file raises whatever its parts stumble over
-    raise ConfigError(f"{path} cannot be read: {error!r}. Use another {flag}, or restore the file.") from error
+    raise ConfigError(
+      f"{path} cannot be read: {error!r}. Use another {flag}, or restore the file."
+    ) from error
 
 
 @contextlib.contextmanager
 def hold(workdir: epath.Path) -> Iterator[None]:
-  """Keeps other runs out of a directory until the end of this process, however it ends: the lock is the kernel's.
+  """Keeps other runs out of a directory until the end of this process, however it ends: the lock is
+  the kernel's.
 
   Not in remote file systems (`gs://`), which have none.
 
@@ -134,7 +154,8 @@ def hold(workdir: epath.Path) -> Iterator[None]:
     except BlockingIOError as error:
       lock.seek(0)
       raise ConfigError(
-        f"--workdir {workdir} is in use by a run that is still going on: {lock.read().strip() or 'it has not said which'}. "
+        f"--workdir {workdir} is in use by a run that is still going on: "
+        f"{lock.read().strip() or 'it has not said which'}. "
         f"Wait for its end, stop it, or use another directory."
       ) from error
     except OSError:  # a file system without locks, as `gs://`
@@ -142,7 +163,10 @@ def hold(workdir: epath.Path) -> Iterator[None]:
       return
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
       lock.truncate(0)
-      lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+      lock.write(
+        f"process {os.getpid()} on {socket.gethostname()}, since "
+        f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n"
+      )
       lock.flush()
     yield
 
@@ -160,14 +184,21 @@ def read_config(workdir: epath.Path, flag: str = "--workdir") -> dict[str, Any]:
   """
   path = workdir / "config.json"
   if not path.exists():
-    raise ConfigError(f"{flag} {workdir} holds no run: {path} does not exist. Train first, or give the right directory.")
+    raise ConfigError(
+      f"{flag} {workdir} holds no run: {path} does not exist. Train first, or give the right "
+      "directory."
+    )
   try:
     config = json.loads(path.read_text())
   except (OSError, ValueError, RecursionError) as error:
-    raise ConfigError(f"{path} cannot be read: {error}. Use another {flag}, or restore the file.") from error
+    raise ConfigError(
+      f"{path} cannot be read: {error}. Use another {flag}, or restore the file."
+    ) from error
   # Sections of fields, of which some are lists.
   if not isinstance(config, dict) or not _is_at_most(config, 3):
-    raise ConfigError(f"{path} does not hold a configuration. Use another {flag}, or restore the file.")
+    raise ConfigError(
+      f"{path} does not hold a configuration. Use another {flag}, or restore the file."
+    )
   return config
 
 
@@ -175,29 +206,47 @@ def _is_at_most(tree: Any, depth: int) -> bool:
   """Whether lists and dictionaries stand in each other no deeper."""
   if not isinstance(tree, (dict, list)):
     return True
-  return depth > 0 and all(_is_at_most(item, depth - 1) for item in (tree.values() if isinstance(tree, dict) else tree))
+  return depth > 0 and all(
+    _is_at_most(item, depth - 1) for item in (tree.values() if isinstance(tree, dict) else tree)
+  )
 
 
 def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
-  """The settings of a run; arguments and errors as `read_config`'s, and an error where they are not allowed values."""
+  """The settings of a run; arguments and errors as `read_config`'s, and an error where they are not
+  allowed values.
+  """
   config = read_config(workdir, flag)
   try:
     return parse(ml_collections.ConfigDict(config), REGISTRY)
-  except (ValueError, KeyError, TypeError, AttributeError) as error:  # ConfigDict refuses dots, and names of its methods
-    raise ConfigError(f"{flag} {workdir}: config.json is damaged, or of another release: {error}") from error
+  # ConfigDict refuses dots, and names of its methods.
+  except (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+  ) as error:
+    raise ConfigError(
+      f"{flag} {workdir}: config.json is damaged, or of another release: {error}"
+    ) from error
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
   """The part of a `config.json` that must stay as it is while a run goes on.
 
-  Where the data lies and where programs are cached may change with the machine; how often is saved, and what is done about
-  numbers that are not finite, whenever somebody likes.
+  Where the data lies and where programs are cached may change with the machine; how often is saved,
+  and what is done about numbers that are not finite, whenever somebody likes.
   """
-  return {name: value for name, value in of_all_processes(config).items() if name not in ("checkpoint", "recovery")}
+  return {
+    name: value
+    for name, value in of_all_processes(config).items()
+    if name not in ("checkpoint", "recovery")
+  }
 
 
 def of_all_processes(config: dict[str, Any]) -> dict[str, Any]:
-  """The part of a configuration in which the processes of a run must agree: all but where data and programs lie."""
+  """The part of a configuration in which the processes of a run must agree: all but where data and
+  programs lie.
+  """
   config = {name: value for name, value in config.items() if name != "compilation_cache"}
   if isinstance(config.get("data"), dict):
     config["data"] = {name: value for name, value in config["data"].items() if name != "data_dir"}
@@ -205,11 +254,15 @@ def of_all_processes(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(saved: Any, present: Any, prefix: str = "") -> list[str]:
-  """The fields in which two `to_dict()` results differ, as lines `model.width: 0.25 there, 0.5 here`."""
+  """The fields in which two `to_dict()` results differ, as lines
+  `model.width: 0.25 there, 0.5 here`.
+  """
   if isinstance(saved, dict) and isinstance(present, dict):
     found = []
     for key in sorted({*saved, *present}):
-      found += differences(saved.get(key, "absent"), present.get(key, "absent"), f"{prefix}.{key}" if prefix else key)
+      found += differences(
+        saved.get(key, "absent"), present.get(key, "absent"), f"{prefix}.{key}" if prefix else key
+      )
     return found
   return [] if saved == present else [f"{prefix}: {saved!r} there, {present!r} here"]
 
@@ -227,7 +280,11 @@ def environment() -> dict[str, Any]:
 
 
 def write_report(
-  workdir: epath.Path, settings: Settings, phases: tuple[Phase, ...], progress: Progress, params: Any
+  workdir: epath.Path,
+  settings: Settings,
+  phases: tuple[Phase, ...],
+  progress: Progress,
+  params: Any,
 ) -> dict[str, Any]:
   """Writes `result.json`, the plots and `report.md` of a finished run.
 
@@ -245,10 +302,13 @@ def write_report(
     result["forked_from"] = {"run": progress.forked_from, "phases": progress.forked_phases}
   start = start_lines(progress.start) if progress.start else []
   if progress.forked_phases:
-    start.append(f"Up to the end of phase {progress.forked_phases}, this is the run in {progress.forked_from}.")
+    start.append(
+      f"Up to the end of phase {progress.forked_phases}, this is the run in {progress.forked_from}."
+    )
   if progress.retries:
     start.append(
-      f"Losses or gradients that were not finite sent the run back to a checkpoint (retries: {progress.retries}); since "
+      "Losses or gradients that were not finite sent the run back to a checkpoint (retries: "
+      f"{progress.retries}); since "
       f"then all learning rates are multiplied by {progress.learning_rate_scale:g}."
     )
   try:
@@ -258,7 +318,8 @@ def write_report(
     _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
   except OSError as error:
     raise ConfigError(
-      f"--workdir {workdir}: the report cannot be written: {error}. The run itself is finished and saved; make room, and "
+      f"--workdir {workdir}: the report cannot be written: {error}. The run itself is finished "
+      "and saved; make room, and "
       f"the same command writes the report."
     ) from error
   return result
@@ -271,7 +332,9 @@ def _write(path: epath.Path, text: str) -> None:
   unfinished.replace(path)
 
 
-def _markdown(result: dict[str, Any], start: list[str], captions: dict[str, str], stated: list[str]) -> str:
+def _markdown(
+  result: dict[str, Any], start: list[str], captions: dict[str, str], stated: list[str]
+) -> str:
   env = result["environment"]
   lines = [
     f"# {result['model']} on {result['dataset']}",
@@ -279,8 +342,10 @@ def _markdown(result: dict[str, Any], start: list[str], captions: dict[str, str]
     final_line(result),
     *(part for line in start for part in ("", line)),
     "",
-    f"Seed {result['seed']}; jax {env['packages']['jax']} on {env['devices']} x {env['device']}, Python {env['python']}. "
-    "The result is the best evaluation among the phases at the last bits, the better of raw weights and EMA; full "
+    f"Seed {result['seed']}; jax {env['packages']['jax']} on {env['devices']} x {env['device']}, "
+    f"Python {env['python']}. "
+    "The result is the best evaluation among the phases at the last bits, the better of raw "
+    "weights and EMA; full "
     "precision is chosen the same way. Each phase's row is its last epoch.",
     "",
     "| # | phase | bits | frozen | top-1 raw | top-1 EMA | loss | seconds | compiling |",
@@ -289,7 +354,8 @@ def _markdown(result: dict[str, Any], start: list[str], captions: dict[str, str]
   for p in result["phases"]:
     average = "-" if p["top1_ema"] is None else f"{p['top1_ema']:.2f}"
     lines.append(
-      f"| {p['index']} | {p['name']} | {bits_name(p['weight_bits'], p['act_bits'])} | {len(p['frozen'])} | {p['top1']:.2f} "
+      f"| {p['index']} | {p['name']} | {bits_name(p['weight_bits'], p['act_bits'])} | "
+      f"{len(p['frozen'])} | {p['top1']:.2f} "
       f"| {average} | {p['loss']:.3f} | {p['seconds']:.1f} | {p['compile_seconds']:.1f} |"
     )
   for file, caption in captions.items():

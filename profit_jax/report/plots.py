@@ -6,7 +6,8 @@ from typing import Any
 
 import matplotlib
 
-logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)  # it announces its font cache
+# It announces its font cache.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
 matplotlib.use("Agg")  # before pyplot: servers have no display
 
 import matplotlib.pyplot as plt
@@ -23,11 +24,20 @@ from profit_jax.train.progress import EpochRecord, Progress
 
 # Names of layers in the order of the network: around the blocks (1), and within one.
 _OUTSIDE = {0: "stem", 2: "head", 3: "pre_classifier", 4: "classifier"}
-_INSIDE = ("expand", "depthwise", "squeeze_excite/reduce", "squeeze_excite/expand", "pointwise", "project")
+_INSIDE = (
+  "expand",
+  "depthwise",
+  "squeeze_excite/reduce",
+  "squeeze_excite/expand",
+  "pointwise",
+  "project",
+)
 _RAW, _EMA, _FROZEN = "#1f5fa8", "#d1781f", ("#8c2d04", "#d98c3f", "#c9c9c9")
 
 
-def write_plots(directory: epath.Path, progress: Progress, phases: tuple[Phase, ...], params: Any) -> dict[str, str]:
+def write_plots(
+  directory: epath.Path, progress: Progress, phases: tuple[Phase, ...], params: Any
+) -> dict[str, str]:
   """Draws what the run has data for.
 
   Returns:
@@ -38,17 +48,22 @@ def write_plots(directory: epath.Path, progress: Progress, phases: tuple[Phase, 
   _save(_accuracy(progress, phases), directory / "accuracy.png")
   if progress.ranking:
     _save(_ranking(progress, phases), directory / "aiwq.png")
-    captions["aiwq.png"] = "AIWQ of every convolution, largest first; colours tell when its kernel freezes."
+    captions["aiwq.png"] = (
+      "AIWQ of every convolution, largest first; colours tell when its kernel freezes."
+    )
   pictures = {
     "instability.png": (
       _instability,
-      "What the last steps of every epoch did: the share of each kernel's codes that a step changed, and changed against "
-      "their last change; how far the last step's batch statistics lie from the running ones; and AIWQ. Layers from input "
+      "What the last steps of every epoch did: the share of each kernel's codes that a step "
+      "changed, and changed against "
+      "their last change; how far the last step's batch statistics lie from the running ones; and "
+      "AIWQ. Layers from input "
       "to output, epochs from left to right.",
     ),
     "quantizers.png": (
       _quantizers,
-      "The quantizers over the epochs: what they clip, and how far their scalars have moved, in factors of two.",
+      "The quantizers over the epochs: what they clip, and how far their scalars have moved, in "
+      "factors of two.",
     ),
   }
   for name, (draw, caption) in pictures.items():
@@ -57,9 +72,12 @@ def write_plots(directory: epath.Path, progress: Progress, phases: tuple[Phase, 
       _save(figure, directory / name)
       captions[name] = caption
   bits = phases[-1].weight_bits
-  if bits is not None and any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)):  # DuQ's codes
+  # DuQ's codes.
+  if bits is not None and any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)):
     _save(_codes(params, bits), directory / "weight_codes.png")
-    captions["weight_codes.png"] = f"How often each {bits}-bit weight code occurs, in every layer of the best weights."
+    captions["weight_codes.png"] = (
+      f"How often each {bits}-bit weight code occurs, in every layer of the best weights."
+    )
   return captions
 
 
@@ -83,8 +101,13 @@ def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | 
     "bn_distance": "batch from running statistics (KL)",
     "aiwq": "AIWQ, in sampling phases",
   }
-  maps = {title: _matrix([epoch.instability.get(name, {}) for epoch in progress.epochs]) for name, title in titles.items()}
-  return _heat_maps({title: (found, LogNorm(), "viridis") for title, found in maps.items() if found}, phases)
+  maps = {
+    title: _matrix([epoch.instability.get(name, {}) for epoch in progress.epochs])
+    for name, title in titles.items()
+  }
+  return _heat_maps(
+    {title: (found, LogNorm(), "viridis") for title, found in maps.items() if found}, phases
+  )
 
 
 def _quantizers(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | None:
@@ -98,12 +121,17 @@ def _quantizers(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | N
       # What every layer's was when it was first measured.
       first = np.array([[row[np.isfinite(row)][0]] for row in values])
       drift = np.log2(np.maximum(values, 1e-30) / np.maximum(first, 1e-30))
-      maps[f"{name.removeprefix(PREFIX)}, drift since its first epoch (log2)"] = (layers, drift), CenteredNorm(), "RdBu_r"
+      maps[f"{name.removeprefix(PREFIX)}, drift since its first epoch (log2)"] = (
+        (layers, drift),
+        CenteredNorm(),
+        "RdBu_r",
+      )
   return _heat_maps(maps, phases)
 
 
 def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
-  """Top-1 of the raw weights and what tells of instability, over the epochs: thin lines for runs, a thick one for the mean.
+  """Top-1 of the raw weights and what tells of instability, over the epochs: thin lines for runs, a
+  thick one for the mean.
 
   Args:
     groups: runs that differ in their seed alone, by what the legend calls them.
@@ -111,13 +139,26 @@ def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
   """
   panels = {
     "top-1, raw weights (%)": lambda epoch: epoch.top1,
-    "batch from running statistics (KL), geometric mean of the layers": lambda epoch: _geometric(epoch, "bn_distance"),
-    "codes that a step changes (share), mean of the layers": lambda epoch: _mean(epoch, "flip_rate"),
-    "codes that a step changes back (share), mean of the layers": lambda epoch: _mean(epoch, "oscillation_rate"),
+    "batch from running statistics (KL), geometric mean of the layers": lambda epoch: _geometric(
+      epoch, "bn_distance"
+    ),
+    "codes that a step changes (share), mean of the layers": lambda epoch: _mean(
+      epoch, "flip_rate"
+    ),
+    "codes that a step changes back (share), mean of the layers": lambda epoch: _mean(
+      epoch, "oscillation_rate"
+    ),
   }
-  drawn = {title: {name: [[of(epoch) for epoch in run.epochs] for run in runs] for name, runs in groups.items()}
-           for title, of in panels.items()}  # fmt: skip
-  values = {title: np.concatenate([line for runs in lines.values() for line in runs]) for title, lines in drawn.items()}
+  drawn = {
+    title: {
+      name: [[of(epoch) for epoch in run.epochs] for run in runs] for name, runs in groups.items()
+    }
+    for title, of in panels.items()
+  }
+  values = {
+    title: np.concatenate([line for runs in lines.values() for line in runs])
+    for title, lines in drawn.items()
+  }
   drawn = {title: lines for title, lines in drawn.items() if np.isfinite(values[title]).any()}
   figure, axes = plt.subplots(
     len(drawn), 1, figsize=(11, 2.5 * len(drawn)), sharex=True, layout="constrained", squeeze=False
@@ -160,27 +201,41 @@ def _geometric(epoch: EpochRecord, name: str) -> float:
 
 
 def _low(top1: Any) -> float:
-  """Where an axis begins: the first epochs from random weights would flatten everything that follows."""
+  """Where an axis begins: the first epochs from random weights would flatten everything that
+  follows.
+  """
   return max(0.0, np.percentile(top1, 15) - 8)
 
 
 def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | None:
-  """By title, what `_matrix` gives, a norm and a colour map, one below the other; None without any."""
+  """By title, what `_matrix` gives, a norm and a colour map, one below the other; None if empty."""
   if not maps:
     return None
   # Inches of a layer: of a hundred, less, so that a panel fits a screen.
   counts = [len(layers) for (layers, _), _, _ in maps.values()]
   inches = [min(0.11, 6.6 / count) for count in counts]
   rows = [count * inch for count, inch in zip(counts, inches, strict=True)]
+  # Fmt: skip.
   figure, axes = plt.subplots(
-    len(maps), 1, figsize=(11, 1.2 + sum(row + 0.6 for row in rows)), layout="constrained", squeeze=False,
+    len(maps),
+    1,
+    figsize=(11, 1.2 + sum(row + 0.6 for row in rows)),
+    layout="constrained",
+    squeeze=False,
     height_ratios=rows,
-  )  # fmt: skip
-  for axis, inch, (title, ((layers, values), norm, colours)) in zip(axes.flat, inches, maps.items(), strict=True):
+  )
+  for axis, inch, (title, ((layers, values), norm, colours)) in zip(
+    axes.flat, inches, maps.items(), strict=True
+  ):
     # What is 0 stays blank on a scale of factors, where it has no place, as what was not measured.
     blank = ~(values > 0) if isinstance(norm, LogNorm) else ~np.isfinite(values)
-    shown, extent = np.ma.masked_where(blank, values), (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5)
-    picture = axis.imshow(shown, aspect="auto", norm=norm, cmap=colours, interpolation="nearest", extent=extent)
+    shown, extent = (
+      np.ma.masked_where(blank, values),
+      (0.5, values.shape[1] + 0.5, len(layers) - 0.5, -0.5),
+    )
+    picture = axis.imshow(
+      shown, aspect="auto", norm=norm, cmap=colours, interpolation="nearest", extent=extent
+    )
     axis.set_yticks(range(len(layers)), layers, fontsize=min(5.0, 62 * inch))
     axis.set_title(title, fontsize=9)
     start = 0.5
@@ -193,7 +248,9 @@ def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | 
 
 
 def _matrix(rows: list[dict[str, float]]) -> tuple[list[str], np.ndarray] | None:
-  """Layers, and their values `[layers, epochs]`, NaN where there is none; None where all are empty or 0."""
+  """Layers, and their values `[layers, epochs]`, NaN where there is none; None where all are empty
+  or 0.
+  """
   layers = sorted({layer for row in rows for layer in row}, key=_place)
   values = np.array([[row.get(layer, np.nan) for row in rows] for layer in layers])
   return (layers, values) if np.any(values > 0) else None
@@ -202,8 +259,12 @@ def _matrix(rows: list[dict[str, float]]) -> tuple[list[str], np.ndarray] | None
 def _place(layer: str) -> tuple[int, str, int, str]:
   """What sorts layers from the input to the output; by name alone the stem would stand last."""
   block, part = layer.split("/", 1) if "/" in layer else ("", layer)
-  stage = 1 if block else next((index for index, name in _OUTSIDE.items() if part.startswith(name)), 1)
-  inside = next((index for index, name in enumerate(_INSIDE) if part.startswith(name)), len(_INSIDE))
+  stage = (
+    1 if block else next((index for index, name in _OUTSIDE.items() if part.startswith(name)), 1)
+  )
+  inside = next(
+    (index for index, name in enumerate(_INSIDE) if part.startswith(name)), len(_INSIDE)
+  )
   return stage, block, inside, part
 
 
@@ -223,12 +284,21 @@ def _accuracy(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   for phase in phases:
     if phase.index % 2 == 0:
       axis.axvspan(start + 0.5, start + phase.epochs + 0.5, color="0.93", zorder=0)
+    # Fmt: skip.
     axis.annotate(
-      phase.name, (start + 0.5 + phase.epochs / 2, 0.02), xycoords=("data", "axes fraction"), rotation=90,
-      ha="center", va="bottom", fontsize=8, color="0.3",
-    )  # fmt: skip
+      phase.name,
+      (start + 0.5 + phase.epochs / 2, 0.02),
+      xycoords=("data", "axes fraction"),
+      rotation=90,
+      ha="center",
+      va="bottom",
+      fontsize=8,
+      color="0.3",
+    )
     start += phase.epochs
-  low = _low([value for e in progress.epochs for value in (e.top1, e.top1_ema) if value is not None])
+  low = _low(
+    [value for e in progress.epochs for value in (e.top1, e.top1_ema) if value is not None]
+  )
   axis.set(xlabel="epoch", ylabel="top-1 (%)", xlim=(0.5, len(epochs) + 0.5), ylim=(low, 100.5))
   axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.22))
   axis.set_title("Accuracy over the phases")
@@ -242,12 +312,16 @@ def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   fractions, names = [p.frozen_fraction for p in frozen], [p.name for p in frozen]
   count = len(progress.ranking)
   bounds = [int(count * fraction + 1e-9) for fraction in fractions]
-  colours = [_FROZEN[min(sum(i >= bound for bound in bounds), len(_FROZEN) - 1)] for i in range(count)]
+  colours = [
+    _FROZEN[min(sum(i >= bound for bound in bounds), len(_FROZEN) - 1)] for i in range(count)
+  ]
   figure, axis = plt.subplots(figsize=(9, max(4.0, 0.19 * count + 1)), layout="constrained")
   axis.barh(range(count), [progress.metric[layer] for layer in progress.ranking], color=colours)
   for bound, name in zip(bounds, names, strict=True):
     axis.axhline(bound - 0.5, color="0.2", linewidth=0.9, linestyle="--")
-    axis.annotate(f"frozen from {name} on", (0.99, bound - 0.6), xycoords=("axes fraction", "data"), ha="right")
+    axis.annotate(
+      f"frozen from {name} on", (0.99, bound - 0.6), xycoords=("axes fraction", "data"), ha="right"
+    )
   axis.set_yticks(range(count), progress.ranking, fontsize=7)
   axis.set(xlabel="AIWQ (running KL divergence)", ylim=(count - 0.4, -0.6))
   if all(progress.metric[layer] > 0 for layer in progress.ranking):
@@ -261,7 +335,9 @@ def _codes(params: Any, bits: int) -> plt.Figure:
   columns = 9
   rows = -(-len(shares) // columns)
   # Not the constrained layout of the others: with so many axes it takes seconds.
-  figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 1.5 * rows), sharex=True, squeeze=False)
+  figure, axes = plt.subplots(
+    rows, columns, figsize=(1.9 * columns, 1.5 * rows), sharex=True, squeeze=False
+  )
   figure.subplots_adjust(left=0.03, right=0.99, bottom=0.04, top=0.92, hspace=0.55, wspace=0.3)
   for axis, (layer, share) in zip(axes.flat, shares.items(), strict=False):
     steps = len(share) // 2
@@ -283,9 +359,17 @@ def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
   # All layers in one array: a call per layer would compile for every shape.
   # An interval for every element, of the whole kernel or of its output channel.
   intervals = np.concatenate(
-    [np.broadcast_to(flat[*layer, "quant_a"], flat[*layer, "kernel"].shape).ravel() for layer in kernels]
+    [
+      np.broadcast_to(flat[*layer, "quant_a"], flat[*layer, "kernel"].shape).ravel()
+      for layer in kernels
+    ]
   )
-  codes = np.asarray(duq.codes(np.concatenate(list(kernels.values())), intervals, steps, "symmetric"))
+  codes = np.asarray(
+    duq.codes(np.concatenate(list(kernels.values())), intervals, steps, "symmetric")
+  )
   parts = np.split(codes + int(steps), np.cumsum(sizes)[:-1])
   count = 2 * int(steps) + 1
-  return {"/".join(layer): np.bincount(p, minlength=count) / p.size for layer, p in zip(kernels, parts, strict=True)}
+  return {
+    "/".join(layer): np.bincount(p, minlength=count) / p.size
+    for layer, p in zip(kernels, parts, strict=True)
+  }

@@ -1,4 +1,6 @@
-"""What was done, in full, so that two runs can be compared at a glance: the part of `report.md` below the results."""
+"""What was done, in full, so that two runs can be compared at a glance: the part of `report.md`
+below the results.
+"""
 
 import functools
 import pathlib
@@ -14,24 +16,34 @@ from profit_jax.settings import Settings
 
 @functools.cache
 def commit() -> str | None:
-  """The commit of this code, with `+` where files differ from it; None outside of a repository of its own."""
+  """The commit of this code, with `+` where files differ from it; None outside of a repository of
+  its own.
+  """
   root = pathlib.Path(__file__).resolve().parent.parent.parent
 
   def git(*arguments):
-    done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=True)
+    done = subprocess.run(
+      ["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=True
+    )
     return done.stdout.strip()
 
   try:
     # Not of a repository that this package only lies in, as an environment does.
     if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != root:
       return None
-    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return git("rev-parse", "HEAD") + (
+      "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    )
   except (OSError, subprocess.SubprocessError):
     return None
 
 
 def markdown(
-  settings: Settings, phases: tuple[Phase, ...], data: dict[str, Any], environment: dict[str, Any], params: Any
+  settings: Settings,
+  phases: tuple[Phase, ...],
+  data: dict[str, Any],
+  environment: dict[str, Any],
+  params: Any,
 ) -> list[str]:
   """Lines of Markdown.
 
@@ -45,9 +57,15 @@ def markdown(
   last, teacher, train, plan = phases[-1], settings.teacher, settings.train, settings.plan
   bits = bits_name(last.weight_bits, last.act_bits)
   kernels = {
-    "/".join(path[:-1]): leaf.shape for path, leaf in traverse_util.flatten_dict(params).items() if path[-1] == "kernel"
+    "/".join(path[:-1]): leaf.shape
+    for path, leaf in traverse_util.flatten_dict(params).items()
+    if path[-1] == "kernel"
   }
-  found = {"/".join(path[:-1]) for path in traverse_util.flatten_dict(params) if path[-1].startswith(PREFIX)}
+  found = {
+    "/".join(path[:-1])
+    for path in traverse_util.flatten_dict(params)
+    if path[-1].startswith(PREFIX)
+  }
   quantizers = found - kernels.keys()
   schedule = [f"weights {_ladder(plan.weight_bits)}", f"activations {_ladder(plan.act_bits)}"]
   schedule.append("progressive" if plan.progressive else "straight to the last")
@@ -61,7 +79,8 @@ def markdown(
     teacher.model, f"{teacher.model}, {teacher.weights}"
   )
   rows = {
-    "quantizers": f"{settings.quant.method}, {'each output channel of' if settings.quant.per_channel else 'each'} kernel "
+    "quantizers": f"{settings.quant.method}, "
+    f"{'each output channel of' if settings.quant.per_channel else 'each'} kernel "
     "with scalars of its own",
     "bits of every layer": f"{bits}{_ends(settings.quant)}; the image as it is",
     "schedule": "; ".join(schedule),
@@ -70,23 +89,37 @@ def markdown(
     "teacher": taught,
     "first weights": settings.init.weights or "random",
     "padding of h-swish": f"{settings.model.pad_value:g}",
-    "optimizer": f"SGD, Nesterov {train.momentum:g}, rate {train.learning_rate:g} (a and c {train.quantizer_lr_scale:g} of "
-    f"it, full precision {train.full_precision_learning_rate:g}), weight decay {train.weight_decay:g}, batch "
+    "optimizer": f"SGD, Nesterov {train.momentum:g}, rate {train.learning_rate:g} (a and c "
+    f"{train.quantizer_lr_scale:g} of "
+    f"it, full precision {train.full_precision_learning_rate:g}), weight decay "
+    f"{train.weight_decay:g}, batch "
     f"{train.batch_size}, EMA {train.ema_rate:g}",
-    "data": f"{settings.data.name}, {data['train_examples']:,} to train on, {data['eval_examples']:,} to evaluate on, "
-    f"{data['num_classes']} classes, {settings.data.image_size} pixels, fingerprint {data['fingerprint'] or '-'}",
+    "data": f"{settings.data.name}, {data['train_examples']:,} to train on, "
+    f"{data['eval_examples']:,} to evaluate on, "
+    f"{data['num_classes']} classes, {settings.data.image_size} pixels, fingerprint "
+    f"{data['fingerprint'] or '-'}",
     "seed": str(settings.seed),
     "precision": f"{train.dtype} on {environment['devices']} x {environment['device']}",
     "versions": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
     "commit": environment["commit"] or "unknown",
   }
-  lines = ["", "## Policy", "", "| | |", "|:--|:--|", *(f"| {name} | {text} |" for name, text in rows.items())]
+  lines = [
+    "",
+    "## Policy",
+    "",
+    "| | |",
+    "|:--|:--|",
+    *(f"| {name} | {text} |" for name, text in rows.items()),
+  ]
   lines += ["", f"{len(kernels)} kernels, {len(quantizers)} quantizers of activations:", ""]
   lines += ["| layer | kernel | bits |", "|:--|:--|--:|"]
   lines += [
-    f"| {layer} | {'x'.join(map(str, shape))} | {last.weight_bits or 'float'} |" for layer, shape in sorted(kernels.items())
+    f"| {layer} | {'x'.join(map(str, shape))} | {last.weight_bits or 'float'} |"
+    for layer, shape in sorted(kernels.items())
   ]
-  lines += [f"| {layer} | activations | {last.act_bits or 'float'} |" for layer in sorted(quantizers)]
+  lines += [
+    f"| {layer} | activations | {last.act_bits or 'float'} |" for layer in sorted(quantizers)
+  ]
   return lines
 
 
@@ -94,7 +127,8 @@ def _ends(quant):
   """What the first and the last layer have."""
   if not (quant.first_bits or quant.last_bits):
     return ", the first and the last too"
-  return f"; at least {quant.first_bits or 'as many'} in the first, {quant.last_bits or 'as many'} in the last"
+  first, last = quant.first_bits or "as many", quant.last_bits or "as many"
+  return f"; at least {first} in the first, {last} in the last"
 
 
 def _remedies(remedy):
@@ -104,7 +138,10 @@ def _remedies(remedy):
     found.append(f"dampening up to {remedy.dampening:g}")
   if remedy.freezing_thresholds:
     first, last = remedy.freezing_thresholds
-    found.append(f"codes fixed above a frequency of {first:g} to {last:g} (momentum {remedy.freezing_momentum:g})")
+    found.append(
+      f"codes fixed above a frequency of {first:g} to {last:g} (momentum "
+      f"{remedy.freezing_momentum:g})"
+    )
   if remedy.bn_batches:
     found.append(f"batch statistics of {remedy.bn_batches} batches before each evaluation")
   return "; ".join(found) or "none"

@@ -13,8 +13,8 @@ from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress, Start
 from profit_jax.train.sanity import quantizer_scalars
 
-# Summaries are written one by one: with all of the demo's quantizers an epoch's took 1.2 s and a step's loss 18 ms (under
-# the profiler, beside compilation).
+# Summaries are written one by one: with all of the demo's quantizers an epoch's took 1.2 s and a
+# step's loss 18 ms (under the profiler, beside compilation).
 _STEPS_BETWEEN = 10
 _EPOCHS_BETWEEN = 5
 
@@ -34,7 +34,7 @@ class TensorBoardObserver(Observer):
   | quant_a/{layer}, quant_c/{layer} | interval and output scale (after softplus)* |
   | clip_rate/{layer}            | share of a quantizer's input that it clips*     |
   | aiwq/{layer}                 | running AIWQ, in sampling phases                |
-  | flip_rate/{layer}            | share of a kernel's codes that a step changes, over an epoch's last steps* |
+  | flip_rate/{layer}            | share of kernel codes a step changes, in an epoch's last steps* |
   | oscillation_rate/{layer}     | share that it changes against their last change*              |
   | bn_distance/{layer}          | KL of the last batch's statistics from the running ones*      |
   | fixed/{layer}                | share of its codes that `remedy.freezing_thresholds` has fixed* |
@@ -46,7 +46,9 @@ class TensorBoardObserver(Observer):
   """
 
   def __init__(self, logdir: str, warn: Callable[[str], None]):
-    """Args: logdir: any path that TensorFlow's file system opens; warn: told when nothing more can be written."""
+    """Args: logdir: any path that TensorFlow's file system opens; warn: told when nothing more can
+    be written.
+    """
     self._writer: metric_writers.SummaryWriter | None = metric_writers.SummaryWriter(logdir)
     self._warn = warn
     self._step = 0
@@ -65,12 +67,17 @@ class TensorBoardObserver(Observer):
     try:
       write(self._writer)
     except Exception as error:  # TensorFlow's own; a full disk, mostly
-      # Training is worth more than its curves, and a checkpoint that finds the same disk full says so.
+      # Training is worth more than its curves, and a checkpoint that finds the same disk full says
+      # so.
       self._writer = None
       reason = " ".join(str(error).split())[:200]
-      self._warn(f"TensorBoard's events cannot be written any more, training goes on without them: {reason}")
+      self._warn(
+        f"TensorBoard's events cannot be written any more, training goes on without them: {reason}"
+      )
 
-  def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
+  def run_started(
+    self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress
+  ) -> None:
     """See `Observer`."""
     self._step = progress.total_epochs * steps_per_epoch + progress.step
 
@@ -84,7 +91,9 @@ class TensorBoardObserver(Observer):
     self._step += 1
     if self._step % _STEPS_BETWEEN:
       return
-    self._write(self._step, {"train/step_loss": metrics["loss"], "train/images_per_second": images_per_second})
+    self._write(
+      self._step, {"train/step_loss": metrics["loss"], "train/images_per_second": images_per_second}
+    )
 
   def epoch_done(self, report: EpochReport) -> None:
     """See `Observer`."""
@@ -105,7 +114,9 @@ class TensorBoardObserver(Observer):
       scalars |= quantizer_scalars(report.params)
       for name, by_layer in report.instability.items():
         scalars |= {f"{name}/{layer}": value for layer, value in by_layer.items()}
-    histograms = {name: np.array([*values.values()]) for name, values in report.instability.items() if values}
+    histograms = {
+      name: np.array([*values.values()]) for name, values in report.instability.items() if values
+    }
     self._attempt(lambda writer: writer.write_histograms(report.step, histograms))
     self._write(report.step, scalars, flush=True)
 

@@ -1,4 +1,6 @@
-"""AIWQ: activation instability induced by weight quantization (paper section 3.1), and the freeze order it gives."""
+"""AIWQ: activation instability induced by weight quantization (paper section 3.1), and the freeze
+order it gives.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +18,14 @@ _NOISE = 8  # a deviation of so many units in the last place of the mean is 0
 
 
 class AiwqState(NamedTuple):
-  """What the sampling phase carries from step to step; dictionaries by layer, `block01/expand_conv`.
+  """What the sampling phase carries from step to step; dictionaries by layer,
+  `block01/expand_conv`.
 
   Attributes:
     metric: float32 scalars, the running AIWQ.
     previous: the quantized kernels of the step before.
-    has_previous: bool scalar; False in the first step of an epoch, which has nothing to compare with.
+    has_previous: bool scalar; False in the first step of an epoch, which has nothing to compare
+      with.
   """
 
   metric: dict[str, jax.Array]
@@ -30,14 +34,17 @@ class AiwqState(NamedTuple):
 
 
 def kl_divergence(present: Moments, previous: Moments) -> jax.Array:
-  """Mean over channels of `log(s_prev/s) + (s^2 + (m - m_prev)^2) / (2 s_prev^2) - 1/2` (paper equation 2).
+  """Mean over channels of `log(s_prev/s) + (s^2 + (m - m_prev)^2) / (2 s_prev^2) - 1/2` (paper
+  equation 2).
 
   Args:
-    present: per-channel mean m and unbiased standard deviation s of the output with the present quantized kernel.
+    present: per-channel mean m and unbiased standard deviation s of the output with the present
+      quantized kernel.
     previous: the same with the previous step's kernel.
 
   Returns:
-    A scalar. Channels whose s is 0 on either side, up to rounding, are left out; NaN if that leaves none.
+    A scalar. Channels whose s is 0 on either side, up to rounding, are left out; NaN if that leaves
+    none.
   """
   (mean, std), (mean_prev, std_prev) = present, previous
   alive = _varies(mean, std) & _varies(mean_prev, std_prev)
@@ -47,13 +54,16 @@ def kl_divergence(present: Moments, previous: Moments) -> jax.Array:
 
 
 def _varies(mean: jax.Array, std: jax.Array) -> jax.Array:
-  # A constant channel that is not 0 (negative padding makes such) has an s of 1e-17 by rounding, and one of these makes the
-  # layer's KL 1e28. The authors' code compares with 0, and drops the layer's value wherever it meets one.
+  # A constant channel that is not 0 (negative padding makes such) has an s of 1e-17 by rounding,
+  # and one of these makes the layer's KL 1e28. The authors' code compares with 0, and drops the
+  # layer's value wherever it meets one.
   return std > _NOISE * jnp.finfo(std.dtype).eps * jnp.abs(mean)
 
 
 def start(params: Mapping[str, Any]) -> AiwqState:
-  """The state of an epoch's beginning, on the host: every metric 0, no previous kernels. Takes arrays or shapes."""
+  """The state of an epoch's beginning, on the host: every metric 0, no previous kernels. Takes
+  arrays or shapes.
+  """
   kernels = conv_kernels(params)
   return AiwqState(
     metric={layer: np.zeros((), kernel.dtype) for layer, kernel in kernels.items()},
@@ -81,10 +91,11 @@ def update(state: AiwqState, moments: Mapping[str, Any], quantized: Mapping[str,
 
 
 def pooled(moments: Mapping[str, Any]) -> dict[str, Any]:
-  """The `moments` collection of a whole batch from those of its equal parts, stacked along the first axis.
+  """The `moments` collection of a whole batch from those of its equal parts, stacked along the
+  first axis.
 
-  The variance is the mean of the parts' and the variance of their means together; the factor n / (n - 1) apart, which the
-  present and the previous output share.
+  The variance is the mean of the parts' and the variance of their means together; the factor
+  n / (n - 1) apart, which the present and the previous output share.
   """
   flat = {}
   for path, (mean, std) in traverse_util.flatten_dict(moments).items():
@@ -102,7 +113,11 @@ def previous_collection(state: AiwqState) -> dict[str, Any]:
 def conv_kernels(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
   """The convolutions' kernels, by layer (dense kernels have two axes and no AIWQ)."""
   flat = traverse_util.flatten_dict(tree)
-  return {"/".join(path[:-1]): leaf for path, leaf in flat.items() if path[-1] == "kernel" and leaf.ndim == 4}
+  return {
+    "/".join(path[:-1]): leaf
+    for path, leaf in flat.items()
+    if path[-1] == "kernel" and leaf.ndim == 4
+  }
 
 
 def rank(metric: Mapping[str, float]) -> tuple[str, ...]:

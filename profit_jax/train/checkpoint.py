@@ -1,4 +1,6 @@
-"""A run's checkpoints: everything that it needs to go on as if nobody had stopped it, in one snapshot."""
+"""A run's checkpoints: everything that it needs to go on as if nobody had stopped it, in one
+snapshot.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -44,10 +46,14 @@ class Moment:
   window: Window | None = None
 
   def number(self, steps_per_epoch: int) -> int:
-    """Grows with every step, every end of an epoch (which has an evaluation, and may end a phase), and every retry: where a
-    run has gone back to, it is at a later moment than the one on disk.
+    """Grows with every step, every end of an epoch (which has an evaluation, and may end a phase),
+    and every retry: where a run has gone back to, it is at a later moment than the one on disk.
     """
-    return number_at_end(self.progress.total_epochs, steps_per_epoch) + self.progress.step + self.progress.retries
+    return (
+      number_at_end(self.progress.total_epochs, steps_per_epoch)
+      + self.progress.step
+      + self.progress.retries
+    )
 
 
 def number_at_end(epochs: int, steps_per_epoch: int) -> int:
@@ -57,12 +63,14 @@ def number_at_end(epochs: int, steps_per_epoch: int) -> int:
 
 def save(writer: snapshots.Writer, moment: Moment, number: int) -> None:
   """Begins to write a moment; raises as `Writer.save`."""
-  trees = {name: getattr(moment, name) for name in ("state", "sampling", "best", "teacher", "window")}
+  trees = {
+    name: getattr(moment, name) for name in ("state", "sampling", "best", "teacher", "window")
+  }
   writer.save(number, trees, moment.progress.to_dict())
 
 
 def progress_of(snapshot: snapshots.Snapshot) -> Progress:
-  """Where a snapshot stands. Read it first: only it tells which optimizer the state was saved with."""
+  """Where a snapshot stands. Read first: only it tells which optimizer the state was saved with."""
   return Progress.from_dict(snapshot.values)
 
 
@@ -83,8 +91,12 @@ def host_copy(tree: Any) -> Any:
   return jax.tree.map(lambda leaf: leaf.copy(), jax.device_get(tree))
 
 
-def best_variables(directory: epath.PathLike, shapes: Any, warn: Callable[[str], None]) -> tuple[Progress, Any] | None:
-  """Where the run in a directory stands, and its best variables; it may still be going on. None if there are none yet."""
+def best_variables(
+  directory: epath.PathLike, shapes: Any, warn: Callable[[str], None]
+) -> tuple[Progress, Any] | None:
+  """Where the run in a directory stands, and its best variables; it may still be going on. None if
+  there are none yet.
+  """
   snapshot = snapshots.read_newest(directory, warn)
   best = snapshot and snapshot.restore("best", shapes)
   return None if best is None else (progress_of(snapshot), best)

@@ -33,12 +33,14 @@ def evaluate(
     who: whose variables they are.
 
   Returns:
-    `{top1, top5 (percent), loss (mean), examples}`, and the share of its input that each quantizer clips, by layer.
+    `{top1, top5 (percent), loss (mean), examples}`, and the share of its input that each quantizer
+    clips, by layer.
   """
   step = programs.eval_step(weight_bits is not None, act_bits is not None, who)
   steps = levels(weight_bits, act_bits)
   results = []
-  # All batches are sent before the first result is asked for; not on a CPU, where a run that is asked to stop would wait.
+  # All batches are sent before the first result is asked for; not on a CPU, where a run that is
+  # asked to stop would wait.
   ahead = 2 if jax.default_backend() == "cpu" else None
   for batch in source.eval_batches(settings.train.eval_batch_size):
     interrupt.check()
@@ -49,7 +51,10 @@ def evaluate(
   total = jax.tree.map(lambda *values: float(sum(values)), *results)
   examples, clip_rate = total["examples"], total.pop("clip_rate")
   if not examples:
-    raise ConfigError(f"None of the {source.facts.eval_examples} evaluation images of {settings.data.name} can be decoded.")
+    raise ConfigError(
+      f"None of the {source.facts.eval_examples} evaluation images of {settings.data.name} can be "
+      "decoded."
+    )
   scores = {
     "top1": 100.0 * total["top1"] / examples,
     "top5": 100.0 * total["top5"] / examples,

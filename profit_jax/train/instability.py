@@ -56,7 +56,9 @@ def kernel_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
   return {"/".join(path[:-1]): leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
 
 
-def observe(window: Window, params: Mapping[str, Any], steps: jax.Array, quant: QuantSettings) -> Window:
+def observe(
+  window: Window, params: Mapping[str, Any], steps: jax.Array, quant: QuantSettings
+) -> Window:
   """The window after another step; `steps` is `Levels.weight`. The first look finds no changes."""
   first = window.observed == 0
   direction, flips, reversals = {}, {}, {}
@@ -71,7 +73,9 @@ def observe(window: Window, params: Mapping[str, Any], steps: jax.Array, quant: 
 
 
 def moves(before: jax.Array, after: jax.Array) -> jax.Array:
-  """-1, 0 or 1 as int8: whether codes have fallen, stayed or grown. Their difference need not fit into 8 bits."""
+  """-1, 0 or 1 as int8: whether codes have fallen, stayed or grown. Their difference need not fit
+  into 8 bits.
+  """
   return (after > before).astype(jnp.int8) - (after < before).astype(jnp.int8)
 
 
@@ -79,9 +83,10 @@ def rates(window: Window) -> ByLayer:
   """What a window has seen, per code and step.
 
   Returns:
-    `flip_rate`: by kernel, the share of codes that a step changes; `oscillation_rate`: the share that a step changes
-    against their last change within the window, at most `flip_rate` (after Nagel et al., arXiv 2203.11086, section 4,
-    whose memory has no end). Empty where no step was seen.
+    `flip_rate`: by kernel, the share of codes that a step changes; `oscillation_rate`: the share
+    that a step changes against their last change within the window, at most `flip_rate` (after
+    Nagel et al., arXiv 2203.11086, section 4, whose memory has no end). Empty where no step was
+    seen.
   """
   window = jax.device_get(window)
   steps = int(window.observed) - 1
@@ -89,7 +94,10 @@ def rates(window: Window) -> ByLayer:
     return {}
 
   def shares(counts):
-    return {layer: rounded(count / (steps * window.codes[layer].size)) for layer, count in sorted(counts.items())}
+    return {
+      layer: rounded(count / (steps * window.codes[layer].size))
+      for layer, count in sorted(counts.items())
+    }
 
   return {"flip_rate": shares(window.flips), "oscillation_rate": shares(window.reversals)}
 
@@ -100,11 +108,12 @@ def rounded(value: Any) -> float:
 
 
 def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
-  """By normalization, the KL divergence of a batch's statistics from the running ones, as AIWQ's (paper equation 2).
+  """By normalization, the KL divergence of a batch's statistics from the running ones, as AIWQ's
+  (paper equation 2).
 
-  The batch's own follow from the update, `running = momentum * running + (1 - momentum) * batch`, which makes their
-  rounding `1 / (1 - momentum)` times as large. Channels that are constant up to that on either side have no part; a layer
-  without any other is left out.
+  The batch's own follow from the update, `running = momentum * running + (1 - momentum) * batch`,
+  which makes their rounding `1 / (1 - momentum)` times as large. Channels that are constant up to
+  that on either side have no part; a layer without any other is left out.
   """
   old, new = (traverse_util.flatten_dict(stats) for stats in (before, after))
   found = {}
@@ -118,7 +127,9 @@ def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
       for name, value in zip(("mean", "var"), running, strict=True)
     ]
     noise = _NOISE * np.finfo(np.float32).eps / (1 - momentum)
-    alive = np.logical_and(*(np.sqrt(np.maximum(v, 0)) > noise * np.abs(m) for m, v in (running, batch)))
+    alive = np.logical_and(
+      *(np.sqrt(np.maximum(v, 0)) > noise * np.abs(m) for m, v in (running, batch))
+    )
     if alive.any():
       (m, v), (m_run, v_run) = ([values[alive] for values in pair] for pair in (batch, running))
       kl = 0.5 * np.log(v_run / v) + (v + (m - m_run) ** 2) / (2 * v_run) - 0.5

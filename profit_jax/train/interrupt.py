@@ -15,7 +15,9 @@ _requested: signal.Signals | None = None
 
 
 class Stopped(Ending):
-  """Somebody asked the run to stop, and it did; the exit code is what shells give a program that a signal ended."""
+  """Somebody asked the run to stop, and it did; the exit code is what shells give a program that a
+  signal ended.
+  """
 
   label, everywhere = "stopped", True
 
@@ -33,9 +35,10 @@ class Stopped(Ending):
 def graceful() -> Iterator[None]:
   """Within, SIGTERM (a preemption, a batch system) and SIGINT (Ctrl-C) make `check` raise.
 
-  A second Ctrl-C ends at once; batch systems may send SIGTERM twice and mean the same.
-  Of several processes, JAX listens for SIGTERM itself and lets all of them agree on a step; see
-  `multihost_utils.reached_preemption_sync_point`. Nothing changes outside the main thread, where Python allows no handlers.
+  A second Ctrl-C ends at once; batch systems may send SIGTERM twice and mean the same. Of several
+  processes, JAX listens for SIGTERM itself and lets all of them agree on a step; see
+  `multihost_utils.reached_preemption_sync_point`. Nothing changes outside the main thread, where
+  Python allows no handlers.
   """
   global _requested
   if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():

@@ -1,8 +1,9 @@
 """Compiled programs kept between runs: the next run neither traces nor compiles what it finds here.
 
-JAX's own cache is asked with the traced and lowered program, and to trace and lower takes most of what a run from that
-cache waits for. Here a program's name is a hash of all that makes it: this package's source, the versions of JAX and what
-it runs on, the configuration, and what was asked for.
+JAX's own cache is asked with the traced and lowered program, and to trace and lower takes most of
+what a run from that cache waits for. Here a program's name is a hash of all that makes it: this
+package's source, the versions of JAX and what it runs on, the configuration, and what was asked
+for.
 """
 
 import contextlib
@@ -26,8 +27,9 @@ from jax.experimental.compilation_cache import compilation_cache
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu")  # and JAX's plugins
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _UNUSED_DAYS = 30
-# No part of any program: numbers that are arguments, where things lie, what the loop and the plan decide between steps.
-# A setting that is not named here makes other programs, so that a new one is at worst compiled for in vain.
+# No part of any program: numbers that are arguments, where things lie, what the loop and the plan
+# decide between steps. A setting that is not named here makes other programs, so that a new one is
+# at worst compiled for in vain.
 _ELSEWHERE = {
   "seed",
   "compilation_cache",
@@ -35,9 +37,15 @@ _ELSEWHERE = {
   "checkpoint",
   "recovery",
   "teacher.weights",
-  *(f"data.{name}" for name in ("name", "data_dir", "train_split", "eval_split", "augment", "train_crop")),
+  *(
+    f"data.{name}"
+    for name in ("name", "data_dir", "train_split", "eval_split", "augment", "train_crop")
+  ),
   *(f"data.{name}" for name in ("eval_share", "interpolation", "max_broken", "readers")),
-  *(f"plan.{name}" for name in ("weight_bits", "act_bits", "progressive", "stabilize", "profit", "profit_bits")),
+  *(
+    f"plan.{name}"
+    for name in ("weight_bits", "act_bits", "progressive", "stabilize", "profit", "profit_bits")
+  ),
   *(f"plan.{name}_epochs" for name in ("full_precision", "finetune", "bn", "sampling", "warmup")),
   "plan.freeze_fractions",
   "plan.fitted_bits",
@@ -48,11 +56,19 @@ _ELSEWHERE = {
 
 
 class Kept:
-  """The programs of one configuration, in a directory that only its user writes (they are pickled: code that is run)."""
+  """The programs of one configuration, in a directory that only its user writes (they are pickled:
+  code that is run).
+  """
 
-  def __init__(self, directory: epath.PathLike, config: dict[str, Any], devices: Sequence[jax.Device], **more: Any):
-    """Args: directory, local or remote, made when needed; config: `Settings.to_dict()`; devices: that the programs run on,
-    in this order; more: what else decides.
+  def __init__(
+    self,
+    directory: epath.PathLike,
+    config: dict[str, Any],
+    devices: Sequence[jax.Device],
+    **more: Any,
+  ):
+    """Args: directory, local or remote, made when needed; config: `Settings.to_dict()`; devices:
+    that the programs run on, in this order; more: what else decides.
     """
     self._directory, self._devices = epath.Path(directory), list(devices)
     self._common = repr((_deciding(config), sorted(more.items()), _surroundings(self._devices)))
@@ -60,9 +76,12 @@ class Kept:
   def get(self, name: Any, compile_it: Callable[[], Any]) -> Any:
     """The program of that name (its `repr` is what counts), kept or compiled now.
 
-    The first that must be compiled turns JAX's own cache off, for all programs in this process from then on.
+    The first that must be compiled turns JAX's own cache off, for all programs in this process from
+    then on.
     """
-    place = self._directory / f"{hashlib.sha256(f'{self._common} {name!r}'.encode()).hexdigest()}.program"
+    place = (
+      self._directory / f"{hashlib.sha256(f'{self._common} {name!r}'.encode()).hexdigest()}.program"
+    )
     try:
       content = pickle.loads(zlib.decompress(place.read_bytes()))
       loaded = serialize_executable.deserialize_and_load(*content, execution_devices=self._devices)
@@ -82,14 +101,16 @@ class Kept:
       for file in self._directory.iterdir():
         if file.stat().mtime < time.time() - _UNUSED_DAYS * 24 * 3600:
           file.unlink()
-    except Exception:  # no room, no permission, a platform that cannot serialize: the program runs all the same
+    # No room, no permission, a platform that cannot serialize: the program runs all the same.
+    except Exception:
       pass
     return compiled
 
 
 def _turn_off_jax_cache() -> None:
-  """A program that came from there can be serialized and loaded, but ends with "Function ... not found" when it runs
-  (jaxlib 0.10.2, CPU). JAX decides once in a process whether it asks its cache, and has no switch for one thread.
+  """A program that came from there can be serialized and loaded, but ends with "Function ... not
+  found" when it runs (jaxlib 0.10.2, CPU). JAX decides once in a process whether it asks its cache,
+  and has no switch for one thread.
   """
   jax.config.update("jax_enable_compilation_cache", False)
   compilation_cache.reset_cache()  # or what has been decided stays so
@@ -116,14 +137,26 @@ def _surroundings(devices: Sequence[jax.Device]) -> str:
   lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
   processor = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  installed = {distribution.name: distribution.version for distribution in metadata.distributions() if distribution.name}
-  versions = {name: v for name, v in installed.items() if name in _PACKAGES or name.startswith(("jax-", "jax_", "nvidia"))}
+  installed = {
+    distribution.name: distribution.version
+    for distribution in metadata.distributions()
+    if distribution.name
+  }
+  versions = {
+    name: v
+    for name, v in installed.items()
+    if name in _PACKAGES or name.startswith(("jax-", "jax_", "nvidia"))
+  }
   options = {name: str(value) for name, value in jax.config.values.items() if "cache" not in name}
   return json.dumps(
     {
       "source": source.hexdigest(),
       "versions": [platform.python_version(), sorted(versions.items())],
-      "devices": [[device.id for device in devices], devices[0].device_kind, devices[0].client.platform_version],
+      "devices": [
+        [device.id for device in devices],
+        devices[0].device_kind,
+        devices[0].client.platform_version,
+      ],
       "processor": [platform.machine(), cores, *sorted(processor)],
       "options": sorted(options.items()),
       "environment": [os.environ.get(name) for name in _ENVIRONMENT],

@@ -23,10 +23,12 @@ from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, e
 from profit_jax.train.state import create_state
 from profit_jax.train.watch import Watch
 
-# How many steps may be under way before the loop waits for the oldest one's numbers: enough that no device runs dry,
-# few enough that the progress bar tells the present. On a CPU they take long, and a run that is asked to stop waits.
+# How many steps may be under way before the loop waits for the oldest one's numbers: enough that no
+# device runs dry, few enough that the progress bar tells the present. On a CPU they take long, and
+# a run that is asked to stop waits.
 _STEPS_AHEAD = {"cpu": 2}
-# Several processes ask the first one's clock whether to save; not at every step, because the answer is sent around.
+# Several processes ask the first one's clock whether to save; not at every step, because the answer
+# is sent around.
 _STEPS_BETWEEN_CLOCKS = 32
 Scores = dict[str, float]
 
@@ -34,9 +36,10 @@ Scores = dict[str, float]
 class Loop:
   """Runs a plan from its beginning or from a checkpoint.
 
-  Every random choice is a function of the seed, the epoch and the step, and a checkpoint has everything else, so that a
-  stopped run ends with the numbers of an unstopped one. It can stop wherever `interrupt.check` or `_meet` is called: the
-  moment is whole there, because it changes only between such places.
+  Every random choice is a function of the seed, the epoch and the step, and a checkpoint has
+  everything else, so that a stopped run ends with the numbers of an unstopped one. It can stop
+  wherever `interrupt.check` or `_meet` is called: the moment is whole there, because it changes
+  only between such places.
   """
 
   def __init__(
@@ -112,11 +115,16 @@ class Loop:
       retries, recovery = self._moment.progress.retries, self._settings.recovery
       if retries >= recovery.retries:
         raise sanity.gives_up(error, retries, recovery.learning_rate_factor) from None
-      self._observer.warned(f"{error} The run goes back to its last checkpoint, retry {retries + 1} of {recovery.retries}.")
+      self._observer.warned(
+        f"{error} The run goes back to its last checkpoint, retry {retries + 1} of "
+        f"{recovery.retries}."
+      )
       return False
 
   def _begin(self, snapshot: snapshots.Snapshot | None, bad: Progress | None = None) -> None:
-    """Sets the moment: the plan's beginning, or a snapshot's; bad: where the run has gone back from."""
+    """Sets the moment: the plan's beginning, or a snapshot's; bad: where the run has gone back
+    from.
+    """
     progress = Progress() if snapshot is None else checkpoint.progress_of(snapshot)
     if bad is not None:
       progress.count_retry(bad, self._settings.recovery.learning_rate_factor)
@@ -128,8 +136,11 @@ class Loop:
     self._observer.run_started(self._phases, self._steps_per_epoch, progress)
     given = self._first_teacher.variables
     if snapshot is None:
-      state = self._programs.replicate(create_state(self._student.make(), ema=self._settings.train.ema_rate > 0))
-      # A teacher of its own goes into every checkpoint: a run that goes on does not read the file again.
+      state = self._programs.replicate(
+        create_state(self._student.make(), ema=self._settings.train.ema_rate > 0)
+      )
+      # A teacher of its own goes into every checkpoint: a run that goes on does not read the file
+      # again.
       own = given if self._settings.teacher.model == "self" else None
       self._moment = checkpoint.Moment(progress, state, teacher=own)
     else:
@@ -137,7 +148,9 @@ class Loop:
       state = self._programs.state_shapes(phase.program, stages.frozen(phase, progress))
       sampling = aiwq.start(self._shapes["params"]) if phase.kind == "sampling" else None
       window = instability.start(self._shapes["params"])
-      self._moment = moment = checkpoint.restore(snapshot, checkpoint.Shapes(state, sampling, self._shapes, window))
+      self._moment = moment = checkpoint.restore(
+        snapshot, checkpoint.Shapes(state, sampling, self._shapes, window)
+      )
       moment.progress = progress
       arrays = self._programs.replicate((moment.state, moment.sampling, moment.window))
       moment.state, moment.sampling, moment.window = arrays
@@ -153,12 +166,16 @@ class Loop:
     if not evaluated(student, teacher):
       return
     variables = moment.state.variables
-    start = evaluate_start(self._programs, self._source, self._settings, student, teacher, variables)
+    start = evaluate_start(
+      self._programs, self._source, self._settings, student, teacher, variables
+    )
     moment.progress.start, moment.progress.full_precision = start, baseline(start)
     self._observer.start_evaluated(start)
 
   def _go_back(self) -> None:
-    """To the last checkpoint, or to the beginning where there is none, and on with lower learning rates."""
+    """To the last checkpoint, or to the beginning where there is none, and on with lower learning
+    rates.
+    """
     self._pending.clear()
     self._begin(self._writer.read_newest(self._observer.warned), self._moment.progress)
     if self._moment.progress.begun:
@@ -167,7 +184,9 @@ class Loop:
   def _run_phase(self, phase: Phase) -> None:
     progress = self._moment.progress
     under_way = progress.phase == phase.index
-    self._observer.phase_started(phase, progress.epoch * self._steps_per_epoch + progress.step if under_way else 0)
+    self._observer.phase_started(
+      phase, progress.epoch * self._steps_per_epoch + progress.step if under_way else 0
+    )
     self._mark = time.perf_counter(), self._programs.waited_seconds
     frozen = stages.frozen(phase, progress)
     if not under_way:
@@ -178,7 +197,9 @@ class Loop:
 
   def _enter(self, phase: Phase, frozen: Frozen) -> None:
     moment, progress = self._moment, self._moment.progress
-    state = stages.calibrate(phase, moment.state, self._programs, self._source, self._settings, self._key)
+    state = stages.calibrate(
+      phase, moment.state, self._programs, self._source, self._settings, self._key
+    )
     before = self._phases[progress.phase - 1] if progress.phase else None
     moment.state = stages.start(phase, before, state, self._programs, self._settings, frozen)
     progress.phase, progress.epoch, progress.step, progress.totals = phase.index, 0, 0, {}
@@ -193,16 +214,30 @@ class Loop:
     moment, progress = self._moment, self._moment.progress
     step = self._programs.train_step(phase.program, frozen)
     if moment.sampling is not None and not progress.step:
-      moment.sampling = moment.sampling._replace(has_previous=self._programs.replicate(np.zeros((), bool)))
+      moment.sampling = moment.sampling._replace(
+        has_previous=self._programs.replicate(np.zeros((), bool))
+      )
     phase_levels = levels(phase.weight_bits, phase.act_bits)
     rate = np.float32(phase.learning_rate_at(progress.epoch) * progress.learning_rate_scale)
     self._epoch_started = time.perf_counter(), progress.step
-    for batch in self._source.train_batches(progress.total_epochs, self._settings.train.batch_size, progress.step):
+    for batch in self._source.train_batches(
+      progress.total_epochs, self._settings.train.batch_size, progress.step
+    ):
       self._meet()
       self._watch.before_step(moment)
-      strengths = stages.strengths(self._phases, phase, progress, self._steps_per_epoch, self._settings)
-      given = self._programs.split(batch), phase_levels, rate, self._key, self._teacher if phase.distill else None
-      moment.state, metrics, moment.sampling = step(moment.state, *given, moment.sampling, strengths)
+      strengths = stages.strengths(
+        self._phases, phase, progress, self._steps_per_epoch, self._settings
+      )
+      given = (
+        self._programs.split(batch),
+        phase_levels,
+        rate,
+        self._key,
+        self._teacher if phase.distill else None,
+      )
+      moment.state, metrics, moment.sampling = step(
+        moment.state, *given, moment.sampling, strengths
+      )
       progress.step += 1
       self._watch.after_step(moment, phase)
       self._pending.append(metrics)
@@ -225,14 +260,22 @@ class Loop:
   def _collect(self) -> None:
     """Adds the numbers of the oldest step under way to the epoch's."""
     progress = self._moment.progress
-    metrics = {name: float(value) for name, value in jax.device_get(self._pending.popleft()).items()}
+    metrics = {
+      name: float(value) for name, value in jax.device_get(self._pending.popleft()).items()
+    }
     step = progress.step - len(self._pending)
     phase = self._phases[progress.phase - 1]
     if not metrics.pop("finite"):
-      where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, step {step}"
-      state, rates = self._moment.state, stages.learning_rates(phase, progress.epoch, progress, self._settings)
+      where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, "
+      where += f"step {step}"
+      state, rates = (
+        self._moment.state,
+        stages.learning_rates(phase, progress.epoch, progress, self._settings),
+      )
       quantized = state.params if phase.weight_bits or phase.act_bits else {}
-      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, quantized, state.batch_stats))
+      raise sanity.NotFinite(
+        sanity.describe(where, metrics["loss"], rates, quantized, state.batch_stats)
+      )
     metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
     for name, value in metrics.items():
       progress.totals[name] = progress.totals.get(name, 0.0) + value
@@ -252,7 +295,9 @@ class Loop:
     """Whether the time between two saves is over; the same in all processes."""
     if jax.process_count() > 1 and self._moment.progress.step % _STEPS_BETWEEN_CLOCKS:
       return False
-    return distributed.from_first(time.monotonic() - self._saved_at >= 60.0 * self._settings.checkpoint.minutes)
+    return distributed.from_first(
+      time.monotonic() - self._saved_at >= 60.0 * self._settings.checkpoint.minutes
+    )
 
   def _save(self) -> None:
     """Begins to save the moment; what is not finite is never saved."""
@@ -282,9 +327,14 @@ class Loop:
     if moment.state.ema_params is not None:
       averaged, average, _ = self._evaluate(phase, moment.state.ema_variables)
     if moment.sampling is not None:
-      progress.metric = {layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()}
+      progress.metric = {
+        layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()
+      }
     record = stages.epoch_record(progress, phase, raw, average, clip_rate, moment.state.params)
-    train, measured = {name: total / progress.step for name, total in progress.totals.items()}, progress.instability
+    train, measured = (
+      {name: total / progress.step for name, total in progress.totals.items()},
+      progress.instability,
+    )
     progress.epoch, progress.total_epochs = progress.epoch + 1, progress.total_epochs + 1
     progress.step, progress.totals, progress.instability = 0, {}, {}
     self._keep_best(phase, raw, average, {"raw": variables, "ema": averaged})
@@ -313,23 +363,34 @@ class Loop:
 
   def _evaluate(self, phase: Phase, variables: Any) -> tuple[Any, Scores, dict[str, float]]:
     """What was evaluated, too: its batch statistics may be estimated anew."""
-    given, epoch = (self._programs, self._source, self._settings), self._moment.progress.total_epochs
+    given, epoch = (
+      (self._programs, self._source, self._settings),
+      self._moment.progress.total_epochs,
+    )
     variables = stages.for_evaluation(phase, epoch, variables, *given, self._key)
-    return variables, *evaluate(*given, variables, weight_bits=phase.weight_bits, act_bits=phase.act_bits)
+    return variables, *evaluate(
+      *given, variables, weight_bits=phase.weight_bits, act_bits=phase.act_bits
+    )
 
   def _keep_time(self) -> None:
-    """Adds what has passed since the last call to the phase: calibration, training, evaluation, the last save."""
+    """Adds what has passed since the last call to the phase: calibration, training, evaluation, the
+    last save.
+    """
     progress, now = self._moment.progress, (time.perf_counter(), self._programs.waited_seconds)
     progress.phase_seconds += now[0] - self._mark[0]
     progress.phase_compile_seconds += now[1] - self._mark[1]
     self._mark = now
 
-  def _keep_best(self, phase: Phase, raw: Scores, average: Scores | None, variables: dict[str, Any]) -> None:
+  def _keep_best(
+    self, phase: Phase, raw: Scores, average: Scores | None, variables: dict[str, Any]
+  ) -> None:
     """The first of equals stays; variables are those that were evaluated."""
     moment, progress = self._moment, self._moment.progress
     full_precision, target = phase.kind == "full_precision", phase.index in self._targets
     found = stages.better(phase, progress, raw, average)
-    if full_precision and (progress.full_precision is None or found.top1 > progress.full_precision.top1):
+    if full_precision and (
+      progress.full_precision is None or found.top1 > progress.full_precision.top1
+    ):
       progress.full_precision = found
     if target and (progress.best is None or found.top1 > progress.best.top1):
       progress.best = found
@@ -340,10 +401,19 @@ class Loop:
     last = progress.epochs[-1]
     if phase.kind == "sampling":
       progress.ranking = list(aiwq.rank(progress.metric))
-      self._programs.prefetch(self._phases[phase.index :], lambda later: stages.known_frozen(self._phases, later, progress))
-    if phase.kind == "full_precision" and self._teacher is None and any(p.distill for p in self._phases):
+      self._programs.prefetch(
+        self._phases[phase.index :],
+        lambda later: stages.known_frozen(self._phases, later, progress),
+      )
+    if (
+      phase.kind == "full_precision"
+      and self._teacher is None
+      and any(p.distill for p in self._phases)
+    ):
       better_ema = last.top1_ema is not None and last.top1_ema > last.top1
-      moment.teacher = checkpoint.host_copy(moment.state.ema_variables if better_ema else moment.state.variables)
+      moment.teacher = checkpoint.host_copy(
+        moment.state.ema_variables if better_ema else moment.state.variables
+      )
       self._teacher = self._programs.replicate(moment.teacher)
     record = stages.phase_record(phase, progress, self._steps_per_epoch, frozen)
     progress.records.append(record)

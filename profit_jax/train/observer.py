@@ -1,4 +1,6 @@
-"""What the loop tells whoever watches it: terminal, TensorBoard, plots. The loop itself prints nothing."""
+"""What the loop tells whoever watches it: terminal, TensorBoard, plots. The loop itself prints
+nothing.
+"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -22,7 +24,8 @@ class EpochReport:
     learning_rates: by optimizer group.
     clip_rate: by quantizer, the share of its input it clips.
     aiwq: by convolution, in the sampling phase; else empty.
-    instability: `flip_rate`, `oscillation_rate`, `fixed` by kernel, `bn_distance` by normalization; see `train/watch.py`.
+    instability: `flip_rate`, `oscillation_rate`, `fixed` by kernel, `bn_distance` by normalization;
+      see `train/watch.py`.
     params: the student's.
   """
 
@@ -42,7 +45,9 @@ class EpochReport:
 class Observer:
   """Base of the watchers; every method may be left as it is."""
 
-  def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
+  def run_started(
+    self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress
+  ) -> None:
     """Before the first phase; progress is not empty in a run that goes on."""
 
   def start_evaluated(self, start: Start) -> None:
@@ -52,7 +57,9 @@ class Observer:
     """Something that the user should know of now."""
 
   def phase_started(self, phase: Phase, steps_done: int) -> None:
-    """Before a phase's programs are waited for; steps_done is not 0 in a run that goes on within the phase."""
+    """Before a phase's programs are waited for; steps_done is not 0 in a run that goes on within
+    the phase.
+    """
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """After a step: `loss` and `top1` (percent) of the latest step whose numbers have arrived."""
@@ -77,7 +84,9 @@ class Observers(Observer):
     """Args: observers: called in this order."""
     self._observers = tuple(observers)
 
-  def run_started(self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress) -> None:
+  def run_started(
+    self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress
+  ) -> None:
     """See `Observer`."""
     for observer in self._observers:
       observer.run_started(phases, steps_per_epoch, progress)

@@ -30,14 +30,16 @@ class SgdSettings:
   quantizer_lr_scale: float
 
 
-def label_params(params: Mapping[str, Any], *, train_kernels: bool, frozen: frozenset[str]) -> dict[str, Any]:
+def label_params(
+  params: Mapping[str, Any], *, train_kernels: bool, frozen: frozenset[str]
+) -> dict[str, Any]:
   """Names every parameter's group.
 
-  | leaf                             | group                                                      |
-  |----------------------------------|------------------------------------------------------------|
-  | `quant_...`                      | quant                                                      |
-  | `scale`, `bias`                  | norm                                                       |
-  | `kernel`                         | weight; frozen if its layer is in `frozen` or kernels are fixed |
+  | leaf            | group                                                           |
+  |-----------------|-----------------------------------------------------------------|
+  | `quant_...`     | quant                                                           |
+  | `scale`, `bias` | norm                                                            |
+  | `kernel`        | weight; frozen if its layer is in `frozen` or kernels are fixed |
 
   Args:
     params: nested dictionaries.
@@ -65,10 +67,11 @@ def label_params(params: Mapping[str, Any], *, train_kernels: bool, frozen: froz
 
 
 def scale_by_epoch_learning_rate(multiple: float) -> optax.GradientTransformationExtraArgs:
-  """Multiplies updates by `-multiple * learning_rate`, where `learning_rate` is an argument of `update`.
+  """Multiplies updates by `-multiple * learning_rate`, where `learning_rate` is an argument of
+  `update`.
 
-  The rate changes from epoch to epoch and the schedule from phase to phase; as an argument it needs neither a new
-  program nor a place in the optimizer's state.
+  The rate changes from epoch to epoch and the schedule from phase to phase; as an argument it needs
+  neither a new program nor a place in the optimizer's state.
   """
 
   def update(updates, state, params=None, *, learning_rate, **_):
@@ -78,19 +81,24 @@ def scale_by_epoch_learning_rate(multiple: float) -> optax.GradientTransformatio
   return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def make_optimizer(labels: Mapping[str, Any], sgd: SgdSettings) -> optax.GradientTransformationExtraArgs:
-  """The transformation of one phase; `update` takes `learning_rate`, the epoch's rate of the weights.
+def make_optimizer(
+  labels: Mapping[str, Any], sgd: SgdSettings
+) -> optax.GradientTransformationExtraArgs:
+  """The transformation of one phase; `update` takes `learning_rate`, the epoch's rate of the
+  weights.
 
-  weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`. frozen: nothing, and
-  no state. XLA drops gradients that nobody reads; of a frozen quantized kernel that is little, since its a and c still
-  train and need the gradient of the quantized kernel.
+  weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`.
+  frozen: nothing, and no state. XLA drops gradients that nobody reads; of a frozen quantized kernel
+  that is little, since its a and c still train and need the gradient of the quantized kernel.
   """
 
   def momentum():
     return optax.trace(sgd.momentum, nesterov=True)
 
   groups = {
-    WEIGHT: optax.chain(optax.add_decayed_weights(sgd.weight_decay), momentum(), scale_by_epoch_learning_rate(1.0)),
+    WEIGHT: optax.chain(
+      optax.add_decayed_weights(sgd.weight_decay), momentum(), scale_by_epoch_learning_rate(1.0)
+    ),
     NORM: optax.chain(momentum(), scale_by_epoch_learning_rate(1.0)),
     QUANT: optax.chain(momentum(), scale_by_epoch_learning_rate(sgd.quantizer_lr_scale)),
     FROZEN: optax.set_to_zero(),

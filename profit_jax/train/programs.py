@@ -1,4 +1,4 @@
-"""Compiled programs: one per `plan.Program` and frozen set, made ahead of need in the background."""
+"""Compiled programs: one per `plan.Program` and frozen set, made in the background before need."""
 
 import concurrent.futures
 import functools
@@ -24,7 +24,8 @@ from profit_jax.train.kept import Kept
 from profit_jax.train.state import TrainState, create_state
 
 Frozen = frozenset[str]
-Who = Literal["student", "teacher", "file"]  # file: the student as its weights file's own code computes
+# File: the student as its weights file's own code computes.
+Who = Literal["student", "teacher", "file"]
 
 
 def make_mesh(settings: Settings) -> Mesh:
@@ -33,19 +34,23 @@ def make_mesh(settings: Settings) -> Mesh:
   Raises:
     ConfigError: a batch that does not divide over them.
   """
-  # Neighbours of one process side by side: its rows of a batch are its devices' rows. Their numbers alone do not say so.
+  # Neighbours of one process side by side: its rows of a batch are its devices' rows. Their numbers
+  # alone do not say so.
   devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
   parts = settings.train.accumulation_steps
   if settings.train.batch_size % (parts * len(devices)):
     raise ConfigError(
-      f"config.train.batch_size = {settings.train.batch_size} is not allowed: it must be a multiple of "
-      f"{parts * len(devices)}: train.accumulation_steps = {parts} parts over {len(devices)} devices."
+      f"config.train.batch_size = {settings.train.batch_size} is not allowed: it must be a "
+      "multiple of "
+      f"{parts * len(devices)}: train.accumulation_steps = {parts} parts over {len(devices)} "
+      "devices."
     )
   for name in ("batch_size", "eval_batch_size"):
     size = getattr(settings.train, name)
     if size % len(devices):
       raise ConfigError(
-        f"config.train.{name} = {size} is not allowed: it must be a multiple of the number of devices, {len(devices)}, "
+        f"config.train.{name} = {size} is not allowed: it must be a multiple of the number of "
+        f"devices, {len(devices)}, "
         f"over which a batch is split."
       )
   return Mesh(np.asarray(devices), ("data",))
@@ -54,8 +59,8 @@ def make_mesh(settings: Settings) -> Mesh:
 class Programs:
   """Builds, compiles and keeps the programs of a run.
 
-  A program is compiled ahead of time for exact shapes and shardings, on a background thread in the order of
-  `prefetch`, so that the programs of later phases are made while earlier ones train.
+  A program is compiled ahead of time for exact shapes and shardings, on a background thread in the
+  order of `prefetch`, so that the programs of later phases are made while earlier ones train.
 
   Attributes:
     mesh: over which batches are split; everything else is replicated.
@@ -72,39 +77,56 @@ class Programs:
     file_model: nn.Module | None = None,
     keep_in: epath.PathLike | None = None,
   ):
-    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none; mesh; keep_in: a
-    directory where programs are kept between runs; compiling one turns JAX's own cache off (see `Kept`).
+    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none;
+    mesh; keep_in: a directory where programs are kept between runs; compiling one turns JAX's own
+    cache off (see `Kept`).
     """
     self._settings, self._facts = settings, facts
     self._model, self._teacher_model = model, teacher_model
-    self._models: dict[Who, nn.Module | None] = {"student": model, "teacher": teacher_model, "file": file_model}
-    own, others = normalization(settings.data.normalization, facts), normalization(settings.teacher.normalization, facts)
+    self._models: dict[Who, nn.Module | None] = {
+      "student": model,
+      "teacher": teacher_model,
+      "file": file_model,
+    }
+    own, others = (
+      normalization(settings.data.normalization, facts),
+      normalization(settings.teacher.normalization, facts),
+    )
     # A teacher that is the student sees what the student sees.
-    self._normalization, self._teacher_normalization = own, own if settings.teacher.model == "self" else others
+    self._normalization, self._teacher_normalization = (
+      own,
+      own if settings.teacher.model == "self" else others,
+    )
     self.mesh = mesh
     self.waited_seconds = 0.0
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._split = NamedSharding(mesh, PartitionSpec("data"))
     self._params = variable_shapes(model, settings.data.image_size)["params"]
-    # XLA works on a program on one thread for half of the time, and Python traces the next meanwhile.
+    # XLA works on a program on one thread for half of the time, and Python traces the next
+    # meanwhile.
     self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
     self._made: dict[Any, concurrent.futures.Future] = {}
     # Of several processes each would load what only all together can run.
     self._kept = None
     if keep_in is not None and jax.process_count() == 1:
       seen = self._normalization, self._teacher_normalization
-      self._kept = Kept(keep_in, settings.to_dict(), mesh.devices.flat, seen=seen, num_classes=facts.num_classes)
+      self._kept = Kept(
+        keep_in, settings.to_dict(), mesh.devices.flat, seen=seen, num_classes=facts.num_classes
+      )
 
   def close(self) -> None:
     """Drops what is not compiled yet."""
     self._pool.shutdown(wait=False, cancel_futures=True)
 
   def replicate(self, tree: Any) -> Any:
-    """Puts a tree, the same on every process, on every device, as new arrays that a step may donate."""
+    """Puts a tree, the same on every process, on every device, as new arrays that a step may
+    donate.
+    """
     if jax.process_count() == 1:
       return jax.device_put(tree, self._replicated, may_alias=False)
 
-    # There device_put would compare every array over the network first, with a program for each shape.
+    # There device_put would compare every array over the network first, with a program for each
+    # shape.
     def put(leaf):
       if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(put(jax.random.key_data(leaf)))
@@ -120,14 +142,18 @@ class Programs:
 
   def split(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts a batch on the devices, a part on each; every process gives its own rows."""
-    return {name: jax.make_array_from_process_local_data(self._split, value) for name, value in batch.items()}
+    return {
+      name: jax.make_array_from_process_local_data(self._split, value)
+      for name, value in batch.items()
+    }
 
   def prefetch(self, phases: tuple[Phase, ...], frozen: Callable[[Phase], Frozen | None]) -> None:
     """Starts compiling what the phases need, in order.
 
     Args:
       phases: those to come.
-      frozen: the frozen set of a phase, or None where it is not known yet: that phase is passed over.
+      frozen: the frozen set of a phase, or None where it is not known yet: that phase is passed
+        over.
     """
     for phase in phases:
       if phase.calibrate:
@@ -146,7 +172,9 @@ class Programs:
     """The optimizer of a phase with these kernels frozen."""
     train = self._settings.train
     sgd = optimizer.SgdSettings(
-      weight_decay=train.weight_decay, momentum=train.momentum, quantizer_lr_scale=train.quantizer_lr_scale
+      weight_decay=train.weight_decay,
+      momentum=train.momentum,
+      quantizer_lr_scale=train.quantizer_lr_scale,
     )
     labels = optimizer.label_params(self._params, train_kernels=train_kernels, frozen=frozen)
     return optimizer.make_optimizer(labels, sgd)
@@ -160,7 +188,9 @@ class Programs:
     for name in who:
       self._request(("eval", name, False, False), self._compile_eval)
 
-  def eval_step(self, quantized_weights: bool, quantized_acts: bool, who: Who = "student") -> Callable[..., Any]:
+  def eval_step(
+    self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
+  ) -> Callable[..., Any]:
     """The compiled step of `steps.make_eval_step`."""
     return self._wait(("eval", who, quantized_weights, quantized_acts), self._compile_eval)
 
@@ -177,30 +207,44 @@ class Programs:
     return self._wait(("calibrate", "fit"), self._compile_calibration)
 
   def observe(self) -> Callable[..., Any]:
-    """The compiled `(window, params, steps) -> window` of `instability.observe`; the window is donated."""
+    """The compiled `(window, params, steps) -> window` of `instability.observe`; the window is
+    donated.
+    """
     return self._wait(("observe",), self._compile_observe)
 
   def batch_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
-    """The compiled `(variables, image, levels, key, total) -> total` that adds `steps.batch_statistics` to the total."""
+    """The compiled `(variables, image, levels, key, total) -> total` that adds
+    `steps.batch_statistics` to the total.
+    """
     return self._wait(("statistics", quantized_weights, quantized_acts), self._compile_statistics)
 
   def state_shapes(self, program: Program, frozen: Frozen) -> TrainState:
     """The shapes of the state with a phase's optimizer."""
     tx = self.optimizer(program.train_kernels, frozen)
-    _, freezes = remedies.active(self._settings.remedy, program.quantized_weights, program.train_kernels)
+    _, freezes = remedies.active(
+      self._settings.remedy, program.quantized_weights, program.train_kernels
+    )
 
     def make():
-      return state.replace(opt_state=tx.init(state.params), oscillation=remedies.start(state.params) if freezes else None)
+      return state.replace(
+        opt_state=tx.init(state.params),
+        oscillation=remedies.start(state.params) if freezes else None,
+      )
 
     zeros = jax.tree.map(
-      lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(self._model, self._settings.data.image_size)
+      lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+      variable_shapes(self._model, self._settings.data.image_size),
     )
     state = create_state(zeros, ema=self._settings.train.ema_rate > 0)
     return jax.eval_shape(make)
 
   def _train_key(self, program: Program, frozen: Frozen) -> Any:
     # The set itself, not its share of the layers: another ranking freezes others.
-    return ("train", program._replace(frozen_fraction=0.0), frozen if program.train_kernels else frozenset())
+    return (
+      "train",
+      program._replace(frozen_fraction=0.0),
+      frozen if program.train_kernels else frozenset(),
+    )
 
   def _request(self, key: Any, compile_key: Callable[..., Any]) -> concurrent.futures.Future:
     if key not in self._made:
@@ -214,7 +258,10 @@ class Programs:
     models = [self._models[key[1]] if key[0] == "eval" else self._model]
     if key[0] == "train" and key[1].distill:
       models.append(self._teacher_model)
-    name = [sorted(part) if isinstance(part, frozenset) else part for part in key], list(map(str, models))
+    name = (
+      [sorted(part) if isinstance(part, frozenset) else part for part in key],
+      list(map(str, models)),
+    )
     return self._kept.get(name, lambda: compile_key(*key[1:]))
 
   def _wait(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
@@ -237,13 +284,17 @@ class Programs:
 
   def _levels_shapes(self, quantized_weights: bool, quantized_acts: bool) -> Levels:
     steps_shape = jax.ShapeDtypeStruct((), np.float32)
-    return Levels(steps_shape if quantized_weights else None, steps_shape if quantized_acts else None)
+    return Levels(
+      steps_shape if quantized_weights else None, steps_shape if quantized_acts else None
+    )
 
   def _compile_train(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
     settings = self._settings
     teacher = None
     if program.distill:
-      teacher = _with_sharding(variable_shapes(self._teacher_model, settings.data.image_size), self._replicated)
+      teacher = _with_sharding(
+        variable_shapes(self._teacher_model, settings.data.image_size), self._replicated
+      )
     student = self._in_training(self._model)
     if program.sampling and settings.plan.sampling_every > 1:
       student = student.clone(sampling_every=settings.plan.sampling_every)
@@ -274,7 +325,9 @@ class Programs:
       self._key_shape,
       teacher,
       sampling,
-      remedies.Strengths(*(scalar if remedy else None for remedy in applied)) if any(applied) else None,
+      remedies.Strengths(*(scalar if remedy else None for remedy in applied))
+      if any(applied)
+      else None,
     ).compile()
 
   def _in_training(self, model: nn.Module) -> nn.Module:
@@ -282,7 +335,9 @@ class Programs:
     dtype = self._settings.train.dtype
     return model if dtype == "float32" else model.clone(dtype=dtype)
 
-  def _compile_eval(self, who: Who, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
+  def _compile_eval(
+    self, who: Who, quantized_weights: bool, quantized_acts: bool
+  ) -> Callable[..., Any]:
     settings, model = self._settings, self._models[who]
     seen = self._teacher_normalization if who == "teacher" else self._normalization
     step = steps.make_eval_step(model, normalization=seen, num_classes=self._facts.num_classes)
@@ -306,14 +361,26 @@ class Programs:
     jitted = jax.jit(observe, donate_argnums=0, out_shardings=self._replicated)
     return jitted.lower(window, params, jax.ShapeDtypeStruct((), np.float32)).compile()
 
-  def _compile_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
+  def _compile_statistics(
+    self, quantized_weights: bool, quantized_acts: bool
+  ) -> Callable[..., Any]:
     settings = self._settings
 
     def add(variables, image, levels, key, total):
-      of = self._model, variables, image, self._normalization, levels, key, settings.model.bn_momentum
+      of = (
+        self._model,
+        variables,
+        image,
+        self._normalization,
+        levels,
+        key,
+        settings.model.bn_momentum,
+      )
       return jax.tree.map(jnp.add, total, steps.batch_statistics(*of))
 
-    variables = _with_sharding(variable_shapes(self._model, settings.data.image_size), self._replicated)
+    variables = _with_sharding(
+      variable_shapes(self._model, settings.data.image_size), self._replicated
+    )
     jitted = jax.jit(add, donate_argnums=4, out_shardings=self._replicated)
     return jitted.lower(
       variables,
@@ -331,16 +398,28 @@ class Programs:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)
     if what != "act":
-      of = functools.partial(steps.fit_weights if what == "fit" else steps.calibrate_weights, quant=settings.quant)
-      return jax.jit(of, out_shardings=self._replicated).lower(sharded(self._params), scalar).compile()
+      of = functools.partial(
+        steps.fit_weights if what == "fit" else steps.calibrate_weights, quant=settings.quant
+      )
+      return (
+        jax.jit(of, out_shardings=self._replicated).lower(sharded(self._params), scalar).compile()
+      )
 
     def calibrate(variables, image, key, acts):
       return steps.calibrate_acts(self._model, variables, image, self._normalization, key, acts)
 
-    image = self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)["image"]
+    image = self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)[
+      "image"
+    ]
     variables = sharded(variable_shapes(self._model, settings.data.image_size))
-    return jax.jit(calibrate, out_shardings=self._replicated).lower(variables, image, self._key_shape, scalar).compile()
+    return (
+      jax.jit(calibrate, out_shardings=self._replicated)
+      .lower(variables, image, self._key_shape, scalar)
+      .compile()
+    )
 
 
 def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+  )

@@ -10,8 +10,9 @@ from profit_jax.plan import Phase
 class PhaseRecord:
   """A finished phase, as `result.json` lists it.
 
-  `top1`, `top1_ema` in percent at its last epoch (`top1_ema` None without EMA); `loss` the mean training loss of its last
-  epoch; `seconds` all of its wall time, `compile_seconds` the part of them spent waiting for compilation.
+  `top1`, `top1_ema` in percent at its last epoch (`top1_ema` None without EMA); `loss` the mean
+  training loss of its last epoch; `seconds` all of its wall time, `compile_seconds` the part of
+  them spent waiting for compilation.
   """
 
   index: int
@@ -43,10 +44,12 @@ class Best:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-  """What the weights files of a run are worth before training, in full precision; top-1 and top-5 in percent.
+  """What the weights files of a run are worth before training, in full precision; top-1 and top-5
+  in percent.
 
   Attributes:
-    source: whose names the student's file has; None from random weights, and then so are its scores.
+    source: whose names the student's file has; None from random weights, and then so are its
+      scores.
     new_head: its classifier starts at random.
     quantized: it has the scalars of quantizers, so that it was trained quantized.
     top1: of the student as configured.
@@ -70,8 +73,8 @@ class Start:
 
 @dataclasses.dataclass
 class EpochRecord:
-  """An epoch's evaluation, and for the plots, by name and layer: what its last steps changed (see `train/instability.py`),
-  `clip_rate`, `aiwq` in a sampling phase, and the quantizers' scalars.
+  """An epoch's evaluation, and for the plots, by name and layer: what its last steps changed (see
+  `train/instability.py`), `clip_rate`, `aiwq` in a sampling phase, and the quantizers' scalars.
   """
 
   phase: int
@@ -91,7 +94,8 @@ class Progress:
     total_epochs: epochs finished in all.
     step: steps done in the epoch under way.
     totals: sums over them of what the steps measured, in the order of the steps.
-    instability: what the last steps of the epoch changed, once they are done; see `train/instability.py`.
+    instability: what the last steps of the epoch changed, once they are done; see
+      `train/instability.py`.
     ranking: the convolutions by AIWQ, largest first; empty before a sampling phase ends.
     metric: their AIWQ at the end of the last sampling epoch.
     phase_seconds: wall time that the phase under way has taken.
@@ -99,12 +103,13 @@ class Progress:
     epochs: every epoch so far.
     records: the finished phases.
     best: at the plan's last bits, or None before them.
-    full_precision: the best of the first weights, where they came from a file, and of the full-precision phase; None
-      without either.
+    full_precision: the best of the first weights, where they came from a file, and of the
+      full-precision phase; None without either.
     start: what the weights files were worth before training; None without any.
     retries: how often the run went back to a checkpoint because its numbers were not finite.
     learning_rate_scale: what all learning rates are multiplied by since.
-    forked_from: the directory of the run that trained the first phases, where it was another; else empty.
+    forked_from: the directory of the run that trained the first phases, where it was another; else
+      empty.
     forked_phases: how many.
   """
 
@@ -159,7 +164,8 @@ def summary(progress: Progress, phases: tuple[Phase, ...]) -> dict[str, Any]:
   return {
     "phases": [dataclasses.asdict(record) for record in progress.records],
     "aiwq": [
-      {"layer": layer, "metric": progress.metric[layer], "rank": rank} for rank, layer in enumerate(progress.ranking, 1)
+      {"layer": layer, "metric": progress.metric[layer], "rank": rank}
+      for rank, layer in enumerate(progress.ranking, 1)
     ],
     "final": {
       "weight_bits": phases[-1].weight_bits,

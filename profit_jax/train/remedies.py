@@ -1,9 +1,11 @@
-"""Remedies for oscillating weights (Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022,
-arXiv 2203.11086): dampening, iterative freezing, and batch statistics estimated anew. All of them can go with PROFIT.
+"""Remedies for oscillating weights (Nagel et al., "Overcoming Oscillations in Quantization-Aware
+Training", ICML 2022, arXiv 2203.11086): dampening, iterative freezing, and batch statistics
+estimated anew. All of them can go with PROFIT.
 
-Dampening and freezing work on quantizers whose codes come from one interval, DuQ and LSQ, in the phases that train kernels
-quantized. Their strength is annealed over all such phases of one bit width, sampling and ft1 to ft3 together. Codes are
-fixed at up to 4 bits only, as in the code of that paper: at more, codes change with every little move of a weight.
+Dampening and freezing work on quantizers whose codes come from one interval, DuQ and LSQ, in the
+phases that train kernels quantized. Their strength is annealed over all such phases of one bit
+width, sampling and ft1 to ft3 together. Codes are fixed at up to 4 bits only, as in the code of
+that paper: at more, codes change with every little move of a weight.
 """
 
 import math
@@ -38,7 +40,8 @@ class Strengths(NamedTuple):
 
 
 class Oscillation(NamedTuple):
-  """What iterative freezing carries from step to step; dictionaries by layer, arrays of the kernels' shapes.
+  """What iterative freezing carries from step to step; dictionaries by layer, arrays of the
+  kernels' shapes.
 
   Attributes:
     codes: int8, the latest, those that are fixed included.
@@ -61,10 +64,15 @@ def start(params: Mapping[str, Any]) -> Oscillation:
   """The state before any step, on the host. Takes arrays or shapes."""
   shapes = kernel_shapes(params)
   dtypes = (np.int8, np.int8, np.float32, np.float32, bool)
-  return Oscillation(*({layer: np.zeros(s, dtype) for layer, s in shapes.items()} for dtype in dtypes), np.zeros((), bool))
+  return Oscillation(
+    *({layer: np.zeros(s, dtype) for layer, s in shapes.items()} for dtype in dtypes),
+    np.zeros((), bool),
+  )
 
 
-def active(settings: RemedySettings, quantized_weights: bool, train_kernels: bool) -> tuple[bool, bool]:
+def active(
+  settings: RemedySettings, quantized_weights: bool, train_kernels: bool
+) -> tuple[bool, bool]:
   """Whether a program dampens, and whether it freezes codes."""
   trains = quantized_weights and train_kernels
   return trains and settings.dampening > 0, trains and bool(settings.freezing_thresholds)
@@ -73,7 +81,8 @@ def active(settings: RemedySettings, quantized_weights: bool, train_kernels: boo
 def strengths(
   settings: RemedySettings, phases: tuple[Phase, ...], phase: Phase, step: int, steps_per_epoch: int
 ) -> Strengths | None:
-  """Those of a step (from 0) of a phase: lambda rises from 0 and the threshold falls, both as a half cosine.
+  """Those of a step (from 0) of a phase: lambda rises from 0 and the threshold falls, both as a
+  half cosine.
 
   None where the phase has neither.
   """
@@ -92,9 +101,11 @@ def strengths(
 
 
 def dampening_loss(params: Mapping[str, Any], steps: jax.Array, quant: QuantSettings) -> jax.Array:
-  """The sum over all kernels of `(w - w_hat)^2` within the interval, w_hat being the value of w's code (section 4).
+  """The sum over all kernels of `(w - w_hat)^2` within the interval, w_hat being the value of w's
+  code (section 4).
 
-  It pulls each weight to the middle of its bin. Neither the interval nor what is clipped gets a gradient.
+  It pulls each weight to the middle of its bin. Neither the interval nor what is clipped gets a
+  gradient.
 
   Args:
     params: of a model.
@@ -119,9 +130,10 @@ def fix_codes(
 ) -> tuple[Mapping[str, Any], Oscillation]:
   """Fixes the codes that oscillate too often (section 4, algorithm 1), after a step.
 
-  A fixed weight has the value of its code in the latent kernel too, and follows the interval that goes on training, also
-  where PROFIT has frozen the kernel: there the code is what rests. In BN phases, which train no kernel, it does not
-  follow. The average of the weights (EMA) averages the latent kernels as they are.
+  A fixed weight has the value of its code in the latent kernel too, and follows the interval that
+  goes on training, also where PROFIT has frozen the kernel: there the code is what rests. In BN
+  phases, which train no kernel, it does not follow. The average of the weights (EMA) averages the
+  latent kernels as they are.
 
   Args:
     state: before the step.
@@ -151,7 +163,9 @@ def fix_codes(
     new.mean[layer] = mean = jnp.where(fixed, mean, present)
     new.fixed[layer] = fixed
     new.codes[layer] = jnp.where(fixed, jnp.round(mean).astype(jnp.int8), code)
-    flat[*layer.split("/"), "kernel"] = jnp.where(fixed, (step * jnp.round(mean)).astype(kernel.dtype), kernel)
+    flat[*layer.split("/"), "kernel"] = jnp.where(
+      fixed, (step * jnp.round(mean)).astype(kernel.dtype), kernel
+    )
   return traverse_util.unflatten_dict(flat), new
 
 
@@ -161,6 +175,9 @@ def _kernels(params, steps, quant):
   found = {}
   for path, kernel in flat.items():
     if path[-1] == "kernel":
-      layer, interval = "/".join(path[:-1]), jax.nn.softplus(jax.lax.stop_gradient(flat[*path[:-1], "quant_a"]))
+      layer, interval = (
+        "/".join(path[:-1]),
+        jax.nn.softplus(jax.lax.stop_gradient(flat[*path[:-1], "quant_a"])),
+      )
       found[layer] = kernel, interval / kernel_steps(layer, steps, quant)
   return found

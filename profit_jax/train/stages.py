@@ -1,4 +1,6 @@
-"""What a phase of the plan means for a run that stands somewhere: who is frozen, what is calibrated, which rates."""
+"""What a phase of the plan means for a run that stands somewhere: who is frozen, what is
+calibrated, which rates.
+"""
 
 import itertools
 from typing import Any
@@ -37,7 +39,9 @@ def known_frozen(phases: tuple[Phase, ...], phase: Phase, progress: Progress) ->
   return frozen(phase, progress)
 
 
-def learning_rates(phase: Phase, epoch: int, progress: Progress, settings: Settings) -> dict[str, float]:
+def learning_rates(
+  phase: Phase, epoch: int, progress: Progress, settings: Settings
+) -> dict[str, float]:
   """The rate of each optimizer group in an epoch (from 0) of a phase."""
   rate = phase.learning_rate_at(epoch) * progress.learning_rate_scale
   return {
@@ -48,15 +52,23 @@ def learning_rates(phase: Phase, epoch: int, progress: Progress, settings: Setti
   }
 
 
-def calibrate(phase: Phase, state: TrainState, programs: Programs, source: Source, settings: Settings, key) -> TrainState:
+def calibrate(
+  phase: Phase, state: TrainState, programs: Programs, source: Source, settings: Settings, key
+) -> TrainState:
   """New values of a and c where the phase begins with such, of the student and of its average."""
   if phase.calibrate is None:
     return state
   if phase.calibrate != "act":
-    weights = programs.calibrate_weights() if phase.calibrate == "weight" else programs.fit_weights()
+    weights = (
+      programs.calibrate_weights() if phase.calibrate == "weight" else programs.fit_weights()
+    )
     steps = levels(phase.weight_bits, None).weight
     state = state.replace(params=weights(state.params, steps))
-    return state if state.ema_params is None else state.replace(ema_params=weights(state.ema_params, steps))
+    return (
+      state
+      if state.ema_params is None
+      else state.replace(ema_params=weights(state.ema_params, steps))
+    )
   # The same batch whenever it is asked for: epoch 0's first.
   batch = next(iter(source.train_batches(0, settings.train.batch_size)))
   image = programs.split({"image": batch["image"][:: settings.train.accumulation_steps]})["image"]
@@ -68,12 +80,19 @@ def calibrate(phase: Phase, state: TrainState, programs: Programs, source: Sourc
 
 
 def start(
-  phase: Phase, before: Phase | None, state: TrainState, programs: Programs, settings: Settings, frozen: Frozen
+  phase: Phase,
+  before: Phase | None,
+  state: TrainState,
+  programs: Programs,
+  settings: Settings,
+  frozen: Frozen,
 ) -> TrainState:
-  """The state with the optimizer of a phase's beginning. What iterative freezing knows stays from one to the next of
-  those that train kernels at the same bits.
+  """The state with the optimizer of a phase's beginning. What iterative freezing knows stays from
+  one to the next of those that train kernels at the same bits.
   """
-  _, freezes = remedies.active(settings.remedy, phase.program.quantized_weights, phase.program.train_kernels)
+  _, freezes = remedies.active(
+    settings.remedy, phase.program.quantized_weights, phase.program.train_kernels
+  )
   if not freezes:
     state = state.replace(oscillation=None)
   elif state.oscillation is None or before is None or before.weight_bits != phase.weight_bits:
@@ -82,7 +101,11 @@ def start(
 
 
 def strengths(
-  phases: tuple[Phase, ...], phase: Phase, progress: Progress, steps_per_epoch: int, settings: Settings
+  phases: tuple[Phase, ...],
+  phase: Phase,
+  progress: Progress,
+  steps_per_epoch: int,
+  settings: Settings,
 ) -> remedies.Strengths | None:
   """Those of the remedies in the next step."""
   done = progress.epoch * steps_per_epoch + progress.step
@@ -90,10 +113,16 @@ def strengths(
 
 
 def for_evaluation(
-  phase: Phase, epoch: int, variables: Any, programs: Programs, source: Source, settings: Settings, key: Any
+  phase: Phase,
+  epoch: int,
+  variables: Any,
+  programs: Programs,
+  source: Source,
+  settings: Settings,
+  key: Any,
 ) -> Any:
-  """The variables that an evaluation uses: with batch statistics estimated anew where that is on, as the mean of those of
-  the epoch's first batches (Nagel et al., ICML 2022).
+  """The variables that an evaluation uses: with batch statistics estimated anew where that is on,
+  as the mean of those of the epoch's first batches (Nagel et al., ICML 2022).
   """
   program, count = phase.program, settings.remedy.bn_batches
   if not count or not (program.quantized_weights or program.quantized_acts):
@@ -110,8 +139,12 @@ def for_evaluation(
   return {**variables, "batch_stats": jax.tree.map(lambda leaf: leaf / seen, total)}
 
 
-def better(phase: Phase, progress: Progress, raw: dict[str, float], average: dict[str, float] | None) -> Best:
-  """The better evaluation of an epoch that is counted: of the raw weights, or of their average; raw if they are equal."""
+def better(
+  phase: Phase, progress: Progress, raw: dict[str, float], average: dict[str, float] | None
+) -> Best:
+  """The better evaluation of an epoch that is counted: of the raw weights, or of their average; raw
+  if they are equal.
+  """
   choices = [("raw", raw)] + ([("ema", average)] if average else [])
   weights, chosen = max(choices, key=lambda choice: choice[1]["top1"])
   return Best(
@@ -125,9 +158,14 @@ def better(phase: Phase, progress: Progress, raw: dict[str, float], average: dic
 
 
 def epoch_record(
-  progress: Progress, phase: Phase, raw: dict[str, float], average: dict[str, float] | None, clip_rate, params
+  progress: Progress,
+  phase: Phase,
+  raw: dict[str, float],
+  average: dict[str, float] | None,
+  clip_rate,
+  params,
 ) -> EpochRecord:
-  """What the plots know of an epoch whose last step is done; its loss is the mean over the steps."""
+  """What the plots know of an epoch whose last step is done; its loss is the mean of the steps."""
   by_layer = {
     **progress.instability,
     "clip_rate": clip_rate,
@@ -139,11 +177,16 @@ def epoch_record(
     if phase.weight_bits if layer in kernels else phase.act_bits:
       by_layer.setdefault(scalar, {})[layer] = value
   loss = progress.totals["loss"] / progress.step
-  kept = {name: {layer: instability.rounded(value) for layer, value in values.items()} for name, values in by_layer.items()}
+  kept = {
+    name: {layer: instability.rounded(value) for layer, value in values.items()}
+    for name, values in by_layer.items()
+  }
   return EpochRecord(phase.index, raw["top1"], average and average["top1"], loss, kept)
 
 
-def phase_record(phase: Phase, progress: Progress, steps_per_epoch: int, frozen: Frozen) -> PhaseRecord:
+def phase_record(
+  phase: Phase, progress: Progress, steps_per_epoch: int, frozen: Frozen
+) -> PhaseRecord:
   """What `result.json` says of a phase whose last epoch is counted."""
   last = progress.epochs[-1]
   return PhaseRecord(

@@ -1,4 +1,6 @@
-"""What a run starts from: the student's and the teacher's first weights, and what they are worth before training."""
+"""What a run starts from: the student's and the teacher's first weights, and what they are worth
+before training.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,8 +24,10 @@ class Student(NamedTuple):
   Attributes:
     model: its module.
     make: gives its first variables; called in a fresh run only.
-    loaded: what its file gave; None from random weights, and in a run that goes on, which needs the file no more.
-    file_model: the module with the padding of the file's own code, where that is another than the run's; else None.
+    loaded: what its file gave; None from random weights, and in a run that goes on, which needs the
+      file no more.
+    file_model: the module with the padding of the file's own code, where that is another than the
+      run's; else None.
   """
 
   model: nn.Module
@@ -37,8 +41,8 @@ class Teacher(NamedTuple):
 
   Attributes:
     model: its module; None without one.
-    variables: its weights; None without one, or where a checkpoint has them, or will have (a student with a random
-      classifier is its own teacher once the full-precision phase is over).
+    variables: its weights; None without one, or where a checkpoint has them, or will have (a
+      student with a random classifier is its own teacher once the full-precision phase is over).
     loaded: what the file of another model gave; else None.
   """
 
@@ -67,22 +71,34 @@ def load_student(settings: Settings, num_classes: int, progress: Progress | None
   def with_padding(pad_value: float | None) -> nn.Module | None:
     if pad_value in (None, settings.model.pad_value):
       return None
-    return build(dataclasses.replace(settings.model, pad_value=pad_value), num_classes, settings.quant)
+    return build(
+      dataclasses.replace(settings.model, pad_value=pad_value), num_classes, settings.quant
+    )
 
   if progress is not None:
-    return Student(model, random, None, with_padding(progress.start and progress.start.file_pad_value))
+    return Student(
+      model, random, None, with_padding(progress.start and progress.start.file_pad_value)
+    )
   if settings.from_scratch:
     return Student(model, random, None, None)
   head = None
   if settings.init.reset_head:
     # Of a whole initialization, XLA compiles what is asked for: the classifier.
     key = jax.random.key(settings.seed)
-    head = {"params": {HEAD: jax.jit(lambda key: init_variables(model, key, size)["params"][HEAD])(key)}}
-  loaded = load_variables(settings.init.weights, settings.model.name, variable_shapes(model, size), new_head=head)
-  return Student(model, lambda: loaded.variables, loaded, with_padding(loaded.settings.get("pad_value")))
+    head = {
+      "params": {HEAD: jax.jit(lambda key: init_variables(model, key, size)["params"][HEAD])(key)}
+    }
+  loaded = load_variables(
+    settings.init.weights, settings.model.name, variable_shapes(model, size), new_head=head
+  )
+  return Student(
+    model, lambda: loaded.variables, loaded, with_padding(loaded.settings.get("pad_value"))
+  )
 
 
-def load_teacher(settings: Settings, student: Student, num_classes: int, progress: Progress | None = None) -> Teacher:
+def load_teacher(
+  settings: Settings, student: Student, num_classes: int, progress: Progress | None = None
+) -> Teacher:
   """Builds the teacher and reads its weights, where it has a file; arguments as `load_student`'s.
 
   Raises:
@@ -92,10 +108,14 @@ def load_teacher(settings: Settings, student: Student, num_classes: int, progres
   if teacher.model == "none":
     return Teacher(None, None, None)
   if teacher.model == "self":
-    # Its dropout would only add noise to what it teaches. The student may still have to adapt to negative padding: what the
-    # file's own code computes teaches better.
+    # Its dropout would only add noise to what it teaches. The student may still have to adapt to
+    # negative padding: what the file's own code computes teaches better.
     padding = getattr(student.file_model or student.model, "pad_value", settings.model.pad_value)
-    own = build(dataclasses.replace(settings.model, dropout=0.0, pad_value=padding), num_classes, settings.quant)
+    own = build(
+      dataclasses.replace(settings.model, dropout=0.0, pad_value=padding),
+      num_classes,
+      settings.quant,
+    )
     later = settings.new_classifier or progress is not None
     return Teacher(own, None if later else student.make(), None)
   other = build(teacher.as_model(), num_classes)
@@ -105,7 +125,9 @@ def load_teacher(settings: Settings, student: Student, num_classes: int, progres
 
 
 def doubts(settings: Settings, student: Student, teacher: Teacher) -> list[str]:
-  """What the user should look at before training: settings that the files' own code does not have, and more."""
+  """What the user should look at before training: settings that the files' own code does not have,
+  and more.
+  """
   found = []
   for section, loaded, model in (
     ("model", student.loaded, settings.model),
@@ -117,17 +139,29 @@ def doubts(settings: Settings, student: Student, teacher: Teacher) -> list[str]:
     for name, (theirs, ours) in differing_settings(loaded.settings, model).items():
       # The student's padding is a choice, to which the full-precision phase adapts it.
       if (section, name) != ("model", "pad_value"):
-        found.append(f"config.{section}.{name} = {ours!r}, but these weights ({loaded.source} names) are for {theirs!r}.")
-  if student.file_model is not None and (settings.teacher.model == "none" or not settings.plan.full_precision_epochs):
+        found.append(
+          f"config.{section}.{name} = {ours!r}, but these weights ({loaded.source} names) are for "
+          f"{theirs!r}."
+        )
+  if student.file_model is not None and (
+    settings.teacher.model == "none" or not settings.plan.full_precision_epochs
+  ):
     found.append(
-      f"config.model.pad_value = {settings.model.pad_value}, but these weights are for {student.file_model.pad_value}, and "
-      f"this plan has no full-precision phase that adapts them: that needs a teacher and plan.full_precision_epochs."
+      f"config.model.pad_value = {settings.model.pad_value}, but these weights are for "
+      f"{student.file_model.pad_value}, and "
+      "this plan has no full-precision phase that adapts them: that needs a teacher and "
+      "plan.full_precision_epochs."
     )
   return found
 
 
 def evaluate_start(
-  programs: Programs, source: Source, settings: Settings, student: Student, teacher: Teacher, variables: Any
+  programs: Programs,
+  source: Source,
+  settings: Settings,
+  student: Student,
+  teacher: Teacher,
+  variables: Any,
 ) -> Start:
   """Evaluates what came from files, in full precision.
 
@@ -159,12 +193,16 @@ def evaluate_start(
     )
   if teacher.loaded is not None:
     scores = of("teacher", programs.replicate(teacher.variables))
-    start = dataclasses.replace(start, teacher_top1=scores["top1"], examples=int(scores["examples"]))
+    start = dataclasses.replace(
+      start, teacher_top1=scores["top1"], examples=int(scores["examples"])
+    )
   return start
 
 
 def baseline(start: Start) -> Best | None:
-  """The full precision that a run is measured against; a new classifier is none, nor a net that was trained quantized."""
+  """The full precision that a run is measured against; a new classifier is none, nor a net that was
+  trained quantized.
+  """
   if start.top1 is None or start.new_head or start.quantized:
     return None
   top1 = max(start.top1, start.file_top1 or 0.0)

@@ -40,7 +40,9 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def create_state(variables: dict[str, Any], *, ema: bool) -> TrainState:
-  """A state at step 0 without an optimizer, on the host; the average starts as a copy (an alias cannot be donated)."""
+  """A state at step 0 without an optimizer, on the host; the average starts as a copy (an alias
+  cannot be donated).
+  """
 
   def copy(tree):
     return jax.tree.map(np.array, tree)

@@ -1,4 +1,6 @@
-"""The compiled steps: train, sample, evaluate, calibrate. Every one is a pure function of its arguments."""
+"""The compiled steps: train, sample, evaluate, calibrate. Every one is a pure function of its
+arguments.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,19 +51,21 @@ def make_train_step(
   """A training step, and a sampling step when it is given an `AiwqState`; not yet jitted.
 
   The step takes `(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None)`:
-    batch: `image` `[N, H, W, 3]` (uint8, or already normalized floats), `label` int32 `[N]`, and `mask` bool `[N]`, False
-      where a row holds no example: it has no part in the loss. Without `mask` all rows count.
+    batch: `image` `[N, H, W, 3]` (uint8, or already normalized floats), `label` int32 `[N]`, and
+      `mask` bool `[N]`, False where a row holds no example: it has no part in the loss. Without
+      `mask` all rows count.
     levels: the student's quantization steps.
     learning_rate: scalar, the epoch's.
     key: folded with `state.step` for dropout.
     teacher: the teacher's variables, or None. It runs in full precision.
     sampling: an `AiwqState`, or None outside the sampling phase.
     strengths: of the remedies, or None where there are none.
-  and returns the new state, the metrics `{loss, ce, kd, dampening, correct, examples, finite}` (means over the examples, kd
-  only with a teacher; dampening, only where it is on, is its weighted loss, which is no part of `loss`; then two counts,
-  and whether the loss, all that the optimizer makes of its gradient, and the new running statistics are finite), and the
-  new `AiwqState` (or None). Where `finite` is False, the state is the old one: of a net that has become NaN, nobody could
-  say what was wrong with it.
+  and returns the new state, the metrics `{loss, ce, kd, dampening, correct, examples, finite}`
+  (means over the examples, kd only with a teacher; dampening, only where it is on, is its weighted
+  loss, which is no part of `loss`; then two counts, and whether the loss, all that the optimizer
+  makes of its gradient, and the new running statistics are finite), and the new `AiwqState` (or
+  None). Where `finite` is False, the state is the old one: of a net that has become NaN, nobody
+  could say what was wrong with it.
 
   Args:
     model: the student.
@@ -69,11 +73,12 @@ def make_train_step(
     normalization: of uint8 images.
     ema_rate: share of the old average that a step keeps (0.9997 in the reference).
     teacher_model: its module, where a teacher is used.
-    teacher_batch_statistics: the teacher normalizes with the batch's statistics, as in the reference, else with its
-      running ones.
+    teacher_batch_statistics: the teacher normalizes with the batch's statistics, as in the
+      reference, else with its running ones.
     teacher_normalization: of the images that the teacher sees; None is the student's.
-    accumulation_steps: the batch is computed in so many parts, one after the other. The gradient is that of the whole
-      batch's loss; batch statistics are those of each part, and the running ones move once, by the parts' mean.
+    accumulation_steps: the batch is computed in so many parts, one after the other. The gradient is
+      that of the whole batch's loss; batch statistics are those of each part, and the running ones
+      move once, by the parts' mean.
     quant: the student's quantizers, for the remedies.
     remedy: their settings; see `profit_jax/train/remedies.py`.
   """
@@ -86,7 +91,12 @@ def make_train_step(
       # Its running statistics are its file's: what the batch would make of them is thrown away.
       taught = normalize(batch["image"], teacher_normalization or normalization)
       teacher_logits, _ = teacher_model.apply(
-        teacher, taught, Levels(), teacher_batch_statistics, mutable=["batch_stats"], rngs={"dropout": key}
+        teacher,
+        taught,
+        Levels(),
+        teacher_batch_statistics,
+        mutable=["batch_stats"],
+        rngs={"dropout": key},
       )
 
     def share(losses):
@@ -101,7 +111,11 @@ def make_train_step(
 
     grads, (parts, logits, updates) = jax.grad(loss_fn, has_aux=True)(state.params)
     right = jax.lax.argmax(logits, 1, jnp.int32) == batch["label"]
-    return grads, {**parts, "loss": sum(parts.values()), "correct": jnp.sum(right & batch["mask"])}, updates
+    return (
+      grads,
+      {**parts, "loss": sum(parts.values()), "correct": jnp.sum(right & batch["mask"])},
+      updates,
+    )
 
   def step(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None):
     batch = {"mask": jnp.ones(batch["label"].shape, bool), **batch}
@@ -131,7 +145,9 @@ def make_train_step(
       params, oscillation = remedies.fix_codes(new.oscillation, new.params, *fixing)
       return new.replace(params=params, oscillation=oscillation)
 
-    new, sums = _apply_gradients(state, tx, grads, learning_rate, updates["batch_stats"], ema_rate, repair)
+    new, sums = _apply_gradients(
+      state, tx, grads, learning_rate, updates["batch_stats"], ema_rate, repair
+    )
     metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(sums)
     state = jax.tree.map(lambda n, o: jnp.where(metrics["finite"], n, o), new, state)
     if sampling is not None:
@@ -144,7 +160,9 @@ def make_train_step(
 def _accumulate(of, batch, key, count):
   """`of(part, key)` over `count` parts of the batch, and its results put together."""
   # Every count-th row makes a part, so that each device's rows make its own share of every part.
-  parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(len(x) // count, count, *x.shape[1:]), 0, 1), batch)
+  parts = jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(len(x) // count, count, *x.shape[1:]), 0, 1), batch
+  )
   shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts), key)
 
   def body(total, numbered):
@@ -153,7 +171,9 @@ def _accumulate(of, batch, key, count):
     quantized = updates.pop("quantized", {})  # the same in every part
     return (jax.tree.map(jnp.add, total[0], grads), quantized), (metrics, updates)
 
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2].get("quantized", {})))
+  zeros = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[2].get("quantized", {}))
+  )
   (grads, quantized), (metrics, updates) = jax.lax.scan(body, zeros, (jnp.arange(count), parts))
   updates = {
     "batch_stats": jax.tree.map(lambda leaf: jnp.mean(leaf, 0), updates["batch_stats"]),
@@ -176,8 +196,12 @@ def _forward(model, params, state, image, levels, key, sampling):
   )
 
 
-def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate, repair) -> tuple[TrainState, jax.Array]:
-  """The state after an update, its average included; and a number that is finite if all changes and statistics are."""
+def _apply_gradients(
+  state, tx, grads, learning_rate, batch_stats, ema_rate, repair
+) -> tuple[TrainState, jax.Array]:
+  """The state after an update, its average included; and a number that is finite if all changes and
+  statistics are.
+  """
   changes, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
   new = state.replace(
     step=state.step + 1,
@@ -187,9 +211,14 @@ def _apply_gradients(state, tx, grads, learning_rate, batch_stats, ema_rate, rep
   )
   new = repair(new)
   # Of the changes, not the gradients: those of frozen kernels are never computed.
-  # Where a variance overflows, its inverse is 0: loss and gradient stay finite, the running variance does not.
-  # Joined first: sums of 500 leaves apart were 800 of the 5,000 kernels that XLA compiles for a CPU.
-  leaves = [jnp.sum(leaf, axis=tuple(range(leaf.ndim - 1))) for leaf in jax.tree.leaves((changes, batch_stats))]
+  # Where a variance overflows, its inverse is 0: loss and gradient stay finite, the running
+  # variance does not.
+  # Joined first: sums of 500 leaves apart were 800 of the 5,000 kernels that XLA compiles for a
+  # CPU.
+  leaves = [
+    jnp.sum(leaf, axis=tuple(range(leaf.ndim - 1)))
+    for leaf in jax.tree.leaves((changes, batch_stats))
+  ]
   total = jnp.sum(jnp.concatenate([jnp.atleast_1d(leaf) for leaf in leaves]))
   if state.ema_params is not None:
     new = new.replace(
@@ -203,12 +232,15 @@ def _ema(average: Any, value: Any, rate: float) -> Any:
   return jax.tree.map(lambda e, v: e + (1 - rate) * (v - e), average, value)
 
 
-def make_eval_step(model: nn.Module, *, normalization: Normalization, num_classes: int) -> Callable[..., Metrics]:
+def make_eval_step(
+  model: nn.Module, *, normalization: Normalization, num_classes: int
+) -> Callable[..., Metrics]:
   """An evaluation step over a padded batch; not yet jitted.
 
-  The step takes `(variables, batch, levels)`, the batch with a bool `mask` `[N]` that is False for padding, and returns
-  sums over the real examples: `examples`, `top1`, `top5` (counts; top5 is the top `min(5, classes)`), `loss`, and
-  `clip_rate`, a dictionary by quantizer (`block01/input_quant`, or a kernel's layer) of sums of per-example shares.
+  The step takes `(variables, batch, levels)`, the batch with a bool `mask` `[N]` that is False for
+  padding, and returns sums over the real examples: `examples`, `top1`, `top5` (counts; top5 is the
+  top `min(5, classes)`), `loss`, and `clip_rate`, a dictionary by quantizer (`block01/input_quant`,
+  or a kernel's layer) of sums of per-example shares.
   """
 
   def step(variables, batch, levels):
@@ -216,7 +248,8 @@ def make_eval_step(model: nn.Module, *, normalization: Normalization, num_classe
     logits, updates = model.apply(variables, image, levels, False, mutable=["clip_rate"])
     logits = at_least_float32(logits)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
-    # The rank of the true class: how many classes score higher. Ties count for the lower index, as in a stable sort.
+    # The rank of the true class: how many classes score higher. Ties count for the lower index, as
+    # in a stable sort.
     true = jnp.take_along_axis(logits, label[:, None], axis=1)
     earlier = jnp.arange(num_classes, dtype=label.dtype)[None, :] < label[:, None]
     # A NaN counts as higher: a net that diverged must not come out with 100 %.
@@ -249,18 +282,30 @@ def batch_statistics(
   zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
   inputs = {"params": variables["params"], "batch_stats": zeros}
   _, updates = model.apply(
-    inputs, normalize(image, normalization), levels, True, mutable=["batch_stats"], rngs={"dropout": key}
+    inputs,
+    normalize(image, normalization),
+    levels,
+    True,
+    mutable=["batch_stats"],
+    rngs={"dropout": key},
   )
   # From zeros, the update leaves this share of the batch's.
   return jax.tree.map(lambda leaf: leaf / (1 - momentum), updates["batch_stats"])
 
 
 def calibrate_acts(
-  model: nn.Module, variables: Any, image: jax.Array, normalization: Normalization, key: Any, steps: jax.Array
+  model: nn.Module,
+  variables: Any,
+  image: jax.Array,
+  normalization: Normalization,
+  key: Any,
+  steps: jax.Array,
 ) -> Any:
-  """Params with the activation quantizers' scalars set from one batch, in train mode with quantizers off.
+  """Params with the activation quantizers' scalars set from one batch, in train mode with
+  quantizers off.
 
-  Jit with `model` and `normalization` static. The running statistics stay as they are. `steps` is `Levels.act`.
+  Jit with `model` and `normalization` static. The running statistics stay as they are. `steps` is
+  `Levels.act`.
   """
   _, updates = model.apply(
     variables,
@@ -277,7 +322,9 @@ def calibrate_acts(
 
 
 def calibrate_weights(params: Any, steps: jax.Array, quant: QuantSettings = QuantSettings()) -> Any:
-  """Params with the first values of every kernel's quantizer, at `steps`, `Levels.weight`; DuQ's are `0.9 * max|w|`."""
+  """Params with the first values of every kernel's quantizer, at `steps`, `Levels.weight`; DuQ's
+  are `0.9 * max|w|`.
+  """
   return _with_kernel_scalars(params, steps, quant, METHODS[quant.method].first_kernel)
 
 
@@ -285,7 +332,9 @@ def fit_weights(params: Any, steps: jax.Array, quant: QuantSettings = QuantSetti
   """Params with every kernel's a and c fitted to it, at `steps` (a scalar, `Levels.weight`)."""
 
   def fitted(kernel, steps):
-    return dict(zip(("quant_a", "quant_c"), calibration.fitted_interval(kernel, steps), strict=True))
+    return dict(
+      zip(("quant_a", "quant_c"), calibration.fitted_interval(kernel, steps), strict=True)
+    )
 
   return _with_kernel_scalars(params, steps, quant, fitted)
 

@@ -1,4 +1,4 @@
-"""Watches a run's instability: the last steps of every epoch, of a moment that the loop moves on."""
+"""Watches a run's instability: the last steps of each epoch, of a moment that the loop moves on."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from profit_jax.train.programs import Programs
 
 
 class Watch:
-  """Called around every step. What it has seen of an epoch is in the moment, and so in a checkpoint: a run that was stopped
-  measures the same.
+  """Called around every step. What it has seen of an epoch is in the moment, and so in a
+  checkpoint: a run that was stopped measures the same.
   """
 
   def __init__(self, programs: Programs, settings: Settings, steps_per_epoch: int):
@@ -29,7 +29,9 @@ class Watch:
       self._statistics = host_copy(moment.state.batch_stats)
 
   def after_step(self, moment: Moment, phase: Phase) -> None:
-    """Counts; at the epoch's end `progress.instability` is set. `progress.step` includes the step already."""
+    """Counts; at the epoch's end `progress.instability` is set. `progress.step` includes the step
+    already.
+    """
     progress = moment.progress
     if phase.trains_codes and progress.step >= self._steps - instability.WINDOW:
       if moment.window is None:
@@ -39,8 +41,12 @@ class Watch:
     if progress.step == self._steps:
       progress.instability = {} if moment.window is None else instability.rates(moment.window)
       after = jax.device_get(moment.state.batch_stats)
-      progress.instability["bn_distance"] = instability.bn_distances(self._statistics, after, self._momentum)
+      progress.instability["bn_distance"] = instability.bn_distances(
+        self._statistics, after, self._momentum
+      )
       if moment.state.oscillation is not None:
         fixed = jax.device_get(moment.state.oscillation.fixed)
-        progress.instability["fixed"] = {layer: float(codes.mean()) for layer, codes in sorted(fixed.items())}
+        progress.instability["fixed"] = {
+          layer: float(codes.mean()) for layer, codes in sorted(fixed.items())
+        }
       moment.window = None

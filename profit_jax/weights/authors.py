@@ -1,7 +1,7 @@
 """The names of the authors' PyTorch code (github EunhyeokPark/PROFIT).
 
-Their `Q_Sequential` numbers the modules in it, except that a quantizer of its input (symmetric, or h-swish at the front) is
-called `-N`, N being the number of the module after it.
+Their `Q_Sequential` numbers the modules in it, except that a quantizer of its input (symmetric, or
+h-swish at the front) is called `-N`, N being the number of the module after it.
 """
 
 from collections.abc import Collection
@@ -39,9 +39,21 @@ _V2 = {
 }
 
 # Squeeze-excite has a place of its own also where there is none.
-_V3_BLOCK = ("expand_conv", "expand_norm", "expand_quant", "depthwise_conv", "depthwise_norm", "squeeze_excite")
+_V3_BLOCK = (
+  "expand_conv",
+  "expand_norm",
+  "expand_quant",
+  "depthwise_conv",
+  "depthwise_norm",
+  "squeeze_excite",
+)
 _V3_BLOCK += ("depthwise_quant", "project_conv", "project_norm")
-_V3_SQUEEZE_EXCITE = {"input_quant": "fc.-0", "reduce": "fc.0", "reduce_quant": "fc.1", "expand": "fc.2"}
+_V3_SQUEEZE_EXCITE = {
+  "input_quant": "fc.-0",
+  "reduce": "fc.0",
+  "reduce_quant": "fc.1",
+  "expand": "fc.2",
+}
 
 
 def mobilenet_v2_names(layers: Collection[Path]) -> dict[Path, str]:
@@ -58,7 +70,9 @@ def mobilenet_v2_names(layers: Collection[Path]) -> dict[Path, str]:
 
 
 def mobilenet_v3_names(layers: Collection[Path]) -> dict[Path, str]:
-  """Our layers of MobileNet-v3 -> theirs: `("block03", "squeeze_excite", "reduce")` -> `features.4.conv.5.fc.0`."""
+  """Our layers of MobileNet-v3 -> theirs: `("block03", "squeeze_excite", "reduce")` ->
+  `features.4.conv.5.fc.0`.
+  """
   blocks = blocks_of(layers)
   last = len(blocks) + 1
   single = {
@@ -79,21 +93,30 @@ def mobilenet_v3_names(layers: Collection[Path]) -> dict[Path, str]:
     names[block, "input_quant"] = f"{prefix}.-0"
     for place, layer in enumerate(order):
       if layer == "squeeze_excite":
-        names |= {(block, layer, part): f"{prefix}.{place}.{name}" for part, name in _V3_SQUEEZE_EXCITE.items()}
+        names |= {
+          (block, layer, part): f"{prefix}.{place}.{name}"
+          for part, name in _V3_SQUEEZE_EXCITE.items()
+        }
       else:
         names[block, layer] = f"{prefix}.{place}"
   return {layer: names[layer] for layer in layers}
 
 
 _V2_SETTINGS = {"activation": "relu", "bn_epsilon": 1e-5}
-_V3_SETTINGS = {"squeeze_excite": "before", "bn_epsilon": 1e-5, "pad_value": -0.375, "channel_rounding": "up"}
+_V3_SETTINGS = {
+  "squeeze_excite": "before",
+  "bn_epsilon": 1e-5,
+  "pad_value": -0.375,
+  "channel_rounding": "up",
+}
 
 
 def _naming(layer_names, settings):
   return Naming(source="authors", layer_names=layer_names, settings=settings, quantizers=True)
 
 
-# MobileNet-v3 small is not in their code; their class gives it these names when it is handed the small table.
+# MobileNet-v3 small is not in their code; their class gives it these names when it is handed the
+# small table.
 NAMINGS = {
   "mobilenet_v2": _naming(mobilenet_v2_names, _V2_SETTINGS),
   "mobilenet_v3_large": _naming(mobilenet_v3_names, _V3_SETTINGS),

@@ -18,12 +18,19 @@ from profit_jax.weights import torch_file
 
 _TORCH = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
 _FORMATS = f".safetensors, .npz, {', '.join(_TORCH)}, or the --workdir of a run"
-_SAFETENSORS_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# Where training scripts put the weights among other things: the authors' and torchvision's; timm's and lightning's.
+_SAFETENSORS_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+}
+# Where training scripts put the weights among other things: the authors' and torchvision's; timm's
+# and lightning's.
 _STATE_KEYS = ("model", "state_dict", "model_state_dict")
 # What wrappers put before every name: DataParallel, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
-SETTINGS_KEY = "profit_jax.model"  # in the header of a .safetensors that we wrote: section `model`, as JSON
+# in the header of a .safetensors that we wrote: section `model`, as JSON
+SETTINGS_KEY = "profit_jax.model"
 # Of all tensors of an .npz, unpacked; the largest model here has 0.2e9.
 _LARGEST = 4_000_000_000
 
@@ -33,8 +40,8 @@ class Contents(NamedTuple):
 
   Attributes:
     tensors: by the names that they have there.
-    settings: section `model` of the configuration that they were trained with, where the file says so: a run of ours, or
-      a file that one wrote. Else None.
+    settings: section `model` of the configuration that they were trained with, where the file says
+      so: a run of ours, or a file that one wrote. Else None.
     notes: what the user should know of how it was read.
   """
 
@@ -47,16 +54,25 @@ def read_contents(path: str) -> Contents:
   """The content of a weights file, or of a run's best checkpoint.
 
   Raises:
-    ConfigError: nothing there, an unknown format, a damaged file, one that carries code, or one without tensors.
+    ConfigError: nothing there, an unknown format, a damaged file, one that carries code, or one
+      without tensors.
   """
   place = paths.opened("The weights file", path)
   is_directory = place.is_dir()
   if not place.exists():
-    raise ConfigError(f"The weights file {path!r} does not exist. Give the path of one of {_FORMATS}.")
-  readers = {".safetensors": _read_safetensors, ".npz": _read_npz, **dict.fromkeys(_TORCH, _read_torch)}
+    raise ConfigError(
+      f"The weights file {path!r} does not exist. Give the path of one of {_FORMATS}."
+    )
+  readers = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    **dict.fromkeys(_TORCH, _read_torch),
+  }
   suffix = next((suffix for suffix in readers if path.endswith(suffix)), None)
   if suffix is None and not is_directory:
-    raise ConfigError(f"The weights file {path!r} has an unknown format: it must be one of {_FORMATS}.")
+    raise ConfigError(
+      f"The weights file {path!r} has an unknown format: it must be one of {_FORMATS}."
+    )
   try:
     contents = _read_run(place) if is_directory else readers[suffix](place.read_bytes())
   except ConfigError:
@@ -83,7 +99,9 @@ def _read_npz(content: bytes) -> Contents:
   if zipfile.is_zipfile(io.BytesIO(content)):
     size = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(content)).infolist())
     if size > _LARGEST:
-      raise ValueError(f"its tensors have {size} bytes, more than any model here ({_LARGEST} at most)")
+      raise ValueError(
+        f"its tensors have {size} bytes, more than any model here ({_LARGEST} at most)"
+      )
   # No pickles: a weights file must not be able to run code.
   file = np.load(io.BytesIO(content), allow_pickle=False)
   if not isinstance(file, np.lib.npyio.NpzFile):
@@ -96,8 +114,11 @@ def _read_safetensors(content: bytes) -> Contents:
   tensors = {}
   for name, entry in safetensors.deserialize(content):
     dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-    # Of a tensor in integers only the shape matters: it will be refused, or is a counter that nobody reads.
-    data = np.zeros(entry["shape"], np.int8) if dtype is None else np.frombuffer(entry["data"], dtype)
+    # Of a tensor in integers only the shape matters: it will be refused, or is a counter that
+    # nobody reads.
+    data = (
+      np.zeros(entry["shape"], np.int8) if dtype is None else np.frombuffer(entry["data"], dtype)
+    )
     tensors[name] = data.reshape(entry["shape"])
   header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
   settings = header.get("__metadata__", {}).get(SETTINGS_KEY)
@@ -111,12 +132,23 @@ def _read_torch(content: bytes) -> Contents:
   notes = ()
   chosen = next((key for key in _STATE_KEYS if isinstance(tree.get(key), Mapping)), None)
   if chosen is not None:
-    others = ", ".join(str(key) for key, value in tree.items() if key != chosen and value is not None)
-    notes = (f"The weights are the entry {chosen!r} of the file; beside it stand: {others or 'none'}.",)
+    others = ", ".join(
+      str(key) for key, value in tree.items() if key != chosen and value is not None
+    )
+    notes = (
+      f"The weights are the entry {chosen!r} of the file; beside it stand: {others or 'none'}.",
+    )
     tree = tree[chosen]
-  odd = [f"{name!r} ({type(value).__name__})" for name, value in tree.items() if not isinstance(value, np.ndarray)]
+  odd = [
+    f"{name!r} ({type(value).__name__})"
+    for name, value in tree.items()
+    if not isinstance(value, np.ndarray)
+  ]
   if odd:
-    raise ValueError(f"it holds more than tensors: {', '.join(odd)}; known places of tensors are {', '.join(_STATE_KEYS)}")
+    raise ValueError(
+      f"it holds more than tensors: {', '.join(odd)}; known places of tensors are "
+      f"{', '.join(_STATE_KEYS)}"
+    )
   return Contents({str(name): value for name, value in tree.items()}, None, notes)
 
 
@@ -127,7 +159,10 @@ def _read_run(workdir: epath.Path) -> Contents:
   best = {} if snapshot is None else snapshot.section("best")
   if not best:
     raise ConfigError(
-      f"The directory {os.fspath(workdir)!r} holds no weights: it must be the --workdir of a run that has reached its "
+      f"The directory {os.fspath(workdir)!r} holds no weights: it must be the --workdir of a run "
+      "that has reached its "
       f"plan's last bits, or give a file, one of {_FORMATS}."
     )
-  return Contents(best, dict(json.loads((workdir / "config.json").read_text())["model"]), tuple(notes))
+  return Contents(
+    best, dict(json.loads((workdir / "config.json").read_text())["model"]), tuple(notes)
+  )

@@ -33,12 +33,18 @@ def torch_shape(leaf: str, shape: tuple[int, ...], pointwise: bool = False) -> t
 
 
 def from_torch(leaf: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """A torch tensor as our leaf of `shape`: OIHW -> HWIO, OI or OI11 -> IO, a scalar's `[1]` -> `[]`, or every channel's."""
+  """A torch tensor as our leaf of `shape`: OIHW -> HWIO, OI or OI11 -> IO, a scalar's `[1]` ->
+  `[]`, or every channel's.
+  """
   if leaf in _SCALARS:
     return np.broadcast_to(np.reshape(tensor, ()), shape)
   if leaf != "kernel":
     return tensor
-  return np.transpose(tensor, (2, 3, 1, 0)) if len(shape) == 4 else np.reshape(tensor, tensor.shape[:2]).T
+  return (
+    np.transpose(tensor, (2, 3, 1, 0))
+    if len(shape) == 4
+    else np.reshape(tensor, tensor.shape[:2]).T
+  )
 
 
 def to_torch(leaf: str, array: np.ndarray, pointwise: bool = False) -> np.ndarray:

@@ -16,11 +16,15 @@ from profit_jax.weights.naming import QUANTIZER_LEAVES, Naming, OwnNaming, Path
 Variables = dict[str, Any]
 
 HEAD = "classifier"  # the layer that depends on the number of classes
-# Settings that change what a net computes without changing the shape of any tensor, or its channels at other widths.
-_TELLING = frozenset({"activation", "strides", "bn_epsilon", "squeeze_excite", "pad_value", "channel_rounding"})
+# Settings that change what a net computes without changing the shape of any tensor, or its channels
+# at other widths.
+_TELLING = frozenset(
+  {"activation", "strides", "bn_epsilon", "squeeze_excite", "pad_value", "channel_rounding"}
+)
 _RAW_ONE = np.log(np.expm1(1.0))  # the raw value of a quantizer's scalar that is 1
 
-# Of equally good names the first counts: without quantizer scalars, the authors' MobileNet-v2 is torchvision's.
+# Of equally good names the first counts: without quantizer scalars, the authors' MobileNet-v2 is
+# torchvision's.
 _SOURCES = (torchvision.NAMINGS, timm.NAMINGS, authors.NAMINGS)
 
 
@@ -36,7 +40,8 @@ class Loaded(NamedTuple):
   Attributes:
     variables: `params` and `batch_stats`.
     source: whose names the file has.
-    settings: of `config.model`, with which the source's own code, or the run that it comes from, computes.
+    settings: of `config.model`, with which the source's own code, or the run that it comes from,
+      computes.
     quantizers: whether its quantizer scalars came with it; they are 1 otherwise.
     notes: what the user should know of how it was read.
   """
@@ -65,7 +70,9 @@ def load_variables(
   loaded = import_variables(model, template, contents.tensors, path, role=role, new_head=new_head)
   if contents.settings is not None:
     # Whatever names a file of ours has, it was trained with our code as it was configured then.
-    told = {name: contents.settings[name] for name in _TELLING & options(model) & contents.settings.keys()}
+    told = {
+      name: contents.settings[name] for name in _TELLING & options(model) & contents.settings.keys()
+    }
     loaded = loaded._replace(settings=dict(sorted(told.items())))
   return loaded._replace(notes=contents.notes + loaded.notes)
 
@@ -85,59 +92,85 @@ def import_variables(
   Args:
     model: a name of the registry.
     template: the variables' shapes (arrays or `jax.ShapeDtypeStruct`), `params` and `batch_stats`.
-    tensors: the file's content, floating point of any size. torch's `num_batches_tracked` counters are passed over;
-      quantizer scalars may be absent all together (a full-precision file), never in part.
+    tensors: the file's content, floating point of any size. torch's `num_batches_tracked` counters
+      are passed over; quantizer scalars may be absent all together (a full-precision file), never
+      in part.
     source: what to call the file in a message.
     role: whose weights they are, for the message.
-    new_head: variables whose classifier is taken; what the file has for it, of any shape, is passed over.
+    new_head: variables whose classifier is taken; what the file has for it, of any shape, is passed
+      over.
     dtype: of the result.
 
   Raises:
-    ConfigError: listing every missing, unexpected or misshapen tensor and every one that is not finite floating point.
+    ConfigError: listing every missing, unexpected or misshapen tensor and every one that is not
+      finite floating point.
   """
   shapes = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(template).items()}
-  given = {name: np.asarray(value) for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+  given = {
+    name: np.asarray(value)
+    for name, value in tensors.items()
+    if not name.endswith("num_batches_tracked")
+  }
   naming, names = _recognise(model, shapes, given)
 
   scalars = {name for path, name in names.items() if path[-1] in QUANTIZER_LEAVES} & given.keys()
   quantizers = _are_set([given[name] for name in scalars])
   passed_over = set()
-  expected = {path: name for path, name in names.items() if scalars or path[-1] not in QUANTIZER_LEAVES}
-  leaves = {path: np.full(shape, _RAW_ONE, dtype) for path, shape in shapes.items() if path[-1] in QUANTIZER_LEAVES}
+  expected = {
+    path: name for path, name in names.items() if scalars or path[-1] not in QUANTIZER_LEAVES
+  }
+  leaves = {
+    path: np.full(shape, _RAW_ONE, dtype)
+    for path, shape in shapes.items()
+    if path[-1] in QUANTIZER_LEAVES
+  }
   if new_head is not None:
-    head = {path: leaf for path, leaf in traverse_util.flatten_dict(new_head).items() if path[1] == HEAD}
+    head = {
+      path: leaf for path, leaf in traverse_util.flatten_dict(new_head).items() if path[1] == HEAD
+    }
     leaves |= {path: np.asarray(leaf, dtype) for path, leaf in head.items()}
     passed_over |= {expected.pop(path) for path in head if path in expected}
 
   unset = set() if quantizers else scalars
   problems = {
-    name: f"unexpected: {name} {given[name].shape}" for name in sorted(given.keys() - passed_over - set(expected.values()))
+    name: f"unexpected: {name} {given[name].shape}"
+    for name in sorted(given.keys() - passed_over - set(expected.values()))
   }
   for path, name in expected.items():
-    problem = _problem(name, given.get(name), naming.tensor_shape(path, shapes[path]), any_value=name in unset)
+    problem = _problem(
+      name, given.get(name), naming.tensor_shape(path, shapes[path]), any_value=name in unset
+    )
     if problem:
       problems[name] = problem
     elif name not in unset:
       leaves[path] = naming.read(path, given[name], shapes[path]).astype(dtype)
   if problems:
     head_names = {name for path, name in expected.items() if path[1] == HEAD}
-    only_head = all(name in head_names and told.startswith("wrong shape") for name, told in problems.items())
+    only_head = all(
+      name in head_names and told.startswith("wrong shape") for name, told in problems.items()
+    )
     advice = _advice(model, template, given, role, only_head=only_head)
     listing = "\n  ".join(problems.values())
     raise ConfigError(
-      f"{source} does not hold the weights of {model} as configured ({naming.source} names; {len(problems)} of "
+      f"{source} does not hold the weights of {model} as configured ({naming.source} names; "
+      f"{len(problems)} of "
       f"{len(expected)} tensors differ). Nothing was loaded. {advice}\n  {listing}"
     )
   ordered = {path: leaves[path] for path in shapes}
   notes = ()
   if unset:
     notes = (
-      f"The quantizers' a and c in {source} are passed over: they are from before quantization (all equal, or NaN).",
+      f"The quantizers' a and c in {source} are passed over: they are from before quantization "
+      "(all equal, or NaN).",
     )
-  return Loaded(traverse_util.unflatten_dict(ordered), naming.source, naming.settings, quantizers, notes)
+  return Loaded(
+    traverse_util.unflatten_dict(ordered), naming.source, naming.settings, quantizers, notes
+  )
 
 
-def _problem(name: str, tensor: np.ndarray | None, shape: tuple[int, ...], *, any_value: bool) -> str | None:
+def _problem(
+  name: str, tensor: np.ndarray | None, shape: tuple[int, ...], *, any_value: bool
+) -> str | None:
   """What is wrong with a tensor that should have `shape`; None where nothing is."""
   if tensor is None:
     return f"missing: {name} {shape}"
@@ -150,46 +183,64 @@ def _problem(name: str, tensor: np.ndarray | None, shape: tuple[int, ...], *, an
   return None if _is_finite(tensor) else f"not finite: {name} has NaN or infinite values"
 
 
-def differing_settings(told: Mapping[str, Any], settings: ModelSettings) -> dict[str, tuple[Any, Any]]:
+def differing_settings(
+  told: Mapping[str, Any], settings: ModelSettings
+) -> dict[str, tuple[Any, Any]]:
   """Where settings differ from those that weights were made for: name -> (theirs, ours)."""
   found = {}
   for name, theirs in told.items():
     ours = getattr(settings, name)
     if name == "strides":
-      theirs, ours = (tuple(strides) or STRIDES.get(settings.name, ()) for strides in (theirs, ours))
+      theirs, ours = (
+        tuple(strides) or STRIDES.get(settings.name, ()) for strides in (theirs, ours)
+      )
     if ours != theirs and not (name == "channel_rounding" and settings.width == 1):
       found[name] = theirs, ours
   return found
 
 
-def _recognise(model: str, paths: Collection[Path], given: Mapping[str, Any]) -> tuple[Naming, dict[Path, str]]:
+def _recognise(
+  model: str, paths: Collection[Path], given: Mapping[str, Any]
+) -> tuple[Naming, dict[Path, str]]:
   """The naming that explains most of a file's names, and its names for a model's leaves."""
   candidates = [(naming, naming.tensor_names(paths)) for naming in namings(model).values()]
   return max(candidates, key=lambda candidate: len(given.keys() & set(candidate[1].values())))
 
 
-def _advice(model: str, template: Variables, given: Mapping[str, Any], role: str, *, only_head: bool) -> str:
+def _advice(
+  model: str, template: Variables, given: Mapping[str, Any], role: str, *, only_head: bool
+) -> str:
   """What to do about a file that does not fit."""
   if only_head and role == "teacher":
     classes = template["params"][HEAD]["bias"].shape[0]
     return f"Only its number of classes differs: a teacher needs those of the data, {classes}."
   if only_head:
-    return "Only its number of classes differs: config.init.reset_head=True starts with a new classifier."
+    return (
+      "Only its number of classes differs: config.init.reset_head=True starts with a new "
+      "classifier."
+    )
   other = _looks_like(given)
   if other is not None and other != model:
     section = "model.name" if role == "student" else "teacher.model"
-    return f"Its names are those of {other}: use that file's model (config.{section}={other}), or another file."
+    return (
+      f"Its names are those of {other}: use that file's model (config.{section}={other}), "
+      "or another file."
+    )
   section = "model" if role == "student" else "teacher"
   return f"Use the matching file, config.{section}.width and number of classes."
 
 
 def _looks_like(given: Mapping[str, Any]) -> str | None:
-  """The registered model whose names a file has most in common with; None where there is nothing in common."""
+  """The registered model whose names a file has most in common with; None where there is nothing in
+  common.
+  """
   scores = {}
   for model, make in REGISTRY.items():
     paths = traverse_util.flatten_dict(variable_shapes(make(), 224))
     for naming in namings(model).values():
-      names = set(naming.tensor_names([path for path in paths if path[-1] not in QUANTIZER_LEAVES]).values())
+      names = set(
+        naming.tensor_names([path for path in paths if path[-1] not in QUANTIZER_LEAVES]).values()
+      )
       score = len(names & given.keys()) / len(names | given.keys())
       scores[model] = max(score, scores.get(model, 0.0))
   best = max(scores, key=scores.get)
@@ -199,10 +250,15 @@ def _looks_like(given: Mapping[str, Any]) -> str | None:
 def _are_set(scalars: Collection[np.ndarray]) -> bool:
   """Whether quantizer scalars are there and somebody has set them.
 
-  The authors' code saves uninitialized memory until the first quantized phase, zeros mostly; ours the value 1.
+  The authors' code saves uninitialized memory until the first quantized phase, zeros mostly; ours
+  the value 1.
   """
   values = [np.ravel(value).astype(np.float64) for value in scalars if _is_float(value)]
-  return bool(values) and bool(np.isfinite(np.concatenate(values)).all()) and bool(np.ptp(np.concatenate(values)) > 0)
+  return (
+    bool(values)
+    and bool(np.isfinite(np.concatenate(values)).all())
+    and bool(np.ptp(np.concatenate(values)) > 0)
+  )
 
 
 def _is_float(tensor: np.ndarray) -> bool:

@@ -9,8 +9,11 @@ import numpy as np
 from profit_jax.quant.methods import METHODS
 from profit_jax.weights import layout
 
-Path = tuple[str, ...]  # of a leaf, collection first: ("params", "block01", "expand_conv", "kernel")
-QUANTIZER_LEAVES = frozenset(leaf for method in METHODS.values() for leaf in (*method.kernel_leaves, *method.act_leaves))
+# Of a leaf, collection first: ("params", "block01", "expand_conv", "kernel").
+Path = tuple[str, ...]
+QUANTIZER_LEAVES = frozenset(
+  leaf for method in METHODS.values() for leaf in (*method.kernel_leaves, *method.act_leaves)
+)
 
 
 def blocks_of(layers: Collection[Path]) -> dict[str, set[Path]]:
@@ -28,8 +31,8 @@ class Naming:
 
   Attributes:
     source: `torchvision`, `timm`, `authors`.
-    layer_names: our layers (paths without collection and leaf) -> their modules' names. Layers that it leaves out,
-      quantizers, have no tensors there.
+    layer_names: our layers (paths without collection and leaf) -> their modules' names. Layers that
+      it leaves out, quantizers, have no tensors there.
     settings: of `config.model`, with which the source's own code computes.
     pointwise: dense layers of ours that are 1x1 convolutions there, by their own name.
     quantizers: whether the source has DuQ's scalars.
@@ -47,7 +50,8 @@ class Naming:
     return {
       path: f"{layers[path[1:-1]]}.{layout.TORCH_LEAF[path[-1]]}"
       for path in paths
-      if path[1:-1] in layers and (path[-1] not in QUANTIZER_LEAVES or (self.quantizers and path[-1] in layout.TORCH_LEAF))
+      if path[1:-1] in layers
+      and (path[-1] not in QUANTIZER_LEAVES or (self.quantizers and path[-1] in layout.TORCH_LEAF))
     }
 
   def tensor_shape(self, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ def named_tensors(model: str, variables: Variables, source: str) -> dict[str, np
   Args:
     model: a name of the registry.
     variables: `params` and `batch_stats`.
-    source: `authors` and `profit_jax` include the quantizers' scalars; `torchvision` and `timm` have no place for them.
+    source: `authors` and `profit_jax` include the quantizers' scalars; `torchvision` and `timm`
+      have no place for them.
 
   Raises:
     ConfigError: a source that does not have the model.
@@ -30,11 +31,14 @@ def named_tensors(model: str, variables: Variables, source: str) -> dict[str, np
   if source not in known:
     raise ConfigError(f"--names={source} is not allowed: {model} has names in {', '.join(known)}.")
   naming, leaves = known[source], traverse_util.flatten_dict(variables)
-  return {name: naming.write(path, np.asarray(leaves[path])) for path, name in naming.tensor_names(leaves).items()}
+  return {
+    name: naming.write(path, np.asarray(leaves[path]))
+    for path, name in naming.tensor_names(leaves).items()
+  }
 
 
 def leaves_quantizers_out(tensors: Mapping[str, np.ndarray], variables: Variables) -> bool:
-  """Whether tensors that `named_tensors` gave lack the quantizer scalars that the variables have."""
+  """Whether tensors from `named_tensors` lack the quantizer scalars that the variables have."""
   scalars = [path for path in traverse_util.flatten_dict(variables) if path[-1] in QUANTIZER_LEAVES]
   return bool(scalars) and len(tensors) < len(traverse_util.flatten_dict(variables))
 
@@ -44,7 +48,9 @@ def settings_metadata(model: ModelSettings) -> dict[str, str]:
   return {SETTINGS_KEY: json.dumps(dataclasses.asdict(model))}
 
 
-def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+  path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
   """Writes tensors; `metadata` is text that people and tools find in the file's header.
 
   Raises:

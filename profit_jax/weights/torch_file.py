@@ -1,12 +1,13 @@
 """Reads what `torch.save` wrote, without torch and without running anything that the file asks for.
 
-Such a file is a pickle, and a pickle is a program for a small machine, which may call any function that it names and change
-any object that it reaches. The machine here knows only the instructions that tensors need; it can name only what `_NAMES`
-has, stand-ins that note what they are told and cannot be changed; and what it builds is measured against the size of the
-file, so that a small file cannot fill the memory.
+Such a file is a pickle, and a pickle is a program for a small machine, which may call any function
+that it names and change any object that it reaches. The machine here knows only the instructions
+that tensors need; it can name only what `_NAMES` has, stand-ins that note what they are told and
+cannot be changed; and what it builds is measured against the size of the file, so that a small file
+cannot fill the memory.
 
-Both formats are read: the zip archive (torch 1.6 and later) and the stream of pickles before it, in which older files of
-torchvision and timm are published.
+Both formats are read: the zip archive (torch 1.6 and later) and the stream of pickles before it, in
+which older files of torchvision and timm are published.
 """
 
 import collections
@@ -22,7 +23,8 @@ import numpy as np
 
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 _STREAM_PROTOCOL = 1001
-# Tensors may share memory, and each becomes an array of its own; more than this times the file is no honest sharing.
+# Tensors may share memory, and each becomes an array of its own; more than this times the file is
+# no honest sharing.
 _LARGEST_GROWTH = 8
 _DTYPES = {
   "DoubleStorage": np.float64,
@@ -78,7 +80,7 @@ class _Function:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_):
-  """Stands in for torch's constructors; their further arguments are gradients, hooks and metadata."""
+  """Stands in for torch's constructors; their other arguments are gradients, hooks and metadata."""
   return _Tensor(storage, offset, shape, strides)
 
 
@@ -95,24 +97,55 @@ _NAMES: dict[tuple[str, str], Any] = {
 
 _OPCODES = (
   *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
-  *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2),
+  *(
+    pickle.NONE,
+    pickle.NEWTRUE,
+    pickle.NEWFALSE,
+    pickle.INT,
+    pickle.BININT,
+    pickle.BININT1,
+    pickle.BININT2,
+  ),
   *(pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT),
-  *(pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.BINBYTES, pickle.SHORT_BINBYTES),
+  *(
+    pickle.STRING,
+    pickle.BINSTRING,
+    pickle.SHORT_BINSTRING,
+    pickle.BINBYTES,
+    pickle.SHORT_BINBYTES,
+  ),
   *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
   *(pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
   *(pickle.LIST, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS),
   *(pickle.DICT, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
-  *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
-  *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD, pickle.BINPERSID),
+  *(
+    pickle.GET,
+    pickle.BINGET,
+    pickle.LONG_BINGET,
+    pickle.PUT,
+    pickle.BINPUT,
+    pickle.LONG_BINPUT,
+    pickle.MEMOIZE,
+  ),
+  *(
+    pickle.GLOBAL,
+    pickle.STACK_GLOBAL,
+    pickle.REDUCE,
+    pickle.NEWOBJ,
+    pickle.BUILD,
+    pickle.BINPERSID,
+  ),
 )
 
 
-# The one in Python, not the fast one in C: its instructions can be taken away, and a place number of 2^32 in its memo does
-# not reserve the memory for so many.
+# The one in Python, not the fast one in C: its instructions can be taken away, and a place number
+# of 2^32 in its memo does not reserve the memory for so many.
 class _Machine(pickle._Unpickler):
   """Knows only `_OPCODES`, and these three in a form that cannot reach anything but `_NAMES`."""
 
-  dispatch: ClassVar[dict[int, Callable[..., None]]] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES}
+  dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+    code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES
+  }
 
   def __init__(self, file: io.BytesIO):
     super().__init__(file, encoding="utf-8")
@@ -129,11 +162,15 @@ class _Machine(pickle._Unpickler):
 
   def persistent_load(self, pid: Any) -> _Storage:
     """See `pickle.Unpickler`: torch keeps storages outside of the pickle."""
-    if not (type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and type(pid[1]) is _StorageType):
+    if not (
+      type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and type(pid[1]) is _StorageType
+    ):
       raise TorchFileError("it refers to something that is not a tensor's storage")
     _, kind, key, _, size, *view = pid
     if any(part is not None for part in view) or type(size) is not int or size < 0:
-      raise TorchFileError("it has views of storages, which torch stopped writing in version 0.4; save it again")
+      raise TorchFileError(
+        "it has views of storages, which torch stopped writing in version 0.4; save it again"
+      )
     return _Storage(kind.name, str(key), size)
 
   def _call(self) -> None:
@@ -166,13 +203,17 @@ def read(content: bytes) -> Any:
     TorchFileError: not a torch file, a damaged one, or one that asks for more than tensors.
   """
   try:
-    tree, storages = _read_archive(content) if content[:4] == b"PK\x03\x04" else _read_stream(content)
+    tree, storages = (
+      _read_archive(content) if content[:4] == b"PK\x03\x04" else _read_stream(content)
+    )
     return _Arrays(storages, limit=_LARGEST_GROWTH * len(content)).replace(tree)
   except TorchFileError:
     raise
   # A damaged pickle raises whatever its instructions stumble over.
   except Exception as error:
-    raise TorchFileError(f"it is damaged, or was not written by torch.save ({type(error).__name__}: {error})") from error
+    raise TorchFileError(
+      f"it is damaged, or was not written by torch.save ({type(error).__name__}: {error})"
+    ) from error
 
 
 def _read_archive(content: bytes) -> tuple[Any, Callable[[_Storage], bytes]]:
@@ -197,11 +238,15 @@ def _read_stream(content: bytes) -> tuple[Any, Callable[[_Storage], bytes]]:
     raise TorchFileError("it does not begin as a file of torch.save does")
   protocol, system = load(), load()
   if protocol != _STREAM_PROTOCOL or not system.get("little_endian", True):
-    raise TorchFileError(f"its version is {protocol}, on {system}: only {_STREAM_PROTOCOL}, little-endian, is known")
+    raise TorchFileError(
+      f"its version is {protocol}, on {system}: only {_STREAM_PROTOCOL}, little-endian, is known"
+    )
   tree, keys = load(), [str(key) for key in load()]
   # Only a tensor tells how many bytes an element of a storage has.
   places, rest = {}, content[file.tell() :]
-  item_sizes = {storage.key: np.dtype(_DTYPES[storage.dtype]).itemsize for storage in _storages_of(tree, set())}
+  item_sizes = {
+    storage.key: np.dtype(_DTYPES[storage.dtype]).itemsize for storage in _storages_of(tree, set())
+  }
   position = 0
   for key in keys:
     size = int.from_bytes(rest[position : position + 8], "little") * item_sizes[key]
@@ -249,14 +294,20 @@ class _Arrays:
       raise TorchFileError(f"a tensor with offset, shape and strides {numbers} makes no sense")
     data = self._data(storage)
     size = math.prod(shape)
-    last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    last = offset + sum(
+      (length - 1) * stride for length, stride in zip(shape, strides, strict=True)
+    )
     if size and (last >= data.size or size > data.size):
-      raise TorchFileError(f"a tensor of shape {shape} reaches beyond its {data.size} stored elements")
+      raise TorchFileError(
+        f"a tensor of shape {shape} reaches beyond its {data.size} stored elements"
+      )
     self._take(size * data.itemsize)
     if not size:
       return np.zeros(shape, data.dtype)
     byte_strides = [stride * data.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(data[offset:], shape, byte_strides, writeable=False).copy()
+    return np.lib.stride_tricks.as_strided(
+      data[offset:], shape, byte_strides, writeable=False
+    ).copy()
 
   def _data(self, storage: _Storage) -> np.ndarray:
     if storage.key not in self._storages:
@@ -264,7 +315,9 @@ class _Arrays:
       self._take(len(data))
       dtype = np.dtype(_DTYPES[storage.dtype])
       if len(data) != storage.size * dtype.itemsize:
-        raise TorchFileError(f"storage {storage.key} has {len(data)} bytes, {storage.size} x {dtype} are expected")
+        raise TorchFileError(
+          f"storage {storage.key} has {len(data)} bytes, {storage.size} x {dtype} are expected"
+        )
       self._storages[storage.key] = storage, np.frombuffer(data, dtype)
     known, data = self._storages[storage.key]
     if known != storage:

@@ -9,7 +9,9 @@ _NORM_SUFFIX = {"conv": 0, "norm": 1}
 
 
 def mobilenet_v3_names(layers: Collection[Path]) -> dict[Path, str]:
-  """Our layers of MobileNet-v3 -> theirs: `("block03", "depthwise_conv")` -> `features.4.block.1.0`."""
+  """Our layers of MobileNet-v3 -> theirs: `("block03", "depthwise_conv")` ->
+  `features.4.block.1.0`.
+  """
   blocks = blocks_of(layers)
   last = len(blocks) + 1
   single = {"pre_classifier": "classifier.0", "classifier": "classifier.3"}
@@ -20,12 +22,22 @@ def mobilenet_v3_names(layers: Collection[Path]) -> dict[Path, str]:
     prefix = f"features.{int(block.removeprefix('block')) + 1}.block"
     # A block is a list of what it has.
     stages = ["expand"] if ("expand_conv",) in inside else []
-    stages += ["depthwise"] + (["squeeze_excite"] if ("squeeze_excite", "reduce") in inside else []) + ["project"]
+    stages += (
+      ["depthwise"]
+      + (["squeeze_excite"] if ("squeeze_excite", "reduce") in inside else [])
+      + ["project"]
+    )
     for place, stage in enumerate(stages):
       if stage == "squeeze_excite":
-        names |= {(block, stage, "reduce"): f"{prefix}.{place}.fc1", (block, stage, "expand"): f"{prefix}.{place}.fc2"}
+        names |= {
+          (block, stage, "reduce"): f"{prefix}.{place}.fc1",
+          (block, stage, "expand"): f"{prefix}.{place}.fc2",
+        }
       else:
-        names |= {(block, f"{stage}_{part}"): f"{prefix}.{place}.{number}" for part, number in _NORM_SUFFIX.items()}
+        names |= {
+          (block, f"{stage}_{part}"): f"{prefix}.{place}.{number}"
+          for part, number in _NORM_SUFFIX.items()
+        }
   return names
 
 
@@ -42,9 +54,19 @@ def resnet_names(layers: Collection[Path]) -> dict[Path, str]:
 
 
 _SQUEEZE_EXCITE = frozenset({"reduce", "expand"})
-_V3_SETTINGS = {"squeeze_excite": "after", "bn_epsilon": 1e-3, "pad_value": 0.0, "channel_rounding": "nearest"}
+_V3_SETTINGS = {
+  "squeeze_excite": "after",
+  "bn_epsilon": 1e-3,
+  "pad_value": 0.0,
+  "channel_rounding": "nearest",
+}
 _RESNET = Naming(source="torchvision", layer_names=resnet_names, settings={"bn_epsilon": 1e-5})
-_V3 = Naming(source="torchvision", layer_names=mobilenet_v3_names, settings=_V3_SETTINGS, pointwise=_SQUEEZE_EXCITE)
+_V3 = Naming(
+  source="torchvision",
+  layer_names=mobilenet_v3_names,
+  settings=_V3_SETTINGS,
+  pointwise=_SQUEEZE_EXCITE,
+)
 
 NAMINGS = {
   # The authors started from torchvision's code and kept its names.

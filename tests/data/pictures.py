@@ -13,7 +13,9 @@ CLASSES = ("flower", "temple", "wide")
 
 
 def cuttings(count, seed=0, size=(96, 72)):
-  """`count` windows of the photographs as PIL images, and their classes: the photograph, or, mixed in, a wider window."""
+  """`count` windows of the photographs as PIL images, and their classes: the photograph, or, mixed
+  in, a wider window.
+  """
   rng = np.random.default_rng(seed)
   photographs = [Image.fromarray(photo) for photo in load_sample_images().images]
   found = []
@@ -41,7 +43,9 @@ def write_folder(root, train=24, evaluation=10, broken=(), make=cuttings):
       directory.mkdir(parents=True, exist_ok=True)
       kind = "PNG" if i % 5 == 4 else "JPEG"
       data = encoded(image, kind)
-      (directory / f"{i:03d}.{kind.lower()}").write_bytes(data[:200] if split == "train" and i in broken else data)
+      (directory / f"{i:03d}.{kind.lower()}").write_bytes(
+        data[:200] if split == "train" and i in broken else data
+      )
   return root
 
 
@@ -68,18 +72,33 @@ def write_tfds(
       VERSION = tfds.core.Version(VERSIONS.get(name, "1.0.0"))
 
       def _info(self):
-        features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(names=classes)}
+        features = {
+          "image": tfds.features.Image(shape=shape),
+          "label": tfds.features.ClassLabel(names=classes),
+        }
         features.update({text: tfds.features.Text() for text in texts})
         return tfds.core.DatasetInfo(
-          builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+          builder=self,
+          features=tfds.features.FeaturesDict(features),
+          supervised_keys=("image", "label"),
         )
 
       def _split_generators(self, manager):
-        return {"train": self._generate_examples(train, 1), eval_split: self._generate_examples(evaluation, 2)}
+        return {
+          "train": self._generate_examples(train, 1),
+          eval_split: self._generate_examples(evaluation, 2),
+        }
 
       def _generate_examples(self, count, seed):
         for i, (image, label) in enumerate(make(count, seed)):
-          yield i, {"image": io.BytesIO(encoded(image, kind)), "label": label, **dict.fromkeys(texts, f"{i}")}
+          yield (
+            i,
+            {
+              "image": io.BytesIO(encoded(image, kind)),
+              "label": label,
+              **dict.fromkeys(texts, f"{i}"),
+            },
+          )
 
   Cuttings.name = name
   options = tfds.download.DownloadConfig(num_shards=shards)
@@ -88,7 +107,9 @@ def write_tfds(
 
 
 def write_imagenet_archives(directory, train, evaluation):
-  """ImageNet's two archives: one of archives per class, and one of pictures. `train` has pictures by class and name."""
+  """ImageNet's two archives: one of archives per class, and one of pictures. `train` has pictures
+  by class and name.
+  """
   directory.mkdir(parents=True)
 
   def add(archive, name, content):

@@ -33,7 +33,9 @@ def test_evaluation_counts_every_image_once(source):
 
 def test_epochs_are_functions_of_seed_and_epoch(source):
   def epoch(seed, number):
-    return np.concatenate([b["image"] for b in Digits(image_size=32, augment=True, seed=seed).train_batches(number, 64)])
+    return np.concatenate(
+      [b["image"] for b in Digits(image_size=32, augment=True, seed=seed).train_batches(number, 64)]
+    )
 
   assert np.array_equal(epoch(0, 3), epoch(0, 3))
   assert not np.array_equal(epoch(0, 3), epoch(0, 4))
@@ -42,7 +44,9 @@ def test_epochs_are_functions_of_seed_and_epoch(source):
 
 def test_an_epoch_shows_an_image_at_most_once_and_leaves_out_less_than_a_batch():
   source = Digits(image_size=8, augment=False, seed=0)
-  seen = np.concatenate([batch["image"][..., 0] for batch in source.train_batches(0, 64)]).reshape(-1, 64)
+  seen = np.concatenate([batch["image"][..., 0] for batch in source.train_batches(0, 64)]).reshape(
+    -1, 64
+  )
   assert len(seen) == 1344
   available = collections.Counter(map(bytes, source._train[0].reshape(-1, 64)))
   assert not collections.Counter(map(bytes, seen)) - available
@@ -54,13 +58,20 @@ def test_augmentation_moves_by_at_most_two_pixels(source):
   offsets = set()
   for image, original in zip(moved, kept, strict=True):
     framed = np.pad(original, 2)
-    matches = [(y, x) for y in range(5) for x in range(5) if np.array_equal(framed[y : y + 32, x : x + 32], image)]
+    matches = [
+      (y, x)
+      for y in range(5)
+      for x in range(5)
+      if np.array_equal(framed[y : y + 32, x : x + 32], image)
+    ]
     assert matches
     offsets.update(matches[:1])
   assert len(offsets) > 10
 
 
-@pytest.mark.parametrize("batches", [lambda s: s.train_batches(5, 96, 3), lambda s: s.eval_batches(96)])
+@pytest.mark.parametrize(
+  "batches", [lambda s: s.train_batches(5, 96, 3), lambda s: s.eval_batches(96)]
+)
 def test_hosts_share_the_rows_of_each_batch(source, batches):
   parts = [Digits(image_size=32, augment=True, seed=0, host=Host(i, 3)) for i in range(3)]
   expected = list(batches(source))

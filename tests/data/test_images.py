@@ -1,4 +1,6 @@
-"""TFDS sets and image folders: what stands in which batch, on any number of hosts, and what is refused."""
+"""TFDS sets and image folders: what stands in which batch, on any number of hosts, and what is
+refused.
+"""
 
 import logging
 import shutil
@@ -14,13 +16,23 @@ from profit_jax.settings import ConfigError, parse
 from tests.data import pictures
 
 TRAIN, EVAL, SIZE = 24, 10, 16
-SOURCES = ("folder", "stream")  # a table, which small TFDS sets are too, and shards that are read from front to end
+# A table, which small TFDS sets are too, and shards that are read from front to end.
+SOURCES = (
+  "folder",
+  "stream",
+)
 
 
 def settings(**changes):
   config = base.get_config()
   config.update_from_flattened_dict(
-    {"data.image_size": SIZE, "train.batch_size": 8, "train.eval_batch_size": 8, "data.readers": 4, **changes}
+    {
+      "data.image_size": SIZE,
+      "train.batch_size": 8,
+      "train.eval_batch_size": 8,
+      "data.readers": 4,
+      **changes,
+    }
   )
   return parse(config, REGISTRY)
 
@@ -64,7 +76,11 @@ def assert_equal_batches(some, others):
 
 def test_batches_keep_the_contract(open_source):
   source = open_source()
-  assert (source.facts.train_examples, source.facts.eval_examples, source.facts.num_classes) == (TRAIN, EVAL, 3)
+  assert (source.facts.train_examples, source.facts.eval_examples, source.facts.num_classes) == (
+    TRAIN,
+    EVAL,
+    3,
+  )
   batches = list(source.train_batches(0, 8)) + list(source.eval_batches(8))
   assert len(batches) == 3 + 2
   for batch in batches:
@@ -78,7 +94,9 @@ def test_batches_keep_the_contract(open_source):
 def test_hosts_share_what_one_alone_would_see(open_source):
   def compare(count, batches):
     parts = [batches(open_source(Host(i, count))) for i in range(count)]
-    together = [{n: np.concatenate([p[n] for p in own]) for n in own[0]} for own in zip(*parts, strict=True)]
+    together = [
+      {n: np.concatenate([p[n] for p in own]) for n in own[0]} for own in zip(*parts, strict=True)
+    ]
     assert_equal_batches(together, batches(open_source()))
 
   compare(4, lambda source: list(source.train_batches(3, 8)))
@@ -119,12 +137,17 @@ def test_evaluation_counts_every_image_once(open_source):
 
 def test_folder_and_tfds_give_the_same_pixels(written):
   def evaluation(name, path):
-    batches = list(data.load(settings(**{"data.name": name, "data.data_dir": str(written / path)})).eval_batches(8))
+    batches = list(
+      data.load(settings(**{"data.name": name, "data.data_dir": str(written / path)})).eval_batches(
+        8
+      )
+    )
     return as_set(joined(batches)[joined(batches, "mask")])
 
   folder, tfds = evaluation("folder", "folder"), evaluation("cuttings", "tfds")
   assert len(tfds) == EVAL
-  assert len(folder & tfds) == EVAL - EVAL // 5  # every fifth is a PNG in the folder, and a JPEG there
+  # Every fifth is a PNG in the folder, and a JPEG there.
+  assert len(folder & tfds) == EVAL - EVAL // 5
 
 
 # ImageNet's: 50,000 images in 64 readers of 781 or 782.
@@ -135,7 +158,8 @@ def test_evaluation_of_imagenet_counts_50000_on_any_number_of_hosts(hosts, batch
   rows = [table_rows(50_000, Pass(batch, Host(i, hosts))) for i in range(hosts)]
   examples = np.concatenate([found for found, _ in rows])
   assert np.array_equal(np.sort(examples[examples >= 0]), np.arange(50_000))
-  assert len({len(found) for found, _ in rows}) == 1  # as many batches on every host, or they would wait for each other
+  # As many batches on every host, or they would wait for each other.
+  assert len({len(found) for found, _ in rows}) == 1
   plans = [reader_plan(50_000, 64, Pass(batch, Host(i, hosts))) for i in range(hosts)]
   count = sum(len(plan.readers) for plan in plans)
   assert [reader for plan in plans for reader in plan.readers] == list(range(count))
@@ -149,13 +173,18 @@ def test_evaluation_of_imagenet_counts_50000_on_any_number_of_hosts(hosts, batch
 def test_hosts_that_cannot_share_the_readers_are_refused():
   from profit_jax.data.records import Pass, reader_plan
 
-  with pytest.raises(ConfigError, match=r"data.readers = 64 .* batches of 768, 64 readers .* 3 processes .* multiple of 3"):
+  with pytest.raises(
+    ConfigError,
+    match=r"data.readers = 64 .* batches of 768, 64 readers .* 3 processes .* multiple of 3",
+  ):
     reader_plan(50_000, 64, Pass(768, Host(0, 3)))
   assert len(reader_plan(50_000, 48, Pass(768, Host(0, 3))).readers) == 16
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused():
-  with pytest.raises(ConfigError, match=r"train.batch_size = 8 .* multiple of 3, the number of processes"):
+  with pytest.raises(
+    ConfigError, match=r"train.batch_size = 8 .* multiple of 3, the number of processes"
+  ):
     data.load(settings(**{"data.name": "digits"}), Host(0, 3))
 
 
@@ -176,7 +205,9 @@ def damaged(tmp_path):
 
 
 def test_a_broken_image_leaves_its_row_empty_and_is_named_once(damaged, caplog):
-  source = data.load(settings(**{"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.1}))
+  source = data.load(
+    settings(**{"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.1})
+  )
   with caplog.at_level(logging.WARNING):
     epochs = [list(source.train_batches(epoch, 8)) for epoch in (0, 1)]
   for batches in epochs:
@@ -184,7 +215,9 @@ def test_a_broken_image_leaves_its_row_empty_and_is_named_once(damaged, caplog):
     assert masks.sum() == TRAIN - 2
     assert not joined(batches)[~masks].any()
     assert joined(batches)[masks].any(axis=(1, 2, 3)).all()
-  named = [record.getMessage() for record in caplog.records if "broken image" in record.getMessage()]
+  named = [
+    record.getMessage() for record in caplog.records if "broken image" in record.getMessage()
+  ]
   assert len(named) == 2
   assert sum("003.jpeg" in line for line in named) == sum("004.png" in line for line in named) == 1
 
@@ -197,8 +230,12 @@ def test_a_host_may_meet_every_broken_image_sooner_or_later(damaged):
 
 
 def test_too_many_broken_images_stop_the_run_with_their_names(damaged):
-  source = data.load(settings(**{"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.02}))
-  with pytest.raises(ConfigError, match=r"2 images cannot be decoded[\s\S]*max_broken = 0.02[\s\S]*00[34]\.") as error:
+  source = data.load(
+    settings(**{"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.02})
+  )
+  with pytest.raises(
+    ConfigError, match=r"2 images cannot be decoded[\s\S]*max_broken = 0.02[\s\S]*00[34]\."
+  ) as error:
     list(source.train_batches(0, 8))
   assert "003.jpeg" in str(error.value)
   assert "004.png" in str(error.value)
@@ -206,7 +243,9 @@ def test_too_many_broken_images_stop_the_run_with_their_names(damaged):
 
 def test_the_other_images_of_a_batch_are_what_they_are_without_the_broken_one(damaged, written):
   def epoch(root):
-    source = data.load(settings(**{"data.name": "folder", "data.data_dir": str(root), "data.max_broken": 0.1}))
+    source = data.load(
+      settings(**{"data.name": "folder", "data.data_dir": str(root), "data.max_broken": 0.1})
+    )
     return list(source.train_batches(0, 8))
 
   whole, lacking = epoch(written / "folder"), epoch(damaged)
@@ -222,21 +261,32 @@ def test_the_other_images_of_a_batch_are_what_they_are_without_the_broken_one(da
     ({"data.eval_split": "train[200%:]"}, r"data.eval_split = 'train\[200%:\]'"),
     ({"data.name": "cuttings/large"}, r"data.name = 'cuttings/large'"),
     ({"data.name": "coco"}, "must be a data set of one image and one class label per example"),
-    ({"data.name": "no_such_set"}, "digits, digit_pairs, folder, or a data set of tensorflow-datasets"),
-    ({"data.name": "imagenette/320px-v2"}, r"prepare imagenette/320px-v2 --data_dir=\S+ \(docs/data.md\)\.$"),
+    (
+      {"data.name": "no_such_set"},
+      "digits, digit_pairs, folder, or a data set of tensorflow-datasets",
+    ),
+    (
+      {"data.name": "imagenette/320px-v2"},
+      r"prepare imagenette/320px-v2 --data_dir=\S+ \(docs/data.md\)\.$",
+    ),
     (
       {"data.name": "imagenet2012"},
-      r"prepare imagenet2012 --data_dir=\S+ --manual_dir=DIR \(docs/data.md\)\. DIR holds .* ILSVRC2012_img_train.tar",
+      r"prepare imagenet2012 --data_dir=\S+ --manual_dir=DIR \(docs/data.md\)\. DIR holds .* "
+      r"ILSVRC2012_img_train.tar",
     ),
   ],
 )
 def test_wrong_data_sets_are_refused(written, changes, message):
   with pytest.raises(ConfigError, match=message):
-    data.load(settings(**{"data.name": "cuttings", "data.data_dir": str(written / "tfds"), **changes}))
+    data.load(
+      settings(**{"data.name": "cuttings", "data.data_dir": str(written / "tfds"), **changes})
+    )
 
 
 def damaged_copy(written, directory, change):
-  """The TFDS set with its first training shard changed: what tests of a run over many epochs would meet by accident."""
+  """The TFDS set with its first training shard changed: what tests of a run over many epochs would
+  meet by accident.
+  """
   copy = directory / "tfds"
   shutil.copytree(written / "tfds", copy)
   change(sorted(copy.glob("cuttings/1.0.0/*train*00000*"))[0])
@@ -246,7 +296,10 @@ def damaged_copy(written, directory, change):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "cuttings cannot be read: .* prepare the data again"),
+    (
+      lambda shard: shard.write_bytes(shard.read_bytes()[:-100]),
+      "cuttings cannot be read: .* prepare the data again",
+    ),
     (lambda shard: shard.write_bytes(b""), "fewer examples than its description says"),
     (lambda shard: shard.unlink(), "train.tfrecord-00000-of-00003 does not exist"),
   ],
@@ -262,9 +315,13 @@ def test_damaged_shards_are_refused(written, tmp_path, monkeypatch, change, mess
 
 def test_a_file_that_went_away_is_no_broken_image(tmp_path):
   root = pictures.write_folder(tmp_path, TRAIN, EVAL)
-  source = data.load(settings(**{"data.name": "folder", "data.data_dir": str(root), "data.max_broken": 1.0}))
+  source = data.load(
+    settings(**{"data.name": "folder", "data.data_dir": str(root), "data.max_broken": 1.0})
+  )
   next((root / "train" / "temple").iterdir()).unlink()
-  with pytest.raises(ConfigError, match=r"folder cannot be read: .*train/temple/.* Restore the file"):
+  with pytest.raises(
+    ConfigError, match=r"folder cannot be read: .*train/temple/.* Restore the file"
+  ):
     list(source.train_batches(0, 8))
 
 
@@ -274,12 +331,16 @@ def fingerprint(name, path):
 
 def test_other_files_have_another_fingerprint(written, tmp_path):
   other = pictures.write_folder(tmp_path, TRAIN, EVAL)
-  assert fingerprint("folder", written / "folder") == fingerprint("folder", other)  # wherever they lie
+  # Wherever they lie.
+  assert fingerprint("folder", written / "folder") == fingerprint("folder", other)
   path = sorted((other / "train" / "wide").iterdir())[0]
   path.rename(path.with_name("renamed.jpg"))
   (other / "train" / "wide" / "._hidden.jpg").write_bytes(b"not an image")
   assert fingerprint("folder", written / "folder") != fingerprint("folder", other)
-  assert data.load(settings(**{"data.name": "folder", "data.data_dir": str(other)})).facts.train_examples == TRAIN
+  assert (
+    data.load(settings(**{"data.name": "folder", "data.data_dir": str(other)})).facts.train_examples
+    == TRAIN
+  )
 
 
 def test_classes_that_were_swapped_have_another_fingerprint(tmp_path):
@@ -299,7 +360,11 @@ def test_classes_that_were_swapped_have_another_fingerprint(tmp_path):
 def test_small_sets_differ_where_their_images_do(written, tmp_path):
   copy = shutil.copytree(written / "tfds", tmp_path / "copy")
   other = pictures.write_tfds(
-    tmp_path / "other", train=TRAIN, evaluation=EVAL, shards=3, make=lambda count, seed: pictures.cuttings(count, seed + 5)
+    tmp_path / "other",
+    train=TRAIN,
+    evaluation=EVAL,
+    shards=3,
+    make=lambda count, seed: pictures.cuttings(count, seed + 5),
   )
   assert fingerprint("cuttings", written / "tfds") == fingerprint("cuttings", copy)
   assert fingerprint("cuttings", written / "tfds") != fingerprint("cuttings", other)
@@ -307,7 +372,11 @@ def test_small_sets_differ_where_their_images_do(written, tmp_path):
 
 def test_a_plan_knows_published_sets_by_name_and_asks_the_files_for_parts(written):
   assert data.facts(settings(**{"data.name": "cifar10:3.0.2"})).normalization.mean[0] == 0.4914
-  part = {"data.name": "cuttings", "data.data_dir": str(written / "tfds"), "data.train_split": "train[:50%]"}
+  part = {
+    "data.name": "cuttings",
+    "data.data_dir": str(written / "tfds"),
+    "data.train_split": "train[:50%]",
+  }
   assert data.facts(settings(**part)).train_examples == 12
   with pytest.raises(ConfigError, match="not prepared"):
     data.facts(settings(**{"data.train_split": "train[:50%]", "data.data_dir": str(written)}))
@@ -315,7 +384,9 @@ def test_a_plan_knows_published_sets_by_name_and_asks_the_files_for_parts(writte
 
 def test_splits_may_be_parts(written):
   chosen = {"data.train_split": "train[:75%]", "data.eval_split": "train[75%:]"}
-  source = data.load(settings(**{"data.name": "cuttings", "data.data_dir": str(written / "tfds"), **chosen}))
+  source = data.load(
+    settings(**{"data.name": "cuttings", "data.data_dir": str(written / "tfds"), **chosen})
+  )
   assert (source.facts.train_examples, source.facts.eval_examples) == (18, 6)
 
 
@@ -328,7 +399,10 @@ def test_wrong_folders_are_refused(tmp_path):
   refused("no such directory", **{"data.data_dir": str(tmp_path / "absent")})
   refused("must hold a directory train; it holds no directories")
   pictures.write_folder(tmp_path)
-  refused("data.eval_split .* must hold a directory holdout; it holds train, val", **{"data.eval_split": "holdout"})
+  refused(
+    "data.eval_split .* must hold a directory holdout; it holds train, val",
+    **{"data.eval_split": "holdout"},
+  )
   (tmp_path / "train" / "void").mkdir()
   refused(r"4 classes and .* has 3; .* In one alone: void")
   (tmp_path / "val" / "void").mkdir()

@@ -28,13 +28,16 @@ def test_without_change_the_two_digits_stand_beside_each_other(monkeypatch):
   scans, digits = load_digits().images, load_digits().target
   evaluated = split(digits)[1]
   for image, label in zip(batch["image"][:20, ..., 0], batch["label"], strict=False):
-    # The middles of the pixels of each scan; the last two columns of the first and the first two of the second overlap.
+    # The middles of the pixels of each scan; the last two columns of the first and the first two of
+    # the second overlap.
     grid = image[2 * 7 + 3 : 10 * 7 : 7, 3::6]
-    for digit, seen, own in ((label // 10, grid[:, :6], slice(0, 6)), (label % 10, grid[:, 8:], slice(2, 8))):
+    for digit, seen, own in (
+      (label // 10, grid[:, :6], slice(0, 6)),
+      (label % 10, grid[:, 8:], slice(2, 8)),
+    ):
       candidates = scans[evaluated[digits[evaluated] == digit]][:, :, own]
-      assert (
-        np.abs(candidates / 16 * 255 - seen).max((1, 2)).min() < 0.13 * 255
-      )  # bilinear, half a column beside the middle
+      # Bilinear, half a column beside the middle.
+      assert np.abs(candidates / 16 * 255 - seen).max((1, 2)).min() < 0.13 * 255
 
 
 def test_every_class_and_the_same_evaluation_for_every_seed(source):
@@ -50,9 +53,13 @@ def test_every_class_and_the_same_evaluation_for_every_seed(source):
 def test_epochs_are_functions_of_seed_and_epoch(source):
   first = images_of(source.train_batches(3, 64))
   assert len(first) == 2688
-  assert np.array_equal(first, images_of(Pairs(image_size=16, augment=True, seed=0).train_batches(3, 64)))
+  assert np.array_equal(
+    first, images_of(Pairs(image_size=16, augment=True, seed=0).train_batches(3, 64))
+  )
   assert not np.array_equal(first, images_of(source.train_batches(4, 64)))
-  assert not np.array_equal(first, images_of(Pairs(image_size=16, augment=True, seed=1).train_batches(3, 64)))
+  assert not np.array_equal(
+    first, images_of(Pairs(image_size=16, augment=True, seed=1).train_batches(3, 64))
+  )
 
 
 def test_without_augmentation_an_epoch_shows_the_same_images_in_another_order():
@@ -62,7 +69,9 @@ def test_without_augmentation_an_epoch_shows_the_same_images_in_another_order():
   assert sorted(map(bytes, one)) == sorted(map(bytes, two))
 
 
-@pytest.mark.parametrize("batches", [lambda s: s.train_batches(5, 96, 3), lambda s: s.eval_batches(96)])
+@pytest.mark.parametrize(
+  "batches", [lambda s: s.train_batches(5, 96, 3), lambda s: s.eval_batches(96)]
+)
 def test_hosts_share_the_rows_of_each_batch(source, batches):
   parts = [Pairs(image_size=16, augment=True, seed=0, host=Host(i, 3)) for i in range(3)]
   for whole, *own in zip(batches(source), *map(batches, parts), strict=True):
@@ -71,4 +80,6 @@ def test_hosts_share_the_rows_of_each_batch(source, batches):
 
 
 def test_an_epoch_goes_on_where_it_was_left(source):
-  assert np.array_equal(images_of(source.train_batches(2, 64))[5 * 64 :], images_of(source.train_batches(2, 64, 5)))
+  assert np.array_equal(
+    images_of(source.train_batches(2, 64))[5 * 64 :], images_of(source.train_batches(2, 64, 5))
+  )

@@ -1,4 +1,6 @@
-"""Decoding, scaling and cutting: agreement with PIL, the rule for random windows, offsets at the edges."""
+"""Decoding, scaling and cutting: agreement with PIL, the rule for random windows, offsets at the
+edges.
+"""
 
 import io
 
@@ -16,7 +18,9 @@ _SEEDS = np.stack([np.arange(2000), np.full(2000, 7)], 1)
 
 # In a traced function a thousand draws take a second; one by one they would take ten.
 _random_parts = tf.function(
-  lambda shape, seeds: tf.map_fn(lambda seed: preprocess.random_part(shape, seed), seeds, fn_output_signature=tf.int32)
+  lambda shape, seeds: tf.map_fn(
+    lambda seed: preprocess.random_part(shape, seed), seeds, fn_output_signature=tf.int32
+  )
 )
 
 
@@ -45,15 +49,20 @@ def _difference(ours, theirs):
 def _pil_center(image, size, shorter, interpolation="bicubic"):
   """Shorter side to `shorter`, then the centre, by torchvision's rule."""
   width, height = image.size
-  target = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
+  target = (
+    (shorter, int(shorter * height / width))
+    if width <= height
+    else (int(shorter * width / height), shorter)
+  )
   image = image if target == image.size else image.resize(target, _PIL[interpolation])
   left, top = (int(round((side - size) / 2)) for side in target)  # noqa: RUF046
   return image.crop((left, top, left + size, top + size))
 
 
-# Agreement with PIL. PIL scales left-right first, then rounds and clips, then scales up-down; here nothing is rounded or
-# clipped in between. Measured: 0.09 to 0.21 levels in the mean (0.23 from 7x5), and at most one, except where the bicubic
-# kernel overshoots 0 or 255 at a hard edge (11), and except in a window's first and last column (17; see
+# Agreement with PIL. PIL scales left-right first, then rounds and clips, then scales up-down; here
+# nothing is rounded or clipped in between. Measured: 0.09 to 0.21 levels in the mean (0.23 from
+# 7x5), and at most one, except where the bicubic kernel overshoots 0 or 255 at a hard edge (11),
+# and except in a window's first and last column (17; see
 # `test_a_window_of_a_jpeg_is_exact_up_to_its_edge_columns`).
 _MEAN, _OVERSHOOT, _EDGE = 0.25, 14, 20
 
@@ -74,8 +83,12 @@ def test_evaluation_agrees_with_pil(photograph, interpolation):
 def test_training_agrees_with_pil_on_the_same_window(photograph, interpolation):
   contents = _encoded(photograph)
   for seed in _SEEDS[:8]:
-    ours = preprocess.random_resized_crop(tf.constant(contents), 224, interpolation, tf.constant(seed))
-    top, left, height, width = preprocess.random_part(tf.constant([427, 640]), tf.constant(seed)).numpy()
+    ours = preprocess.random_resized_crop(
+      tf.constant(contents), 224, interpolation, tf.constant(seed)
+    )
+    top, left, height, width = preprocess.random_part(
+      tf.constant([427, 640]), tf.constant(seed)
+    ).numpy()
     window = _opened(contents).crop((left, top, left + width, top + height))
     window = np.asarray(window.resize((224, 224), _PIL[interpolation]))
     mean, most = _difference(ours, window)
@@ -118,7 +131,9 @@ def test_a_whole_jpeg_is_decoded_exactly(size):
 
 
 def test_a_window_of_a_jpeg_is_exact_up_to_its_edge_columns():
-  """A JPEG's colour has half the resolution; libjpeg interpolates it without what lies left and right of the window."""
+  """A JPEG's colour has half the resolution; libjpeg interpolates it without what lies left and
+  right of the window.
+  """
   contents = _encoded(_PHOTOGRAPHS[1])
   whole, rng = np.asarray(_opened(contents)), np.random.default_rng(0)
   for _ in range(50):
@@ -132,7 +147,9 @@ def test_a_window_of_a_jpeg_is_exact_up_to_its_edge_columns():
 
 
 def test_a_window_of_a_png_is_exact():
-  ours = preprocess.decode(tf.constant(_encoded(_PHOTOGRAPHS[1], "PNG")), tf.constant([3, 5, 70, 90]))
+  ours = preprocess.decode(
+    tf.constant(_encoded(_PHOTOGRAPHS[1], "PNG")), tf.constant([3, 5, 70, 90])
+  )
   assert np.array_equal(ours, np.asarray(_PHOTOGRAPHS[1])[3:73, 5:95])
 
 
@@ -165,7 +182,9 @@ def test_sixteen_bits_keep_the_upper_eight():
 
 
 def test_cmyk_becomes_rgb():
-  """Photographs converted by PIL have no black ink; with black ink TensorFlow cuts the fraction off."""
+  """Photographs converted by PIL have no black ink; with black ink TensorFlow cuts the fraction
+  off.
+  """
   contents = _encoded(_PHOTOGRAPHS[0].convert("CMYK"))
   assert _difference(_decoded_whole(contents), _opened(contents)) == (0, 0)
   inks = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8).repeat(16, 0).repeat(16, 1)
@@ -184,7 +203,9 @@ def test_broken_bytes_are_an_error():
 # The centre.
 
 
-@pytest.mark.parametrize("size", [(500, 375), (375, 500), (301, 257), (333, 256), (256, 331), (100, 80), (31, 90)])
+@pytest.mark.parametrize(
+  "size", [(500, 375), (375, 500), (301, 257), (333, 256), (256, 331), (100, 80), (31, 90)]
+)
 @pytest.mark.parametrize("shorter", [256, 255])
 def test_center_has_torchvisions_offset(size, shorter):
   contents = _encoded(_PHOTOGRAPHS[1].resize(size))
@@ -197,7 +218,9 @@ def test_center_has_torchvisions_offset(size, shorter):
 
 def test_center_of_an_image_that_has_the_size_is_cut_only():
   image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
-  ours = preprocess.center_crop(tf.constant(_encoded(Image.fromarray(image), "PNG")), 224, 0.875, "bicubic")
+  ours = preprocess.center_crop(
+    tf.constant(_encoded(Image.fromarray(image), "PNG")), 224, 0.875, "bicubic"
+  )
   assert np.array_equal(ours, image[16:240, 16:240])
 
 
@@ -211,7 +234,9 @@ def test_windows_are_functions_of_the_seed():
   assert not np.array_equal(other, _windows(375, 500, 1)[0])
 
 
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (64, 64), (20, 15), (3, 2), (1, 1)])
+@pytest.mark.parametrize(
+  ("height", "width"), [(375, 500), (500, 333), (64, 64), (20, 15), (3, 2), (1, 1)]
+)
 def test_windows_lie_inside_and_have_allowed_area_and_ratio(height, width):
   top, left, rows, columns = _windows(height, width).T
   assert min(top.min(), left.min()) >= 0
@@ -225,7 +250,9 @@ def test_windows_lie_inside_and_have_allowed_area_and_ratio(height, width):
 
 
 def test_area_share_is_uniform_and_ratio_log_uniform_where_all_fits():
-  """Up to a share of 0.75 every ratio fits into a square, so that nothing is drawn again because of its size."""
+  """Up to a share of 0.75 every ratio fits into a square, so that nothing is drawn again because of
+  its size.
+  """
   _, _, rows, columns = _windows(4000, 4000, 2000).T
   share, ratio = rows * columns / 4000**2, np.log(columns / rows)
   below = share[share < 0.75]
@@ -279,7 +306,12 @@ def test_padded_crop_cuts_every_offset_out_of_a_black_frame():
   found = set()
   for seed in _SEEDS[:300]:
     ours = crop(tf.constant(seed)).numpy()
-    places = [(y, x) for y in range(5) for x in range(5) if np.array_equal(framed[y : y + 8, x : x + 8], ours)]
+    places = [
+      (y, x)
+      for y in range(5)
+      for x in range(5)
+      if np.array_equal(framed[y : y + 8, x : x + 8], ours)
+    ]
     assert len(places) == 1
     found.update(places)
   assert len(found) == 25
@@ -290,7 +322,9 @@ def test_half_of_the_images_are_mirrored():
   flip = tf.function(lambda seed: preprocess.random_flip(tf.constant(image), seed))
   flips = [flip(tf.constant(seed)).numpy() for seed in _SEEDS[:400]]
   mirrored = np.array([np.array_equal(ours, image[:, ::-1]) for ours in flips])
-  assert all(np.array_equal(ours, image) for ours, turned in zip(flips, mirrored, strict=True) if not turned)
+  assert all(
+    np.array_equal(ours, image) for ours, turned in zip(flips, mirrored, strict=True) if not turned
+  )
   # Four standard deviations of 400 draws.
   assert abs(mirrored.mean() - 0.5) < 0.1
 
@@ -298,7 +332,11 @@ def test_half_of_the_images_are_mirrored():
 def test_mirror_does_not_depend_on_the_window():
   seeds = tf.constant(_SEEDS[:1000])
   image = tf.constant([[[0], [1]]])
-  flip = tf.function(lambda seeds: tf.map_fn(lambda seed: preprocess.random_flip(image, seed)[0, 0, 0], seeds, tf.int32))
+  flip = tf.function(
+    lambda seeds: tf.map_fn(
+      lambda seed: preprocess.random_flip(image, seed)[0, 0, 0], seeds, tf.int32
+    )
+  )
   windows = _windows(375, 500)
   for column in (windows[:, 2] * windows[:, 3], windows[:, 0], windows[:, 1]):
     assert abs(np.corrcoef(column, flip(seeds).numpy())[0, 1]) < 4 / np.sqrt(1000)
@@ -310,7 +348,9 @@ def test_of_a_long_strip_only_the_middle_is_scaled(kind):
   strip = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 4000, 3), np.uint8))
   contents = _encoded(strip, kind)
   middle = _encoded(_opened(contents).crop((1980, 0, 2020, 10)), "PNG")
-  whole, part = (preprocess.center_crop(image, 224, 0.875, "bicubic").numpy() for image in (contents, middle))
+  whole, part = (
+    preprocess.center_crop(image, 224, 0.875, "bicubic").numpy() for image in (contents, middle)
+  )
   # The middle 9 columns are seen; a window of a JPEG is exact up to its edge columns.
   assert np.array_equal(whole, part)
 

@@ -33,8 +33,12 @@ def imagenet(tmp_path_factory):
   # As in ImageNet: one picture of CMYK, one of gray.
   train["n01440764"]["n01440764_7.JPEG"] = pictures.encoded(images[2].convert("CMYK"))
   train["n01443537"]["n01443537_7.JPEG"] = pictures.encoded(images[5].convert("L"))
-  pictures.write_imagenet_archives(root / "tars", train, [pictures.encoded(image) for image in images[:5]])
-  code = prepare.main(["imagenet2012", f"--data_dir={root / 'tfds'}", f"--manual_dir={root / 'tars'}"])
+  pictures.write_imagenet_archives(
+    root / "tars", train, [pictures.encoded(image) for image in images[:5]]
+  )
+  code = prepare.main(
+    ["imagenet2012", f"--data_dir={root / 'tfds'}", f"--manual_dir={root / 'tars'}"]
+  )
   assert code == 0
   return root / "tfds"
 
@@ -56,9 +60,14 @@ def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path, capsys, arguments
 
 def test_imagenet_as_the_guide_prepares_it(imagenet):
   source = data.load(settings(mbv2_w4.get_config(), **{"data.data_dir": str(imagenet)}))
-  assert (source.facts.train_examples, source.facts.eval_examples, source.facts.num_classes) == (8, 5, 1000)
+  assert (source.facts.train_examples, source.facts.eval_examples, source.facts.num_classes) == (
+    8,
+    5,
+    1000,
+  )
   batches = list(source.train_batches(0, 4))
-  assert all(batch["mask"].all() for batch in batches)  # the CMYK and the gray picture are not broken
+  # The CMYK and the gray picture are not broken.
+  assert all(batch["mask"].all() for batch in batches)
   labels = np.concatenate([batch["label"] for batch in batches])
   assert sorted(labels) == [0, 0, 0, 1, 1, 1, 217, 217]
   assert {batch["image"].shape for batch in batches} == {(4, 224, 224, 3)}
@@ -74,7 +83,13 @@ def small_images(count, seed):
 def cifar10(tmp_path_factory):
   directory = tmp_path_factory.mktemp("cifar10")
   names = [str(i) for i in range(10)]
-  options = {"eval_split": "test", "classes": names, "make": small_images, "shape": (32, 32, 3), "texts": ("id",)}
+  options = {
+    "eval_split": "test",
+    "classes": names,
+    "make": small_images,
+    "shape": (32, 32, 3),
+    "texts": ("id",),
+  }
   return pictures.write_tfds(directory, "cifar10", train=16, evaluation=6, **options)
 
 
@@ -83,15 +98,20 @@ def test_the_cifar10_preset_sees_whole_small_images(cifar10):
   assert source.facts.normalization.mean == (0.4914, 0.4822, 0.4465)
   images = np.concatenate([batch["image"][batch["mask"]] for batch in source.eval_batches(4)])
   expected = np.stack([np.asarray(image) for image, _ in small_images(6, 2)])
-  assert {image.tobytes() for image in images} == {image.tobytes() for image in expected}  # not scaled, not cut
+  # Not scaled, not cut.
+  assert {image.tobytes() for image in images} == {image.tobytes() for image in expected}
   moved = next(source.train_batches(0, 4))["image"]
-  originals = [np.pad(np.asarray(image), [(4, 4), (4, 4), (0, 0)]) for image, _ in small_images(16, 1)]
+  originals = [
+    np.pad(np.asarray(image), [(4, 4), (4, 4), (0, 0)]) for image, _ in small_images(16, 1)
+  ]
   for image in moved:
     assert any(
       np.array_equal(image, view)
       for original in originals
       for mirrored in (original, original[:, ::-1])
-      for view in np.lib.stride_tricks.sliding_window_view(mirrored, (32, 32, 3))[:, :, 0].reshape(-1, 32, 32, 3)
+      for view in np.lib.stride_tricks.sliding_window_view(mirrored, (32, 32, 3))[:, :, 0].reshape(
+        -1, 32, 32, 3
+      )
     )
 
 

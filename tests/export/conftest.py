@@ -16,10 +16,20 @@ def write_run(workdir, best, **changes):
   settings = settings_of(MODEL, **CHANGES, **changes)
   workdir = epath.Path(workdir)
   files.claim_workdir(workdir, settings, data.load(settings))
-  phase = {"index": 1, "name": "w4a4 ft1", "kind": "train", "weight_bits": 4, "act_bits": 4, "epochs": 2, "steps": 8}
+  phase = {
+    "index": 1,
+    "name": "w4a4 ft1",
+    "kind": "train",
+    "weight_bits": 4,
+    "act_bits": 4,
+    "epochs": 2,
+    "steps": 8,
+  }
   times = {"seconds": 1.0, "compile_seconds": 0.5}
   record = PhaseRecord(**phase, top1=9.5, top1_ema=None, loss=2.3, frozen=[], **times)
-  scores = Best(epoch=2, phase=1, top1=9.5, top5=51.0, weights="raw", examples=450) if best else None
+  scores = (
+    Best(epoch=2, phase=1, top1=9.5, top5=51.0, weights="raw", examples=450) if best else None
+  )
   progress = Progress(phase=2, total_epochs=2, records=[record], best=scores)
   writer = snapshots.Writer(workdir / "checkpoints", keep=1)
   writer.save(1, {"best": random_variables(settings) if best else None}, progress.to_dict())

@@ -1,4 +1,6 @@
-"""Nets with random numbers of the size that training gives: nothing is compiled, and no level of a quantizer is empty."""
+"""Nets with random numbers of the size that training gives: nothing is compiled, and no level of a
+quantizer is empty.
+"""
 
 import functools
 
@@ -51,7 +53,9 @@ def random_variables(settings, classes=10, seed=0):
       largest = np.abs(tree["kernel"]).max()
       for name, share in (("quant_a", 0.6), ("quant_c", 0.8)):
         tree[name] = np.float32(np.log(np.expm1(share * largest)))
-    return {name: of_kernels(part) if isinstance(part, dict) else part for name, part in tree.items()}
+    return {
+      name: of_kernels(part) if isinstance(part, dict) else part for name, part in tree.items()
+    }
 
   return {"params": of_kernels(variables["params"]), "batch_stats": variables["batch_stats"]}
 

@@ -58,15 +58,18 @@ def test_kernel_codes_are_those_of_the_quantizer(bits):
   kernel, raw = np.float32(rng.normal(size=(3, 3, 64, 64))), np.float32(0.3)
   steps = 2 ** (bits - 1) - 1
   codes = kernel_codes(kernel, raw, steps)
-  values = duq.quantize(jnp.asarray(kernel), jnp.asarray(raw), jnp.asarray(raw), jnp.float32(steps), "symmetric")
+  values = duq.quantize(
+    jnp.asarray(kernel), jnp.asarray(raw), jnp.asarray(raw), jnp.float32(steps), "symmetric"
+  )
   interval = np.logaddexp(0, np.float64(raw))
   np.testing.assert_array_equal(codes, np.rint(np.float64(values) * steps / interval))
   assert set(np.unique(codes)) == set(range(-steps, steps + 1))
 
 
 def test_sums_stay_exact_in_float32():
-  # The largest that any published net can reach: every code the largest, at 8 bits by 8 bits in the widest layers. Above
-  # 2^24 float32 has no odd numbers; such a sum needs codes that no trained net has, and verification would see it.
+  # The largest that any published net can reach: every code the largest, at 8 bits by 8 bits in the
+  # widest layers. Above 2^24 float32 has no odd numbers; such a sum needs codes that no trained net
+  # has, and verification would see it.
   for name in ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large"):
     for layer in full_net(name, 4).layers:
       terms = layer.kernel[..., 0].size
@@ -79,11 +82,14 @@ def test_a_border_that_has_no_code_is_refused():
 
 
 def test_costs_of_the_published_nets():
-  # Multiply-accumulates at 224 pixels, in millions: v1 569 (arXiv 1704.04861, table 4), v2 300 (arXiv 1801.04381, table 4),
-  # v3 large 219 and small 56 (arXiv 1905.02244, table 3).
+  # Multiply-accumulates at 224 pixels, in millions: v1 569 (arXiv 1704.04861, table 4), v2 300
+  # (arXiv 1801.04381, table 4), v3 large 219 and small 56 (arXiv 1905.02244, table 3).
   for name, millions in (
-    ("mobilenet_v1", 569), ("mobilenet_v2", 300), ("mobilenet_v3_large", 219), ("mobilenet_v3_small", 56)
-  ):  # fmt: skip
+    ("mobilenet_v1", 569),
+    ("mobilenet_v2", 300),
+    ("mobilenet_v3_large", 219),
+    ("mobilenet_v3_small", 56),
+  ):
     rows = costs(full_net(name, 4))
     assert sum(row.macs for row in rows) == pytest.approx(millions * 1e6, rel=0.03), name
     assert all(row.bops == row.macs * 4 * row.input_bits for row in rows)
@@ -91,8 +97,11 @@ def test_costs_of_the_published_nets():
 
 
 def test_a_compiled_reference_computes_what_single_operations_do():
-  # XLA would join a product and a sum into one operation that rounds once, and ties would fall elsewhere.
+  # XLA would join a product and a sum into one operation that rounds once, and ties would fall
+  # elsewhere.
   _, _, net = random_net("mobilenet_v2", 3, 3)
   _, single = reference.run_with_codes(net, images()[:4])
-  compared = verify.compare(net, [images()[:4]], lambda image: (np.asarray(reference.run(net, image)), dict(single)))
+  compared = verify.compare(
+    net, [images()[:4]], lambda image: (np.asarray(reference.run(net, image)), dict(single))
+  )
   assert not compared.differing

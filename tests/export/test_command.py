@@ -1,4 +1,4 @@
-"""`--mode export`: verified files with cards, and no file where something differs; then their use."""
+"""`--mode export`: verified files with cards, and no file if something differs; then their use."""
 
 import dataclasses
 import hashlib
@@ -42,7 +42,9 @@ def test_every_file_has_a_card_that_is_true(exported, name):
   assert card["top1"]["equal"]
   assert card["top1"]["examples"] == 450
   assert card["verification"]["file"]["codes"] > 400_000
-  assert card["cost"]["bops"] == sum(layer["macs"] * layer["weight_bits"] * layer["input_bits"] for layer in card["layers"])
+  assert card["cost"]["bops"] == sum(
+    layer["macs"] * layer["weight_bits"] * layer["input_bits"] for layer in card["layers"]
+  )
   assert [phase["name"] for phase in card["training"]["phases"]] == ["w4a4 ft1"]
   assert set(formats.FORMATS[name].packages) <= set(card["versions"])
   text = (exported / f"{path.name}.md").read_text()
@@ -55,13 +57,18 @@ def test_nothing_else_lies_there(exported):
 
 
 def changed(net, node_name, **fields):
-  nodes = tuple(dataclasses.replace(node, **fields) if node.name == node_name else node for node in net.nodes)
+  nodes = tuple(
+    dataclasses.replace(node, **fields) if node.name == node_name else node for node in net.nodes
+  )
   return net._replace(nodes=nodes)
 
 
 def test_a_file_that_is_not_what_was_trained_is_not_kept(exported, monkeypatch, capsys):
   write, path = onnx_file.write, exported / f"{STEM}.onnx"
-  before = path.read_bytes(), [(exported / f"{path.name}.{kind}").read_text() for kind in ("json", "md")]
+  before = (
+    path.read_bytes(),
+    [(exported / f"{path.name}.{kind}").read_text() for kind in ("json", "md")],
+  )
 
   def write_wrong(net, to):
     layer = next(layer for layer in net.layers if layer.name == "block03/project_conv")
@@ -115,11 +122,14 @@ def picture(tmp_path_factory):
 
 def test_all_formats_predict_the_same(exported, picture):
   found = [
-    next(iter(predict.predict(exported / f"{STEM}{formats.FORMATS[name].suffix}", [picture]))) for name in formats.DEFAULT
+    next(iter(predict.predict(exported / f"{STEM}{formats.FORMATS[name].suffix}", [picture])))
+    for name in formats.DEFAULT
   ]
   assert len(found[0]) == 5
   assert all([name for name, _ in best] == [name for name, _ in found[0]] for best in found)
-  np.testing.assert_allclose([[p for _, p in best] for best in found], [[p for _, p in found[0]]] * len(found), rtol=1e-5)
+  np.testing.assert_allclose(
+    [[p for _, p in best] for best in found], [[p for _, p in found[0]]] * len(found), rtol=1e-5
+  )
 
 
 def test_the_example_gives_the_same_classes(exported, picture):
@@ -172,14 +182,16 @@ def test_a_file_that_was_changed_after_its_verification(exported, picture, tmp_p
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize(("size", "share"), [((640, 427), 0.875), ((300, 1000), 0.875), ((700, 100), 1.0), ((32, 32), 1.0)])
+@pytest.mark.parametrize(
+  ("size", "share"), [((640, 427), 0.875), ((300, 1000), 0.875), ((700, 100), 1.0), ((32, 32), 1.0)]
+)
 def test_pictures_are_prepared_as_in_the_evaluation(tmp_path, interpolation, size, share):
   path = tmp_path / "picture.png"
   Image.fromarray(load_sample_image("china.jpg")).resize(size).save(path)
   ours = read_picture(path, 64, share, interpolation)
   theirs = preprocess.center_crop(path.read_bytes(), 64, share, interpolation).numpy()
-  # Between the two axes PIL rounds to bytes, and cuts off what bicubic scaling swings beyond 0 and 255, which is most where
-  # it enlarges; TensorFlow does neither.
+  # Between the two axes PIL rounds to bytes, and cuts off what bicubic scaling swings beyond 0 and
+  # 255, which is most where it enlarges; TensorFlow does neither.
   difference = np.abs(np.int32(ours) - np.int32(theirs))
   assert difference.max() <= (2 if min(size) > 64 else 4)
   assert difference.mean() < 0.3

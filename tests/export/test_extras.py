@@ -57,4 +57,6 @@ def test_qonnx_knows_that_all_are_integers(tmp_path):
   kernels = {model.get_tensor_datatype(f"{layer.name}/kernel").name for layer in net.layers}
   assert kernels == {"INT4"}
   for quantizer in net.quantizers:
-    assert model.get_tensor_datatype(quantizer.name).name == ("INT4" if quantizer.signed else "UINT4")
+    assert model.get_tensor_datatype(quantizer.name).name == (
+      "INT4" if quantizer.signed else "UINT4"
+    )

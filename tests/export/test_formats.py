@@ -1,4 +1,6 @@
-"""Every format: the codes that a file computes are the reference's, and the files are as small as they should be."""
+"""Every format: the codes that a file computes are the reference's, and the files are as small as
+they should be.
+"""
 
 import sys
 
@@ -54,35 +56,54 @@ def test_safetensors_are_as_their_documentation_says(tmp_path):
   _, _, net = random_net("mobilenet_v2", 4, 4)
   safetensors_file.write(net, tmp_path / "net.safetensors")
   with safetensors.safe_open(tmp_path / "net.safetensors", "numpy") as file:
-    assert set(file.keys()) == {f"{layer.name}.{what}" for layer in net.layers for what in ("codes", "affine")}
+    assert set(file.keys()) == {
+      f"{layer.name}.{what}" for layer in net.layers for what in ("codes", "affine")
+    }
     layer = net.layers[3]
-    low, high = file.get_tensor(f"{layer.name}.codes")[0] & 15, file.get_tensor(f"{layer.name}.codes")[0] >> 4
+    low, high = (
+      file.get_tensor(f"{layer.name}.codes")[0] & 15,
+      file.get_tensor(f"{layer.name}.codes")[0] >> 4,
+    )
   signed = [int(code) - 16 * (code > 7) for code in (low, high)]
   assert signed == layer.kernel.ravel()[:2].tolist()
 
 
 @pytest.mark.parametrize(
-  ("bits", "kind", "opset"), [(2, "INT2", 25), (3, "INT4", 21), (4, "INT4", 21), (5, "INT8", 21), (8, "INT8", 21)]
+  ("bits", "kind", "opset"),
+  [(2, "INT2", 25), (3, "INT4", 21), (4, "INT4", 21), (5, "INT8", 21), (8, "INT8", 21)],
 )
 def test_onnx_kernels_are_packed_integers(tmp_path, bits, kind, opset):
   _, _, net = random_net("mobilenet_v1", bits, 4)
   onnx_file.write(net, tmp_path / "net.onnx")
   model = onnx.load(tmp_path / "net.onnx")
   assert [entry.version for entry in model.opset_import] == [opset]
-  kernels = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith("/codes")}
+  kernels = {
+    tensor.name: tensor for tensor in model.graph.initializer if tensor.name.endswith("/codes")
+  }
   assert len(kernels) == len(net.layers)
   assert {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in kernels.values()} == {kind}
   for layer in net.layers:
     raw = np.frombuffer(kernels[f"{layer.name}/codes"].raw_data, np.uint8)
     kernel = layer.kernel if layer.dense else layer.kernel.transpose(3, 2, 0, 1)
-    np.testing.assert_array_equal(unpack(raw, 2 if bits == 2 else 4 if bits <= 4 else 8, kernel.shape), kernel)
-  floats = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
-  assert max(np.prod(tensor.dims) for tensor in floats) == max(layer.kernel.shape[-1] for layer in net.layers)
+    np.testing.assert_array_equal(
+      unpack(raw, 2 if bits == 2 else 4 if bits <= 4 else 8, kernel.shape), kernel
+    )
+  floats = [
+    tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
+  ]
+  assert max(np.prod(tensor.dims) for tensor in floats) == max(
+    layer.kernel.shape[-1] for layer in net.layers
+  )
 
 
 @pytest.mark.parametrize(
   ("name", "bits", "limit"),
-  [("onnx", 4, 2_000_000), ("jax", 4, 2_100_000), ("safetensors", 4, 1_900_000), ("onnx", 2, 1_150_000)],
+  [
+    ("onnx", 4, 2_000_000),
+    ("jax", 4, 2_100_000),
+    ("safetensors", 4, 1_900_000),
+    ("onnx", 2, 1_150_000),
+  ],
 )
 def test_sizes_of_the_published_mobilenet_v2(tmp_path, name, bits, limit):
   path = tmp_path / "file"
@@ -95,7 +116,11 @@ def test_names_of_formats():
   for wrong in (["onx"], ["onnx", ""], []):
     with pytest.raises(ConfigError, match="must be one of onnx, jax, safetensors, qonnx, litert"):
       formats.named(wrong)
-  assert [formats.of_file(f"a/b{suffix}") for suffix in (".onnx", ".qonnx.onnx", ".tflite")] == ["onnx", "qonnx", "litert"]
+  assert [formats.of_file(f"a/b{suffix}") for suffix in (".onnx", ".qonnx.onnx", ".tflite")] == [
+    "onnx",
+    "qonnx",
+    "litert",
+  ]
   with pytest.raises(ConfigError, match="its name must end in one of"):
     formats.of_file("net.pth")
 
@@ -103,5 +128,7 @@ def test_names_of_formats():
 def test_a_package_that_is_not_installed(monkeypatch):
   monkeypatch.setitem(sys.modules, "qonnx", None)
   monkeypatch.delitem(sys.modules, "profit_jax.export.qonnx_file", raising=False)
-  with pytest.raises(ConfigError, match=r"Format qonnx needs qonnx.*pip install .* requirements-qonnx\.txt"):
+  with pytest.raises(
+    ConfigError, match=r"Format qonnx needs qonnx.*pip install .* requirements-qonnx\.txt"
+  ):
     formats.load("qonnx")

@@ -20,9 +20,17 @@ def test_bits_of_a_field():
   assert [field_bits(bits) for bits in range(2, 9)] == [2, 4, 4, 8, 8, 8, 8]
 
 
-@given(st.sampled_from([2, 4, 8]), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+@given(
+  st.sampled_from([2, 4, 8]),
+  st.lists(st.integers(1, 5), min_size=1, max_size=4),
+  st.integers(0, 2**32 - 1),
+)
 def test_unpack_is_the_inverse(width, shape, seed):
-  codes = np.random.default_rng(seed).integers(-(2 ** (width - 1)), 2 ** (width - 1), shape).astype(np.int8)
+  codes = (
+    np.random.default_rng(seed)
+    .integers(-(2 ** (width - 1)), 2 ** (width - 1), shape)
+    .astype(np.int8)
+  )
   packed = pack(codes, width)
   assert packed.nbytes == -(-codes.size * width // 8)
   np.testing.assert_array_equal(unpack(packed, width, tuple(shape)), codes)
@@ -30,8 +38,14 @@ def test_unpack_is_the_inverse(width, shape, seed):
 
 @pytest.mark.parametrize("width", [2, 4, 8])
 def test_unpacking_inside_a_program_gives_the_same(width):
-  codes = np.random.default_rng(0).integers(-(2 ** (width - 1)), 2 ** (width - 1), (3, 3, 5, 7)).astype(np.int8)
-  inside = jax.jit(lambda packed: unpack(packed, width, codes.shape))(jnp.asarray(pack(codes, width)))
+  codes = (
+    np.random.default_rng(0)
+    .integers(-(2 ** (width - 1)), 2 ** (width - 1), (3, 3, 5, 7))
+    .astype(np.int8)
+  )
+  inside = jax.jit(lambda packed: unpack(packed, width, codes.shape))(
+    jnp.asarray(pack(codes, width))
+  )
   np.testing.assert_array_equal(inside, codes)
   assert inside.dtype == jnp.int8
 

@@ -17,7 +17,9 @@ from tests import golden_data
 def golden_model():
   model = REGISTRY["mobilenet_v2"](num_classes=10, width=0.5, activation="relu", dropout=0.0)
   tensors = golden_data.tensors(golden_data.load("mobilenet_v2.json"))
-  loaded = import_variables("mobilenet_v2", variable_shapes(model, 64), tensors, "golden", dtype=np.float64)
+  loaded = import_variables(
+    "mobilenet_v2", variable_shapes(model, 64), tensors, "golden", dtype=np.float64
+  )
   assert (loaded.source, loaded.quantizers) == ("authors", True)
   return model, loaded.variables
 
@@ -25,11 +27,15 @@ def golden_model():
 @functools.cache
 def golden_program(mode):
   model, _ = golden_model()
-  return jax.jit(lambda v, x, steps: model.apply(v, x, steps, mode == "train", mutable=["batch_stats"])[0])
+  return jax.jit(
+    lambda v, x, steps: model.apply(v, x, steps, mode == "train", mutable=["batch_stats"])[0]
+  )
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize(("weight_bits", "act_bits"), [(None, None), (None, 8), (8, 8), (4, 4), (3, 3)])
+@pytest.mark.parametrize(
+  ("weight_bits", "act_bits"), [(None, None), (None, 8), (8, 8), (4, 4), (3, 3)]
+)
 def test_authors_logits(weight_bits, act_bits, mode):
   _, variables = golden_model()
   image = golden_data.images("input:mobilenet_v2", (4, 3, 64, 64))
@@ -40,7 +46,8 @@ def test_authors_logits(weight_bits, act_bits, mode):
 
 
 @pytest.mark.parametrize(
-  ("channels", "expected"), [(32 * 0.25, 8), (24 * 0.25, 8), (96 * 0.35, 32), (11, 16), (320 * 0.75, 240)]
+  ("channels", "expected"),
+  [(32 * 0.25, 8), (24 * 0.25, 8), (96 * 0.35, 32), (11, 16), (320 * 0.75, 240)],
 )
 def test_channels_round_to_multiples_of_8_and_at_most_a_tenth_down(channels, expected):
   assert divisible_by_8(channels) == expected
@@ -49,7 +56,9 @@ def test_channels_round_to_multiples_of_8_and_at_most_a_tenth_down(channels, exp
 def test_small_image_strides_keep_a_map_of_more_than_one_pixel():
   model = REGISTRY["mobilenet_v2"](num_classes=7, width=0.25, strides=(2, 1, 2, 2, 2, 1, 1, 1))
   _, sown = jax.eval_shape(
-    lambda key: model.init_with_output(key, np.zeros((1, 32, 32, 3), np.float32), capture_intermediates=True),
+    lambda key: model.init_with_output(
+      key, np.zeros((1, 32, 32, 3), np.float32), capture_intermediates=True
+    ),
     jax.random.key(0),
   )
   assert sown["intermediates"]["head_norm"]["__call__"][0].shape == (1, 2, 2, 1280)
@@ -64,7 +73,9 @@ def test_relu6_bounds_what_relu_does_not():
     model = REGISTRY["mobilenet_v2"](num_classes=10, width=0.5, activation=activation, dropout=0.0)
     single = jax.tree.map(lambda leaf: leaf.astype(np.float32), variables)
     stem = jax.jit(
-      lambda v, x, model=model: model.apply(v, x, capture_intermediates=True)[1]["intermediates"]["stem_quant"]
+      lambda v, x, model=model: model.apply(v, x, capture_intermediates=True)[1]["intermediates"][
+        "stem_quant"
+      ]
     )
     sown = stem(single, image)
     largest[activation] = float(sown["__call__"][0].max())

@@ -23,24 +23,35 @@ def golden_program(mode):
     num_classes=10, squeeze_excite="before", channel_rounding="up", bn_momentum=0.9997, dropout=0.0
   )
   tensors = golden_data.tensors(golden_data.load("mobilenet_v3_large.json"))
-  loaded = import_variables("mobilenet_v3_large", variable_shapes(model, 64), tensors, "golden", dtype=np.float64)
+  loaded = import_variables(
+    "mobilenet_v3_large", variable_shapes(model, 64), tensors, "golden", dtype=np.float64
+  )
   assert (loaded.source, loaded.quantizers) == ("authors", True)
-  apply = jax.jit(lambda v, x, steps: model.apply(v, x, steps, mode == "train", mutable=["batch_stats"])[0])
+  apply = jax.jit(
+    lambda v, x, steps: model.apply(v, x, steps, mode == "train", mutable=["batch_stats"])[0]
+  )
   return functools.partial(apply, loaded.variables)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize(("weight_bits", "act_bits"), [(None, None), (None, 8), (8, 8), (4, 4), (3, 3)])
+@pytest.mark.parametrize(
+  ("weight_bits", "act_bits"), [(None, None), (None, 8), (8, 8), (4, 4), (3, 3)]
+)
 def test_authors_logits(weight_bits, act_bits, mode):
-  expected = golden_data.load("mobilenet_v3_large.npz")[f"w{weight_bits or 0}a{act_bits or 0}_{mode}"]
+  expected = golden_data.load("mobilenet_v3_large.npz")[
+    f"w{weight_bits or 0}a{act_bits or 0}_{mode}"
+  ]
   with jax.enable_x64(True):
     image = golden_data.images("input:mobilenet_v3_large", (4, 3, 64, 64))
     logits = golden_program(mode)(image, levels(weight_bits, act_bits))
   assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
 
 
-# What the two roundings make of the expansions of MobileNet-v3 at width 0.75; torchvision's and the authors' formulas.
-@pytest.mark.parametrize(("channels", "nearest", "up"), [(16, 16, 16), (72, 56, 56), (40, 32, 32), (184, 136, 144)])
+# What the two roundings make of the expansions of MobileNet-v3 at width 0.75; torchvision's and the
+# authors' formulas.
+@pytest.mark.parametrize(
+  ("channels", "nearest", "up"), [(16, 16, 16), (72, 56, 56), (40, 32, 32), (184, 136, 144)]
+)
 def test_channel_rounding(channels, nearest, up):
   assert (divisible_by_8(channels * 0.75), up_to_multiple_of_8(channels * 0.75)) == (nearest, up)
 
@@ -55,29 +66,41 @@ def modules(model, kind):
     return call(*args, **kwargs)
 
   with nn.intercept_methods(watch):
-    jax.eval_shape(lambda key: model.init(key, np.zeros((1, 64, 64, 3), np.float32)), jax.random.key(0))
+    jax.eval_shape(
+      lambda key: model.init(key, np.zeros((1, 64, 64, 3), np.float32)), jax.random.key(0)
+    )
   return found
 
 
 @pytest.mark.parametrize("pad_value", [-0.375, 0.0])
 def test_depthwise_convolutions_after_hswish_pad_with_the_padding_value(pad_value):
   convs = modules(REGISTRY["mobilenet_v3_small"](pad_value=pad_value), QuantConv)
-  # The first block's input is the stem's h-swish; from the fourth on all non-linearities are h-swish.
+  # The first block's input is the stem's h-swish; from the fourth on all non-linearities are
+  # h-swish.
   after_hswish = {f"block{index:02d}/depthwise_conv" for index in (0, *range(3, 11))}
-  assert {name for name, conv in convs.items() if conv.kernel_size > 1 and conv.pad_value == -0.375} == (
-    after_hswish if pad_value else set()
-  )
+  assert {
+    name for name, conv in convs.items() if conv.kernel_size > 1 and conv.pad_value == -0.375
+  } == (after_hswish if pad_value else set())
 
 
 def test_quantizers_have_the_kind_of_the_non_linearity_before_them():
-  kinds = {name: quantizer.kind for name, quantizer in modules(REGISTRY["mobilenet_v3_small"](), QuantAct).items()}
-  assert kinds["block00/input_quant"] == "hswish"
-  assert kinds["block00/depthwise_quant"] == kinds["block00/squeeze_excite/reduce_quant"] == "unsigned"
-  assert {kinds[f"block{index:02d}/input_quant"] for index in range(1, 11)} == {"symmetric"}
-  assert {kinds[f"block{index:02d}/{part}_quant"] for index in (1, 2) for part in ("expand", "depthwise")} == {"unsigned"}
-  assert {kinds[f"block{index:02d}/{part}_quant"] for index in range(3, 11) for part in ("expand", "depthwise")} == {
-    "hswish"
+  kinds = {
+    name: quantizer.kind
+    for name, quantizer in modules(REGISTRY["mobilenet_v3_small"](), QuantAct).items()
   }
+  assert kinds["block00/input_quant"] == "hswish"
+  assert (
+    kinds["block00/depthwise_quant"] == kinds["block00/squeeze_excite/reduce_quant"] == "unsigned"
+  )
+  assert {kinds[f"block{index:02d}/input_quant"] for index in range(1, 11)} == {"symmetric"}
+  assert {
+    kinds[f"block{index:02d}/{part}_quant"] for index in (1, 2) for part in ("expand", "depthwise")
+  } == {"unsigned"}
+  assert {
+    kinds[f"block{index:02d}/{part}_quant"]
+    for index in range(3, 11)
+    for part in ("expand", "depthwise")
+  } == {"hswish"}
   assert (kinds["head_input_quant"], kinds["head_quant"], kinds["pre_classifier_quant"]) == (
     "symmetric",
     "hswish",
@@ -106,7 +129,9 @@ def test_an_hswish_quantizer_never_sees_less_than_its_code_0(order):
 
   @jax.jit
   def seen(x):
-    _, sown = block.init_with_output(jax.random.key(0), x, Levels(), True, capture_intermediates=True)
+    _, sown = block.init_with_output(
+      jax.random.key(0), x, Levels(), True, capture_intermediates=True
+    )
     return sown["intermediates"]["depthwise_quant"]["__call__"][0]
 
   quantized_input = seen(x)

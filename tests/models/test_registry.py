@@ -1,4 +1,4 @@
-"""Every model against the code that its published weights come from, and what the registry checks."""
+"""Every model against the code of its published weights, and what the registry checks."""
 
 import functools
 
@@ -23,7 +23,10 @@ PUBLISHED = {
   ("importer", "torchvision_resnet18"): ("resnet18", {}),
   ("importer", "torchvision_mobilenet_v3_small"): ("mobilenet_v3_small", TORCHVISION_V3),
   ("importer", "torchvision_mobilenet_v2_width035"): ("mobilenet_v2", {"width": 0.35}),
-  ("importer", "torchvision_mobilenet_v3_large_width075"): ("mobilenet_v3_large", {**TORCHVISION_V3, "width": 0.75}),
+  ("importer", "torchvision_mobilenet_v3_large_width075"): (
+    "mobilenet_v3_large",
+    {**TORCHVISION_V3, "width": 0.75},
+  ),
   ("importer", "timm_mobilenetv1_100"): ("mobilenet_v1", {}),
   ("importer", "timm_mobilenetv2_100"): ("mobilenet_v2", {}),
   ("importer", "timm_mobilenetv3_large_100"): ("mobilenet_v3_large", ZERO_PAD),
@@ -50,7 +53,9 @@ def test_published_code_has_the_same_logits(file, key):
   loaded = import_variables(name, variable_shapes(model, 64), tensors, "golden", dtype=np.float64)
   assert loaded.source == key.split("_")[0]
   with jax.enable_x64(True):
-    logits = jax.jit(model.apply)(loaded.variables, golden_data.images(f"input:{key}", (2, 3, 64, 64)))
+    logits = jax.jit(model.apply)(
+      loaded.variables, golden_data.images(f"input:{key}", (2, 3, 64, 64))
+    )
   expected = golden_data.load(f"{file}_logits.npz")[key]
   assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
 
@@ -70,18 +75,28 @@ def test_published_code_has_the_same_logits(file, key):
 )
 def test_parameter_counts(model, count):
   params = traverse_util.flatten_dict(shapes(model)["params"])
-  assert sum(np.prod(leaf.shape) for path, leaf in params.items() if not path[-1].startswith("quant")) == count
+  assert (
+    sum(np.prod(leaf.shape) for path, leaf in params.items() if not path[-1].startswith("quant"))
+    == count
+  )
 
 
 @pytest.mark.parametrize("model", sorted(REGISTRY.keys() - TEACHERS_ONLY))
 def test_every_kernel_is_quantized(model):
   for path in traverse_util.flatten_dict(shapes(model)["params"]):
     if path[-1] == "kernel":
-      assert "quant_a" in functools.reduce(lambda tree, name: tree[name], path[:-1], shapes(model)["params"]), path
+      assert "quant_a" in functools.reduce(
+        lambda tree, name: tree[name], path[:-1], shapes(model)["params"]
+      ), path
 
 
 @pytest.mark.parametrize(
-  ("model", "last"), [("mobilenet_v1", "block12"), ("mobilenet_v3_small", "head_norm"), ("resnet18", "stage4_block01")]
+  ("model", "last"),
+  [
+    ("mobilenet_v1", "block12"),
+    ("mobilenet_v3_small", "head_norm"),
+    ("resnet18", "stage4_block01"),
+  ],
 )
 @pytest.mark.parametrize(("strides", "pixels"), [((), 7), ("fewer", 14)])
 def test_strides(model, last, strides, pixels):
@@ -89,23 +104,39 @@ def test_strides(model, last, strides, pixels):
   strides = (*STRIDES[model][:-1], 1) if strides else ()
   module = REGISTRY[model](strides=strides)
   _, sown = jax.eval_shape(
-    lambda key: module.init_with_output(key, np.zeros((1, 224, 224, 3), np.float32), capture_intermediates=True),
+    lambda key: module.init_with_output(
+      key, np.zeros((1, 224, 224, 3), np.float32), capture_intermediates=True
+    ),
     jax.random.key(0),
   )
   assert sown["intermediates"][last]["__call__"][0].shape[1:3] == (pixels, pixels)
 
 
 def test_settings_reach_the_model():
-  changes = {"model.name": "mobilenet_v3_small", "model.squeeze_excite": "before", "model.bn_epsilon": 0.002}
-  model = build(settings(**changes, **{"model.pad_value": 0.0, "model.channel_rounding": "up"}).model, 7)
-  assert (model.squeeze_excite, model.bn_epsilon, model.pad_value, model.num_classes) == ("before", 0.002, 0.0, 7)
+  changes = {
+    "model.name": "mobilenet_v3_small",
+    "model.squeeze_excite": "before",
+    "model.bn_epsilon": 0.002,
+  }
+  model = build(
+    settings(**changes, **{"model.pad_value": 0.0, "model.channel_rounding": "up"}).model, 7
+  )
+  assert (model.squeeze_excite, model.bn_epsilon, model.pad_value, model.num_classes) == (
+    "before",
+    0.002,
+    0.0,
+    7,
+  )
   assert model.channel_rounding == "up"
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model.strides": (2, 1)}, r"config\.model\.strides = \(2, 1\) .* mobilenet_v2 takes 8 numbers"),
+    (
+      {"model.strides": (2, 1)},
+      r"config\.model\.strides = \(2, 1\) .* mobilenet_v2 takes 8 numbers",
+    ),
     ({"data.image_size": 16}, r"config\.model\.strides .* it is 32, use fewer 2s"),
     ({"model.name": "resnet18"}, r"config\.model\.name = 'resnet18' .* has no quantizers"),
     (
@@ -128,4 +159,6 @@ def test_resnet_refuses_bits():
 
   model = REGISTRY["resnet18"](num_classes=10)
   with pytest.raises(ValueError, match="full precision"):
-    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, levels(4, 4)), np.zeros((1, 32, 32, 3), np.float32))
+    jax.eval_shape(
+      lambda x: model.init(jax.random.key(0), x, levels(4, 4)), np.zeros((1, 32, 32, 3), np.float32)
+    )

@@ -50,7 +50,9 @@ def test_a_fitted_interval_is_the_nearest_of_its_grid(bits):
 
 
 def test_a_kernel_that_is_on_the_grid_is_fitted_exactly():
-  kernel = np.float32(0.3) * np.random.default_rng(0).choice(np.float32([-1, 0, 1]), size=(3, 3, 4, 8))
+  kernel = np.float32(0.3) * np.random.default_rng(0).choice(
+    np.float32([-1, 0, 1]), size=(3, 3, 4, 8)
+  )
   a, c = calibration.fitted_interval(jnp.asarray(kernel), jnp.float32(1))
   np.testing.assert_allclose(c, 0.3, rtol=1e-5)  # a sum in float32
   quantized = float(c) * np.rint(np.clip(kernel / float(a), -1, 1))
@@ -58,4 +60,6 @@ def test_a_kernel_that_is_on_the_grid_is_fitted_exactly():
 
 
 def test_a_kernel_of_zeros_has_the_smallest_interval():
-  assert [float(v) for v in calibration.fitted_interval(jnp.zeros((3, 3)), jnp.float32(1))] == [np.float32(1e-3)] * 2
+  assert [float(v) for v in calibration.fitted_interval(jnp.zeros((3, 3)), jnp.float32(1))] == [
+    np.float32(1e-3)
+  ] * 2

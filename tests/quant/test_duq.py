@@ -45,7 +45,9 @@ def test_every_code_and_what_rounds_to_it(kind, bits):
     for shift in (-0.49, 0.0, 0.49):  # of a step: still the same code
       x = (codes + shift) * A / n + offset
       assert np.array_equal(duq.codes(x, RAW_A, n, kind), codes)
-      np.testing.assert_allclose(duq.quantize(x, RAW_A, RAW_C, n, kind), C * codes / n + offset, rtol=1e-12, atol=1e-15)
+      np.testing.assert_allclose(
+        duq.quantize(x, RAW_A, RAW_C, n, kind), C * codes / n + offset, rtol=1e-12, atol=1e-15
+      )
     beyond = np.array([-50.0, 50.0])
     assert np.array_equal(duq.codes(beyond, RAW_A, n, kind), [codes[0], codes[-1]])
 
@@ -53,7 +55,8 @@ def test_every_code_and_what_rounds_to_it(kind, bits):
 def test_ties_round_to_even():
   with jax.enable_x64(True):
     raw_one = np.float64(golden_data.inverse_softplus(1.0))
-    one = float(jax.nn.softplus(raw_one))  # 1 up to rounding: scale the ties so that x/a*n is a half exactly
+    # 1 up to rounding: scale the ties so that x/a*n is a half exactly.
+    one = float(jax.nn.softplus(raw_one))
     halves = np.array([0.5, 1.5, 2.5, 3.5])
     x = jnp.asarray(halves / 8 * one)
     assert np.array_equal(duq.codes(x, raw_one, np.float64(8), "symmetric"), [0, 2, 2, 4])
@@ -65,9 +68,15 @@ def test_gradient_at_and_around_the_ends_of_the_interval(kind):
     a = float(jax.nn.softplus(RAW_A))
     offset = -3 / 8 if kind == "hswish" else 0.0
     low = -a if kind == "symmetric" else 0.0
-    inside = [np.nextafter(a, 0), 0.3 * a, np.nextafter(low, 1) if low else 1e-300]  # CPUs flush what is smaller to 0
+    # CPUs flush what is smaller to 0.
+    inside = [
+      np.nextafter(a, 0),
+      0.3 * a,
+      np.nextafter(low, 1) if low else 1e-300,
+    ]
     outside = [a, np.nextafter(a, 9), 2 * a, low, low - 1e-9]
-    # An offset would round the neighbours of the ends away, so that h-swish is looked at a little further in.
+    # An offset would round the neighbours of the ends away, so that h-swish is looked at a little
+    # further in.
     if kind == "hswish":
       inside, outside = [a - 1e-9, 0.3 * a, 1e-9], [a + 1e-9, 2 * a, -1e-9]
 
@@ -84,7 +93,9 @@ def test_gradients_of_a_and_c_are_the_formulas(kind, bits):
   rng = np.random.default_rng(0)
   n, x, upstream = steps_of(kind, bits), rng.normal(0, 1.5, 400), rng.normal(0, 1, 400)
   with jax.enable_x64(True):
-    out = jax.grad(lambda a, c: jnp.sum(upstream * duq.quantize(x, a, c, n, kind)), (0, 1))(RAW_A, RAW_C)
+    out = jax.grad(lambda a, c: jnp.sum(upstream * duq.quantize(x, a, c, n, kind)), (0, 1))(
+      RAW_A, RAW_C
+    )
   low = -1.0 if kind == "symmetric" else 0.0
   v = (x + (3 / 8 if kind == "hswish" else 0.0)) / A
   inside, q = (v > low) & (v < 1), np.round(np.clip(v, low, 1) * n) / n
@@ -98,7 +109,9 @@ def test_gradients_of_a_and_c_are_the_formulas(kind, bits):
 def test_authors_quantizers(name, bits):
   golden = golden_data.load("quantizers.npz")
   raw_a, raw_c = (0.7, 0.5) if name == "weight" else (0.9, 1.4)
-  kind = {"relu": "unsigned", "symmetric": "symmetric", "hswish": "hswish", "weight": "symmetric"}[name]
+  kind = {"relu": "unsigned", "symmetric": "symmetric", "hswish": "hswish", "weight": "symmetric"}[
+    name
+  ]
   before = {"relu": jax.nn.relu, "hswish": jax.nn.hard_swish}.get(name, lambda x: x)
 
   def forward(x, a, c):
@@ -107,10 +120,13 @@ def test_authors_quantizers(name, bits):
   with jax.enable_x64(True):
     y, vjp = jax.vjp(forward, golden["x"], np.float64(raw_a), np.float64(raw_c))
     gradients = vjp(jnp.asarray(golden["upstream"]))
-  # What the authors' h-swish passes where its slope changes (x = -3 and x = 3) is a convention, not this module's.
+  # What the authors' h-swish passes where its slope changes (x = -3 and x = 3) is a convention, not
+  # this module's.
   smooth = np.abs(np.abs(golden["x"]) - 3) > 1e-9 if name == "hswish" else slice(None)
   np.testing.assert_allclose(y, golden[f"{name}_{bits}_y"], rtol=1e-12, atol=1e-14)
-  np.testing.assert_allclose(gradients[0][smooth], golden[f"{name}_{bits}_dx"][smooth], rtol=1e-11, atol=1e-13)
+  np.testing.assert_allclose(
+    gradients[0][smooth], golden[f"{name}_{bits}_dx"][smooth], rtol=1e-11, atol=1e-13
+  )
   np.testing.assert_allclose(gradients[1], golden[f"{name}_{bits}_da"][0], rtol=1e-11)
   np.testing.assert_allclose(gradients[2], golden[f"{name}_{bits}_dc"][0], rtol=1e-11)
 

@@ -33,7 +33,9 @@ def test_one_interval_gives_every_code_its_value(method, kind, bits):
   n, a = steps_of(bits, kind), 1.5
   codes = np.arange(-n if kind == "symmetric" else 0, n + 1)
   # A third of a step beside every code, and far beyond the ends.
-  x = np.concatenate([codes + third / 3 for third in (-1, 0, 1)] + [[codes[0] - 5, codes[-1] + 5]]).astype(np.float32)
+  x = np.concatenate(
+    [codes + third / 3 for third in (-1, 0, 1)] + [[codes[0] - 5, codes[-1] + 5]]
+  ).astype(np.float32)
   expected = np.concatenate([codes, codes, codes, codes[[0, -1]]])
   values = METHODS[method].act((x * a / n + duq.OFFSET[kind])[None], {"quant_a": raw(a)}, n, kind)
   np.testing.assert_allclose(values[0], expected * a / n + duq.OFFSET[kind], rtol=1e-5, atol=1e-6)
@@ -53,7 +55,8 @@ def test_lsq_gradients_are_the_papers(kind):
   d_x, d_params = gradients("lsq", x, {"quant_a": raw(a)}, n, kind, upstream)
   v, low = (np.float64(x) - duq.OFFSET[kind]) * n / a, -n if kind == "symmetric" else 0
   inside = (v > low) & (v < n)
-  d_s = np.where(inside, np.rint(v) - v, np.clip(v, low, n)) / np.sqrt(25 * n)  # equation 3, and g of section 2.2
+  # Equation 3, and g of section 2.2.
+  d_s = np.where(inside, np.rint(v) - v, np.clip(v, low, n)) / np.sqrt(25 * n)
   sigmoid = 1 - np.exp(-a)  # of the raw value: the derivative of softplus
   np.testing.assert_allclose(d_params["quant_a"], np.sum(upstream * d_s) / n * sigmoid, rtol=1e-4)
   np.testing.assert_array_equal(d_x, np.where(inside, upstream, 0))
@@ -62,7 +65,9 @@ def test_lsq_gradients_are_the_papers(kind):
 def test_lsq_starts_at_the_papers_step():
   kernel = np.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 8)))
   first = METHODS["lsq"].first_kernel(jnp.asarray(kernel), jnp.float32(7))
-  np.testing.assert_allclose(first["quant_a"] / 7, 2 * np.abs(kernel).mean() / np.sqrt(7), rtol=1e-5)
+  np.testing.assert_allclose(
+    first["quant_a"] / 7, 2 * np.abs(kernel).mean() / np.sqrt(7), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,8 +77,12 @@ def test_pact_gradients_are_the_papers(kind):
   d_x, d_params = gradients("pact", x, {"quant_a": raw(a)}, n, kind, upstream)
   v = (np.float64(x) - duq.OFFSET[kind]) / a
   d_alpha = 1.0 * (v >= 1) - (1.0 * (v <= -1) if kind == "symmetric" else 0.0)  # equation 3
-  np.testing.assert_allclose(d_params["quant_a"], np.sum(upstream * d_alpha) * (1 - np.exp(-a)), rtol=1e-5)
-  np.testing.assert_array_equal(d_x, np.where((v > (-1 if kind == "symmetric" else 0)) & (v < 1), upstream, 0))
+  np.testing.assert_allclose(
+    d_params["quant_a"], np.sum(upstream * d_alpha) * (1 - np.exp(-a)), rtol=1e-5
+  )
+  np.testing.assert_array_equal(
+    d_x, np.where((v > (-1 if kind == "symmetric" else 0)) & (v < 1), upstream, 0)
+  )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -83,7 +92,9 @@ def test_pact_kernels_have_all_of_dorefas_values(bits):
   most = 2**bits - 1
   np.testing.assert_allclose(np.unique(values), 2 * np.arange(most + 1) / most - 1, atol=1e-6)
   t = np.tanh(np.float64(kernel)) / np.abs(np.tanh(np.float64(kernel))).max()
-  np.testing.assert_allclose(values, 2 * np.rint((t / 2 + 0.5) * most) / most - 1, atol=2 / most * 1e-3)
+  np.testing.assert_allclose(
+    values, 2 * np.rint((t / 2 + 0.5) * most) / most - 1, atol=2 / most * 1e-3
+  )
 
 
 def test_pact_kernels_pass_the_gradient_of_tanh():
@@ -105,7 +116,9 @@ def test_qil_prunes_below_its_interval_and_clips_above(kind, bits):
   shifted = np.float64(x) - duq.OFFSET[kind]
   u = np.clip(((np.abs(shifted) if kind == "symmetric" else shifted) - 0.3) / 1.0, 0, 1)
   at_tie = np.abs(u * n % 1 - 0.5) < 1e-4
-  expected = (np.sign(shifted) if kind == "symmetric" else 1) * 1.3 * np.rint(u * n) / n + duq.OFFSET[kind]
+  expected = (np.sign(shifted) if kind == "symmetric" else 1) * 1.3 * np.rint(
+    u * n
+  ) / n + duq.OFFSET[kind]
   np.testing.assert_allclose(np.where(at_tie, 0, values), np.where(at_tie, 0, expected), atol=1e-5)
   levels = np.unique(np.round((np.asarray(values) - duq.OFFSET[kind]) / 1.3 * n))
   assert len(levels) == (2 * n + 1 if kind == "symmetric" else n + 1)
@@ -114,7 +127,9 @@ def test_qil_prunes_below_its_interval_and_clips_above(kind, bits):
 def test_qil_kernels_have_an_exponent():
   n, params = np.float32(7), {**QIL, "quant_gamma": 0.6}
   x = np.float32([-1.5, -1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0, 1.5])
-  values = qil.quantize_kernel(jnp.asarray(x), {name: raw(value) for name, value in params.items()}, n)
+  values = qil.quantize_kernel(
+    jnp.asarray(x), {name: raw(value) for name, value in params.items()}, n
+  )
   u = np.clip(np.abs(np.float64(x)) - 0.3, 0, 1) ** 0.6
   np.testing.assert_allclose(values, np.sign(x) * 1.3 * np.rint(u * 7) / 7, atol=1e-6)
 
@@ -131,13 +146,16 @@ def test_qil_gradients_are_those_without_rounding_and_scale():
     def smooth(x, stored):
       c, d, gamma = (jax.nn.softplus(stored[name]) for name in params)
       u = (jnp.abs(x) - c + d) / (2 * d)
-      return jnp.sum(upstream * 1.3 * jnp.sign(x) * jnp.where(u > 0, jnp.where(u > 0, u, 0.5) ** gamma, 0.0))
+      return jnp.sum(
+        upstream * 1.3 * jnp.sign(x) * jnp.where(u > 0, jnp.where(u > 0, u, 0.5) ** gamma, 0.0)
+      )
 
-    check_grads(smooth, (jnp.asarray(x), stored), order=1, modes=["rev"], atol=1e-5, rtol=1e-5)  # by finite differences
+    # By finite differences.
+    check_grads(smooth, (jnp.asarray(x), stored), order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
     expected = jax.grad(smooth, argnums=(0, 1))(jnp.asarray(x), stored)
-    found = jax.grad(lambda x, p: jnp.sum(upstream * qil.quantize_kernel(x, p, jnp.asarray(7.0))), argnums=(0, 1))(
-      jnp.asarray(x), stored
-    )
+    found = jax.grad(
+      lambda x, p: jnp.sum(upstream * qil.quantize_kernel(x, p, jnp.asarray(7.0))), argnums=(0, 1)
+    )(jnp.asarray(x), stored)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -145,12 +163,16 @@ def test_qil_gradients_are_those_without_rounding_and_scale():
 @pytest.mark.parametrize("method", METHODS)
 def test_scalars_of_every_channel_are_those_of_kernels_alone(method):
   chosen, n = METHODS[method], jnp.float32(3)
-  kernel = jnp.asarray(np.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 5)) * np.arange(1, 6)))
+  kernel = jnp.asarray(
+    np.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 5)) * np.arange(1, 6))
+  )
   first = jax.vmap(lambda k: chosen.first_kernel(k, n), in_axes=-1)(kernel)
   params = {name: duq.inverse_softplus(value) for name, value in first.items()}
   together = per_channel(chosen.kernel, kernel, params, n)
   for channel in range(5):
-    alone = chosen.kernel(kernel[..., channel], {name: value[channel] for name, value in params.items()}, n)
+    alone = chosen.kernel(
+      kernel[..., channel], {name: value[channel] for name, value in params.items()}, n
+    )
     np.testing.assert_allclose(together[..., channel], alone, rtol=1e-6, atol=1e-7)
 
 
@@ -167,6 +189,10 @@ def test_what_is_clipped_has_no_gradient(method, kind):
 
 def test_lsq_counts_the_features_of_one_example():
   x = jnp.ones((8, 3, 3, 2)) * 0.3
-  one = jax.grad(lambda a: jnp.sum(lsq.quantize(x[:1], {"quant_a": a}, np.float32(7), "unsigned")))(raw(1.0))
-  eight = jax.grad(lambda a: jnp.sum(lsq.quantize(x, {"quant_a": a}, np.float32(7), "unsigned")))(raw(1.0))
+  one = jax.grad(lambda a: jnp.sum(lsq.quantize(x[:1], {"quant_a": a}, np.float32(7), "unsigned")))(
+    raw(1.0)
+  )
+  eight = jax.grad(lambda a: jnp.sum(lsq.quantize(x, {"quant_a": a}, np.float32(7), "unsigned")))(
+    raw(1.0)
+  )
   np.testing.assert_allclose(eight, 8 * one, rtol=1e-5)

@@ -32,7 +32,9 @@ def run(tmp_path):
 
 
 def test_the_same_run_goes_on_wherever_its_data_lies(run):
-  files.claim_workdir(run, settings(**{"data.data_dir": "/elsewhere", "recovery.retries": 2}), source())
+  files.claim_workdir(
+    run, settings(**{"data.data_dir": "/elsewhere", "recovery.retries": 2}), source()
+  )
   assert json.loads((run / "data.json").read_text()) == {
     "train_examples": 1347,
     "eval_examples": 450,
@@ -48,19 +50,26 @@ def test_another_configuration_is_refused_before_other_data(run):
 
 def test_as_many_other_images_are_refused(run):
   for check in (files.claim_workdir, files.require_same_run):
-    with pytest.raises(ConfigError, match="belongs to a run on other data: as many images, but others or of other classes"):
+    with pytest.raises(
+      ConfigError,
+      match="belongs to a run on other data: as many images, but others or of other classes",
+    ):
       check(run, settings(), source("others"))
 
 
 def test_a_run_of_a_release_without_fingerprints_goes_on(run):
-  (run / "data.json").write_text(json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10}))
+  (run / "data.json").write_text(
+    json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10})
+  )
   files.claim_workdir(run, settings(), source())
   assert files.read_data(run)["fingerprint"] is None  # and what the older release wrote stays
 
 
 def test_checkpoints_without_a_configuration_are_nobodys(run):
   (run / "config.json").unlink()
-  with pytest.raises(ConfigError, match=rf"has checkpoints, but {run}/config.json.* does not exist\. Restore it"):
+  with pytest.raises(
+    ConfigError, match=rf"has checkpoints, but {run}/config.json.* does not exist\. Restore it"
+  ):
     files.claim_workdir(run, settings(), source())
   assert not (run / "config.json").exists()
   # Without any checkpoint there is nothing to mix up.
@@ -75,7 +84,9 @@ def test_checkpoints_without_a_configuration_are_nobodys(run):
   ids=["infinite", "negative", "nan", "list", "null", "section", "deep"],
 )
 def test_a_damaged_data_json_is_named(run, content):
-  (run / "data.json").write_text(f'{{"train_examples": {content}, "eval_examples": 450, "num_classes": 10}}')
+  (run / "data.json").write_text(
+    f'{{"train_examples": {content}, "eval_examples": 450, "num_classes": 10}}'
+  )
   with pytest.raises(ConfigError, match=rf"{run}/data.json cannot be read: "):
     files.read_data(run)
 
@@ -95,7 +106,10 @@ def test_a_damaged_data_json_is_named(run, content):
 )
 def test_a_damaged_config_json_is_named(run, content):
   (run / "config.json").write_text(content)
-  with pytest.raises(ConfigError, match=rf"{run}(: config.json is damaged|/config.json (cannot be read|does not hold))"):
+  with pytest.raises(
+    ConfigError,
+    match=rf"{run}(: config.json is damaged|/config.json (cannot be read|does not hold))",
+  ):
     files.read_settings(run)
   with pytest.raises(ConfigError):
     files.claim_workdir(run, settings(), source())

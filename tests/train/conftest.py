@@ -22,7 +22,8 @@ def tiny():
 def tiny_config(**changes):
   """All 22 phases on digits, an epoch or two each."""
   config = digits_w4.get_config()
-  # Runs of this session share their programs, traced and compiled. No test replaces what is compiled in them.
+  # Runs of this session share their programs, traced and compiled. No test replaces what is
+  # compiled in them.
   config.compilation_cache = os.environ.get("PROFIT_JAX_TESTS_CACHE", "")
   config.update_from_flattened_dict(
     {
@@ -42,8 +43,14 @@ def tiny_config(**changes):
 
 @pytest.fixture(scope="session")
 def finished_run(tiny, tmp_path_factory, worker_id):
-  """The directory of a run that nobody stopped; the test processes share one, which the first that needs it makes."""
-  session = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+  """The directory of a run that nobody stopped; the test processes share one, which the first that
+  needs it makes.
+  """
+  session = (
+    tmp_path_factory.getbasetemp()
+    if worker_id == "master"
+    else tmp_path_factory.getbasetemp().parent
+  )
   workdir, done = session / "finished_run", session / "finished_run.done"
   try:
     workdir.mkdir()

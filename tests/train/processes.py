@@ -19,7 +19,9 @@ from tests.train.tiny import TinyNet
 
 
 def config():
-  """Two phases of two epochs: full precision, and activations quantized, taught by what the first one made."""
+  """Two phases of two epochs: full precision, and activations quantized, taught by what the first
+  one made.
+  """
   return tiny_config(
     **{
       "plan.weight_bits": (),
@@ -35,12 +37,16 @@ def main(workdir, coordinator, processes, process, asked="", at=""):
   with pytest.MonkeyPatch.context() as patch:
     # Ten seconds instead of a hundred: the tests wait for it.
     patch.setattr(
-      jax.distributed, "initialize", functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
+      jax.distributed,
+      "initialize",
+      functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10),
     )
     if asked and int(process) == int(processes) - 1:
       signal_at(patch, {int(at): signal.Signals[asked]})
     try:
-      app.main(config(), workdir, "train", None, app.Cluster(coordinator, int(processes), int(process)))
+      app.main(
+        config(), workdir, "train", None, app.Cluster(coordinator, int(processes), int(process))
+      )
     except Ending as ending:
       print(f"{ending.label}: {ending}")
       distributed.leave(ending.code, ending.everywhere)

@@ -41,7 +41,9 @@ def assert_same_run(one, other):
 
 
 def signal_at(patch, signals):
-  """Before it goes on from each of these numbers, the run gets the signal, once; returns the numbers that have come."""
+  """Before it goes on from each of these numbers, the run gets the signal, once; returns the
+  numbers that have come.
+  """
   meet, come = Loop._meet, []
 
   def signalled(self):
@@ -63,7 +65,9 @@ def damage(checkpoint):
 
 
 def stop_at(patch, numbers):
-  """Every one of these snapshots is saved, and then the run ends, once for each; returns those that have come."""
+  """Every one of these snapshots is saved, and then the run ends, once for each; returns those that
+  have come.
+  """
   save, come = snapshots.Writer.save, []
 
   def save_and_stop(self, number, trees, values):

@@ -12,7 +12,8 @@ def test_rank_is_by_metric_not_by_network_order():
 
 
 @pytest.mark.parametrize(
-  ("count", "fraction", "frozen"), [(52, 1 / 3, 17), (52, 2 / 3, 34), (51, 1 / 3, 17), (51, 2 / 3, 34)]
+  ("count", "fraction", "frozen"),
+  [(52, 1 / 3, 17), (52, 2 / 3, 34), (51, 1 / 3, 17), (51, 2 / 3, 34)],
 )
 def test_the_top_of_the_ranking_freezes(count, fraction, frozen):
   ranking = [f"layer{i}" for i in range(count)]

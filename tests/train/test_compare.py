@@ -7,7 +7,9 @@ from profit_jax import compare
 from profit_jax.report import policy
 
 
-def test_runs_are_compared_by_result_and_by_the_settings_that_differ(finished_run, tmp_path, capsys, monkeypatch):
+def test_runs_are_compared_by_result_and_by_the_settings_that_differ(
+  finished_run, tmp_path, capsys, monkeypatch
+):
   monkeypatch.setenv("COLUMNS", "200")
   other = tmp_path / "other"
   shutil.copytree(finished_run, other, ignore=shutil.ignore_patterns("checkpoints", "plots"))
@@ -15,7 +17,11 @@ def test_runs_are_compared_by_result_and_by_the_settings_that_differ(finished_ru
   config["seed"], config["plan"]["freeze_fractions"] = 7, [0.0, 0.5]
   (other / "config.json").write_text(json.dumps(config))
   assert compare.main([str(finished_run), str(other)]) == 0
-  rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()}
+  rows = {
+    line.split()[0]: line.split()[1:]
+    for line in capsys.readouterr().out.splitlines()
+    if line.split()
+  }
   final = json.loads((finished_run / "result.json").read_text())["final"]
   assert rows["top-1"] == [f"{final['top1']:.2f}", "%"] * 2
   assert rows["plan.freeze_fractions"][-2:] == ["[0.0,", "0.5]"]
@@ -27,7 +33,9 @@ def test_a_run_beside_itself(finished_run, capsys):
   assert "All settings are the same." in capsys.readouterr().out
 
 
-def test_runs_that_differ_in_their_seed_are_one_group_of_the_picture(finished_run, tmp_path, capsys):
+def test_runs_that_differ_in_their_seed_are_one_group_of_the_picture(
+  finished_run, tmp_path, capsys
+):
   runs = [str(finished_run)]
   for name, field, value in (("seed", "seed", 7), ("rate", "train.learning_rate", 0.5)):
     runs.append(str(tmp_path / name))
@@ -36,7 +44,10 @@ def test_runs_that_differ_in_their_seed_are_one_group_of_the_picture(finished_ru
     section, _, leaf = field.rpartition(".")
     (config[section] if section else config)[leaf] = value
     (tmp_path / name / "config.json").write_text(json.dumps(config))
-  assert compare.groups(runs) == {"train.learning_rate=0.02": runs[:2], "train.learning_rate=0.5": runs[2:]}
+  assert compare.groups(runs) == {
+    "train.learning_rate=0.02": runs[:2],
+    "train.learning_rate=0.5": runs[2:],
+  }
   assert compare.groups(runs[:2]) == {"": runs[:2]}
   # What a legend shortens stays two groups.
   config["train"]["learning_rate"] = 0.020001

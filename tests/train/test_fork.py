@@ -11,11 +11,17 @@ from profit_jax.settings import ConfigError, parse
 from tests.train.conftest import tiny_config
 from tests.train.runs import damage, newest_of, number, result_of, without_times
 
-PHASES, ENDS = 22, {20: number(29), 21: number(31), 22: number(32)}  # of the tiny run: those that it keeps
+# Of the tiny run: those that it keeps.
+PHASES, ENDS = (
+  22,
+  {20: number(29), 21: number(31), 22: number(32)},
+)
 
 
 def shared(ours, theirs):
-  return fork.shared_phases(parse(tiny_config(**ours), REGISTRY), parse(tiny_config(**theirs), REGISTRY))
+  return fork.shared_phases(
+    parse(tiny_config(**ours), REGISTRY), parse(tiny_config(**theirs), REGISTRY)
+  )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +45,9 @@ def test_phases_in_common(tiny, ours, count):
 
 def test_a_longer_plan_has_the_shorter_one_in_common_but_for_its_last_bits(tiny):
   # At the shorter plan's last bits, w8a4, its best weights are chosen; the longer one has none yet.
-  assert shared({"plan.weight_bits": (8,), "plan.profit_bits": ()}, {"plan.profit_bits": (4,)}) == 10
+  assert (
+    shared({"plan.weight_bits": (8,), "plan.profit_bits": ()}, {"plan.profit_bits": (4,)}) == 10
+  )
 
 
 def test_a_remedy_is_annealed_over_all_phases_of_a_bit_width(tiny):
@@ -61,8 +69,12 @@ def test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit(other, tmp_pa
   changes = {"plan.freeze_fractions": (0.0, 1 / 3)}
   run, alone = tmp_path / "run", tmp_path / "alone"
   app.main(tiny_config(**changes), str(run), "train", fork_from=str(other))
-  assert f"Up to the end of phase 20, this is the run in {other}." in " ".join(capsys.readouterr().out.split())
-  assert f"Up to the end of phase 20, this is the run in {other}." in (run / "report.md").read_text()
+  assert f"Up to the end of phase 20, this is the run in {other}." in " ".join(
+    capsys.readouterr().out.split()
+  )
+  assert (
+    f"Up to the end of phase 20, this is the run in {other}." in (run / "report.md").read_text()
+  )
   app.main(tiny_config(**changes), str(alone), "train")
   result = without_times(result_of(run))
   assert result.pop("forked_from") == {"run": str(other), "phases": 20}
@@ -73,8 +85,11 @@ def test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit(other, tmp_pa
     ours.values.pop(name), theirs.values.pop(name)
   assert without_times(ours.values) == without_times(theirs.values)
   assert ours.arrays.keys() == theirs.arrays.keys()
-  assert [path for path in ours.arrays if ours.arrays[path].tobytes() != theirs.arrays[path].tobytes()] == []
-  # It has begun: the same command goes on with its own checkpoints, whatever has become of the other run.
+  assert [
+    path for path in ours.arrays if ours.arrays[path].tobytes() != theirs.arrays[path].tobytes()
+  ] == []
+  # It has begun: the same command goes on with its own checkpoints, whatever has become of the
+  # other run.
   shutil.rmtree(other)
   app.main(tiny_config(**changes), str(run), "train", fork_from=str(other))
 
@@ -93,7 +108,9 @@ def test_what_is_refused(other, tmp_path):
   message = refused(run, other, **{"plan.freeze_fractions": (0.0, 0.0, 0.0)})
   assert "19 phases in common" in message
   assert "--config.checkpoint.keep" in message
-  assert "first phase is already another one" in refused(run, other, **{"plan.full_precision_epochs": 3})
+  assert "first phase is already another one" in refused(
+    run, other, **{"plan.full_precision_epochs": 3}
+  )
   # What a run goes back to, when its numbers are not finite, depends on when it had saved.
   checkpoints = other / "checkpoints"
   ((_, values, arrays), _) = snapshots.newest_of(checkpoints, [ENDS[20]])

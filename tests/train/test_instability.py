@@ -21,7 +21,14 @@ from profit_jax.train.progress import EpochRecord, Progress
 
 def params(kernel, a=1.0):
   scalars = {"quant_a": duq.inverse_softplus(np.float32(a)), "quant_c": np.float32(1.0)}
-  return {"block": {"conv": {"kernel": np.float32(kernel), **{name: np.float32(raw) for name, raw in scalars.items()}}}}
+  return {
+    "block": {
+      "conv": {
+        "kernel": np.float32(kernel),
+        **{name: np.float32(raw) for name, raw in scalars.items()},
+      }
+    }
+  }
 
 
 def seen(*trees, steps=3.0, quant=QuantSettings()):
@@ -34,20 +41,36 @@ def seen(*trees, steps=3.0, quant=QuantSettings()):
 def test_the_share_of_codes_that_change():
   # At 3 steps over an interval of 1, codes change at 1/6, 1/2, 5/6.
   before, after = params([0.1, 0.4, 0.6, -0.8]), params([0.2, 0.45, 0.6, -0.9])
-  assert instability.rates(seen(before, after)) == {"flip_rate": {"block/conv": 0.5}, "oscillation_rate": {"block/conv": 0}}
+  assert instability.rates(seen(before, after)) == {
+    "flip_rate": {"block/conv": 0.5},
+    "oscillation_rate": {"block/conv": 0},
+  }
   # An interval that moves changes codes too; kernels that grow with it do not.
-  assert instability.rates(seen(params([0.1, 0.4]), params([0.1, 0.4], a=0.5)))["flip_rate"] == {"block/conv": 1.0}
-  assert instability.rates(seen(params([0.1, 0.4]), params([0.2, 0.8], a=2.0)))["flip_rate"] == {"block/conv": 0.0}
+  assert instability.rates(seen(params([0.1, 0.4]), params([0.1, 0.4], a=0.5)))["flip_rate"] == {
+    "block/conv": 1.0
+  }
+  assert instability.rates(seen(params([0.1, 0.4]), params([0.2, 0.8], a=2.0)))["flip_rate"] == {
+    "block/conv": 0.0
+  }
   assert instability.rates(seen(before)) == {}
 
 
 def test_the_share_that_changes_back():
-  # Codes 0 1 0 0 1 (a step up, one back, a pause, up again: two against the last) and 0 1 2 3 3 (three up).
-  window = seen(*(params([one / 3, other / 3]) for one, other in ((0, 0), (1, 1), (0, 2), (0, 3), (1, 3))))
-  assert instability.rates(window) == {"flip_rate": {"block/conv": 6 / 8}, "oscillation_rate": {"block/conv": 2 / 8}}
+  # Codes 0 1 0 0 1 (a step up, one back, a pause, up again: two against the last) and 0 1 2 3 3
+  # (three up).
+  window = seen(
+    *(params([one / 3, other / 3]) for one, other in ((0, 0), (1, 1), (0, 2), (0, 3), (1, 3)))
+  )
+  assert instability.rates(window) == {
+    "flip_rate": {"block/conv": 6 / 8},
+    "oscillation_rate": {"block/conv": 2 / 8},
+  }
   # From the lowest code of 8 bits to the highest and back: more than 8 bits apart.
   far = seen(*(params([value], a=1.0) for value in (-1.0, 1.0, -1.0)), steps=127.0)
-  assert instability.rates(far) == {"flip_rate": {"block/conv": 1.0}, "oscillation_rate": {"block/conv": 0.5}}
+  assert instability.rates(far) == {
+    "flip_rate": {"block/conv": 1.0},
+    "oscillation_rate": {"block/conv": 0.5},
+  }
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -57,8 +80,14 @@ def test_every_method_has_codes(method, per_channel, bits):
   quant = QuantSettings(method=method, per_channel=per_channel, first_bits=8)
   rng, steps = np.random.default_rng(0), levels(bits, None).weight
   kernel = np.float32(rng.normal(size=(3, 3, 4, 8)))
-  scalars = {leaf: np.float32(rng.uniform(0.3, 1.5, 8) if per_channel else 0.5) for leaf in METHODS[method].kernel_leaves}
-  tree = {"block": {"conv": {"kernel": kernel, **scalars}}, "stem_conv": {"kernel": kernel, **scalars}}
+  scalars = {
+    leaf: np.float32(rng.uniform(0.3, 1.5, 8) if per_channel else 0.5)
+    for leaf in METHODS[method].kernel_leaves
+  }
+  tree = {
+    "block": {"conv": {"kernel": kernel, **scalars}},
+    "stem_conv": {"kernel": kernel, **scalars},
+  }
   codes = kernel_codes(tree, steps, quant)
   of = partial(per_channel_of, METHODS[method].kernel) if per_channel else METHODS[method].kernel
   for layer, used in (("block/conv", steps), ("stem_conv", np.float32(127))):
@@ -79,7 +108,8 @@ def test_the_distance_of_a_batch_from_the_running_statistics():
   new = {name: momentum * running[name] + (1 - momentum) * batch[name] for name in running}
   expected = 0.5 * np.log(2.0 / 1.5) + (1.5 + 0.2**2) / (2 * 2.0) - 0.5
   found = instability.bn_distances({"norm": running}, {"norm": new}, momentum)
-  np.testing.assert_allclose(found["norm"], (expected + 0) / 2, rtol=1e-3)  # the third channel is constant
+  # The third channel is constant.
+  np.testing.assert_allclose(found["norm"], (expected + 0) / 2, rtol=1e-3)
 
 
 def test_a_run_keeps_it_and_shows_it(finished_run):
@@ -92,23 +122,34 @@ def test_a_run_keeps_it_and_shows_it(finished_run):
     for name in ("flip_rate", "oscillation_rate"):
       assert set(epoch.instability.get(name, ())) == (kernels if trains_codes else set())
     assert set(epoch.instability["bn_distance"]) == {"norm0", "norm1", "norm2"}
-    assert set(epoch.instability["aiwq"]) == (kernels - {"classifier"} if phase["kind"] == "sampling" else set())
+    assert set(epoch.instability["aiwq"]) == (
+      kernels - {"classifier"} if phase["kind"] == "sampling" else set()
+    )
     acts = {"quant0", "quant1", "quant2", "signed_quant"}
-    quantized = (acts if phase["act_bits"] else set()) | (kernels if phase["weight_bits"] else set())
+    quantized = (acts if phase["act_bits"] else set()) | (
+      kernels if phase["weight_bits"] else set()
+    )
     for name in ("clip_rate", "quant_a", "quant_c"):
       assert set(epoch.instability.get(name, ())) == quantized
-  flips = [value for epoch in progress.epochs for value in epoch.instability.get("flip_rate", {}).values()]
+  flips = [
+    value for epoch in progress.epochs for value in epoch.instability.get("flip_rate", {}).values()
+  ]
   assert 0 < np.mean(flips) < 0.5
   # Frozen kernels keep their codes, unless their interval moves far.
   ft3 = next(phase for phase in phases if len(phase["frozen"]) == 2)
   last = [epoch for epoch in progress.epochs if epoch.phase == ft3["index"]]
-  assert max(epoch.instability["flip_rate"][layer] for epoch in last for layer in ft3["frozen"]) < 0.01
+  assert (
+    max(epoch.instability["flip_rate"][layer] for epoch in last for layer in ft3["frozen"]) < 0.01
+  )
   for name in ("instability.png", "quantizers.png"):
     assert (finished_run / "plots" / name).read_bytes()[:4] == b"\x89PNG"
     assert f"plots/{name}" in (finished_run / "report.md").read_text()
   events = EventAccumulator(str(finished_run)).Reload()
   tags = events.Tags()
-  assert {"flip_rate/conv0", "oscillation_rate/conv0", "bn_distance/norm0"} <= {*tags["tensors"], *tags["scalars"]}
+  assert {"flip_rate/conv0", "oscillation_rate/conv0", "bn_distance/norm0"} <= {
+    *tags["tensors"],
+    *tags["scalars"],
+  }
   assert {"flip_rate", "oscillation_rate", "bn_distance", "instability"} <= {
     *tags["tensors"],
     *tags["histograms"],
@@ -119,7 +160,9 @@ def test_a_run_keeps_it_and_shows_it(finished_run):
 def test_nothing_measured_is_no_picture():
   empty = Progress(epochs=[EpochRecord(phase=1, top1=1.0, top1_ema=None, loss=1.0)])
   assert plots.instability_image(empty) is None
-  still = EpochRecord(phase=1, top1=1.0, top1_ema=None, loss=1.0, instability={"flip_rate": {"a": 0.0}})
+  still = EpochRecord(
+    phase=1, top1=1.0, top1_ema=None, loss=1.0, instability={"flip_rate": {"a": 0.0}}
+  )
   assert plots.instability_image(Progress(epochs=[still])) is None
 
 

@@ -1,4 +1,6 @@
-"""Programs kept between runs: found again, the same to the last bit, made anew where anything differs, and only a cache."""
+"""Programs kept between runs: found again, the same to the last bit, made anew where anything
+differs, and only a cache.
+"""
 
 import dataclasses
 import os
@@ -61,7 +63,8 @@ def test_the_same_is_found_and_whatever_differs_is_not(tmp_path, made, monkeypat
 
   first = get()
   np.testing.assert_array_equal(get()(jnp.ones(3))["sum"], first(jnp.ones(3))["sum"])
-  get({"seed": 1, "plan": {**plan, "bn_epochs": 6}, "recovery": {"retries": 3}})  # no part of programs
+  # No part of programs.
+  get({"seed": 1, "plan": {**plan, "bn_epochs": 6}, "recovery": {"retries": 3}})
   assert made.calls == [0]
   get({"plan": {**plan, "sampling_every": 2}})
   get({"width": 2})
@@ -76,20 +79,30 @@ def test_the_same_is_found_and_whatever_differs_is_not(tmp_path, made, monkeypat
   finally:
     jax.config.update("jax_default_matmul_precision", None)
   get()
-  monkeypatch.setattr(kept, "__file__", str(tmp_path / "other" / "train" / "kept.py"))  # other source
+  # Other source.
+  monkeypatch.setattr(kept, "__file__", str(tmp_path / "other" / "train" / "kept.py"))
   get()
   assert made.calls == list(range(8))
 
 
-def test_damage_and_a_directory_that_cannot_be_written_cost_no_more_than_a_compilation(tmp_path, made):
+def test_damage_and_a_directory_that_cannot_be_written_cost_no_more_than_a_compilation(
+  tmp_path, made
+):
   Kept(tmp_path / "here", {}, jax.devices()[:1]).get("a", made(1))
   (file,) = (tmp_path / "here").iterdir()
   for content in (file.read_bytes()[:-9], b""):
     file.write_bytes(content)
-    assert Kept(tmp_path / "here", {}, jax.devices()[:1]).get("a", made(1))(jnp.ones(3))["sum"][0] == 2
+    assert (
+      Kept(tmp_path / "here", {}, jax.devices()[:1]).get("a", made(1))(jnp.ones(3))["sum"][0] == 2
+    )
   assert made.calls == [1, 1, 1]
   (tmp_path / "file").write_text("")
-  assert Kept(tmp_path / "file" / "below", {}, jax.devices()[:1]).get("a", made(1))(jnp.ones(3))["sum"][0] == 2
+  assert (
+    Kept(tmp_path / "file" / "below", {}, jax.devices()[:1]).get("a", made(1))(jnp.ones(3))["sum"][
+      0
+    ]
+    == 2
+  )
 
 
 def test_what_nobody_has_used_for_a_month_is_removed(tmp_path, made):
@@ -121,7 +134,12 @@ class Noting:
 
 
 PROGRAM = Program(
-  quantized_weights=True, quantized_acts=True, train_kernels=True, sampling=True, frozen_fraction=0.0, distill=False
+  quantized_weights=True,
+  quantized_acts=True,
+  train_kernels=True,
+  sampling=True,
+  frozen_fraction=0.0,
+  distill=False,
 )
 FROZEN = frozenset({"conv1"})
 
@@ -134,20 +152,30 @@ def outputs(programs, variables):
     "label": rng.integers(0, 10, 128, dtype=np.int32),
     "mask": np.ones(128, bool),
   }
-  batch, key, given = programs.split(batch), programs.replicate(jax.random.key(0)), programs.replicate(variables)
+  batch, key, given = (
+    programs.split(batch),
+    programs.replicate(jax.random.key(0)),
+    programs.replicate(variables),
+  )
   weights = programs.calibrate_weights()(given["params"], levels(4, 4).weight)
   acts = programs.calibrate_acts()(given, batch["image"], key, levels(4, 4).act)
   scores = programs.eval_step(True, True)(given, batch, levels(4, 4))
-  state = programs.fresh_optimizer(programs.replicate(create_state(variables, ema=True)), True, FROZEN)
+  state = programs.fresh_optimizer(
+    programs.replicate(create_state(variables, ema=True)), True, FROZEN
+  )
   sampling = programs.replicate(aiwq.start(variables["params"]))
   step, shown = programs.train_step(PROGRAM, FROZEN), []
   for _ in range(2):  # each takes what the one before has given, in memory that was donated
-    state, metrics, sampling = step(state, batch, levels(4, 4), np.float32(0.01), key, None, sampling, None)
+    state, metrics, sampling = step(
+      state, batch, levels(4, 4), np.float32(0.01), key, None, sampling, None
+    )
     shown.append(jax.device_get(metrics))
   return jax.device_get((weights, acts, scores, state, sampling, shown))
 
 
-def test_kept_programs_compute_the_same_also_where_jax_had_cached_them(tiny, tmp_path, jax_cache, monkeypatch):
+def test_kept_programs_compute_the_same_also_where_jax_had_cached_them(
+  tiny, tmp_path, jax_cache, monkeypatch
+):
   settings = parse(tiny_config(**{"model.dropout": 0.1}), REGISTRY)
   facts, mesh, read = load(settings).facts, make_mesh(settings), set()
   model = build(settings.model, facts.num_classes)
@@ -162,7 +190,9 @@ def test_kept_programs_compute_the_same_also_where_jax_had_cached_them(tiny, tmp
 
   compiled = run(None)
   # Given from there and serialized again, they would load and not run.
-  assert [len(list(jax_cache.glob(f"{name}-*-cache"))) for name in ("jit_step", "jit_calibrate")] == [2, 1]
+  assert [
+    len(list(jax_cache.glob(f"{name}-*-cache"))) for name in ("jit_step", "jit_calibrate")
+  ] == [2, 1]
   again = run(tmp_path / "kept")
   assert len(list((tmp_path / "kept").iterdir())) == 4
   with monkeypatch.context() as patch:
@@ -173,4 +203,6 @@ def test_kept_programs_compute_the_same_also_where_jax_had_cached_them(tiny, tmp
   # No program is made of what its name leaves out, and what is left out exists.
   config = settings.to_dict()
   assert read - {"to_dict"} <= set(kept._deciding(config))
-  assert {f"{s}.{n}" for s, part in config.items() if isinstance(part, dict) for n in part} | set(config) >= kept._ELSEWHERE
+  assert {f"{s}.{n}" for s, part in config.items() if isinstance(part, dict) for n in part} | set(
+    config
+  ) >= kept._ELSEWHERE

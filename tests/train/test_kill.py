@@ -23,7 +23,9 @@ def started(tmp_path_factory):
     from tests.train import killed
 
     changes = {"checkpoint.minutes": 0.002}  # a save at nearly every step
-    process = server.Process(target=killed.train, args=(str(workdir), jax.config.jax_compilation_cache_dir, log, changes))
+    process = server.Process(
+      target=killed.train, args=(str(workdir), jax.config.jax_compilation_cache_dir, log, changes)
+    )
     process.start()
     return process
 
@@ -60,7 +62,10 @@ def test_a_run_killed_again_and_again_ends_with_the_same_numbers(finished_run, s
     wait(process, condition)
     if instant == "in mid-epoch":
       # While it lives, nobody else trains there; once it is killed, anybody may.
-      with pytest.raises(ConfigError, match=rf"{run} is in use by a run that is still going on: process {process.pid} on"):
+      with pytest.raises(
+        ConfigError,
+        match=rf"{run} is in use by a run that is still going on: process {process.pid} on",
+      ):
         app.main(tiny_config(), str(run), "train")
     process.kill()
     process.join()

@@ -27,17 +27,28 @@ def test_result_keeps_its_contract(finished_run):
   assert set(result) == {"model", "dataset", "seed", "environment", "phases", "aiwq", "final"}
   assert len(result["phases"]) == 22
   assert [p["index"] for p in result["phases"]] == list(range(1, 23))
-  keys = "index name kind weight_bits act_bits epochs steps top1 top1_ema loss seconds compile_seconds frozen"
+  keys = "index name kind weight_bits act_bits epochs steps top1 top1_ema loss seconds "
+  keys += "compile_seconds frozen"
   assert all(set(p) == set(keys.split()) for p in result["phases"])
   assert (result["phases"][0]["weight_bits"], result["phases"][1]["weight_bits"]) == (None, None)
   assert result["phases"][-1]["weight_bits"] == result["phases"][-1]["act_bits"] == 4
   final = result["final"]
-  assert set(final) == {"weight_bits", "act_bits", "top1", "top5", "weights", "full_precision_top1", "examples"}
+  assert set(final) == {
+    "weight_bits",
+    "act_bits",
+    "top1",
+    "top5",
+    "weights",
+    "full_precision_top1",
+    "examples",
+  }
   assert final["examples"] == 450
   assert final["weights"] in ("raw", "ema")
   target = [p for p in result["phases"] if p["weight_bits"] == 4]
   assert final["top1"] >= max(max(p["top1"], p["top1_ema"]) for p in target)
-  assert final["full_precision_top1"] >= max(result["phases"][0]["top1"], result["phases"][0]["top1_ema"])
+  assert final["full_precision_top1"] >= max(
+    result["phases"][0]["top1"], result["phases"][0]["top1_ema"]
+  )
 
 
 def test_frozen_layers_are_the_top_of_the_ranking(finished_run):
@@ -66,8 +77,9 @@ def test_report_and_plots_are_written(finished_run):
 def test_tensorboard_has_every_promised_tag(finished_run):
   events = EventAccumulator(str(finished_run), size_guidance={"tensors": 0}).Reload()
   tags = set(events.Tags()["tensors"])
-  promised = "train/loss train/kd train/step_loss eval/top1 eval_ema/top1 learning_rate/weight learning_rate/quant"
-  promised += " learning_rate/norm quant_a/conv1 quant_c/quant2 clip_rate/conv0 clip_rate/signed_quant aiwq/conv2"
+  promised = "train/loss train/kd train/step_loss eval/top1 eval_ema/top1 learning_rate/weight"
+  promised += " learning_rate/quant learning_rate/norm quant_a/conv1 quant_c/quant2"
+  promised += " clip_rate/conv0 clip_rate/signed_quant aiwq/conv2"
   for tag in promised.split():
     assert tag in tags, tag
   steps = [event.step for event in events.Tensors("eval/top1")]
@@ -80,8 +92,8 @@ def test_tensorboard_has_every_promised_tag(finished_run):
 
 
 def test_a_run_stopped_by_signals_ends_with_the_same_numbers(finished_run, tmp_path, monkeypatch):
-  # In the middle of full precision, where the teacher is made, with quantized activations, in mid-sampling, and between a
-  # frozen phase's last step and its evaluation.
+  # In the middle of full precision, where the teacher is made, with quantized activations, in
+  # mid-sampling, and between a frozen phase's last step and its evaluation.
   stops = {
     number(0, 4): (
       signal.SIGTERM,
@@ -110,7 +122,9 @@ def test_a_finished_run_is_not_trained_again(finished_run, monkeypatch, capsys):
   assert result_of(finished_run) == before
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(finished_run, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(
+  finished_run, tmp_path, capsys
+):
   run = shutil.copytree(finished_run, tmp_path / "run")
   newest = snapshots.saved_numbers(run / "checkpoints")[-1]
   damage(run / "checkpoints" / str(newest))
@@ -126,15 +140,20 @@ def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(finished_run, 
   run = shutil.copytree(finished_run, tmp_path / "run")
   for number_ in snapshots.saved_numbers(run / "checkpoints"):
     damage(run / "checkpoints" / str(number_))
-  before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+  before = {
+    path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"
+  }
   for mode in ("train", "eval"):
-    with pytest.raises(ConfigError, match=r"No checkpoint in .* can be read back; nothing was changed"):
+    with pytest.raises(
+      ConfigError, match=r"No checkpoint in .* can be read back; nothing was changed"
+    ):
       app.main(tiny_config(), str(run), mode)
   assert {path: path.read_bytes() for path in before} == before
 
 
-# Weight decay that multiplies every kernel by 1 - 4 * 0.9 = -2.6 in each step, until it overflows; with half the rate, by
-# -0.8; with a twentieth, by 0.82. Gradients overflow first, after some 25 steps: the checkpoint lies well before.
+# Weight decay that multiplies every kernel by 1 - 4 * 0.9 = -2.6 in each step, until it overflows;
+# with half the rate, by -0.8; with a twentieth, by 0.82. Gradients overflow first, after some 25
+# steps: the checkpoint lies well before.
 DIVERGING = {
   "plan.weight_bits": (),
   "plan.act_bits": (),
@@ -146,7 +165,9 @@ DIVERGING = {
 }
 
 
-def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(tiny, tmp_path, monkeypatch, capsys):
+def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(
+  tiny, tmp_path, monkeypatch, capsys
+):
   run = tmp_path / "run"
   monkeypatch.setattr(Loop, "_save_is_due", lambda self: self._number == number(1, 5))
   with pytest.raises(
@@ -158,18 +179,33 @@ def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(tiny, tmp
   kept = newest_of(run)
   assert kept.number == number(1, 5)
   assert all(np.isfinite(array).all() for array in kept.arrays.values())
-  # Whatever stops the run right after it has gone back, or on the way, changes nothing, and the retry counts.
-  config = tiny_config(**DIVERGING, **{"recovery.retries": 2, "recovery.learning_rate_factor": 0.05})
+  # Whatever stops the run right after it has gone back, or on the way, changes nothing, and the
+  # retry counts.
+  config = tiny_config(
+    **DIVERGING, **{"recovery.retries": 2, "recovery.learning_rate_factor": 0.05}
+  )
   app.main(config, str(shutil.copytree(run, tmp_path / "other")), "train")
-  assert "The run goes back to its last checkpoint, retry 1 of 2." in " ".join(capsys.readouterr().out.split())
+  assert "The run goes back to its last checkpoint, retry 1 of 2." in " ".join(
+    capsys.readouterr().out.split()
+  )
   monkeypatch.setattr(Loop, "_save_is_due", lambda self: False)
   with monkeypatch.context() as patch:
     go_back = Loop._go_back
-    patch.setattr(Loop, "_go_back", lambda self: (go_back(self), self._writer.wait(), os.kill(os.getpid(), signal.SIGINT)))
-    with pytest.raises(Stopped, match=r"after 1 of its 30 epochs and 5 of 10 steps; everything is saved"):
+    patch.setattr(
+      Loop,
+      "_go_back",
+      lambda self: (go_back(self), self._writer.wait(), os.kill(os.getpid(), signal.SIGINT)),
+    )
+    with pytest.raises(
+      Stopped, match=r"after 1 of its 30 epochs and 5 of 10 steps; everything is saved"
+    ):
       app.main(config, str(run), "train")
   again = newest_of(run)
-  assert (again.number, again.values["retries"], again.values["learning_rate_scale"]) == (number(1, 6), 1, 0.05)
+  assert (again.number, again.values["retries"], again.values["learning_rate_scale"]) == (
+    number(1, 6),
+    1,
+    0.05,
+  )
   signal_at(monkeypatch, {number(20, 3): signal.SIGTERM})
   with pytest.raises(Stopped):
     app.main(config, str(run), "train")
@@ -183,19 +219,26 @@ def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(tiny, tmp
 def test_eval_gives_the_result_of_the_best_checkpoint(finished_run, capsys):
   app.main(None, str(finished_run), "eval")
   final = result_of(finished_run)["final"]
-  assert capsys.readouterr().out.startswith(f"w4a4: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % on 450 images")
+  assert capsys.readouterr().out.startswith(
+    f"w4a4: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % on 450 images"
+  )
 
 
 def test_a_workdir_of_another_run_is_refused(finished_run):
   for mode in ("train", "eval"):
-    with pytest.raises(ConfigError, match=r"another run's configuration and checkpoint[\s\S]*seed: 0 there, 5 here"):
+    with pytest.raises(
+      ConfigError, match=r"another run's configuration and checkpoint[\s\S]*seed: 0 there, 5 here"
+    ):
       app.main(tiny_config(seed=5), str(finished_run), mode)
 
 
 def test_state_of_another_optimizer_is_refused(finished_run):
-  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(TinyNet(), 16))
+  zeros = jax.tree.map(
+    lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(TinyNet(), 16)
+  )
   with pytest.raises(
-    ConfigError, match=r"does not hold the state of this plan's phase; the first differences: .*opt_state"
+    ConfigError,
+    match=r"does not hold the state of this plan's phase; the first differences: .*opt_state",
   ):
     newest_of(finished_run).restore("state", create_state(zeros, ema=True))
 
@@ -210,7 +253,12 @@ def test_state_of_another_optimizer_is_refused(finished_run):
       "plan.act_bits": (4,),
       "train.accumulation_steps": 2,
     },
-    {"plan.weight_bits": (2,), "plan.act_bits": (), "plan.profit_bits": (2,), "plan.stabilize": False},
+    {
+      "plan.weight_bits": (2,),
+      "plan.act_bits": (),
+      "plan.profit_bits": (2,),
+      "plan.stabilize": False,
+    },
   ],
 )
 def test_partial_plans_run(tiny, tmp_path, changes):
@@ -218,7 +266,9 @@ def test_partial_plans_run(tiny, tmp_path, changes):
   app.main(tiny_config(**changes, **epochs), str(tmp_path), "train")
   result = result_of(tmp_path)
   bits = changes["plan.weight_bits"], changes["plan.act_bits"]
-  assert (result["final"]["weight_bits"], result["final"]["act_bits"]) == tuple(b[-1] if b else None for b in bits)
+  assert (result["final"]["weight_bits"], result["final"]["act_bits"]) == tuple(
+    b[-1] if b else None for b in bits
+  )
   if changes.get("train.ema_rate") == 0.0:
     assert {p["top1_ema"] for p in result["phases"]} == {None}
     assert result["final"]["weights"] == "raw"

@@ -1,4 +1,6 @@
-"""Other quantizers in a whole run: calibrated, trained through falling bits, saved, evaluated, restarted from."""
+"""Other quantizers in a whole run: calibrated, trained through falling bits, saved, evaluated,
+restarted from.
+"""
 
 import json
 
@@ -46,7 +48,8 @@ def test_a_whole_run(tiny, tmp_path, capsys, quant):
   assert f"top-1 {final['top1']:.2f} %" in capsys.readouterr().out
   assert quant.get("quant.method", "duq") in (run / "report.md").read_text()
   assert compare.main([str(run)]) == 0
-  # As first weights of another run, under our own names; the authors' have no place for such scalars.
+  # As first weights of another run, under our own names; the authors' have no place for such
+  # scalars.
   assert to_torch.main([str(run), str(tmp_path / "w.safetensors"), "--names=profit_jax"]) == 0
   again = tiny_config(**SHORT, **quant, **{"init.weights": str(tmp_path / "w.safetensors")})
   capsys.readouterr()
@@ -83,7 +86,10 @@ def test_intervals_are_fitted_at_the_bits_of_their_layer(per_channel):
 def test_only_the_ends_see_their_bits(model):
   settings = settings_of(model)
   image = np.float32(np.random.default_rng(0).normal(size=(2, 32, 32, 3)))
-  plain, ends = build(settings.model, 10), build(settings.model, 10, QuantSettings(first_bits=8, last_bits=8))
+  plain, ends = (
+    build(settings.model, 10),
+    build(settings.model, 10, QuantSettings(first_bits=8, last_bits=8)),
+  )
   variables = random_variables(settings)
   # With all layers at 8 bits the ends have nothing to add; at 2 bits they do.
   for bits, same in ((8, True), (2, False)):
@@ -104,11 +110,16 @@ def test_bits_are_values_for_every_method(tiny):
 
 
 def test_what_cannot_be_combined_or_exported(tiny):
-  with pytest.raises(ConfigError, match=r"plan\.fitted_bits = \(4,\) is not allowed: .* with quant\.method = lsq"):
+  with pytest.raises(
+    ConfigError, match=r"plan\.fitted_bits = \(4,\) is not allowed: .* with quant\.method = lsq"
+  ):
     parse(tiny_config(**{"quant.method": "lsq", "plan.fitted_bits": (4,)}), REGISTRY)
   with pytest.raises(ConfigError, match=r"quant\.first_bits = 1 is not allowed"):
     parse(tiny_config(**{"quant.first_bits": 1}), REGISTRY)
-  with pytest.raises(ConfigError, match=r"quant\.method = 'dorefa' is not allowed: it must be one of duq, lsq, pact, qil"):
+  with pytest.raises(
+    ConfigError,
+    match=r"quant\.method = 'dorefa' is not allowed: it must be one of duq, lsq, pact, qil",
+  ):
     parse(tiny_config(**{"quant.method": "dorefa"}), REGISTRY)
   settings = parse(tiny_config(**{"quant.method": "lsq"}), REGISTRY)
   with pytest.raises(ConfigError, match="cannot be exported: only DuQ"):

@@ -7,8 +7,16 @@ from flax import traverse_util
 from profit_jax.train import optimizer
 
 PARAMS = {
-  "conv1": {"kernel": np.full((1, 1, 2, 2), 2.0), "quant_a": np.array(1.0), "quant_c": np.array(1.0)},
-  "conv10": {"kernel": np.full((1, 1, 2, 2), 2.0), "quant_a": np.array(1.0), "quant_c": np.array(1.0)},
+  "conv1": {
+    "kernel": np.full((1, 1, 2, 2), 2.0),
+    "quant_a": np.array(1.0),
+    "quant_c": np.array(1.0),
+  },
+  "conv10": {
+    "kernel": np.full((1, 1, 2, 2), 2.0),
+    "quant_a": np.array(1.0),
+    "quant_c": np.array(1.0),
+  },
   "norm": {"scale": np.ones(2), "bias": np.zeros(2)},
 }
 SGD = optimizer.SgdSettings(weight_decay=0.1, momentum=0.9, quantizer_lr_scale=0.01)
@@ -32,7 +40,9 @@ def test_every_leaf_has_its_group():
 
 def test_unknown_leaves_and_unknown_layers_are_errors_with_their_path():
   with pytest.raises(ValueError, match="conv1/mystery"):
-    optimizer.label_params({"conv1": {"mystery": np.ones(1)}}, train_kernels=True, frozen=frozenset())
+    optimizer.label_params(
+      {"conv1": {"mystery": np.ones(1)}}, train_kernels=True, frozen=frozenset()
+    )
   with pytest.raises(ValueError, match="conv2"):
     optimizer.label_params(PARAMS, train_kernels=True, frozen=frozenset({"conv2"}))
 

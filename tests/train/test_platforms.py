@@ -39,7 +39,9 @@ def traced(step):
   sgd = optimizer.SgdSettings(weight_decay=1e-4, momentum=0.9, quantizer_lr_scale=0.01)
   tx = optimizer.make_optimizer(labels, sgd)
   model = MODEL.clone(dtype="bfloat16")
-  train = steps.make_train_step(model, tx, normalization=normalization, ema_rate=0.9, teacher_model=model)
+  train = steps.make_train_step(
+    model, tx, normalization=normalization, ema_rate=0.9, teacher_model=model
+  )
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
   state = create_state(zeros, ema=True)
   state = state.replace(opt_state=jax.eval_shape(tx.init, state.params))
@@ -59,7 +61,9 @@ def test_steps_lower_for_every_platform(step, platform):
 
 
 def equations(jaxpr):
-  """All of a program's, those of its inner programs included; of what holds a program only the inner ones."""
+  """All of a program's, those of its inner programs included; of what holds a program only the
+  inner ones.
+  """
   for equation in jaxpr.eqns:
     inner = list(jaxprs_in_params(equation.params))
     if not inner:
@@ -82,11 +86,16 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize(("step", "dtype"), [("train", "bfloat16"), ("sampling", "bfloat16"), ("eval", "float32")])
+@pytest.mark.parametrize(
+  ("step", "dtype"), [("train", "bfloat16"), ("sampling", "bfloat16"), ("eval", "float32")]
+)
 def test_training_multiplies_in_bfloat16_and_nothing_else_does(step, dtype):
   products, others = set(), set()
   for equation in equations(traced(step).jaxpr.jaxpr):
-    name, types = equation.primitive.name, {str(getattr(var.aval, "dtype", "")) for var in equation.invars}
+    name, types = (
+      equation.primitive.name,
+      {str(getattr(var.aval, "dtype", "")) for var in equation.invars},
+    )
     if name in PRODUCTS:
       products |= types
     elif "bfloat16" in types:

@@ -28,7 +28,9 @@ def best_of(workdir):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-  """The directory of a run of two processes with two devices each, and how they ended and what they printed, each time."""
+  """The directory of a run of two processes with two devices each, and how they ended and what they
+  printed, each time.
+  """
   workdir, cache = tmp_path_factory.mktemp("processes"), str(tmp_path_factory.mktemp("cache"))
 
   def start(*stop):
@@ -38,7 +40,10 @@ def two_processes(tmp_path_factory):
     command = [sys.executable, "-m", "tests.train.processes", str(workdir), address, "2"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen([*command, str(i), *stop], cwd=ROOT, env=environment, **pipes) for i in range(2)]
+    started = [
+      subprocess.Popen([*command, str(i), *stop], cwd=ROOT, env=environment, **pipes)
+      for i in range(2)
+    ]
     try:
       printed = [process.communicate(timeout=150) for process in started]
     finally:
@@ -46,8 +51,13 @@ def two_processes(tmp_path_factory):
         process.kill()
     return [process.returncode for process in started], printed
 
-  # The second one is told that its machine goes away; then, after a checkpoint, it goes away without a word.
-  return workdir, [start("SIGTERM", str(number(0, 5))), start("SIGKILL", str(number(2, 4))), start()]
+  # The second one is told that its machine goes away; then, after a checkpoint, it goes away
+  # without a word.
+  return workdir, [
+    start("SIGTERM", str(number(0, 5))),
+    start("SIGKILL", str(number(2, 4))),
+    start(),
+  ]
 
 
 def alone(workdir, monkeypatch, devices):
@@ -57,19 +67,27 @@ def alone(workdir, monkeypatch, devices):
   return workdir
 
 
-def test_two_processes_of_two_devices_compute_what_one_device_computes(tiny, two_processes, tmp_path, monkeypatch):
-  runs = [two_processes[0], alone(tmp_path / "four", monkeypatch, 4), alone(tmp_path / "one", monkeypatch, 1)]
+def test_two_processes_of_two_devices_compute_what_one_device_computes(
+  tiny, two_processes, tmp_path, monkeypatch
+):
+  runs = [
+    two_processes[0],
+    alone(tmp_path / "four", monkeypatch, 4),
+    alone(tmp_path / "one", monkeypatch, 1),
+  ]
   results = [result_of(run) for run in runs]
   assert results[0]["environment"]["devices"] == 4
   for other in results[1:]:
-    # After 40 steps of float32 in two phases, whose sums have other orders. Measured: 5e-7 in the losses, and
-    # in parameters 2e-4 of an array's largest value, in biases that are still next to 0.
+    # After 40 steps of float32 in two phases, whose sums have other orders. Measured: 5e-7 in the
+    # losses, and in parameters 2e-4 of an array's largest value, in biases that are still next to
+    # 0.
     losses = [[phase["loss"] for phase in result["phases"]] for result in (results[0], other)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
     assert other["final"]["examples"] == results[0]["final"]["examples"] == 450
     for name in ("top1", "top1_ema"):
       top1 = [[phase[name] for phase in result["phases"]] for result in (results[0], other)]
-      np.testing.assert_allclose(*top1, atol=0.3)  # an image of the 450 whose two best classes are as good as equal
+      # An image of the 450 whose two best classes are as good as equal.
+      np.testing.assert_allclose(*top1, atol=0.3)
   first, *others = [best_of(run) for run in runs]
   for other in others:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), first, other)
@@ -81,7 +99,11 @@ def test_the_first_process_prints_and_writes(two_processes):
   assert "A4: top-1" in printed[0][0]
   assert [line for line in printed[1][0].splitlines() if not line.startswith("[Gloo]")] == []
   assert len(list(workdir.glob("events.out.tfevents.*"))) == 3  # a writer for every start
-  assert {path.name for path in workdir.glob("*.json")} == {"config.json", "data.json", "result.json"}
+  assert {path.name for path in workdir.glob("*.json")} == {
+    "config.json",
+    "data.json",
+    "result.json",
+  }
 
 
 def test_a_preemption_notice_to_one_process_stops_all_at_one_step(two_processes):
@@ -90,21 +112,27 @@ def test_a_preemption_notice_to_one_process_stops_all_at_one_step(two_processes)
   told = [out.splitlines()[-1] for out, _ in printed]
   assert told[0] == told[1]
   # How far they had come depends on the machine.
-  assert re.match(r"stopped: by SIGTERM in phase 1 of 2 \(fp\), after [01] of its 2 epochs", told[0])
+  assert re.match(
+    r"stopped: by SIGTERM in phase 1 of 2 \(fp\), after [01] of its 2 epochs", told[0]
+  )
   assert "everything is saved" in told[0]
 
 
 def test_where_one_process_is_lost_the_others_end_and_say_so(two_processes):
   (first, second), printed = two_processes[1][1]
   assert second == -signal.SIGKILL
-  # Either its collective fails, or (one of its own devices waits for another in vain) JAX misses the other's heartbeats.
+  # Either its collective fails, or (one of its own devices waits for another in vain) JAX misses
+  # the other's heartbeats.
   if first == 1:
     assert "error: Another process of this run has ended or cannot be reached" in printed[0][0]
   else:
     assert first == -signal.SIGABRT, printed
     assert "This most likely indicates that another task died" in printed[0][1]
   assert "Going on from the checkpoint: in phase 1 of 2" in printed[0][0]
-  assert "Going on from the checkpoint: in phase 1 of 2 (fp), after 2 of its 2 epochs" in two_processes[1][2][1][0][0]
+  assert (
+    "Going on from the checkpoint: in phase 1 of 2 (fp), after 2 of its 2 epochs"
+    in two_processes[1][2][1][0][0]
+  )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +145,17 @@ def test_where_one_process_is_lost_the_others_end_and_say_so(two_processes):
     (("localhost:1", 2**31, 0), "--num_processes=2147483648 .* 1 or above"),
     *(
       ((address, 2, 1), "--coordinator_address=.* is not allowed: .* HOST:PORT, .* from 1 to 65535")
-      for address in ("localhost", "", ":1", "localhost:", "localhost:²", "localhost:0", "localhost:99999", "..:1", "[]:1")
+      for address in (
+        "localhost",
+        "",
+        ":1",
+        "localhost:",
+        "localhost:²",
+        "localhost:0",
+        "localhost:99999",
+        "..:1",
+        "[]:1",
+      )
     ),
   ],
 )
@@ -130,14 +168,17 @@ def test_a_first_process_that_does_not_answer_is_named():
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
-  with pytest.raises(ConfigError, match=rf"--coordinator_address=localhost:{port} did not answer .* Start process 0"):
+  with pytest.raises(
+    ConfigError, match=rf"--coordinator_address=localhost:{port} did not answer .* Start process 0"
+  ):
     distributed._wait_for("localhost", port, seconds=0.1)
 
 
 def test_slurm_and_open_mpi_tell_how_many_tasks_there_are():
   slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"}
   assert distributed.started_tasks(slurm) == 4
-  assert distributed.started_tasks({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "3"}) == 1  # sbatch's own shell, without srun
+  # Sbatch's own shell, without srun.
+  assert distributed.started_tasks({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "3"}) == 1
   assert distributed.started_tasks({"OMPI_COMM_WORLD_SIZE": "8"}) == 8
   assert distributed.started_tasks({}) == 1
 
@@ -157,12 +198,28 @@ def test_what_fails_in_one_process_ends_all_of_them_soon(tmp_path):
   job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
   started = []
   for i, directory in enumerate(("data", "absent")):
-    data = ["--config.data.name=folder", f"--config.data.data_dir={tmp_path / directory}", "--config.train.batch_size=8"]
+    data = [
+      "--config.data.name=folder",
+      f"--config.data.data_dir={tmp_path / directory}",
+      "--config.train.batch_size=8",
+    ]
     started.append(
       subprocess.Popen(
-        [sys.executable, "main.py", "--config=configs/digits_w4.py", f"--workdir={tmp_path / 'run'}", *data],
+        [
+          sys.executable,
+          "main.py",
+          "--config=configs/digits_w4.py",
+          f"--workdir={tmp_path / 'run'}",
+          *data,
+        ],
         cwd=ROOT,
-        env={**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_PLATFORMS": "cpu"},
+        env={
+          **os.environ,
+          **job,
+          "SLURM_PROCID": str(i),
+          "SLURM_LOCALID": str(i),
+          "JAX_PLATFORMS": "cpu",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -38,18 +38,29 @@ def test_dampening_pulls_to_the_middle_of_the_bin():
   # Steps of 0.5: the values of codes are -1.5 to 1.5.
   kernel = np.float32([0.1, 0.3, -0.6, 1.4, 1.6, -9.0])
   middle = np.float32([0.0, 0.5, -0.5, 1.5])
-  loss, gradient = jax.value_and_grad(remedies.dampening_loss)(params(kernel), STEPS, QuantSettings())
+  loss, gradient = jax.value_and_grad(remedies.dampening_loss)(
+    params(kernel), STEPS, QuantSettings()
+  )
   np.testing.assert_allclose(loss, np.sum((kernel[:4] - middle) ** 2), rtol=1e-5)
-  np.testing.assert_allclose(gradient["conv"]["kernel"], [*(2 * (kernel[:4] - middle)), 0.0, 0.0], rtol=1e-5)
+  np.testing.assert_allclose(
+    gradient["conv"]["kernel"], [*(2 * (kernel[:4] - middle)), 0.0, 0.0], rtol=1e-5
+  )
   assert gradient["conv"]["quant_a"] == gradient["conv"]["quant_c"] == 0
 
 
 def test_dampening_knows_channels_and_the_bits_of_the_ends():
   quant = QuantSettings(per_channel=True, first_bits=8)
   kernel = np.float32(np.random.default_rng(0).normal(0, 0.2, (3, 3, 2, 4)))
-  tree = {"stem_conv": {**params(kernel)["conv"], "quant_a": duq.inverse_softplus(jnp.float32([0.5, 1, 2, 4]))}}
+  tree = {
+    "stem_conv": {
+      **params(kernel)["conv"],
+      "quant_a": duq.inverse_softplus(jnp.float32([0.5, 1, 2, 4])),
+    }
+  }
   step = np.float32([0.5, 1, 2, 4]) / 127
-  expected = np.sum(np.where(np.abs(kernel) < step * 127, (kernel - step * np.rint(kernel / step)) ** 2, 0))
+  expected = np.sum(
+    np.where(np.abs(kernel) < step * 127, (kernel - step * np.rint(kernel / step)) ** 2, 0)
+  )
   np.testing.assert_allclose(remedies.dampening_loss(tree, STEPS, quant), expected, rtol=1e-4)
 
 
@@ -57,7 +68,9 @@ def history(codes, threshold, momentum=0.1):
   """`fix_codes` over a weight's codes, one a step: the state after each, and the latent kernels."""
   state, kernels, states = remedies.start(params([0.0])), [], []
   for code in codes:
-    new, state = remedies.fix_codes(state, params([code * 0.5 + 0.07]), STEPS, threshold, momentum, QuantSettings())
+    new, state = remedies.fix_codes(
+      state, params([code * 0.5 + 0.07]), STEPS, threshold, momentum, QuantSettings()
+    )
     states.append(state)
     kernels.append(float(new["conv"]["kernel"][0]))
   return states, kernels
@@ -67,14 +80,22 @@ def test_the_frequency_counts_changes_against_the_last_one():
   codes = [1, 2, 2, 1, 1, 2, 3, 2]
   states, kernels = history(codes, threshold=1.0)
   turned = [0, 0, 0, 1, 0, 1, 0, 1]  # 2 -> 3 goes on in the direction of 1 -> 2
-  expected = np.array([sum(o * 0.1 * 0.9 ** (t - s) for s, o in enumerate(turned[: t + 1])) for t in range(len(codes))])
-  np.testing.assert_allclose([float(state.frequency["conv"][0]) for state in states], expected, rtol=1e-5)
+  expected = np.array(
+    [
+      sum(o * 0.1 * 0.9 ** (t - s) for s, o in enumerate(turned[: t + 1]))
+      for t in range(len(codes))
+    ]
+  )
+  np.testing.assert_allclose(
+    [float(state.frequency["conv"][0]) for state in states], expected, rtol=1e-5
+  )
   assert [int(state.codes["conv"][0]) for state in states] == codes
   np.testing.assert_allclose(kernels, np.array(codes) * 0.5 + 0.07, rtol=1e-6)
 
 
 def test_a_code_that_oscillates_is_fixed_to_its_mean():
-  # It is 1 most of the time, and fixed in the step whose oscillation takes the frequency above 0.15, the second within few.
+  # It is 1 most of the time, and fixed in the step whose oscillation takes the frequency above
+  # 0.15, the second within few.
   codes = [1, 1, 1, 2, 1, 2, 1, 3, -3]
   states, kernels = history(codes, threshold=0.15)
   fixed = [bool(state.fixed["conv"][0]) for state in states]
@@ -85,7 +106,9 @@ def test_a_code_that_oscillates_is_fixed_to_its_mean():
 
 def test_a_fixed_code_stays_when_its_interval_moves():
   states, _ = history([1, 2, 1, 2, 1], threshold=0.15)
-  new, state = remedies.fix_codes(states[-1], params([0.2], a=6.0), STEPS, 0.15, 0.1, QuantSettings())
+  new, state = remedies.fix_codes(
+    states[-1], params([0.2], a=6.0), STEPS, 0.15, 0.1, QuantSettings()
+  )
   assert state.fixed["conv"][0]
   code = int(state.codes["conv"][0])
   assert code in (1, 2)
@@ -98,19 +121,26 @@ def test_fixed_codes_of_channels_with_intervals_of_their_own():
   state = remedies.start(params(np.zeros((1, 2))))
   for code in (1, 2, 1, 2, 1):
     tree = params(np.float32([[0.5, 1.0]]) * code)
-    tree["conv"] |= {"quant_a": duq.inverse_softplus(intervals), "quant_c": duq.inverse_softplus(intervals)}
+    tree["conv"] |= {
+      "quant_a": duq.inverse_softplus(intervals),
+      "quant_c": duq.inverse_softplus(intervals),
+    }
     new, state = remedies.fix_codes(state, tree, STEPS, 0.15, 0.1, quant)
   assert state.fixed["conv"].all()
   np.testing.assert_allclose(new["conv"]["kernel"], [[0.5, 1.0]], rtol=1e-6)
 
 
 def exported_code(layer, bits):
-  found = exported_codes(np.float32(layer["kernel"]), np.float32(layer["quant_a"]), 2 ** (bits - 1) - 1)
+  found = exported_codes(
+    np.float32(layer["kernel"]), np.float32(layer["quant_a"]), 2 ** (bits - 1) - 1
+  )
   return int(np.ravel(found)[0])
 
 
 def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
-  settings = parse(tiny_config(**{"remedy.dampening": 0.4, "remedy.freezing_thresholds": (0.1, 0.02)}), REGISTRY)
+  settings = parse(
+    tiny_config(**{"remedy.dampening": 0.4, "remedy.freezing_thresholds": (0.1, 0.02)}), REGISTRY
+  )
   phases = plan(settings)
   w4 = [p for p in phases if p.weight_bits == 4 and p.kind != "bn"]
   assert [p.kind for p in w4] == ["sampling"] + ["finetune"] * 3
@@ -119,13 +149,17 @@ def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
     for step in range(phase.epochs * steps_per_epoch):
       found = remedies.strengths(settings.remedy, phases, phase, step, steps_per_epoch)
       left = (1 + math.cos(math.pi * done / total)) / 2
-      np.testing.assert_allclose([found.dampening, found.threshold], [0.4 * (1 - left), 0.02 + 0.08 * left], rtol=1e-5)
+      np.testing.assert_allclose(
+        [found.dampening, found.threshold], [0.4 * (1 - left), 0.02 + 0.08 * left], rtol=1e-5
+      )
       done += 1
   assert done == total
   high = next(p for p in phases if p.weight_bits == 8 and p.kind == "finetune")
   assert remedies.strengths(settings.remedy, phases, high, 0, 10).threshold > 1  # no frequency is
   for phase in phases:
-    assert (remedies.strengths(settings.remedy, phases, phase, 0, 10) is None) == (not phase.trains_codes)
+    assert (remedies.strengths(settings.remedy, phases, phase, 0, 10) is None) == (
+      not phase.trains_codes
+    )
   assert remedies.strengths(RemedySettings(), phases, w4[0], 0, 10) is None
 
 
@@ -149,21 +183,36 @@ def test_what_cannot_be_is_refused(tiny, changes, message):
 def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
   model, quant = TinyNet(), QuantSettings()
   variables = init_variables(model, jax.random.key(0), 16)
-  labels = optimizer.label_params(variables["params"], train_kernels=True, frozen=frozenset({"conv1"}))
-  tx = optimizer.make_optimizer(labels, optimizer.SgdSettings(weight_decay=0.0, momentum=0.0, quantizer_lr_scale=0.01))
+  labels = optimizer.label_params(
+    variables["params"], train_kernels=True, frozen=frozenset({"conv1"})
+  )
+  tx = optimizer.make_optimizer(
+    labels, optimizer.SgdSettings(weight_decay=0.0, momentum=0.0, quantizer_lr_scale=0.01)
+  )
   norm = Normalization((0.3,) * 3, (0.35,) * 3)
-  step = jax.jit(steps.make_train_step(model, tx, normalization=norm, ema_rate=0.9, remedy=RemedySettings(dampening=0.5)))
+  step = jax.jit(
+    steps.make_train_step(
+      model, tx, normalization=norm, ema_rate=0.9, remedy=RemedySettings(dampening=0.5)
+    )
+  )
   state = create_state(variables, ema=False)
   state = state.replace(opt_state=tx.init(state.params))
   rng = np.random.default_rng(0)
-  batch = {"image": np.uint8(rng.integers(0, 256, (8, 16, 16, 3))), "label": np.arange(8, dtype=np.int32)}
+  batch = {
+    "image": np.uint8(rng.integers(0, 256, (8, 16, 16, 3))),
+    "label": np.arange(8, dtype=np.int32),
+  }
 
   def after(weight):
     strengths = remedies.Strengths(dampening=np.float32(weight))
-    return step(state, batch, levels(3, 3), np.float32(0.1), jax.random.key(0), None, None, strengths)
+    return step(
+      state, batch, levels(3, 3), np.float32(0.1), jax.random.key(0), None, None, strengths
+    )
 
   (plain, _, _), (damped, metrics, _) = after(0.0), after(0.5)
-  loss, gradient = jax.value_and_grad(remedies.dampening_loss)(variables["params"], levels(3, 3).weight, quant)
+  loss, gradient = jax.value_and_grad(remedies.dampening_loss)(
+    variables["params"], levels(3, 3).weight, quant
+  )
   np.testing.assert_allclose(metrics["dampening"], 0.5 * loss, rtol=1e-5)
   for layer in ("conv0", "conv1", "conv2", "classifier"):
     moved = damped.params[layer]["kernel"] - plain.params[layer]["kernel"]
@@ -196,20 +245,26 @@ def remedied(tiny, tmp_path_factory):
 def test_all_remedies_and_profit_in_one_run(remedied):
   result = json.loads((remedied / "result.json").read_text())
   assert result["phases"][-1]["frozen"] == [result["aiwq"][0]["layer"]]
-  assert "| remedies | dampening up to 0.01; codes fixed above a" in (remedied / "report.md").read_text()
+  assert (
+    "| remedies | dampening up to 0.01; codes fixed above a" in (remedied / "report.md").read_text()
+  )
   # The last phase's state: what is fixed has its code's value, and stays fixed from phase to phase.
   state = snapshots.read_newest(remedied / "checkpoints", pytest.fail).section("state")
   shares = []
   for layer in ("conv0", "conv1", "conv2", "classifier"):
     fixed, mean = state[f"oscillation/fixed/{layer}"], state[f"oscillation/mean/{layer}"]
-    kernel, interval = state[f"params/{layer}/kernel"], np.logaddexp(0, state[f"params/{layer}/quant_a"])
+    kernel, interval = (
+      state[f"params/{layer}/kernel"],
+      np.logaddexp(0, state[f"params/{layer}/quant_a"]),
+    )
     np.testing.assert_allclose(kernel[fixed], np.rint(mean[fixed]) * interval, rtol=1e-6)
     shares.append(fixed.mean())
   assert 0 < np.mean(shares) < 0.9
 
 
 def test_a_stopped_run_ends_the_same(remedied, tmp_path, monkeypatch):
-  # In mid-epoch of ft2, with fixed codes, in the window of watched steps; and between its last step and the evaluation.
+  # In mid-epoch of ft2, with fixed codes, in the window of watched steps; and between its last step
+  # and the evaluation.
   signals = {number(8, 7): signal.SIGTERM, number(8, STEPS_PER_EPOCH): signal.SIGTERM}
   come = signal_at(monkeypatch, signals)
   for _ in signals:
@@ -223,15 +278,25 @@ def test_a_stopped_run_ends_the_same(remedied, tmp_path, monkeypatch):
 def test_the_best_weights_have_the_statistics_of_the_first_batches(remedied, tiny):
   settings = parse(tiny_config(**SHORT), REGISTRY)
   snapshot = snapshots.read_newest(remedied / "checkpoints", pytest.fail)
-  best = traverse_util.unflatten_dict({tuple(k.split("/")): v for k, v in snapshot.section("best").items()})
+  best = traverse_util.unflatten_dict(
+    {tuple(k.split("/")): v for k, v in snapshot.section("best").items()}
+  )
   source, model = data.load(settings), build(settings.model, 10, settings.quant)
   found, keep, key = [], BatchNorm.momentum, jax.random.key(0)
-  for batch, _ in zip(source.train_batches(snapshot.values["best"]["epoch"] - 1, 128), range(3), strict=False):
+  for batch, _ in zip(
+    source.train_batches(snapshot.values["best"]["epoch"] - 1, 128), range(3), strict=False
+  ):
     image = (np.float32(batch["image"]) / 255 - 0.3) / 0.35
-    _, updates = model.apply(best, image, levels(2, 4), True, mutable=["batch_stats"], rngs={"dropout": key})
+    _, updates = model.apply(
+      best, image, levels(2, 4), True, mutable=["batch_stats"], rngs={"dropout": key}
+    )
     changed = updates["batch_stats"], best["batch_stats"]
-    found.append(jax.tree.map(lambda new, old: (np.float64(new) - keep * old) / (1 - keep), *changed))
+    found.append(
+      jax.tree.map(lambda new, old: (np.float64(new) - keep * old) / (1 - keep), *changed)
+    )
   mean = jax.tree.map(lambda *each: np.mean(each, 0), *found)
   for norm, values in best["batch_stats"].items():
     for name in values:
-      np.testing.assert_allclose(values[name], mean[norm][name], rtol=2e-3, atol=2e-5, err_msg=f"{norm} {name}")
+      np.testing.assert_allclose(
+        values[name], mean[norm][name], rtol=2e-3, atol=2e-5, err_msg=f"{norm} {name}"
+      )

@@ -1,4 +1,6 @@
-"""What a run starts from: files for the student and the teacher, and their evaluation before training."""
+"""What a run starts from: files for the student and the teacher, and their evaluation before
+training.
+"""
 
 import json
 
@@ -18,7 +20,12 @@ from tests import golden_data
 from tests.train.conftest import tiny_config
 from tests.train.runs import number, stop_at
 
-SHORT = {"plan.full_precision_epochs": 1, "plan.finetune_epochs": 1, "plan.sampling_epochs": 1, "plan.act_bits": (4,)}
+SHORT = {
+  "plan.full_precision_epochs": 1,
+  "plan.finetune_epochs": 1,
+  "plan.sampling_epochs": 1,
+  "plan.act_bits": (4,),
+}
 SHORT |= {"plan.weight_bits": (4,)}
 
 
@@ -49,15 +56,29 @@ def test_from_a_file_the_student_teaches_itself_from_the_start(weights_file):
   settings, student, teacher = first(**{"init.weights": weights_file})
   jax.tree.map(np.testing.assert_array_equal, student.make(), teacher.variables)
   assert student.file_model is None
-  activation = "config.model.activation = 'relu6', but these weights (authors names) are for 'relu'."
+  activation = (
+    "config.model.activation = 'relu6', but these weights (authors names) are for 'relu'."
+  )
   assert start.doubts(settings, student, teacher) == [activation]
 
 
 def test_another_model_teaches_with_its_own_settings(weights_file):
-  changes = {"teacher.model": "mobilenet_v2", "teacher.weights": weights_file, "teacher.width": 0.25}
-  changes |= {"teacher.activation": "relu", "teacher.strides": (2, 1, 1, 2, 2, 1, 1, 1), "model.width": 0.5}
+  changes = {
+    "teacher.model": "mobilenet_v2",
+    "teacher.weights": weights_file,
+    "teacher.width": 0.25,
+  }
+  changes |= {
+    "teacher.activation": "relu",
+    "teacher.strides": (2, 1, 1, 2, 2, 1, 1, 1),
+    "model.width": 0.5,
+  }
   settings, student, teacher = first(**changes)
-  assert (teacher.model.width, teacher.model.activation, teacher.model.strides[2]) == (0.25, "relu", 1)
+  assert (teacher.model.width, teacher.model.activation, teacher.model.strides[2]) == (
+    0.25,
+    "relu",
+    1,
+  )
   assert teacher.variables["params"]["stem_conv"]["kernel"].shape == (3, 3, 3, 8)
   assert start.doubts(settings, student, teacher) == []
   assert start.evaluated(student, teacher) == ["teacher"]
@@ -68,9 +89,17 @@ def test_another_model_teaches_with_its_own_settings(weights_file):
 def test_torchvision_v3_is_evaluated_with_its_own_padding_and_teaches_with_it(tmp_path):
   shapes = golden_data.load("importer_shapes.json")["torchvision_mobilenet_v3_small"]
   np.savez(tmp_path / "w.npz", **golden_data.full_precision_tensors(shapes))
-  changes = {"model.name": "mobilenet_v3_small", "init.weights": str(tmp_path / "w.npz"), "data.name": "digits"}
+  changes = {
+    "model.name": "mobilenet_v3_small",
+    "init.weights": str(tmp_path / "w.npz"),
+    "data.name": "digits",
+  }
   settings, student, teacher = first(base.get_config(), **changes)
-  assert (student.model.pad_value, student.file_model.pad_value, teacher.model.pad_value) == (-0.375, 0.0, 0.0)
+  assert (student.model.pad_value, student.file_model.pad_value, teacher.model.pad_value) == (
+    -0.375,
+    0.0,
+    0.0,
+  )
   assert start.evaluated(student, teacher) == ["student", "file"]
   # eps is another: torchvision's is named. The padding is not, since it is meant to change.
   epsilon = "config.model.bn_epsilon = 1e-05, but these weights (torchvision names) are for 0.001."
@@ -80,10 +109,15 @@ def test_torchvision_v3_is_evaluated_with_its_own_padding_and_teaches_with_it(tm
   settings, student, teacher = first(base.get_config(), **changes)
   assert "no full-precision phase that adapts them" in start.doubts(settings, student, teacher)[1]
   # A teacher never adapts: its padding is named too.
-  changes = {"teacher.model": "mobilenet_v3_small", "teacher.weights": changes["init.weights"], "teacher.pad_value": -0.375}
+  changes = {
+    "teacher.model": "mobilenet_v3_small",
+    "teacher.weights": changes["init.weights"],
+    "teacher.pad_value": -0.375,
+  }
   settings, student, teacher = first(digits_w4.get_config(), **changes)
-  assert "config.teacher.pad_value = -0.375, but these weights (torchvision names) are for 0.0." in start.doubts(
-    settings, student, teacher
+  assert (
+    "config.teacher.pad_value = -0.375, but these weights (torchvision names) are for 0.0."
+    in start.doubts(settings, student, teacher)
   )
 
 
@@ -116,7 +150,9 @@ def test_a_new_head_is_random_and_the_rest_is_the_files(weights_file):
     params = student.make()["params"]
     assert params["classifier"]["kernel"].shape == (1280, 7)
     np.testing.assert_allclose(np.std(params["classifier"]["kernel"]), 0.01, rtol=0.1)
-    np.testing.assert_allclose(params["head_conv"]["kernel"][0, 0].T, file["features.18.0.weight"][:, :, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+      params["head_conv"]["kernel"][0, 0].T, file["features.18.0.weight"][:, :, 0, 0], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +171,10 @@ def test_a_run_that_starts_from_a_run_is_evaluated_before_training(finished_run,
   events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
   at_0 = [float(make_ndarray(e.tensor_proto)) for e in events.Tensors("eval/top1") if e.step == 0]
   assert f"top-1 {at_0[0]:.2f} %" in printed
-  assert f"Before training, in full precision: top-1 {at_0[0]:.2f} %" in (tmp_path / "report.md").read_text()
+  assert (
+    f"Before training, in full precision: top-1 {at_0[0]:.2f} %"
+    in (tmp_path / "report.md").read_text()
+  )
   # The weights were trained quantized: what they reach without is no baseline.
   result = json.loads((tmp_path / "result.json").read_text())
   first_phase = result["phases"][0]
@@ -166,24 +205,32 @@ def test_weights_of_ours_say_how_they_were_trained(finished_run, tmp_path):
   file = str(tmp_path / "w.safetensors")
   assert to_torch.main([str(finished_run), file]) == 0
   for weights in (file, str(finished_run)):
-    config = tiny_config(**{"init.weights": weights, "model.activation": "relu", "model.strides": (1,) * 8})
+    config = tiny_config(
+      **{"init.weights": weights, "model.activation": "relu", "model.strides": (1,) * 8}
+    )
     doubts = start.doubts(*first(config))
     assert len(doubts) == 2
-    assert doubts[0].startswith("config.model.activation = 'relu', but these weights (profit_jax names) are for 'relu6'")
+    assert doubts[0].startswith(
+      "config.model.activation = 'relu', but these weights (profit_jax names) are for 'relu6'"
+    )
     assert "config.model.strides" in doubts[1]
 
 
 def test_eval_of_a_file_prints_full_precision_and_the_quantized_net(finished_run, tmp_path, capsys):
   file = str(tmp_path / "w.safetensors")
   assert to_torch.main([str(finished_run), file]) == 0
-  assert capsys.readouterr().out == f"Wrote {file}: tiny, 33 float32 tensors under profit_jax names.\n"
+  assert (
+    capsys.readouterr().out == f"Wrote {file}: tiny, 33 float32 tensors under profit_jax names.\n"
+  )
   app.main(tiny_config(**{"init.weights": file}), str(tmp_path / "fresh"), "eval")
   lines = capsys.readouterr().out.splitlines()
   final = json.loads((finished_run / "result.json").read_text())["final"]
   assert lines[0].startswith(f"{tmp_path}/fresh holds no run: this evaluates ")
   assert lines[1].startswith("Before training, in full precision: top-1 ")
   assert not (tmp_path / "fresh").exists()
-  assert lines[-1] == f"w4a4: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % on 450 images"
+  assert (
+    lines[-1] == f"w4a4: top-1 {final['top1']:.2f} %, top-5 {final['top5']:.2f} % on 450 images"
+  )
 
 
 def test_weights_near_chance_are_loud(tiny, tmp_path, capsys):
@@ -192,7 +239,9 @@ def test_weights_near_chance_are_loud(tiny, tmp_path, capsys):
   from tests.train.tiny import TinyNet
 
   variables = init_variables(TinyNet(), jax.random.key(3), 16)
-  write_safetensors(str(tmp_path / "w.safetensors"), named_tensors("tiny", variables, "profit_jax"), {})
+  write_safetensors(
+    str(tmp_path / "w.safetensors"), named_tensors("tiny", variables, "profit_jax"), {}
+  )
   changes = {"init.weights": str(tmp_path / "w.safetensors")}
   app.main(tiny_config(**changes), "", "eval")
   printed = capsys.readouterr().out
@@ -210,11 +259,22 @@ def test_another_net_teaches_and_a_bad_one_is_loud(tiny, tmp_path, capsys):
 
   rng = np.random.default_rng(0)
   shapes = variable_shapes(REGISTRY["resnet18"](num_classes=10), 16)
-  variables = jax.tree.map(lambda leaf: np.abs(rng.normal(0, 0.05, leaf.shape)).astype(np.float32), shapes)
+  variables = jax.tree.map(
+    lambda leaf: np.abs(rng.normal(0, 0.05, leaf.shape)).astype(np.float32), shapes
+  )
   file = str(tmp_path / "w.safetensors")
   write_safetensors(file, named_tensors("resnet18", variables, "torchvision"), {})
-  changes = {"teacher.model": "resnet18", "teacher.weights": file, "teacher.strides": (2, 2, 1, 2, 2, 1)}
-  changes |= {"plan.act_bits": (), "plan.weight_bits": (4,), "plan.profit": False, "plan.stabilize": False}
+  changes = {
+    "teacher.model": "resnet18",
+    "teacher.weights": file,
+    "teacher.strides": (2, 2, 1, 2, 2, 1),
+  }
+  changes |= {
+    "plan.act_bits": (),
+    "plan.weight_bits": (4,),
+    "plan.profit": False,
+    "plan.stabilize": False,
+  }
   app.main(tiny_config(**{**SHORT, **changes}), str(tmp_path / "run"), "train")
   printed = capsys.readouterr().out
   assert "The teacher, in full precision: top-1 " in printed
@@ -252,7 +312,9 @@ def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys)
   shapes = variable_shapes(build(settings.model, 10), 32)
   variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
   (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
-  (tmp_path / "data.json").write_text(json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10}))
+  (tmp_path / "data.json").write_text(
+    json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10})
+  )
   writer = snapshots.Writer(tmp_path / "checkpoints", keep=1)
   writer.save(5, {"best": variables}, {})
   writer.close()
@@ -271,7 +333,11 @@ def test_to_torch_says_what_is_wrong(finished_run, tmp_path, capsys):
   wrong = {
     (str(tmp_path), "w.safetensors"): "holds no run",
     (str(finished_run), "w.pth"): "must be called .safetensors",
-    (str(finished_run), "w.safetensors", "--names=authors"): "--names=authors is not allowed: tiny has names in profit_jax",
+    (
+      str(finished_run),
+      "w.safetensors",
+      "--names=authors",
+    ): "--names=authors is not allowed: tiny has names in profit_jax",
   }
   for arguments, message in wrong.items():
     assert to_torch.main(list(arguments)) == 2

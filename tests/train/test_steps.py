@@ -38,7 +38,9 @@ def batch(count, seed=0):
 def make_step(model, params, frozen=frozenset(), train_kernels=True, **options):
   labels = optimizer.label_params(params, train_kernels=train_kernels, frozen=frozen)
   tx = optimizer.make_optimizer(labels, SGD)
-  step = steps.make_train_step(model, tx, normalization=NORMALIZATION, ema_rate=0.9, teacher_model=model, **options)
+  step = steps.make_train_step(
+    model, tx, normalization=NORMALIZATION, ema_rate=0.9, teacher_model=model, **options
+  )
   return step, tx
 
 
@@ -68,8 +70,12 @@ def test_a_teacher_sees_images_with_its_own_normalization(variables):
   state = state.replace(opt_state=tx.init(state.params))
   # Running statistics, because those of the batch would take most of the normalization out again.
   options = {"teacher_batch_statistics": False, "teacher_normalization": own}
-  step = steps.make_train_step(model, tx, normalization=NORMALIZATION, ema_rate=0.9, teacher_model=model, **options)
-  kd = jax.jit(step)(state, batch(16), Levels(), np.float32(0.1), jax.random.key(0), sure, None)[1]["kd"]
+  step = steps.make_train_step(
+    model, tx, normalization=NORMALIZATION, ema_rate=0.9, teacher_model=model, **options
+  )
+  kd = jax.jit(step)(state, batch(16), Levels(), np.float32(0.1), jax.random.key(0), sure, None)[1][
+    "kd"
+  ]
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def logits(normalization, train):
@@ -77,7 +83,9 @@ def test_a_teacher_sees_images_with_its_own_normalization(variables):
     return model.apply(sure, image, Levels(), train, mutable=["batch_stats"])[0]
 
   student = logits(NORMALIZATION, True)
-  expected, same = (jnp.mean(steps.distillation_loss(student, logits(seen, False))) for seen in (own, NORMALIZATION))
+  expected, same = (
+    jnp.mean(steps.distillation_loss(student, logits(seen, False))) for seen in (own, NORMALIZATION)
+  )
   np.testing.assert_allclose(kd, expected, rtol=1e-4)
   assert abs(float(expected / same) - 1) > 0.01
 
@@ -93,9 +101,11 @@ def test_uint8_images_are_normalized_inside_the_step(variables):
 
 def test_calibration_sets_a_and_c_of_every_quantizer(variables):
   image = batch(64)["image"]
-  params = jax.jit(lambda v, i: steps.calibrate_acts(TinyNet(), v, i, NORMALIZATION, jax.random.key(0), np.float32(15)))(
-    variables, image
-  )
+  params = jax.jit(
+    lambda v, i: steps.calibrate_acts(
+      TinyNet(), v, i, NORMALIZATION, jax.random.key(0), np.float32(15)
+    )
+  )(variables, image)
   params = jax.jit(steps.calibrate_weights)(params, np.float32(7))
   for layer in ("quant0", "quant1", "quant2", "signed_quant", *CONVS, "classifier"):
     assert params[layer]["quant_a"] == params[layer]["quant_c"]
@@ -112,15 +122,24 @@ def test_four_devices_give_the_numbers_of_one(variables):
   outcomes = []
   for count in (1, 4):
     mesh = Mesh(np.asarray(jax.devices()[:count]), ("data",))
-    put = lambda tree, *axes, mesh=mesh: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
+    put = lambda tree, *axes, mesh=mesh: jax.device_put(  # noqa: E731
+      tree, NamedSharding(mesh, PartitionSpec(*axes))
+    )
     state, sampling, teacher = put((start, aiwq.start(variables["params"]), variables))
     jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
     for i in range(3):
       state, metrics, sampling = jitted(
-        state, put(batch(32, i), "data"), levels(8, 8), np.float32(0.05), put(jax.random.key(0)), teacher, sampling
+        state,
+        put(batch(32, i), "data"),
+        levels(8, 8),
+        np.float32(0.05),
+        put(jax.random.key(0)),
+        teacher,
+        sampling,
       )
     outcomes.append(jax.device_get((state, metrics, sampling.metric)))
-  # float32 sums in another order; batch statistics over the global batch or the difference would be percents.
+  # float32 sums in another order; batch statistics over the global batch or the difference would be
+  # percents.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), *outcomes)
 
 
@@ -141,7 +160,9 @@ def test_rows_without_an_example_have_no_part_in_the_loss(variables):
   assert int(part[1]["examples"]) == 12
   # Of the whole batch's loss, the rows that count and those that do not have their shares.
   rest, whole = after(labels, ~mask), after(labels, np.ones(16, bool))
-  np.testing.assert_allclose(12 * part[1]["loss"] + 4 * rest[1]["loss"], 16 * whole[1]["loss"], rtol=1e-6)
+  np.testing.assert_allclose(
+    12 * part[1]["loss"] + 4 * rest[1]["loss"], 16 * whole[1]["loss"], rtol=1e-6
+  )
   assert int(part[1]["correct"]) + int(rest[1]["correct"]) == int(whole[1]["correct"])
   assert float(after(labels, np.zeros(16, bool))[1]["loss"]) == 0.0
 
@@ -152,7 +173,9 @@ def test_a_variance_that_overflows_is_not_finite_and_changes_nothing(variables):
   flat["params", "conv0", "kernel"] = flat["params", "conv0", "kernel"] * 1e22
   state = create_state(traverse_util.unflatten_dict(flat), ema=False)
   state = state.replace(opt_state=tx.init(state.params))
-  after, metrics, _ = jax.jit(step)(state, batch(16), Levels(), np.float32(0.1), jax.random.key(0), None, None)
+  after, metrics, _ = jax.jit(step)(
+    state, batch(16), Levels(), np.float32(0.1), jax.random.key(0), None, None
+  )
   # The inverse of its deviation is 0, so that the loss does not show it.
   assert np.isfinite(metrics["loss"])
   assert not metrics["finite"]
@@ -160,9 +183,15 @@ def test_a_variance_that_overflows_is_not_finite_and_changes_nothing(variables):
 
 
 def test_what_is_told_of_numbers_that_are_not_finite_names_layers():
-  statistics = {"norm0": {"mean": np.zeros(2), "var": np.asarray([1.0, 2e30])}, "norm1": {"var": np.ones(2)}}
+  statistics = {
+    "norm0": {"mean": np.zeros(2), "var": np.asarray([1.0, 2e30])},
+    "norm1": {"var": np.ones(2)},
+  }
   told = sanity.describe("phase 1", 2.3, {"weight": 0.1}, {}, statistics)
-  assert "The loss is 2.3, but its gradient, or the mean or variance of a batch in some layer, is not finite in" in told
+  assert (
+    "The loss is 2.3, but its gradient, or the mean or variance of a batch in some layer, is not "
+    "finite in" in told
+  )
   assert told.endswith("Running variances above 1e+12: norm0 2e+30.")
   statistics = {"norm0": {"var": np.ones(2)}}
   assert "variance" not in sanity.describe("phase 1", float("nan"), {"weight": 0.1}, {}, statistics)
@@ -179,7 +208,13 @@ def test_a_batch_in_parts_has_the_gradient_of_its_loss(variables):
     state = state.replace(opt_state=tx.init(state.params))
     mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
     rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec("data")))
-    arguments = (levels(8, 8), np.float32(0.1), jax.random.key(0), variables, aiwq.start(variables["params"]))
+    arguments = (
+      levels(8, 8),
+      np.float32(0.1),
+      jax.random.key(0),
+      variables,
+      aiwq.start(variables["params"]),
+    )
     return jax.device_get(jax.jit(step)(state, rows, *arguments))
 
   def mean(*leaves):
@@ -187,10 +222,15 @@ def test_a_batch_in_parts_has_the_gradient_of_its_loss(variables):
 
   state, metrics, sampling = after(together, 2)
   alone = [after(rows, 1) for rows in parts]
-  # The first step moves every parameter by its gradient times a rate, so that the mean gradient moves it by the mean.
+  # The first step moves every parameter by its gradient times a rate, so that the mean gradient
+  # moves it by the mean.
   for name in ("params", "batch_stats", "ema_params"):
     expected = jax.tree.map(mean, *(getattr(own[0], name) for own in alone))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), getattr(state, name), expected)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+      getattr(state, name),
+      expected,
+    )
   for name in ("loss", "ce", "kd"):
     np.testing.assert_allclose(metrics[name], mean(*(own[1][name] for own in alone)), rtol=1e-5)
   assert int(metrics["examples"]) == 16
@@ -204,8 +244,9 @@ def test_a_batch_in_parts_has_the_gradient_of_its_loss(variables):
 
 
 def test_a_frozen_phase_needs_fewer_operations(variables):
-  # Little fewer: a and c of a frozen kernel still train, and their gradients need the gradient of the quantized kernel. The
-  # demo's MobileNet-v2 at batch 64, too large for a test: 793.156, 793.070 and 792.751 million.
+  # Little fewer: a and c of a frozen kernel still train, and their gradients need the gradient of
+  # the quantized kernel. The demo's MobileNet-v2 at batch 64, too large for a test: 793.156,
+  # 793.070 and 792.751 million.
   model, operations = TinyNet(), []
   state = create_state(variables, ema=True)
   for fraction in (0.0, 1 / 3, 2 / 3):
@@ -228,7 +269,11 @@ def test_bits_do_not_recompile(variables):
   state = create_state(variables, ema=True)
   state = state.replace(opt_state=tx.init(state.params))
   losses = [
-    float(counted(state, batch(16), levels(bits, bits), np.float32(0.1), jax.random.key(0), None, None)[1]["loss"])
+    float(
+      counted(state, batch(16), levels(bits, bits), np.float32(0.1), jax.random.key(0), None, None)[
+        1
+      ]["loss"]
+    )
     for bits in (8, 5, 4)
   ]
   assert len(traces) == 1

@@ -48,35 +48,56 @@ def setting(name):
   model = REGISTRY[name](num_classes=10, dropout=0.0, **OPTIONS[name])
   template = variable_shapes(model, 32)
   student, teacher = (
-    load.import_variables(name, template, golden_data.tensors(shapes, prefix), "golden", dtype=np.float64).variables
+    load.import_variables(
+      name, template, golden_data.tensors(shapes, prefix), "golden", dtype=np.float64
+    ).variables
     for prefix in ("", "teacher.")
   )
   names = load.namings(name)["authors"].tensor_names(traverse_util.flatten_dict(template))
-  layers = {their.removesuffix(".weight"): "/".join(path[1:-1]) for path, their in names.items() if path[-1] == "kernel"}
+  layers = {
+    their.removesuffix(".weight"): "/".join(path[1:-1])
+    for path, their in names.items()
+    if path[-1] == "kernel"
+  }
   return Setting(model, student, teacher, {their: path for path, their in names.items()}, layers)
 
 
 @functools.cache
 def run(name, stage):
-  """Every step of a stage, `[(state, metrics, AIWQ state), ...]`, the first entry before the first step."""
+  """Every step of a stage, `[(state, metrics, AIWQ state), ...]`, the first entry before the first
+  step.
+  """
   weight_bits, act_bits, train_kernels, freeze = STAGES[stage]
   model, student, teacher, _, layers = setting(name)
   frozen = golden_data.load(f"trajectory_{name}.json")["frozen"] if freeze else []
   labels = optimizer.label_params(
-    student["params"], train_kernels=train_kernels, frozen=frozenset(layers[layer] for layer in frozen)
+    student["params"],
+    train_kernels=train_kernels,
+    frozen=frozenset(layers[layer] for layer in frozen),
   )
   sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
   tx = optimizer.make_optimizer(labels, sgd)
   normalization = Normalization((0.0,) * 3, (1.0,) * 3)
-  step = jax.jit(steps.make_train_step(model, tx, normalization=normalization, ema_rate=0.9, teacher_model=model))
+  step = jax.jit(
+    steps.make_train_step(model, tx, normalization=normalization, ema_rate=0.9, teacher_model=model)
+  )
   with jax.enable_x64(True):
     state = create_state(student, ema=True).replace(opt_state=tx.init(student["params"]))
     sampling = aiwq.start(student["params"]) if weight_bits else None
     history = [(state, None, sampling)]
     for i in range(4 if (name, stage) == (V2, "full_precision") else STEPS[name]):
-      batch = {"image": golden_data.images(f"batch:{i}", (8, 3, 32, 32)), "label": golden_data.labels(i, 8)}
+      batch = {
+        "image": golden_data.images(f"batch:{i}", (8, 3, 32, 32)),
+        "label": golden_data.labels(i, 8),
+      }
       state, metrics, sampling = step(
-        state, batch, levels(weight_bits, act_bits), np.float64(0.01), jax.random.key(0), teacher, sampling
+        state,
+        batch,
+        levels(weight_bits, act_bits),
+        np.float64(0.01),
+        jax.random.key(0),
+        teacher,
+        sampling,
       )
       # As numpy arrays: outside of the x64 context jax would take them for float32.
       history.append(jax.device_get((state, metrics, sampling)))
@@ -98,8 +119,12 @@ def expect(golden, prefix, count, name, stage):
   history = run(name, stage)[: count + 1]
   expect_losses(golden, prefix, history)
   state = history[-1][0]
-  np.testing.assert_allclose(norms(name, state.variables, golden["names"]), golden[f"{prefix}norm"], rtol=1e-6)
-  np.testing.assert_allclose(norms(name, state.ema_variables, golden["names"]), golden[f"{prefix}ema/norm"], rtol=1e-6)
+  np.testing.assert_allclose(
+    norms(name, state.variables, golden["names"]), golden[f"{prefix}norm"], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    norms(name, state.ema_variables, golden["names"]), golden[f"{prefix}ema/norm"], rtol=1e-6
+  )
 
 
 # One stage has all that MobileNet-v3 adds; a program of it takes a minute to compile.
@@ -114,18 +139,19 @@ def test_authors_trajectory(name, stage):
   if sampling is not None:
     layers = setting(name).layers
     measured = [float(sampling.metric[layers[layer]]) for layer in golden["convs"]]
-    # A layer whose outputs hardly moved has a KL of 0 up to the rounding of its terms: 1e-16, times 0.001, ten times.
+    # A layer whose outputs hardly moved has a KL of 0 up to the rounding of its terms: 1e-16, times
+    # 0.001, ten times.
     expected = golden[f"{stage}/aiwq"]
-    # In two layers of MobileNet-v3 the authors' code meets channels that are constant but for rounding (s = 4e-17), and
-    # drops the layers' values; see aiwq.kl_divergence.
+    # In two layers of MobileNet-v3 the authors' code meets channels that are constant but for
+    # rounding (s = 4e-17), and drops the layers' values; see aiwq.kl_divergence.
     known = expected != 0
     assert sum(~known) == {V2: 0, V3: 2}[name]
     np.testing.assert_allclose(np.asarray(measured)[known], expected[known], rtol=1e-6, atol=1e-18)
 
 
 def test_authors_full_precision_trajectory():
-  # Two steps to 1e-6 in everything, and the losses of the first four: the authors' own code does not reproduce more when
-  # its input changes in the last digit (tests/golden/README.md).
+  # Two steps to 1e-6 in everything, and the losses of the first four: the authors' own code does
+  # not reproduce more when its input changes in the last digit (tests/golden/README.md).
   expect(golden_data.load("trajectory_full_precision_2_steps.npz"), "", 2, V2, "full_precision")
   golden = golden_data.load("trajectory_mobilenet_v2.npz")
   expect_losses(golden, "full_precision/", run(V2, "full_precision"))
@@ -133,7 +159,9 @@ def test_authors_full_precision_trajectory():
 
 def test_frozen_kernels_stay_bit_identical_while_their_quantizers_and_norms_move():
   before, after = run(V2, "frozen_4bit")[0][0], run(V2, "frozen_4bit")[-1][0]
-  frozen = {setting(V2).layers[layer] for layer in golden_data.load(f"trajectory_{V2}.json")["frozen"]}
+  frozen = {
+    setting(V2).layers[layer] for layer in golden_data.load(f"trajectory_{V2}.json")["frozen"]
+  }
   old, new = (traverse_util.flatten_dict(state.params, sep="/") for state in (before, after))
   for name, value in new.items():
     layer, leaf = name.rsplit("/", 1)
@@ -150,6 +178,13 @@ def test_bn_phase_moves_everything_but_kernels():
 def test_ema_follows_the_formula():
   start, one, two = (state for state, _, _ in run(V2, "full_precision")[:3])
   expected = jax.tree.map(
-    lambda start, one, two: 0.9 * (0.9 * start + 0.1 * one) + 0.1 * two, start.variables, one.variables, two.variables
+    lambda start, one, two: 0.9 * (0.9 * start + 0.1 * one) + 0.1 * two,
+    start.variables,
+    one.variables,
+    two.variables,
   )
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), two.ema_variables, expected)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
+    two.ema_variables,
+    expected,
+  )

@@ -23,7 +23,9 @@ class TinyNet(nn.Module):
   @nn.compact
   def __call__(self, x, levels=Levels(), train=False):
     levels = levels._replace(quant=self.quant)
-    for index, (features, stride, depthwise) in enumerate([(8, 2, False), (8, 2, True), (16, 1, False)]):
+    for index, (features, stride, depthwise) in enumerate(
+      [(8, 2, False), (8, 2, True), (16, 1, False)]
+    ):
       x = QuantConv(features, 3, stride, depthwise, dtype=self.dtype, name=f"conv{index}")(
         x, levels if index else levels.first()
       )

@@ -29,11 +29,13 @@ def expect(tensors, expected_file):
     assert sorted(tensors) == sorted(expected.files)
     for name in expected.files:
       assert tensors[name].shape == expected[name].shape, name
-      np.testing.assert_array_equal(tensors[name].astype(expected[name].dtype), expected[name], err_msg=name)
+      np.testing.assert_array_equal(
+        tensors[name].astype(expected[name].dtype), expected[name], err_msg=name
+      )
 
 
-# Both formats hold float16 to float64, bfloat16, a transposed and a strided view, one at an offset, two names for one
-# storage, a Parameter and an empty tensor.
+# Both formats hold float16 to float64, bfloat16, a transposed and a strided view, one at an offset,
+# two names for one storage, a Parameter and an empty tensor.
 @pytest.mark.parametrize("name", ["zip.pth", "legacy.pth"])
 def test_torch_files_of_both_formats(name):
   tensors = contents(str(TORCH / name))
@@ -43,7 +45,8 @@ def test_torch_files_of_both_formats(name):
 
 
 def test_weights_among_other_things_and_behind_wrappers():
-  expect(contents(str(TORCH / "nested.ckpt")), "expected_net.npz")  # beside an optimizer, as the authors' code saves it
+  # Beside an optimizer, as the authors' code saves it.
+  expect(contents(str(TORCH / "nested.ckpt")), "expected_net.npz")
   expect(contents(str(TORCH / "dataparallel.pth")), "expected_net.npz")
 
 
@@ -55,7 +58,10 @@ def test_names_of_torch_files(tmp_path, suffix):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_numpy_and_safetensors(tmp_path, dtype):
-  given = {"a.weight": np.arange(6, dtype=dtype).reshape(2, 3), "a.num_batches_tracked": np.array(3)}
+  given = {
+    "a.weight": np.arange(6, dtype=dtype).reshape(2, 3),
+    "a.num_batches_tracked": np.array(3),
+  }
   np.savez(tmp_path / "w.npz", **given)
   safetensors.numpy.save_file(given, tmp_path / "w.safetensors")
   for name in ("w.npz", "w.safetensors"):
@@ -68,8 +74,12 @@ def test_numpy_and_safetensors(tmp_path, dtype):
 def test_bfloat16_in_safetensors(tmp_path):
   values = np.array([1.5, -2.0], ml_dtypes.bfloat16)
   header = b'{"w":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
-  (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
-  np.testing.assert_array_equal(contents(str(tmp_path / "w.safetensors"))["w"].astype(np.float32), [1.5, -2.0])
+  (tmp_path / "w.safetensors").write_bytes(
+    len(header).to_bytes(8, "little") + header + values.tobytes()
+  )
+  np.testing.assert_array_equal(
+    contents(str(tmp_path / "w.safetensors"))["w"].astype(np.float32), [1.5, -2.0]
+  )
 
 
 class Touch:
@@ -158,7 +168,12 @@ def storage(size, kind="FloatStorage", key="0"):
 
 def tensor(shape, strides, size, offset=0, **options):
   arguments = group(
-    storage(size, **options), number(offset), group(*map(number, shape)), group(*map(number, strides)), b"\x89", b"N"
+    storage(size, **options),
+    number(offset),
+    group(*map(number, shape)),
+    group(*map(number, strides)),
+    b"\x89",
+    b"N",
   )
   return name("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
 
@@ -183,13 +198,19 @@ ATTACKS = {
   "reads before its storage": ((text("w"), tensor((2,), (1,), 4, offset=-2)), "makes no sense"),
   "goes backwards": ((text("w"), tensor((2,), (-1,), 4, offset=3)), "makes no sense"),
   "makes much of one element": ((text("w"), tensor((30000, 10000), (0, 0), 4)), "reaches beyond"),
-  "says a storage is larger than it is": ((text("w"), tensor((2,), (1,), 5)), "16 bytes, 5 x float32"),
+  "says a storage is larger than it is": (
+    (text("w"), tensor((2,), (1,), 5)),
+    "16 bytes, 5 x float32",
+  ),
   "describes a storage in two ways": (
     (text("v"), tensor((1,), (1,), 4), text("w"), tensor((1,), (1,), 2, kind="DoubleStorage")),
     "in two ways",
   ),
   "changes a storage": ((text("w"), storage(4), STATE, b"b"), "changes a _Storage"),
-  "changes a type": ((text("w"), name("torch", "BFloat16Storage"), STATE, b"b"), "changes a _StorageType"),
+  "changes a type": (
+    (text("w"), name("torch", "BFloat16Storage"), STATE, b"b"),
+    "changes a _StorageType",
+  ),
   "changes a function": ((text("w"), name("torch", "Size"), STATE, b"b"), "changes a _Function"),
   "calls a value": ((text("w"), text("x"), b")", b"R"), "cannot be called"),
   "uses an extension": ((text("w"), b"\x82\x01"), "damaged"),
@@ -228,7 +249,9 @@ def test_wrappers_of_wrappers_and_options_beside_the_weights(tmp_path):
   (tmp_path / "w.pth").write_bytes(crafted(text("args"), options, text("state_dict"), weights))
   read = read_contents(str(tmp_path / "w.pth"))
   np.testing.assert_array_equal(read.tensors["w"], np.arange(4))
-  assert read.notes == ("The weights are the entry 'state_dict' of the file; beside it stand: args.",)
+  assert read.notes == (
+    "The weights are the entry 'state_dict' of the file; beside it stand: args.",
+  )
 
 
 def test_files_that_are_no_weights(tmp_path):

@@ -26,17 +26,24 @@ def tensors():
 
 
 def full_precision(tensors):
-  return {name: value for name, value in tensors.items() if name.rsplit(".", 1)[-1] not in ("a", "c")}
+  return {
+    name: value for name, value in tensors.items() if name.rsplit(".", 1)[-1] not in ("a", "c")
+  }
 
 
 @pytest.mark.parametrize(
   ("model", "file", "options"),
-  [("mobilenet_v2", "mobilenet_v2.json", {}), ("mobilenet_v3_large", "mobilenet_v3_large.json", {})],
+  [
+    ("mobilenet_v2", "mobilenet_v2.json", {}),
+    ("mobilenet_v3_large", "mobilenet_v3_large.json", {}),
+  ],
 )
 def test_names_are_a_bijection_onto_the_authors(model, file, options):
   from flax import traverse_util
 
-  names = namings(model)["authors"].tensor_names(traverse_util.flatten_dict(template(model, **options)))
+  names = namings(model)["authors"].tensor_names(
+    traverse_util.flatten_dict(template(model, **options))
+  )
   assert sorted(names.values()) == sorted(golden_data.load(file))
 
 
@@ -47,8 +54,12 @@ def test_a_full_precision_file_has_no_quantizers(tensors, tmp_path):
   # The authors' MobileNet-v2 has torchvision's names.
   assert (loaded.source, loaded.quantizers) == ("torchvision", False)
   kernel = loaded.variables["params"]["block03"]["depthwise_conv"]["kernel"]
-  np.testing.assert_allclose(kernel[:, :, 0, 5], plain["features.4.conv.1.0.weight"][5, 0], rtol=1e-6)
-  np.testing.assert_allclose(np.logaddexp(loaded.variables["params"]["stem_conv"]["quant_a"], 0), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(
+    kernel[:, :, 0, 5], plain["features.4.conv.1.0.weight"][5, 0], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    np.logaddexp(loaded.variables["params"]["stem_conv"]["quant_a"], 0), 1.0, rtol=1e-6
+  )
   assert loaded.variables["params"]["stem_conv"]["kernel"].dtype == np.float32
 
 
@@ -59,7 +70,9 @@ def test_other_floating_types_are_converted(tensors, dtype):
   assert loaded.quantizers
   kernel = loaded.variables["params"]["head_conv"]["kernel"]
   assert kernel.dtype == np.float32
-  np.testing.assert_array_equal(kernel[0, 0], given["features.18.0.weight"][:, :, 0, 0].T.astype(np.float32))
+  np.testing.assert_array_equal(
+    kernel[0, 0], given["features.18.0.weight"][:, :, 0, 0].T.astype(np.float32)
+  )
 
 
 def test_every_wrong_tensor_is_listed(tensors):
@@ -86,26 +99,36 @@ def test_quantizers_in_part_are_refused(tensors):
 
 
 def test_quantizers_that_nobody_has_set_are_passed_over(tensors):
-  # The authors' code leaves a and c as uninitialized memory until the first quantized phase, and saves them.
-  zeros = {name: np.zeros(1) if name.endswith((".a", ".c")) else value for name, value in tensors.items()}
+  # The authors' code leaves a and c as uninitialized memory until the first quantized phase, and
+  # saves them.
+  zeros = {
+    name: np.zeros(1) if name.endswith((".a", ".c")) else value for name, value in tensors.items()
+  }
   for given in (zeros, {**tensors, "relu6.a": np.array([np.nan])}):
     loaded = import_variables("mobilenet_v2", template(), given, "w.npz")
     assert (loaded.source, loaded.quantizers) == ("authors", False)
     assert "passed over" in loaded.notes[0]
-    np.testing.assert_allclose(np.logaddexp(loaded.variables["params"]["head_quant"]["quant_c"], 0), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(
+      np.logaddexp(loaded.variables["params"]["head_quant"]["quant_c"], 0), 1.0, rtol=1e-6
+    )
   with pytest.raises(ConfigError, match=r"wrong shape: relu6\.c is \(3,\)"):
     import_variables("mobilenet_v2", template(), {**zeros, "relu6.c": np.zeros(3)}, "w.npz")
 
 
 def test_a_file_of_another_model_is_named():
-  resnet = golden_data.full_precision_tensors(golden_data.load("torchvision_shapes.json")["torchvision_resnet101"])
+  resnet = golden_data.full_precision_tensors(
+    golden_data.load("torchvision_shapes.json")["torchvision_resnet101"]
+  )
   with pytest.raises(
-    ConfigError, match=r"Nothing was loaded\. Its names are those of resnet101.*config\.model\.name=resnet101"
+    ConfigError,
+    match=r"Nothing was loaded\. Its names are those of resnet101.*config\.model\.name=resnet101",
   ):
     import_variables("mobilenet_v2", template(), resnet, "w.pth")
   with pytest.raises(ConfigError, match=r"config\.teacher\.model=resnet101"):
     import_variables("resnet50", template("resnet50"), resnet, "w.pth", role="teacher")
-  with pytest.raises(ConfigError, match=r"Use the matching file, config\.model\.width[\s\S]*unexpected: w \(3,\)"):
+  with pytest.raises(
+    ConfigError, match=r"Use the matching file, config\.model\.width[\s\S]*unexpected: w \(3,\)"
+  ):
     import_variables("mobilenet_v2", template(), {"w": np.zeros(3)}, "w.pth")
 
 
@@ -113,28 +136,50 @@ def test_another_number_of_classes_needs_reset_head(tensors):
   def loaded(**options):
     return import_variables("mobilenet_v2", template(classes=7), tensors, "w.npz", **options)
 
-  with pytest.raises(ConfigError, match=r"number of classes differs: config\.init\.reset_head=True"):
+  with pytest.raises(
+    ConfigError, match=r"number of classes differs: config\.init\.reset_head=True"
+  ):
     loaded()
   with pytest.raises(ConfigError, match="a teacher needs those of the data, 7"):
     loaded(role="teacher")
-  with pytest.raises(ConfigError, match=r"Use the matching file[\s\S]*not finite: classifier\.1\.weight"):
-    import_variables("mobilenet_v2", template(), {**tensors, "classifier.1.weight": np.full((10, 1280), np.nan)}, "w.npz")
-  head = {"kernel": np.full((1280, 7), 0.5), "bias": np.zeros(7), "quant_a": np.array(0.1), "quant_c": np.array(0.2)}
-  params = loaded(new_head={"params": {"classifier": head, "stem_conv": {"kernel": np.zeros(1)}}}).variables["params"]
+  with pytest.raises(
+    ConfigError, match=r"Use the matching file[\s\S]*not finite: classifier\.1\.weight"
+  ):
+    import_variables(
+      "mobilenet_v2",
+      template(),
+      {**tensors, "classifier.1.weight": np.full((10, 1280), np.nan)},
+      "w.npz",
+    )
+  head = {
+    "kernel": np.full((1280, 7), 0.5),
+    "bias": np.zeros(7),
+    "quant_a": np.array(0.1),
+    "quant_c": np.array(0.2),
+  }
+  params = loaded(
+    new_head={"params": {"classifier": head, "stem_conv": {"kernel": np.zeros(1)}}}
+  ).variables["params"]
   np.testing.assert_array_equal(params["classifier"]["kernel"], head["kernel"])
   assert params["classifier"]["quant_a"] == np.float32(0.1)
-  np.testing.assert_allclose(params["stem_conv"]["kernel"][0, 0, 0], tensors["features.0.0.weight"][:, 0, 0, 0], rtol=1e-6)
+  np.testing.assert_allclose(
+    params["stem_conv"]["kernel"][0, 0, 0], tensors["features.0.0.weight"][:, 0, 0, 0], rtol=1e-6
+  )
 
 
 def test_a_new_head_does_not_excuse_the_rest(tensors):
   del tensors["features.0.0.weight"]
   head = {"params": {"classifier": {"kernel": np.zeros((1280, 7)), "bias": np.zeros(7)}}}
-  with pytest.raises(ConfigError, match=r"1 of \d+ tensors differ[\s\S]*missing: features\.0\.0\.weight"):
+  with pytest.raises(
+    ConfigError, match=r"1 of \d+ tensors differ[\s\S]*missing: features\.0\.0\.weight"
+  ):
     import_variables("mobilenet_v2", template(classes=7), tensors, "w.npz", new_head=head)
 
 
 def test_settings_of_the_code_behind_a_file(tensors):
-  given = types.SimpleNamespace(name="mobilenet_v2", width=1.0, activation="relu6", bn_epsilon=1e-5, strides=())
+  given = types.SimpleNamespace(
+    name="mobilenet_v2", width=1.0, activation="relu6", bn_epsilon=1e-5, strides=()
+  )
   authors = import_variables("mobilenet_v2", template(), tensors, "w.npz")
   torchvision = import_variables("mobilenet_v2", template(), full_precision(tensors), "w.npz")
   assert differing_settings(torchvision.settings, given) == {}

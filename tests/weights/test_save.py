@@ -26,7 +26,8 @@ def variables(model):
 
 
 @pytest.mark.parametrize(
-  ("model", "source"), [(model, source) for model in REGISTRY if model != "resnet101" for source in namings(model)]
+  ("model", "source"),
+  [(model, source) for model in REGISTRY if model != "resnet101" for source in namings(model)],
 )
 def test_round_trip_is_bit_identical(tmp_path, model, source):
   given = variables(model)
@@ -34,7 +35,10 @@ def test_round_trip_is_bit_identical(tmp_path, model, source):
   file = str(tmp_path / "w.safetensors")
   write_safetensors(file, tensors, {"model": model})
   loaded = load_variables(file, model, given)
-  flat = {True: traverse_util.flatten_dict(given), False: traverse_util.flatten_dict(loaded.variables)}
+  flat = {
+    True: traverse_util.flatten_dict(given),
+    False: traverse_util.flatten_dict(loaded.variables),
+  }
   keeps_quantizers = source in ("authors", "profit_jax")
   for path, value in flat[True].items():
     if keeps_quantizers or path[-1] not in QUANTIZER_LEAVES:
@@ -50,7 +54,12 @@ def test_round_trip_is_bit_identical(tmp_path, model, source):
   ("model", "source", "file", "key"),
   [
     ("mobilenet_v2", "authors", "mobilenet_v2.json", None),
-    ("mobilenet_v3_large", "torchvision", "torchvision_shapes.json", "torchvision_mobilenet_v3_large"),
+    (
+      "mobilenet_v3_large",
+      "torchvision",
+      "torchvision_shapes.json",
+      "torchvision_mobilenet_v3_large",
+    ),
     ("mobilenet_v3_small", "timm", "importer_shapes.json", "timm_mobilenetv3_small_100"),
     ("resnet18", "torchvision", "importer_shapes.json", "torchvision_resnet18"),
   ],
@@ -73,7 +82,9 @@ def test_the_header_says_what_it_is(tmp_path):
 
 
 def test_what_cannot_be_written(tmp_path):
-  with pytest.raises(ConfigError, match=r"--names=authors is not allowed: mobilenet_v1 has names in timm, profit_jax"):
+  with pytest.raises(
+    ConfigError, match=r"--names=authors is not allowed: mobilenet_v1 has names in timm, profit_jax"
+  ):
     named_tensors("mobilenet_v1", variables("mobilenet_v1"), "authors")
   with pytest.raises(ConfigError, match=r"must be called \.safetensors"):
     write_safetensors(str(tmp_path / "w.pth"), {}, {})
