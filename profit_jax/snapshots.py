@@ -35,6 +35,7 @@ from profit_jax.settings import ConfigError
 absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
 
 Warn = Callable[[str], None]
+ReadFile = Callable[[epath.Path], bytes]
 _TIMEOUT = 120  # seconds
 _LISTINGS = 5  # of a directory whose moments go away while they are read
 _ITEM, _FILE, _CHECKSUM = "moment", "moment.safetensors", "moment.sha256"
@@ -205,8 +206,17 @@ def saved_numbers(directory: epath.PathLike) -> list[int]:
     ) from error
 
 
+def read_file(path: epath.Path) -> bytes:
+  """The content of a file; raises what the file system raises."""
+  return path.read_bytes()
+
+
 def read_newest(
-  directory: epath.PathLike, warn: Warn, *, set_aside: bool = False
+  directory: epath.PathLike,
+  warn: Warn,
+  *,
+  set_aside: bool = False,
+  read_file: ReadFile = read_file,
 ) -> Snapshot | None:
   """The newest moment that is whole; every process of a run must call this together.
 
@@ -214,6 +224,7 @@ def read_newest(
     directory: `WORKDIR/checkpoints`.
     warn: told of every moment that cannot be read back, by name.
     set_aside: move those out of the way of later ones. Only who trains may.
+    read_file: reads one file of a moment.
 
   Returns:
     None in a fresh directory.
@@ -225,7 +236,7 @@ def read_newest(
   directory = epath.Path(directory)
   numbers = _listed(directory)
   for _ in range(_LISTINGS):
-    found, damaged = newest_of(directory, numbers)
+    found, damaged = newest_of(directory, numbers, read_file)
     before, numbers = numbers, _listed(directory)
     # A run that is going on may have written a newer one meanwhile, and deleted these.
     if found is not None or before == numbers:
@@ -258,13 +269,15 @@ def _listed(directory: epath.Path) -> list[int]:
   return distributed.numbers_of_first(distributed.together(lambda: saved_numbers(directory)))
 
 
-def newest_of(directory: epath.Path, numbers: list[int]) -> tuple[Snapshot | None, dict[int, str]]:
+def newest_of(
+  directory: epath.Path, numbers: list[int], read_file: ReadFile = read_file
+) -> tuple[Snapshot | None, dict[int, str]]:
   """The newest of these moments (oldest first) that is whole, and what is wrong with newer ones;
-  all processes together.
+  all processes together. `read_file` reads one file of a moment.
   """
   damaged = {}
   for number in reversed(numbers):
-    found, damage = _read_on_all(directory, number)
+    found, damage = _read_on_all(directory, number, read_file)
     if found is not None:
       return found, damaged
     damaged[number] = damage
@@ -278,13 +291,16 @@ def _move(place: epath.Path, target: epath.Path) -> None:
   place.rename(target)
 
 
-def _read_on_all(directory: epath.Path, number: int) -> tuple[Snapshot | None, str]:
+def _read_on_all(
+  directory: epath.Path, number: int, read_file: ReadFile
+) -> tuple[Snapshot | None, str]:
   """A moment, or what is wrong with it; the same in all processes."""
 
   def read():
     place = directory / str(number) / _ITEM
     try:
-      content, checksum = _content(place / _FILE), _content(place / _CHECKSUM)
+      content = _content(place / _FILE, read_file)
+      checksum = _content(place / _CHECKSUM, read_file)
       return _parse(number, content, checksum), ""
     except ConfigError:
       raise
@@ -297,7 +313,7 @@ def _read_on_all(directory: epath.Path, number: int) -> tuple[Snapshot | None, s
   return found, ""
 
 
-def _content(path: epath.Path) -> bytes:
+def _content(path: epath.Path, read_file: ReadFile) -> bytes:
   """A file of a moment.
 
   Raises:
@@ -307,7 +323,7 @@ def _content(path: epath.Path) -> bytes:
   """
   try:
     if path.exists() and not path.is_dir():
-      return path.read_bytes()
+      return read_file(path)
   except FileNotFoundError:
     pass
   except Exception as error:  # remote file systems have their own
