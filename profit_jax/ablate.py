@@ -16,7 +16,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from etils import epath
 
@@ -28,12 +29,54 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Checkpoints that a run keeps which others begin with: one of every end of a phase, and those
 # between.
 _ALL = 1000
-_POLL = 2.0  # seconds
 _DEVICES = "import jax; print(jax.default_backend(), jax.local_device_count())"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit code: 1 where a run failed."""
+def one_per_gpu(jobs: int | None) -> list[dict[str, str]]:
+  """The variables that select the GPU of each run that is trained at once.
+
+  Args:
+    jobs: number of runs at once; None is one for each GPU, or one in all without GPUs.
+  """
+  # In a process of its own: this one must not take the devices' memory.
+  found = subprocess.run(
+    [sys.executable, "-c", _DEVICES], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  backend, count = (
+    found.stdout.split()[-2:] if found.returncode == 0 and found.stdout else ("cpu", "1")
+  )
+  if backend in ("gpu", "cuda"):
+    return [
+      {"CUDA_VISIBLE_DEVICES": str(index % int(count))} for index in range(jobs or int(count))
+    ]
+  return [{}] * (jobs or 1)
+
+
+class Launcher(NamedTuple):
+  """How the runs of a grid are started.
+
+  Attributes:
+    command: starts one run, in the project's directory. The arguments of `main.py` follow it.
+    environments: takes `--jobs`, or None. Gives the variables that each of the runs that are
+      trained at once adds to the environment.
+    poll: seconds between two looks for the checkpoints that waiting runs begin with.
+  """
+
+  command: Sequence[str] = (sys.executable, "main.py")
+  environments: Callable[[int | None], Sequence[Mapping[str, str]]] = one_per_gpu
+  poll: float = 2.0
+
+
+def main(arguments: Sequence[str] | None = None, launcher: Launcher = Launcher()) -> int:
+  """The command line.
+
+  Args:
+    arguments: without the program's name; None is those of this process.
+    launcher: starts the runs.
+
+  Returns:
+    The exit code: 1 where a run failed, 2 for wrong input.
+  """
   parser = argparse.ArgumentParser(
     prog="python -m profit_jax.ablate",
     description=__doc__,
@@ -73,9 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trunks = {} if options.alone else ablation.trunks(settings)
     if options.plan:
       for run in runs:
-        print(shlex.join(_command(grid, root, run, trunks, fork=run in trunks)))
+        print(shlex.join(_command(launcher, grid, root, run, trunks, fork=run in trunks)))
       return 0
-    failed = train(grid, root, settings, trunks, options.jobs)
+    failed = train(grid, root, settings, trunks, options.jobs, launcher)
     report(grid, root)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -85,10 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   return 1 if failed else 0
 
 
-def _command(grid, root, run, trunks, *, fork):
+def _command(launcher, grid, root, run, trunks, *, fork):
   command = [
-    sys.executable,
-    "main.py",
+    *launcher.command,
     *grid.arguments(*run),
     f"--workdir={ablation.directory_of(root, *run)}",
   ]
@@ -105,11 +147,13 @@ def train(
   settings: Mapping[ablation.Run, Settings],
   trunks: Mapping[ablation.Run, ablation.Trunk],
   jobs: int | None,
+  launcher: Launcher = Launcher(),
 ) -> list[tuple[ablation.Labels, int, pathlib.Path]]:
   """Trains the runs that have no result yet; returns those that failed, and their logs.
 
   A run with a trunk begins when that has trained what both have in common. What can begin does so
-  in the order given, seed by seed: a grid that is stopped has whole ones.
+  in the order given, seed by seed: a grid that is stopped has whole ones. `jobs` is the number of
+  runs at once, as `--jobs`.
   """
   waiting = [
     run for run in settings if not (ablation.directory_of(root, *run) / "result.json").exists()
@@ -123,8 +167,8 @@ def train(
     logs.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise ConfigError(f"{logs} cannot be written: {error}. Give another --workdir.") from error
-  devices, failed, done = _environments(jobs), [], 0
-  running: dict[concurrent.futures.Future, tuple[ablation.Run, dict[str, str]]] = {}
+  devices, failed, done = list(launcher.environments(jobs)), [], 0
+  running: dict[concurrent.futures.Future, tuple[ablation.Run, Mapping[str, str]]] = {}
   with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
     while waiting or running:
       for run in list(waiting):
@@ -139,10 +183,11 @@ def train(
         )
         if trunk is None or saved or ended:
           waiting.remove(run)
-          command, device = _command(grid, root, run, trunks, fork=saved), devices.pop(0)
+          command = _command(launcher, grid, root, run, trunks, fork=saved)
+          device = devices.pop(0)
           running[pool.submit(_run, command, device, _log(logs, run))] = run, device
       done_now, _ = concurrent.futures.wait(
-        running, timeout=_POLL, return_when=concurrent.futures.FIRST_COMPLETED
+        running, timeout=launcher.poll, return_when=concurrent.futures.FIRST_COMPLETED
       )
       for future in done_now:
         run, device = running.pop(future)
@@ -192,22 +237,6 @@ def _top1(root, labels, seed):
     "final"
   ]
   return f"{final['top1']:.2f} %"
-
-
-def _environments(jobs):
-  """What each run that goes on at once adds to the environment: its GPU."""
-  # In a process of its own: this one must not take the devices' memory.
-  found = subprocess.run(
-    [sys.executable, "-c", _DEVICES], cwd=ROOT, capture_output=True, text=True, check=False
-  )
-  backend, count = (
-    found.stdout.split()[-2:] if found.returncode == 0 and found.stdout else ("cpu", "1")
-  )
-  if backend in ("gpu", "cuda"):
-    return [
-      {"CUDA_VISIBLE_DEVICES": str(index % int(count))} for index in range(jobs or int(count))
-    ]
-  return [{}] * (jobs or 1)
 
 
 def report(grid: ablation.Grid, root: epath.Path) -> None:
