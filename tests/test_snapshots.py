@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path):
     write(disk / "checkpoints", [1, 2], size=size)
     writer = snapshots.Writer(disk / "checkpoints", keep=1)
     writer.save(3, trees(3, size), values(3))
-    with pytest.raises(ConfigError, match="No space left on device.* good one is 2"):
+    with pytest.raises(ConfigError, match=r"No space left on device.* good one is 2"):
       writer.wait()
     assert snapshots.saved_numbers(disk / "checkpoints") == [1, 2]  # nor has the old one made room
     assert_is(snapshots.read_newest(disk / "checkpoints", pytest.fail), 2, size)
