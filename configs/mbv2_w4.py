@@ -10,7 +10,8 @@ Weights:  torchvision's, from https://download.pytorch.org/models/: mobilenet_v2
           (71.878 % by its table), which the authors started from, and resnet101-63fe2227.pth
           (77.374 %).
 Cost:     1,000,800 steps of 256 images at 224 px, each with a forward pass of the teacher; not run.
-Result:   not run. The paper reports 71.564 %; a user's rerun of the authors' code gave 71.002 %.
+Result:   not run. The paper reports 71.564 %; a user's run of the authors' code gave 71.002 % (both
+          as in issue 11 of the authors' repository).
 """
 
 from configs import base

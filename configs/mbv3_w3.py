@@ -5,7 +5,7 @@ Command:  python main.py --config configs/mbv3_w3.py --workdir RUN \
             --config.teacher.weights=resnet101-63fe2227.pth
 Weights:  as configs/mbv3_w4.py.
 Cost:     1,251,000 steps of 256 images at 224 px, each with a forward pass of the teacher; not run.
-Result:   not run. The authors published no command for it; the rung from 4 to 3 bits is ours.
+Result:   not run. The authors published no command for it. The step from 4 to 3 bits is our choice.
 """
 
 from configs import mbv3_w4

@@ -10,8 +10,7 @@ Weights:  timm's mobilenetv3_large_100.ra_in1k (75.784 % by its table): model.sa
           Torchvision's mobilenet_v3_large-8738ca79.pth (74.042 %) wants
           --config.model.bn_epsilon=1e-3 besides.
 Cost:     1,000,800 steps of 256 images at 224 px, each with a forward pass of the teacher; not run.
-Result:   not run. The authors published no command for this model, and never the weights that they
-          started from.
+Result:   not run. The authors published no command for this model, and not their initial weights.
 
 These weights were trained with zero padding: before training the run prints top-1 with it and with
 negative padding, to which the full-precision phase adapts them.
