@@ -5,7 +5,7 @@ only.
 import re
 
 from profit_jax.data import digits, pairs
-from profit_jax.data.base import Facts, Host, Source
+from profit_jax.data.base import MEMORY_LIMIT, Facts, Host, Source
 from profit_jax.data.normalize import Normalization
 from profit_jax.settings import ConfigError, Settings
 
@@ -70,12 +70,13 @@ def _known(name: str) -> Facts | None:
   return KNOWN.get(re.split("[/:]", name)[0])  # without configuration and version
 
 
-def load(settings: Settings, host: Host = Host()) -> Source:
+def load(settings: Settings, host: Host = Host(), *, memory_limit: int = MEMORY_LIMIT) -> Source:
   """Opens the configured source.
 
   Args:
     settings: validated.
     host: whose rows of each batch it gives.
+    memory_limit: in bytes. A TFDS split whose files are larger is streamed, not kept in memory.
 
   Raises:
     ConfigError: a source that is not there or not as it must be, or batches that it cannot fill, or
@@ -97,22 +98,25 @@ def load(settings: Settings, host: Host = Host()) -> Source:
       host=host,
     )
   else:
-    source = _images(settings, host)
+    source = _images(settings, host, memory_limit)
   _check_batch(settings, source.facts)
   return source
 
 
-def _images(settings, host):
+def _images(settings, host, memory_limit):
   # Here, because TensorFlow takes seconds to import, and what needs no images (steps, benchmarks,
   # plans) runs without it.
   from profit_jax.data import images, records
 
   images.quiet_tensorflow()
   if settings.data.name == FOLDER:
-    from profit_jax.data.folder import Folder as splits_of
+    from profit_jax.data.folder import Folder
+
+    splits = Folder(settings.data)
   else:
-    from profit_jax.data.tfds import Splits as splits_of
-  splits = splits_of(settings.data)
+    from profit_jax.data.tfds import Splits
+
+    splits = Splits(settings.data, memory_limit)
   # Whether the hosts can share both.
   splits.train.count(records.Pass(settings.train.batch_size, host, shuffle=(0, 0)))
   splits.eval.count(records.Pass(settings.train.eval_batch_size, host))

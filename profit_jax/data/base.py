@@ -13,6 +13,9 @@ Batch = dict[str, np.ndarray]
 # Longer side to shorter side: of an image that is longer still, the evaluation cuts the ends off
 # first.
 LONGEST = 4
+# Bytes. A TFDS split whose files are smaller is kept in memory and shuffled as a whole; every host
+# holds all of it. A larger split is streamed.
+MEMORY_LIMIT = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ are fixed, from those that it evaluates on.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -25,13 +26,32 @@ FACTS = Facts(
   class_names=tuple(f"{number:02}" for number in range(100)),
 )
 
-# Of each digit, drawn evenly: radians; relative change of width and height; offset of a row per
-# row; pixels of 8.
-_TURN, _SCALE, _SHEAR, _MOVE = 0.35, 0.15, 0.25, 0.8
-_PIECES, _PIECE = 3, 3  # pieces of other digits in an image, and their side in pixels of 8
-_SCAN = 8
+_SCAN = 8  # pixels: a scan's side
+_PIECE = 3  # pixels of a scan: the side of a piece of another digit
 _PART = 96  # images that are drawn at a time
 _TRAIN, _ORDER, _EVAL = 1, 2, 3  # streams of random numbers
+
+
+class Distortion(NamedTuple):
+  """How far an image may differ from two scans side by side. The defaults are those of the results
+  in `docs/ablation.md`.
+
+  `turn`, `scale`, `shear` and `move` are bounds. Each digit's value is drawn uniformly between the
+  bound and its negative.
+
+  Attributes:
+    turn: rotation, in radians.
+    scale: relative change of width, and of height.
+    shear: horizontal offset of a row per row.
+    move: offset to each side, in pixels of a scan.
+    pieces: number of pieces of other digits that lie over the image.
+  """
+
+  turn: float = 0.35
+  scale: float = 0.15
+  shear: float = 0.25
+  move: float = 0.8
+  pieces: int = 3
 
 
 class Pairs:
@@ -39,10 +59,25 @@ class Pairs:
 
   facts = FACTS
 
-  def __init__(self, *, image_size: int, augment: bool, seed: int, host: Host = Host()):
-    """Args: image_size in pixels; augment: False trains on one epoch's images; seed: of the images;
-    host: whose rows.
+  def __init__(
+    self,
+    *,
+    image_size: int,
+    augment: bool,
+    seed: int,
+    host: Host = Host(),
+    distortion: Distortion = Distortion(),
+  ):
+    """Draws the evaluation images.
+
+    Args:
+      image_size: in pixels.
+      augment: False trains on one epoch's images.
+      seed: of the training images.
+      host: whose rows.
+      distortion: of training and evaluation images.
     """
+    self._distortion = distortion
     self._scans, self._digits = load_digits().images.astype(np.float32) / 16, load_digits().target
     self._train, self._eval = split(self._digits)
     self._size, self._augment, self._seed, self._host = image_size, augment, seed, host
@@ -89,9 +124,10 @@ class Pairs:
     for place in range(2):
       center = height / 2, 4.0 + 6.0 * place
       image = np.maximum(
-        image, _warped(rng, self._scans[pairs[:, place]], y - center[0], x - center[1])
+        image,
+        _warped(rng, self._scans[pairs[:, place]], y - center[0], x - center[1], self._distortion),
       )
-    for _ in range(_PIECES):
+    for _ in range(self._distortion.pieces):
       image = np.maximum(image, self._piece(rng, among, y, x, count))
     first, second = self._digits[pairs].T
     return np.rint(image * 255).astype(np.uint8), (10 * first + second).astype(np.int32)
@@ -107,17 +143,18 @@ class Pairs:
     return np.where(inside, values / 2, 0)
 
 
-def _warped(rng, scans, y, x):
+def _warped(rng, scans, y, x, most):
   """Scans `[n, 8, 8]` seen at `[size, size]` places relative to their centre, each turned, scaled,
-  sheared and moved.
+  sheared and moved by at most `most`, a `Distortion`.
   """
   count = len(scans)
 
-  def draw(most):
-    return rng.uniform(-most, most, (count, 1, 1)).astype(np.float32)
+  def draw(bound):
+    return rng.uniform(-bound, bound, (count, 1, 1)).astype(np.float32)
 
-  turn, shear, move_y, move_x = draw(_TURN), draw(_SHEAR), draw(_MOVE), draw(_MOVE)
-  scale_y, scale_x = 1 + draw(_SCALE), 1 + draw(_SCALE)
+  # The order of the draws decides the images.
+  turn, shear, move_y, move_x = draw(most.turn), draw(most.shear), draw(most.move), draw(most.move)
+  scale_y, scale_x = 1 + draw(most.scale), 1 + draw(most.scale)
   y, x = y - move_y, x - move_x
   turned_y, turned_x = np.cos(turn) * y - np.sin(turn) * x, np.sin(turn) * y + np.cos(turn) * x
   middle = (_SCAN - 1) / 2

@@ -6,12 +6,9 @@ from collections.abc import Iterable
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from profit_jax.data.base import MEMORY_LIMIT
 from profit_jax.data.records import Record, Shard, Stream, Table
 from profit_jax.settings import ConfigError, DataSettings
-
-# A split whose files are smaller is kept in memory, and shuffled as a whole; every host holds all
-# of it.
-MEMORY_LIMIT = 512 * 2**20
 
 
 class Splits:
@@ -23,14 +20,18 @@ class Splits:
     class_names: of the label.
   """
 
-  def __init__(self, settings: DataSettings):
+  def __init__(self, settings: DataSettings, memory_limit: int = MEMORY_LIMIT):
     """Opens a data set; its images are read later.
+
+    Args:
+      settings: validated.
+      memory_limit: in bytes. A split whose files are larger is streamed, not kept in memory.
 
     Raises:
       ConfigError: one that is unknown, not prepared, not made of images and classes, or lacks a
         split.
     """
-    self._settings = settings
+    self._settings, self._memory_limit = settings, memory_limit
     self._builder = builder = open_builder(settings.name, settings.data_dir)
     keys = class_keys(builder)
     _require_prepared(builder, settings)
@@ -65,7 +66,7 @@ class Splits:
       ) from error
     if not found.num_examples:
       raise ConfigError(f"config.data.{field} = {split!r} is not allowed: it holds no example.")
-    if _fits(shards):
+    if _fits(shards, self._memory_limit):
       return _InMemory(self._builder, split, self._image, self._label)
     if info.file_format != tfds.core.FileFormat.TFRECORD:
       raise ConfigError(
@@ -155,7 +156,7 @@ def _require_prepared(builder, settings):
   )
 
 
-def _fits(shards: list[Shard]) -> bool:
+def _fits(shards: list[Shard], memory_limit: int) -> bool:
   """Whether the files of a split may be kept in memory; asks for no more sizes than it must."""
   total = 0
   for path in dict.fromkeys(shard.path for shard in shards):
@@ -165,7 +166,7 @@ def _fits(shards: list[Shard]) -> bool:
         "again."
       )
     total += tf.io.gfile.stat(path).length
-    if total > MEMORY_LIMIT:
+    if total > memory_limit:
       return False
   return True
 
