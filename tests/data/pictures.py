@@ -1,15 +1,37 @@
-"""Small data sets in the real formats, cut from scikit-learn's two photographs."""
+"""Small data sets in the real formats, cut from scikit-learn's two photographs, and settings for
+them.
+"""
 
 import io
 import tarfile
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from configs import base
+from profit_jax.models import REGISTRY
+from profit_jax.settings import parse
+
+TRAIN, EVAL = 24, 10  # images
+SIZE = 16  # pixels that a batch has of them
 # Of sets that TFDS's own code knows: it looks for this version.
 VERSIONS = {"cifar10": "3.0.2", "imagenet2012": "5.1.0"}
 CLASSES = ("flower", "temple", "wide")
+
+
+def settings(**changes):
+  """Of a run on such a set, with these fields."""
+  config = base.get_config()
+  small = {
+    "data.image_size": SIZE,
+    "train.batch_size": 8,
+    "train.eval_batch_size": 8,
+    "data.readers": 4,
+  }
+  config.update_from_flattened_dict({**small, **changes})
+  return parse(config, REGISTRY)
 
 
 def cuttings(count, seed=0, size=(96, 72)):
@@ -35,7 +57,7 @@ def encoded(image, kind="JPEG"):
   return file.getvalue()
 
 
-def write_folder(root, train=24, evaluation=10, broken=(), make=cuttings):
+def write_folder(root, train=TRAIN, evaluation=EVAL, broken=(), make=cuttings):
   """An image folder; `broken` are numbers of training images whose files are cut."""
   for split, count, seed in (("train", train, 1), ("val", evaluation, 2)):
     for i, (image, label) in enumerate(make(count, seed)):
@@ -49,22 +71,25 @@ def write_folder(root, train=24, evaluation=10, broken=(), make=cuttings):
   return root
 
 
+class Form(NamedTuple):
+  """What a TFDS set looks like: its classes, the images' shape, names of text features, and the
+  name of its second split.
+  """
+
+  classes: tuple[str, ...] = CLASSES
+  shape: tuple[int | None, ...] = (None, None, 3)
+  texts: tuple[str, ...] = ()
+  eval_split: str = "validation"
+
+
 def write_tfds(
-  data_dir,
-  name="cuttings",
-  train=24,
-  evaluation=10,
-  eval_split="validation",
-  shards=1,
-  classes=CLASSES,
-  make=cuttings,
-  shape=(None, None, 3),
-  texts=(),
+  data_dir, name="cuttings", *, train=TRAIN, evaluation=EVAL, shards=1, make=cuttings, form=Form()
 ):
   """A prepared TFDS set, through TFDS's own writer; returns its data_dir."""
   import tensorflow_datasets as tfds
 
-  kind = "PNG" if shape[0] else "JPEG"  # what TFDS takes for images of one size: they lose nothing
+  # PNG is what TFDS takes for images of one size: they lose nothing.
+  kind = "PNG" if form.shape[0] else "JPEG"
 
   with tfds.core.registered.skip_registration():
 
@@ -73,10 +98,10 @@ def write_tfds(
 
       def _info(self):
         features = {
-          "image": tfds.features.Image(shape=shape),
-          "label": tfds.features.ClassLabel(names=classes),
+          "image": tfds.features.Image(shape=form.shape),
+          "label": tfds.features.ClassLabel(names=form.classes),
         }
-        features.update({text: tfds.features.Text() for text in texts})
+        features.update({text: tfds.features.Text() for text in form.texts})
         return tfds.core.DatasetInfo(
           builder=self,
           features=tfds.features.FeaturesDict(features),
@@ -86,7 +111,7 @@ def write_tfds(
       def _split_generators(self, manager):
         return {
           "train": self._generate_examples(train, 1),
-          eval_split: self._generate_examples(evaluation, 2),
+          form.eval_split: self._generate_examples(evaluation, 2),
         }
 
       def _generate_examples(self, count, seed):
@@ -96,7 +121,7 @@ def write_tfds(
             {
               "image": io.BytesIO(encoded(image, kind)),
               "label": label,
-              **dict.fromkeys(texts, f"{i}"),
+              **dict.fromkeys(form.texts, f"{i}"),
             },
           )
 

@@ -1,62 +1,51 @@
-"""TFDS sets and image folders: what stands in which batch, on any number of hosts, and what is
-refused.
-"""
+"""TFDS sets and image folders: what stands in which batch, and what is refused."""
 
+import functools
 import logging
 import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from configs import base
 from profit_jax import data
-from profit_jax.data import Host
-from profit_jax.models import REGISTRY
-from profit_jax.settings import ConfigError, parse
+from profit_jax.data import Host, preprocess
+from profit_jax.data.records import Pass, table_rows
+from profit_jax.settings import ConfigError
 from tests.data import pictures
+from tests.data.pictures import EVAL, SIZE, TRAIN, settings
 
-TRAIN, EVAL, SIZE = 24, 10, 16
 # A table, which small TFDS sets are too, and shards that are read from front to end.
-SOURCES = (
-  "folder",
-  "stream",
-)
-
-
-def settings(**changes):
-  config = base.get_config()
-  config.update_from_flattened_dict(
-    {
-      "data.image_size": SIZE,
-      "train.batch_size": 8,
-      "train.eval_batch_size": 8,
-      "data.readers": 4,
-      **changes,
-    }
-  )
-  return parse(config, REGISTRY)
+SOURCES = ("folder", "stream")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-  root = tmp_path_factory.mktemp("data")
-  pictures.write_folder(root / "folder", TRAIN, EVAL)
-  pictures.write_tfds(root / "tfds", train=TRAIN, evaluation=EVAL, shards=3)
-  return root
+def open_source(written):
+  """Opens a source, given its name, a host and settings."""
+
+  def opened(name, host=Host(), **changes):
+    if name == "folder":
+      return load_folder(written / "folder", host, **changes)
+    given = {"data.name": "cuttings", "data.data_dir": str(written / "tfds"), **changes}
+    return data.load(settings(**given), host, memory_limit=0)
+
+  return opened
 
 
-@pytest.fixture(params=SOURCES)
-def open_source(request, written, monkeypatch):
-  """Opens a source, given a host and settings."""
-  from profit_jax.data import tfds
+def load_folder(root, host=Host(), **changes):
+  return data.load(settings(**{"data.name": "folder", "data.data_dir": str(root), **changes}), host)
 
-  name = "folder" if request.param == "folder" else "cuttings"
-  if request.param == "stream":
-    monkeypatch.setattr(tfds, "MEMORY_LIMIT", 0)
-  directory = str(written / ("folder" if name == "folder" else "tfds"))
-  return lambda host=Host(), **changes: data.load(
-    settings(**{"data.name": name, "data.data_dir": directory, **changes}), host
-  )
+
+@pytest.fixture(scope="module")
+def whole(open_source):
+  """Gives what one host alone sees of a source: a training epoch, number 1, and an evaluation."""
+
+  @functools.cache
+  def passes(name):
+    source = open_source(name)
+    return list(source.train_batches(1, 8)), list(source.eval_batches(8))
+
+  return passes
 
 
 def joined(batches, name="image"):
@@ -74,16 +63,13 @@ def assert_equal_batches(some, others):
       assert np.array_equal(one[name], other[name]), name
 
 
-def test_batches_keep_the_contract(open_source):
-  source = open_source()
-  assert (source.facts.train_examples, source.facts.eval_examples, source.facts.num_classes) == (
-    TRAIN,
-    EVAL,
-    3,
-  )
-  batches = list(source.train_batches(0, 8)) + list(source.eval_batches(8))
-  assert len(batches) == 3 + 2
-  for batch in batches:
+@pytest.mark.parametrize("name", SOURCES)
+def test_batches_keep_the_contract(open_source, whole, name):
+  facts = open_source(name).facts
+  assert (facts.train_examples, facts.eval_examples, facts.num_classes) == (TRAIN, EVAL, 3)
+  train, evaluation = whole(name)
+  assert (len(train), len(evaluation)) == (3, 2)
+  for batch in train + evaluation:
     assert {name: (value.dtype, value.shape) for name, value in batch.items()} == {
       "image": (np.uint8, (8, SIZE, SIZE, 3)),
       "label": (np.int32, (8,)),
@@ -91,123 +77,68 @@ def test_batches_keep_the_contract(open_source):
     }
 
 
-def test_hosts_share_what_one_alone_would_see(open_source):
-  def compare(count, batches):
-    parts = [batches(open_source(Host(i, count))) for i in range(count)]
-    together = [
-      {n: np.concatenate([p[n] for p in own]) for n in own[0]} for own in zip(*parts, strict=True)
-    ]
-    assert_equal_batches(together, batches(open_source()))
-
-  compare(4, lambda source: list(source.train_batches(3, 8)))
-  compare(2, lambda source: list(source.eval_batches(8)))
+# `test_records.py` has other numbers of hosts, and other places to begin.
+@pytest.mark.parametrize("name", SOURCES)
+def test_one_of_two_hosts_has_its_rows_of_the_rest_of_an_epoch(open_source, whole, name):
+  train, evaluation = whole(name)
+  source = open_source(name, Host(1, 2))
+  assert_equal_batches(list(source.train_batches(1, 8, 1)), own_rows(train[1:]))
+  assert_equal_batches(list(source.eval_batches(8)), own_rows(evaluation))
 
 
-def test_an_epoch_goes_on_where_it_was_left(open_source):
-  whole = list(open_source().train_batches(1, 8))
-  assert_equal_batches(list(open_source().train_batches(1, 8, 2)), whole[2:])
-  second = open_source(Host(1, 2)).train_batches(1, 8, 1)
-  assert np.array_equal(joined(second), np.concatenate([b["image"][4:] for b in whole[1:]]))
+def own_rows(batches):
+  return [{name: value[4:] for name, value in batch.items()} for batch in batches]
 
 
-def test_epochs_are_functions_of_seed_and_epoch(open_source):
-  first = joined(open_source().train_batches(4, 8))
-  assert np.array_equal(first, joined(open_source().train_batches(4, 8)))
-  assert not as_set(first) & as_set(joined(open_source().train_batches(5, 8)))
-  assert not as_set(first) & as_set(joined(open_source(seed=1).train_batches(4, 8)))
+@pytest.mark.parametrize("changes", [{"epoch": 2}, {"seed": 1}], ids=["epoch", "seed"])
+def test_another_epoch_or_seed_gives_other_images(open_source, whole, changes):
+  source = open_source("folder", seed=changes.get("seed", 0))
+  other = as_set(joined(source.train_batches(changes.get("epoch", 1), 8)))
+  assert len(other) == TRAIN
+  assert not other & as_set(joined(whole("folder")[0]))
 
 
-def test_an_epoch_shows_every_image_once_in_another_order(open_source):
-  source = open_source(**{"data.augment": False})
-  first, second = (joined(source.train_batches(epoch, 8)) for epoch in (0, 1))
-  assert len(as_set(first)) == TRAIN
-  assert as_set(first) == as_set(second)
-  assert not np.array_equal(first, second)
-  left_out = joined(source.train_batches(0, 9))
-  assert len(left_out) == len(as_set(left_out)) == 18  # two batches; six images fill no third one
+def test_without_augmentation_an_epoch_has_the_evaluations_pixels(open_source, written):
+  epoch = joined(open_source("folder", **{"data.augment": False}).train_batches(0, 8))
+  files = [path.read_bytes() for path in (written / "folder" / "train").rglob("*.*")]
+  centers = [preprocess.center_crop(tf.constant(f), SIZE, 0.875, "bicubic").numpy() for f in files]
+  assert len(as_set(epoch)) == TRAIN
+  assert as_set(epoch) == as_set(centers)
 
 
-def test_evaluation_counts_every_image_once(open_source):
-  batches = list(open_source().eval_batches(8))
+@pytest.mark.parametrize("name", SOURCES)
+def test_evaluation_counts_every_image_once(whole, name):
+  batches = whole(name)[1]
   masks, images, labels = (joined(batches, name) for name in ("mask", "image", "label"))
   assert masks.sum() == len(as_set(images[masks])) == EVAL
   assert sorted(labels[masks]) == sorted(label for _, label in pictures.cuttings(EVAL, 2))
-  assert_equal_batches(batches, list(open_source(seed=7).eval_batches(8)))
 
 
-def test_folder_and_tfds_give_the_same_pixels(written):
-  def evaluation(name, path):
-    batches = list(
-      data.load(settings(**{"data.name": name, "data.data_dir": str(written / path)})).eval_batches(
-        8
-      )
-    )
-    return as_set(joined(batches)[joined(batches, "mask")])
+def test_evaluation_does_not_depend_on_the_seed(open_source, whole):
+  assert_equal_batches(whole("folder")[1], list(open_source("folder", seed=7).eval_batches(8)))
 
-  folder, tfds = evaluation("folder", "folder"), evaluation("cuttings", "tfds")
-  assert len(tfds) == EVAL
+
+def test_folder_and_tfds_give_the_same_pixels(whole):
+  folder, tfds = (
+    as_set(joined(batches)[joined(batches, "mask")])
+    for batches in (whole("folder")[1], whole("stream")[1])
+  )
   # Every fifth is a PNG in the folder, and a JPEG there.
   assert len(folder & tfds) == EVAL - EVAL // 5
 
 
-# ImageNet's: 50,000 images in 64 readers of 781 or 782.
-@pytest.mark.parametrize(("hosts", "batch"), [(1, 256), (2, 1000), (8, 1024), (64, 64), (64, 4096)])
-def test_evaluation_of_imagenet_counts_50000_on_any_number_of_hosts(hosts, batch):
-  from profit_jax.data.records import Pass, reader_plan, table_rows
-
-  rows = [table_rows(50_000, Pass(batch, Host(i, hosts))) for i in range(hosts)]
-  examples = np.concatenate([found for found, _ in rows])
-  assert np.array_equal(np.sort(examples[examples >= 0]), np.arange(50_000))
-  # As many batches on every host, or they would wait for each other.
-  assert len({len(found) for found, _ in rows}) == 1
-  plans = [reader_plan(50_000, 64, Pass(batch, Host(i, hosts))) for i in range(hosts)]
-  count = sum(len(plan.readers) for plan in plans)
-  assert [reader for plan in plans for reader in plan.readers] == list(range(count))
-  assert len({(plan.rows, plan.steps) for plan in plans}) == 1
-  for reader in range(count):
-    own = (reader + 1) * 50_000 // count - reader * 50_000 // count
-    assert own <= plans[0].rows * plans[0].steps
-  assert count * plans[0].rows == batch
-
-
-def test_hosts_that_cannot_share_the_readers_are_refused():
-  from profit_jax.data.records import Pass, reader_plan
-
-  with pytest.raises(
-    ConfigError,
-    match=r"data.readers = 64 .* batches of 768, 64 readers .* 3 processes .* multiple of 3",
-  ):
-    reader_plan(50_000, 64, Pass(768, Host(0, 3)))
-  assert len(reader_plan(50_000, 48, Pass(768, Host(0, 3))).readers) == 16
-
-
 def test_a_batch_that_the_processes_cannot_share_is_refused():
-  with pytest.raises(
-    ConfigError, match=r"train.batch_size = 8 .* multiple of 3, the number of processes"
-  ):
+  with pytest.raises(ConfigError, match=r"train.batch_size = 8 .* multiple of 3"):
     data.load(settings(**{"data.name": "digits"}), Host(0, 3))
 
 
-def test_shards_are_cut_where_the_readers_meet():
-  from profit_jax.data.records import Shard
-  from profit_jax.data.tfds import cut
-
-  shards = [Shard("a", 0, 5), Shard("b", 2, 3), Shard("c", 0, 4)]
-  assert cut(shards, 0, 12) == shards
-  assert cut(shards, 3, 7) == [Shard("a", 3, 2), Shard("b", 2, 2)]
-  assert cut(shards, 5, 8) == [Shard("b", 2, 3)]
-  assert cut(shards, 11, 12) == [Shard("c", 3, 1)]
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+  return pictures.write_folder(tmp_path_factory.mktemp("damaged"), TRAIN, EVAL, broken=(3, 4))
 
 
-@pytest.fixture
-def damaged(tmp_path):
-  return pictures.write_folder(tmp_path / "damaged", TRAIN, EVAL, broken=(3, 4))
-
-
-def test_a_broken_image_leaves_its_row_empty_and_is_named_once(damaged, caplog):
-  source = data.load(
-    settings(**{"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.1})
-  )
+def test_a_broken_image_leaves_its_row_empty_and_is_named_once(damaged, whole, caplog):
+  source = load_folder(damaged, **{"data.max_broken": 0.1})
   with caplog.at_level(logging.WARNING):
     epochs = [list(source.train_batches(epoch, 8)) for epoch in (0, 1)]
   for batches in epochs:
@@ -220,37 +151,30 @@ def test_a_broken_image_leaves_its_row_empty_and_is_named_once(damaged, caplog):
   ]
   assert len(named) == 2
   assert sum("003.jpeg" in line for line in named) == sum("004.png" in line for line in named) == 1
+  # The other images of a batch are what they are without the broken one.
+  masks = joined(epochs[1], "mask")
+  assert np.array_equal(joined(whole("folder")[0])[masks], joined(epochs[1])[masks])
 
 
-def test_a_host_may_meet_every_broken_image_sooner_or_later(damaged):
-  changes = {"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.05}
-  host = data.load(settings(**changes), Host(0, 2))
-  masks = [batch["mask"] for epoch in range(4) for batch in host.train_batches(epoch, 8)]
-  assert 2 <= sum((~mask).sum() for mask in masks) <= 8  # both broken ones, and no end of the run
+def test_a_host_may_meet_every_broken_image(damaged):
+  """What is allowed is a share of all images, not of those of one host's epoch."""
+  files = sorted(str(path) for path in (damaged / "train").rglob("*.*"))
+  broken = {i for i, file in enumerate(files) if file.endswith(("003.jpeg", "004.png"))}
+
+  def met(epoch):
+    return broken <= set(table_rows(TRAIN, Pass(8, Host(0, 2), shuffle=(0, epoch)))[0])
+
+  host = load_folder(damaged, Host(0, 2), **{"data.max_broken": 0.05})
+  masks = [batch["mask"] for batch in host.train_batches(next(filter(met, range(100))), 8)]
+  assert sum((~mask).sum() for mask in masks) == 2
 
 
 def test_too_many_broken_images_stop_the_run_with_their_names(damaged):
-  source = data.load(
-    settings(**{"data.name": "folder", "data.data_dir": str(damaged), "data.max_broken": 0.02})
-  )
-  with pytest.raises(
-    ConfigError, match=r"2 images cannot be decoded[\s\S]*max_broken = 0.02[\s\S]*00[34]\."
-  ) as error:
+  source = load_folder(damaged, **{"data.max_broken": 0.02})
+  with pytest.raises(ConfigError, match=r"max_broken = 0.02") as error:
     list(source.train_batches(0, 8))
   assert "003.jpeg" in str(error.value)
   assert "004.png" in str(error.value)
-
-
-def test_the_other_images_of_a_batch_are_what_they_are_without_the_broken_one(damaged, written):
-  def epoch(root):
-    source = data.load(
-      settings(**{"data.name": "folder", "data.data_dir": str(root), "data.max_broken": 0.1})
-    )
-    return list(source.train_batches(0, 8))
-
-  whole, lacking = epoch(written / "folder"), epoch(damaged)
-  masks = joined(lacking, "mask")
-  assert np.array_equal(joined(whole)[masks], joined(lacking)[masks])
 
 
 @pytest.mark.parametrize(
@@ -260,19 +184,13 @@ def test_the_other_images_of_a_batch_are_what_they_are_without_the_broken_one(da
     ({"data.eval_split": "test"}, r"data.eval_split = 'test' .* train, validation"),
     ({"data.eval_split": "train[200%:]"}, r"data.eval_split = 'train\[200%:\]'"),
     ({"data.name": "cuttings/large"}, r"data.name = 'cuttings/large'"),
-    ({"data.name": "coco"}, "must be a data set of one image and one class label per example"),
-    (
-      {"data.name": "no_such_set"},
-      "digits, digit_pairs, folder, or a data set of tensorflow-datasets",
-    ),
-    (
-      {"data.name": "imagenette/320px-v2"},
-      r"prepare imagenette/320px-v2 --data_dir=\S+ \(docs/data.md\)\.$",
-    ),
+    ({"data.name": "coco"}, "one image and one class label"),
+    ({"data.name": "no_such_set"}, "data.name = 'no_such_set' .* catalogue"),
+    # Not prepared: the message has the command, and names what must be fetched by hand.
+    ({"data.name": "imagenette/320px-v2"}, r"prepare imagenette/320px-v2 --data_dir=\S+ [^-]*$"),
     (
       {"data.name": "imagenet2012"},
-      r"prepare imagenet2012 --data_dir=\S+ --manual_dir=DIR \(docs/data.md\)\. DIR holds .* "
-      r"ILSVRC2012_img_train.tar",
+      r"prepare imagenet2012 --data_dir=\S+ --manual_dir=.* ILSVRC2012_img_train.tar",
     ),
   ],
 )
@@ -296,32 +214,22 @@ def damaged_copy(written, directory, change):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (
-      lambda shard: shard.write_bytes(shard.read_bytes()[:-100]),
-      "cuttings cannot be read: .* prepare the data again",
-    ),
-    (lambda shard: shard.write_bytes(b""), "fewer examples than its description says"),
+    (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "cuttings cannot be read"),
+    (lambda shard: shard.write_bytes(b""), "cuttings holds fewer examples"),
     (lambda shard: shard.unlink(), "train.tfrecord-00000-of-00003 does not exist"),
   ],
   ids=["cut", "empty", "missing"],
 )
-def test_damaged_shards_are_refused(written, tmp_path, monkeypatch, change, message):
-  from profit_jax.data import tfds
-
-  monkeypatch.setattr(tfds, "MEMORY_LIMIT", 0)
+def test_damaged_shards_are_refused(written, tmp_path, change, message):
   with pytest.raises(ConfigError, match=message):
-    list(data.load(damaged_copy(written, tmp_path, change)).train_batches(0, 8))
+    list(data.load(damaged_copy(written, tmp_path, change), memory_limit=0).train_batches(0, 8))
 
 
 def test_a_file_that_went_away_is_no_broken_image(tmp_path):
   root = pictures.write_folder(tmp_path, TRAIN, EVAL)
-  source = data.load(
-    settings(**{"data.name": "folder", "data.data_dir": str(root), "data.max_broken": 1.0})
-  )
+  source = load_folder(root, **{"data.max_broken": 1.0})
   next((root / "train" / "temple").iterdir()).unlink()
-  with pytest.raises(
-    ConfigError, match=r"folder cannot be read: .*train/temple/.* Restore the file"
-  ):
+  with pytest.raises(ConfigError, match=r"cannot be read: .*train/temple/"):
     list(source.train_batches(0, 8))
 
 
@@ -337,10 +245,7 @@ def test_other_files_have_another_fingerprint(written, tmp_path):
   path.rename(path.with_name("renamed.jpg"))
   (other / "train" / "wide" / "._hidden.jpg").write_bytes(b"not an image")
   assert fingerprint("folder", written / "folder") != fingerprint("folder", other)
-  assert (
-    data.load(settings(**{"data.name": "folder", "data.data_dir": str(other)})).facts.train_examples
-    == TRAIN
-  )
+  assert load_folder(other).facts.train_examples == TRAIN
 
 
 def test_classes_that_were_swapped_have_another_fingerprint(tmp_path):
@@ -348,11 +253,10 @@ def test_classes_that_were_swapped_have_another_fingerprint(tmp_path):
     for name in ("cat", "dog"):
       (tmp_path / "data" / split / name).mkdir(parents=True)
       (tmp_path / "data" / split / name / "0.jpg").write_bytes(f"a {name}".encode())
-  config = {"data.name": "folder", "data.data_dir": str(tmp_path / "data"), "train.batch_size": 1}
-  before = data.load(settings(**config)).fingerprint()
+  before = load_folder(tmp_path / "data", **{"train.batch_size": 1}).fingerprint()
   for source, target in (("cat", "other"), ("dog", "cat"), ("other", "dog")):
     (tmp_path / "data" / "train" / source).rename(tmp_path / "data" / "train" / target)
-  after = data.load(settings(**config)).fingerprint()
+  after = load_folder(tmp_path / "data", **{"train.batch_size": 1}).fingerprint()
   assert before.split()[0] != after.split()[0]
   assert before.split()[1] == after.split()[1]
 
@@ -393,18 +297,15 @@ def test_splits_may_be_parts(written):
 def test_wrong_folders_are_refused(tmp_path):
   def refused(message, **changes):
     with pytest.raises(ConfigError, match=message):
-      data.load(settings(**{"data.name": "folder", "data.data_dir": str(tmp_path), **changes}))
+      load_folder(tmp_path, **changes)
 
   refused("data.data_dir = ''", **{"data.data_dir": ""})
-  refused("no such directory", **{"data.data_dir": str(tmp_path / "absent")})
-  refused("must hold a directory train; it holds no directories")
+  refused("data.data_dir = '.*/absent'", **{"data.data_dir": str(tmp_path / "absent")})
+  refused("data.train_split .* directory train")
   pictures.write_folder(tmp_path)
-  refused(
-    "data.eval_split .* must hold a directory holdout; it holds train, val",
-    **{"data.eval_split": "holdout"},
-  )
+  refused("data.eval_split .* directory holdout; .* train, val", **{"data.eval_split": "holdout"})
   (tmp_path / "train" / "void").mkdir()
-  refused(r"4 classes and .* has 3; .* In one alone: void")
+  refused(r"4 classes and .* has 3; .*: void")
   (tmp_path / "val" / "void").mkdir()
   (tmp_path / "val" / "void" / "notes.txt").write_text("not an image")
-  refused(r"1 class folders of .*train hold no image .*: void")
+  refused(r"train hold no image .*: void")

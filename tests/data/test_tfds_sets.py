@@ -46,9 +46,9 @@ def imagenet(tmp_path_factory):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["no_such_set"], "neither its catalogue"),
+    (["no_such_set"], "no_such_set"),
     (["imagenet2012", "--manual_dir=/absent"], "--manual_dir=/absent"),
-    (["imagenet2012"], "fetched by hand (--manual_dir): manual_dir should contain two files"),
+    (["imagenet2012"], "(--manual_dir)"),
   ],
 )
 def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path, capsys, arguments, message):
@@ -82,15 +82,11 @@ def small_images(count, seed):
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory):
   directory = tmp_path_factory.mktemp("cifar10")
-  names = [str(i) for i in range(10)]
-  options = {
-    "eval_split": "test",
-    "classes": names,
-    "make": small_images,
-    "shape": (32, 32, 3),
-    "texts": ("id",),
-  }
-  return pictures.write_tfds(directory, "cifar10", train=16, evaluation=6, **options)
+  names = tuple(str(i) for i in range(10))
+  form = pictures.Form(names, shape=(32, 32, 3), texts=("id",), eval_split="test")
+  return pictures.write_tfds(
+    directory, "cifar10", train=16, evaluation=6, make=small_images, form=form
+  )
 
 
 def test_the_cifar10_preset_sees_whole_small_images(cifar10):
@@ -125,6 +121,6 @@ def test_tfds_mock_data_works_as_a_source(cifar10):
 
   with tfds.testing.mock_data(num_examples=8, data_dir=str(cifar10)):
     source = data.load(settings(cifar10_w4.get_config()))
-    batches = list(source.train_batches(0, 4)) + list(source.eval_batches(4))
-  assert len(batches) == 4
+    batches = list(source.eval_batches(4))
+  assert len(batches) == 2
   assert all(batch["mask"].all() and batch["image"].shape == (4, 32, 32, 3) for batch in batches)
