@@ -138,55 +138,55 @@ def accelerator_speed() -> float | None:
   return 20 * size / (time.perf_counter() - begun)
 
 
-def main() -> None:
-  """Measures and prints."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument(
-    "--images_per_second", type=float, help="of one accelerator, measured elsewhere"
-  )
-  options = parser.parse_args()
+def open_source(directory: str):
+  """This package's source for an image folder."""
+  from configs import mbv2_w4
+  from profit_jax import data
+  from profit_jax.models import REGISTRY
+  from profit_jax.settings import parse
 
+  config = mbv2_w4.get_config()
+  config.update_from_flattened_dict(
+    {
+      "data.name": "folder",
+      "data.data_dir": directory,
+      "train.batch_size": BATCH,
+      "train.eval_batch_size": 2,
+    }
+  )
+  return data.load(parse(config, REGISTRY))
+
+
+def decode(files: list[str]) -> None:
+  """Decodes whole JPEGs with tf.data and throws the pixels away."""
+  import tensorflow as tf
+
+  def height(path):
+    return tf.shape(
+      tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE")
+    )[0]
+
+  options = tf.data.Options()
+  options.autotune.enabled = False  # as in data/images.py, which says why
+  for _ in (
+    tf.data.Dataset.from_tensor_slices(files)
+    .map(height, CORES, deterministic=True)
+    .batch(BATCH)
+    .with_options(options)
+  ):
+    pass
+
+
+def measure() -> tuple[dict[str, list[float]], float]:
+  """Images per second of every loader in every round, and the files' average size in bytes."""
   with (
     tempfile.TemporaryDirectory() as directory,
     concurrent.futures.ThreadPoolExecutor(CORES) as pool,
   ):
     files = write_files(pathlib.Path(directory))
     size = statistics.mean(os.path.getsize(path) for path in files)
-
-    from configs import mbv2_w4
-    from profit_jax import data
-    from profit_jax.models import REGISTRY
-    from profit_jax.settings import parse
-
-    config = mbv2_w4.get_config()
-    config.update_from_flattened_dict(
-      {
-        "data.name": "folder",
-        "data.data_dir": directory,
-        "train.batch_size": BATCH,
-        "train.eval_batch_size": 2,
-      }
-    )
-    source = data.load(parse(config, REGISTRY))
-    import tensorflow as tf
-
-    def decode():
-      def height(path):
-        return tf.shape(
-          tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE")
-        )[0]
-
-      options = tf.data.Options()
-      options.autotune.enabled = False  # as in data/images.py, which says why
-      for _ in (
-        tf.data.Dataset.from_tensor_slices(files)
-        .map(height, CORES, deterministic=True)
-        .batch(BATCH)
-        .with_options(options)
-      ):
-        pass
+    # Opened first: it sets up TensorFlow.
+    source = open_source(directory)
 
     def ours(epochs=iter(range(1000))):
       for _ in source.train_batches(next(epochs), BATCH):
@@ -198,7 +198,7 @@ def main() -> None:
         pass
 
     loaders = {
-      "decode": decode,
+      "decode": lambda: decode(files),
       "profit_jax": ours,
       "PIL bytes": lambda: pil(False),
       "PIL floats": lambda: pil(True),
@@ -210,7 +210,19 @@ def main() -> None:
         run()
         if turn:  # the first one warms up: files into the page cache, graphs traced
           speeds[name].append(FILES / (time.perf_counter() - begun))
+  return speeds, size
 
+
+def main() -> None:
+  """Measures and prints."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--images_per_second", type=float, help="of one accelerator, measured elsewhere"
+  )
+  options = parser.parse_args()
+  speeds, size = measure()
   median = {name: statistics.median(values) for name, values in speeds.items()}
   print(
     f"{FILES} JPEGs of {WIDTH}x{HEIGHT}, {size / 1000:.0f} kB on average, {CORES} cores; median "
