@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -115,7 +116,7 @@ def stream(payload):
 def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, write, evil):
   marker = tmp_path / "ran"
   (tmp_path / "w.pth").write_bytes(write({"features.0.0.weight": evil(marker)}))
-  with pytest.raises(ConfigError, match=r"asks to run .*(system|eval).*not run here"):
+  with pytest.raises(ConfigError, match=r"\.(system|eval)\b"):
     contents(str(tmp_path / "w.pth"))
   assert not marker.exists()
   # The same pickle does run where it is let: what was refused is a real danger.
@@ -124,11 +125,11 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, write, evil):
 
 
 def test_a_pickled_module_and_a_pickle_in_npz_are_refused(tmp_path):
-  with pytest.raises(ConfigError, match=r"asks to run torch\.nn\.modules.*state_dict"):
+  with pytest.raises(ConfigError, match=r"torch\.nn\.modules"):
     contents(str(TORCH / "whole_model.pth"))
   marker = tmp_path / "ran"
   np.savez(tmp_path / "w.npz", w=np.array([Touch(marker)], object))
-  with pytest.raises(ConfigError, match=r"cannot be read as \.npz"):
+  with pytest.raises(ConfigError, match=r"w\.npz"):
     contents(str(tmp_path / "w.npz"))
   assert not marker.exists()
 
@@ -141,7 +142,7 @@ def test_truncated_files(tmp_path, source, share):
   content = ((TORCH if source.endswith(".pth") else tmp_path) / source).read_bytes()
   place = tmp_path / f"cut{pathlib.Path(source).suffix}"
   place.write_bytes(content[: int(share * len(content))])
-  with pytest.raises(ConfigError, match="cannot be read as"):
+  with pytest.raises(ConfigError, match=place.name):
     contents(str(place))
 
 
@@ -192,32 +193,39 @@ def test_a_crafted_file_that_is_honest(tmp_path):
 
 
 STATE = b"}" + text("itemsize") + number(1000) + b"s"
+# What it is -> the pickle's entries, and what the message says of them.
 ATTACKS = {
-  "reads beyond its storage": ((text("w"), tensor((5,), (1,), 4)), "reaches beyond"),
-  "reads beyond its storage by strides": ((text("w"), tensor((2, 2), (4, 1), 4)), "reaches beyond"),
-  "reads before its storage": ((text("w"), tensor((2,), (1,), 4, offset=-2)), "makes no sense"),
-  "goes backwards": ((text("w"), tensor((2,), (-1,), 4, offset=3)), "makes no sense"),
-  "makes much of one element": ((text("w"), tensor((30000, 10000), (0, 0), 4)), "reaches beyond"),
+  "reads beyond its storage": ((text("w"), tensor((5,), (1,), 4)), r"\(5,\).*\b4\b"),
+  "reads beyond its storage by strides": (
+    (text("w"), tensor((2, 2), (4, 1), 4)),
+    r"\(2, 2\).*\b4\b",
+  ),
+  "reads before its storage": ((text("w"), tensor((2,), (1,), 4, offset=-2)), r"\(-2, 2, 1\)"),
+  "goes backwards": ((text("w"), tensor((2,), (-1,), 4, offset=3)), r"\(3, 2, -1\)"),
+  "makes much of one element": (
+    (text("w"), tensor((30000, 10000), (0, 0), 4)),
+    r"\(30000, 10000\).*\b4\b",
+  ),
   "says a storage is larger than it is": (
     (text("w"), tensor((2,), (1,), 5)),
-    "16 bytes, 5 x float32",
+    r"\b16\b.*\b5 x float32",
   ),
   "describes a storage in two ways": (
     (text("v"), tensor((1,), (1,), 4), text("w"), tensor((1,), (1,), 2, kind="DoubleStorage")),
-    "in two ways",
+    "storage 0",
   ),
-  "changes a storage": ((text("w"), storage(4), STATE, b"b"), "changes a _Storage"),
+  "changes a storage": ((text("w"), storage(4), STATE, b"b"), r"_Storage\b"),
   "changes a type": (
     (text("w"), name("torch", "BFloat16Storage"), STATE, b"b"),
-    "changes a _StorageType",
+    "_StorageType",
   ),
-  "changes a function": ((text("w"), name("torch", "Size"), STATE, b"b"), "changes a _Function"),
-  "calls a value": ((text("w"), text("x"), b")", b"R"), "cannot be called"),
+  "changes a function": ((text("w"), name("torch", "Size"), STATE, b"b"), "_Function"),
+  "calls a value": ((text("w"), text("x"), b")", b"R"), "called"),
   "uses an extension": ((text("w"), b"\x82\x01"), "damaged"),
   "makes an instance": ((b"(", b"ios\nsystem\n"), "damaged"),
   "has the same tensor very often": (
     tuple(part for i in range(4000) for part in (text(str(i)), tensor((1000,), (1,), 1000))),
-    "many times larger",
+    "larger",
   ),
 }
 
@@ -236,7 +244,7 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path):
   laughs = b"]" + b"".join(b"q%c0" % i + b"(" + b"h%c" % i * 10 + b"t" for i in range(30))
   far = tensor((2,), (1,), 4) + b"r" + struct.pack("<I", 2**32 - 1)
   (tmp_path / "w.pth").write_bytes(crafted(text("l"), laughs, text("w"), far))
-  with pytest.raises(ConfigError, match=r"holds more than tensors: 'l' \(tuple\)"):
+  with pytest.raises(ConfigError, match=r"'l' \(tuple\)"):
     contents(str(tmp_path / "w.pth"))
   (tmp_path / "w.pth").write_bytes(crafted(text("w"), far, compression=zipfile.ZIP_DEFLATED))
   with pytest.raises(ConfigError, match="compressed"):
@@ -249,9 +257,9 @@ def test_wrappers_of_wrappers_and_options_beside_the_weights(tmp_path):
   (tmp_path / "w.pth").write_bytes(crafted(text("args"), options, text("state_dict"), weights))
   read = read_contents(str(tmp_path / "w.pth"))
   np.testing.assert_array_equal(read.tensors["w"], np.arange(4))
-  assert read.notes == (
-    "The weights are the entry 'state_dict' of the file; beside it stand: args.",
-  )
+  (note,) = read.notes
+  assert "'state_dict'" in note
+  assert "args" in note
 
 
 def test_files_that_are_no_weights(tmp_path):
@@ -262,14 +270,14 @@ def test_files_that_are_no_weights(tmp_path):
   (tmp_path / "none.pth").write_bytes(archive({}))
   (tmp_path / "w.h5").touch()
   (tmp_path / "directory").mkdir()
-  for name, reason in {
-    "absent.pth": "does not exist",
-    "single.npz": "cannot be read as .npz: it holds a single array",
-    "list.pth": "holds a list, not a dictionary",
-    "config.pth": r"holds more than tensors: 'lr' \(float\), 'epoch' \(int\)",
-    "none.pth": "holds no tensors",
-    "w.h5": "unknown format: it must be one of .safetensors, .npz",
-    "directory": "holds no weights: it must be the --workdir of a run",
+  for name, told in {
+    "absent.pth": "exist",
+    "single.npz": "array",
+    "list.pth": "dictionary",
+    "config.pth": r"'lr' \(float\), 'epoch' \(int\)",
+    "none.pth": "no tensors",
+    "w.h5": r"\.safetensors, \.npz",
+    "directory": "--workdir",
   }.items():
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}[\s\S]*{told}"):
       contents(str(tmp_path / name))

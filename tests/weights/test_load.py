@@ -6,6 +6,7 @@ import types
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from profit_jax.models import REGISTRY, variable_shapes
 from profit_jax.settings import ConfigError
@@ -20,9 +21,15 @@ def template(model="mobilenet_v2", classes=10, **options):
   return variable_shapes(REGISTRY[model](num_classes=classes, **options), 64)
 
 
+@functools.cache
+def golden_tensors():
+  return golden_data.tensors(golden_data.load("mobilenet_v2.json"))
+
+
 @pytest.fixture
 def tensors():
-  return golden_data.tensors(golden_data.load("mobilenet_v2.json"))
+  """Names to arrays; a test may change the dictionary, but no array."""
+  return dict(golden_tensors())
 
 
 def full_precision(tensors):
@@ -31,20 +38,10 @@ def full_precision(tensors):
   }
 
 
-@pytest.mark.parametrize(
-  ("model", "file", "options"),
-  [
-    ("mobilenet_v2", "mobilenet_v2.json", {}),
-    ("mobilenet_v3_large", "mobilenet_v3_large.json", {}),
-  ],
-)
-def test_names_are_a_bijection_onto_the_authors(model, file, options):
-  from flax import traverse_util
-
-  names = namings(model)["authors"].tensor_names(
-    traverse_util.flatten_dict(template(model, **options))
-  )
-  assert sorted(names.values()) == sorted(golden_data.load(file))
+@pytest.mark.parametrize("model", ["mobilenet_v2", "mobilenet_v3_large"])
+def test_names_are_a_bijection_onto_the_authors(model):
+  names = namings(model)["authors"].tensor_names(traverse_util.flatten_dict(template(model)))
+  assert sorted(names.values()) == sorted(golden_data.load(f"{model}.json"))
 
 
 def test_a_full_precision_file_has_no_quantizers(tensors, tmp_path):
@@ -83,18 +80,23 @@ def test_every_wrong_tensor_is_listed(tensors):
   tensors["features.18.1.running_var"] = np.full(1280, np.nan)
   with pytest.raises(ConfigError) as error:
     import_variables("mobilenet_v2", template(), tensors, "w.npz")
-  message = str(error.value)
-  assert "5 of 472 tensors differ" in message
-  assert "missing: features.0.0.weight (16, 3, 3, 3)" in message
-  assert "unexpected: surprise (3,)" in message
-  assert "wrong shape: classifier.1.bias is (7,), must be (10,)" in message
-  assert "wrong type: features.18.1.bias is int64, must be floating point" in message
-  assert "not finite: features.18.1.running_var" in message
+  told, *listing = str(error.value).splitlines()
+  assert "5 of 472" in told
+  assert len(listing) == 5
+  for tensor, parts in {
+    "features.0.0.weight": ("missing", "(16, 3, 3, 3)"),
+    "surprise": ("unexpected", "(3,)"),
+    "classifier.1.bias": ("shape", "(7,)", "(10,)"),
+    "features.18.1.bias": ("type", "int64"),
+    "features.18.1.running_var": ("finite",),
+  }.items():
+    (line,) = (line for line in listing if tensor in line)
+    assert all(part in line for part in parts), line
 
 
 def test_quantizers_in_part_are_refused(tensors):
   del tensors["relu6.a"]
-  with pytest.raises(ConfigError, match=r"missing: relu6\.a"):
+  with pytest.raises(ConfigError, match=r"relu6\.a"):
     import_variables("mobilenet_v2", template(), tensors, "w.npz")
 
 
@@ -107,28 +109,23 @@ def test_quantizers_that_nobody_has_set_are_passed_over(tensors):
   for given in (zeros, {**tensors, "relu6.a": np.array([np.nan])}):
     loaded = import_variables("mobilenet_v2", template(), given, "w.npz")
     assert (loaded.source, loaded.quantizers) == ("authors", False)
-    assert "passed over" in loaded.notes[0]
+    assert "w.npz" in loaded.notes[0]
     np.testing.assert_allclose(
       np.logaddexp(loaded.variables["params"]["head_quant"]["quant_c"], 0), 1.0, rtol=1e-6
     )
-  with pytest.raises(ConfigError, match=r"wrong shape: relu6\.c is \(3,\)"):
+  with pytest.raises(ConfigError, match=r"relu6\.c\b.*\(3,\)"):
     import_variables("mobilenet_v2", template(), {**zeros, "relu6.c": np.zeros(3)}, "w.npz")
 
 
 def test_a_file_of_another_model_is_named():
-  resnet = golden_data.full_precision_tensors(
-    golden_data.load("torchvision_shapes.json")["torchvision_resnet101"]
-  )
-  with pytest.raises(
-    ConfigError,
-    match=r"Nothing was loaded\. Its names are those of resnet101.*config\.model\.name=resnet101",
-  ):
+  shapes = golden_data.load("torchvision_shapes.json")["torchvision_resnet101"]
+  # Names and shapes are all that matters.
+  resnet = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+  with pytest.raises(ConfigError, match=r"config\.model\.name=resnet101"):
     import_variables("mobilenet_v2", template(), resnet, "w.pth")
   with pytest.raises(ConfigError, match=r"config\.teacher\.model=resnet101"):
-    import_variables("resnet50", template("resnet50"), resnet, "w.pth", role="teacher")
-  with pytest.raises(
-    ConfigError, match=r"Use the matching file, config\.model\.width[\s\S]*unexpected: w \(3,\)"
-  ):
+    import_variables("resnet18", template("resnet18"), resnet, "w.pth", role="teacher")
+  with pytest.raises(ConfigError, match=r"config\.model\.width[\s\S]*\bw \(3,\)"):
     import_variables("mobilenet_v2", template(), {"w": np.zeros(3)}, "w.pth")
 
 
@@ -136,21 +133,15 @@ def test_another_number_of_classes_needs_reset_head(tensors):
   def loaded(**options):
     return import_variables("mobilenet_v2", template(classes=7), tensors, "w.npz", **options)
 
-  with pytest.raises(
-    ConfigError, match=r"number of classes differs: config\.init\.reset_head=True"
-  ):
+  with pytest.raises(ConfigError, match=r"config\.init\.reset_head=True"):
     loaded()
-  with pytest.raises(ConfigError, match="a teacher needs those of the data, 7"):
+  # A teacher's classes are those of the data.
+  with pytest.raises(ConfigError, match=r"teacher.*\b7\b") as error:
     loaded(role="teacher")
-  with pytest.raises(
-    ConfigError, match=r"Use the matching file[\s\S]*not finite: classifier\.1\.weight"
-  ):
-    import_variables(
-      "mobilenet_v2",
-      template(),
-      {**tensors, "classifier.1.weight": np.full((10, 1280), np.nan)},
-      "w.npz",
-    )
+  assert "reset_head" not in str(error.value)
+  nan = {**tensors, "classifier.1.weight": np.full((10, 1280), np.nan)}
+  with pytest.raises(ConfigError, match=r"config\.model\.width[\s\S]*classifier\.1\.weight"):
+    import_variables("mobilenet_v2", template(), nan, "w.npz")
   head = {
     "kernel": np.full((1280, 7), 0.5),
     "bias": np.zeros(7),
@@ -170,9 +161,7 @@ def test_another_number_of_classes_needs_reset_head(tensors):
 def test_a_new_head_does_not_excuse_the_rest(tensors):
   del tensors["features.0.0.weight"]
   head = {"params": {"classifier": {"kernel": np.zeros((1280, 7)), "bias": np.zeros(7)}}}
-  with pytest.raises(
-    ConfigError, match=r"1 of \d+ tensors differ[\s\S]*missing: features\.0\.0\.weight"
-  ):
+  with pytest.raises(ConfigError, match=r"\b1 of \d+[\s\S]*features\.0\.0\.weight"):
     import_variables("mobilenet_v2", template(classes=7), tensors, "w.npz", new_head=head)
 
 

@@ -16,18 +16,28 @@ from profit_jax.weights.save import named_tensors, write_safetensors
 from tests import golden_data
 
 
+def shapes(model):
+  """Of 10 classes; of MobileNet-v2, the golden's width."""
+  options = {"width": 0.5} if model == "mobilenet_v2" else {}
+  return variable_shapes(REGISTRY[model](num_classes=10, **options), 64)
+
+
 @functools.cache
 def variables(model):
   """Random float32 values in every leaf."""
   rng = np.random.default_rng(0)
-  options = {} if model.startswith("resnet") else {"width": 0.25}
-  shapes = variable_shapes(REGISTRY[model](num_classes=10, **options), 32)
-  return jax.tree.map(lambda leaf: np.asarray(rng.normal(size=leaf.shape), np.float32), shapes)
+  return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes(model))
 
 
+# ResNet-101's names follow the rule of ResNet-50's; our own follow one rule for all models.
 @pytest.mark.parametrize(
   ("model", "source"),
-  [(model, source) for model in REGISTRY if model != "resnet101" for source in namings(model)],
+  [
+    (model, source)
+    for model in sorted(REGISTRY.keys() - {"resnet101"})
+    for source in namings(model)
+    if (model, source) != ("resnet50", "profit_jax")
+  ],
 )
 def test_round_trip_is_bit_identical(tmp_path, model, source):
   given = variables(model)
@@ -67,9 +77,7 @@ def test_round_trip_is_bit_identical(tmp_path, model, source):
 def test_names_and_shapes_are_those_of_their_state_dict(model, source, file, key):
   expected = golden_data.load(file)
   expected = expected if key is None else expected[key]
-  options = {"width": 0.5} if model == "mobilenet_v2" else {}
-  shapes = variable_shapes(REGISTRY[model](num_classes=10, **options), 32)
-  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes(model))
   tensors = named_tensors(model, zeros, source)
   assert {name: list(tensor.shape) for name, tensor in tensors.items()} == expected
 
@@ -82,12 +90,10 @@ def test_the_header_says_what_it_is(tmp_path):
 
 
 def test_what_cannot_be_written(tmp_path):
-  with pytest.raises(
-    ConfigError, match=r"--names=authors is not allowed: mobilenet_v1 has names in timm, profit_jax"
-  ):
-    named_tensors("mobilenet_v1", variables("mobilenet_v1"), "authors")
-  with pytest.raises(ConfigError, match=r"must be called \.safetensors"):
+  with pytest.raises(ConfigError, match=r"--names=authors.*mobilenet_v1.*timm"):
+    named_tensors("mobilenet_v1", {}, "authors")
+  with pytest.raises(ConfigError, match=r"w\.pth.*\.safetensors"):
     write_safetensors(str(tmp_path / "w.pth"), {}, {})
   (tmp_path / "file").touch()
-  with pytest.raises(ConfigError, match="cannot be written"):
+  with pytest.raises(ConfigError, match=r"w\.safetensors"):
     write_safetensors(str(tmp_path / "file" / "w.safetensors"), {}, {})
