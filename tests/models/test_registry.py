@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from configs import base
 from profit_jax.models import REGISTRY, STRIDES, TEACHERS_ONLY, build, check, variable_shapes
+from profit_jax.quant.levels import levels
 from profit_jax.settings import ConfigError, parse
 from profit_jax.weights.load import import_variables
 from tests import golden_data
@@ -35,8 +36,13 @@ PUBLISHED = {
 
 
 @functools.cache
-def shapes(model):
-  return variable_shapes(REGISTRY[model](), 224)
+def traced(name, strides=()):
+  """Shapes of a model's variables and of every layer's output (`intermediates`) at 224 pixels."""
+  model, image = REGISTRY[name](strides=strides), np.zeros((1, 224, 224, 3), np.float32)
+  return jax.eval_shape(
+    lambda key: model.init_with_output(key, image, capture_intermediates=True)[1],
+    jax.random.key(0),
+  )
 
 
 def settings(**changes):
@@ -74,7 +80,7 @@ def test_published_code_has_the_same_logits(file, key):
   ],
 )
 def test_parameter_counts(model, count):
-  params = traverse_util.flatten_dict(shapes(model)["params"])
+  params = traverse_util.flatten_dict(traced(model)["params"])
   assert (
     sum(np.prod(leaf.shape) for path, leaf in params.items() if not path[-1].startswith("quant"))
     == count
@@ -83,11 +89,10 @@ def test_parameter_counts(model, count):
 
 @pytest.mark.parametrize("model", sorted(REGISTRY.keys() - TEACHERS_ONLY))
 def test_every_kernel_is_quantized(model):
-  for path in traverse_util.flatten_dict(shapes(model)["params"]):
-    if path[-1] == "kernel":
-      assert "quant_a" in functools.reduce(
-        lambda tree, name: tree[name], path[:-1], shapes(model)["params"]
-      ), path
+  params = traverse_util.flatten_dict(traced(model)["params"])
+  layers = [path[:-1] for path in params if path[-1] == "kernel"]
+  assert layers
+  assert [layer for layer in layers if (*layer, "quant_a") not in params] == []
 
 
 @pytest.mark.parametrize(
@@ -98,18 +103,11 @@ def test_every_kernel_is_quantized(model):
     ("resnet18", "stage4_block01"),
   ],
 )
-@pytest.mark.parametrize(("strides", "pixels"), [((), 7), ("fewer", 14)])
-def test_strides(model, last, strides, pixels):
+def test_strides(model, last):
   # The published ones take 224 to 7.
-  strides = (*STRIDES[model][:-1], 1) if strides else ()
-  module = REGISTRY[model](strides=strides)
-  _, sown = jax.eval_shape(
-    lambda key: module.init_with_output(
-      key, np.zeros((1, 224, 224, 3), np.float32), capture_intermediates=True
-    ),
-    jax.random.key(0),
-  )
-  assert sown["intermediates"][last]["__call__"][0].shape[1:3] == (pixels, pixels)
+  for strides, pixels in (((), 7), ((*STRIDES[model][:-1], 1), 14)):
+    output = traced(model, strides)["intermediates"][last]["__call__"][0]
+    assert output.shape[1:3] == (pixels, pixels)
 
 
 def test_settings_reach_the_model():
@@ -133,19 +131,16 @@ def test_settings_reach_the_model():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (
-      {"model.strides": (2, 1)},
-      r"config\.model\.strides = \(2, 1\) .* mobilenet_v2 takes 8 numbers",
-    ),
-    ({"data.image_size": 16}, r"config\.model\.strides .* it is 32, use fewer 2s"),
-    ({"model.name": "resnet18"}, r"config\.model\.name = 'resnet18' .* has no quantizers"),
+    ({"model.strides": (2, 1)}, r"model\.strides.*\(2, 1\).*\b8\b"),
+    ({"data.image_size": 16}, r"model\.strides.*data\.image_size.*\b16\b.*\b32\b"),
+    ({"model.name": "resnet18"}, r"model\.name.*'resnet18'"),
     (
       {"model.name": "resnet18", "model.width": 0.5, "plan.weight_bits": (), "plan.act_bits": ()},
-      r"config\.model\.width = 0\.5 .* no width multiplier",
+      r"model\.width.*\b0\.5\b",
     ),
     (
       {"teacher.model": "resnet50", "teacher.weights": "x", "teacher.strides": (1,)},
-      r"config\.teacher\.strides .* resnet50 takes 6 numbers",
+      r"teacher\.strides.*\(1,\).*\b6\b",
     ),
   ],
 )
@@ -155,10 +150,8 @@ def test_settings_that_do_not_fit_the_model(changes, message):
 
 
 def test_resnet_refuses_bits():
-  from profit_jax.quant.levels import levels
-
   model = REGISTRY["resnet18"](num_classes=10)
-  with pytest.raises(ValueError, match="full precision"):
+  with pytest.raises(ValueError, match="ResNet"):
     jax.eval_shape(
       lambda x: model.init(jax.random.key(0), x, levels(4, 4)), np.zeros((1, 32, 32, 3), np.float32)
     )
