@@ -17,14 +17,27 @@ def init(module, *args):
   return module.init(jax.random.key(0), *args, mutable=["params", "batch_stats"])
 
 
+# Compiled as a whole: every operation of its own costs as much as this one program.
+@functools.partial(jax.jit, static_argnums=0)
+def output(module, x, kernel=None):
+  """The output with the first variables, and with this kernel where one is given."""
+  variables = init(module, x, Levels())
+  if kernel is not None:
+    variables = {"params": {**variables["params"], "kernel": kernel}}
+  return module.apply(variables, x, Levels())
+
+
 def test_batch_norm_formulas_and_unbiased_running_variance():
   x = np.random.default_rng(0).normal(3, 2, (4, 3, 3, 5))
   with jax.enable_x64(True):
     module = BatchNorm(momentum=0.9, epsilon=1e-5)
-    variables = jax.tree.map(
-      lambda leaf: leaf.astype(jnp.float64), init(module, jnp.asarray(x), True)
-    )
-    y, updates = module.apply(variables, jnp.asarray(x), True, mutable=["batch_stats"])
+
+    @jax.jit
+    def first_step(x):
+      variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(module, x, True))
+      return module.apply(variables, x, True, mutable=["batch_stats"])
+
+    y, updates = first_step(x)
   mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
   np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), rtol=1e-10, atol=1e-12)
   np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.1 * mean, rtol=1e-10)
@@ -54,20 +67,17 @@ def test_batch_norm_gradient_is_that_of_its_formula():
       mean, var = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
       return jnp.sum(upstream * ((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias))
 
-    for a, b in zip(
-      *(jax.grad(f, (0, 1, 2))(x, scale, bias) for f in (ours, formula)), strict=True
-    ):
-      np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    gradients = [jax.jit(jax.grad(f, (0, 1, 2)))(x, scale, bias) for f in (ours, formula)]
+  for a, b in zip(*gradients, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_stride_pads_both_sides_as_torch(depthwise):
-  x = jnp.ones((1, 8, 8, 4))
-  module = QuantConv(4, 3, 2, depthwise=depthwise)
-  variables = init(module, x, Levels())
-  ones = {"params": {**variables["params"], "kernel": jnp.ones_like(variables["params"]["kernel"])}}
-  y = module.apply(ones, x, Levels())
   per_channel = 1 if depthwise else 4
+  kernel = np.ones((3, 3, per_channel, 4), np.float32)
+  module = QuantConv(4, 3, 2, depthwise=depthwise)
+  y = output(module, np.ones((1, 8, 8, 4), np.float32), kernel)
   # The first window hangs over the border, the last does not.
   assert y.shape == (1, 4, 4, 4)
   assert y[0, 0, 0, 0] == 4 * per_channel
@@ -76,19 +86,17 @@ def test_stride_pads_both_sides_as_torch(depthwise):
 
 def test_negative_padding_is_code_0_of_the_hswish_quantizer():
   module = QuantConv(4, 3, depthwise=True, pad_value=-3 / 8)
-  x = jnp.full((1, 5, 5, 4), -3 / 8)
-  variables = init(module, x, Levels())
-  y = module.apply(variables, x, Levels())
-  inside = jnp.broadcast_to(y[:, 2:3, 2:3, :], y.shape)
+  y = np.asarray(output(module, np.full((1, 5, 5, 4), -3 / 8, np.float32)))
+  inside = np.broadcast_to(y[:, 2:3, 2:3, :], y.shape)
   np.testing.assert_allclose(y, inside, rtol=1e-6)
 
 
 def test_quantizers_are_absent_in_full_precision_and_on_the_grid_otherwise():
-  x = jax.nn.relu(jax.random.normal(jax.random.key(1), (2, 4, 4, 3)))
+  x = np.float32(np.maximum(np.random.default_rng(1).normal(size=(2, 4, 4, 3)), 0))
   act = QuantAct("unsigned")
   variables = init(act, x, Levels())
   assert act.apply(variables, x, Levels()) is x
-  assert len(np.unique(act.apply(variables, x, levels(None, 3)))) <= 8
+  assert len(np.unique(jax.jit(act.apply)(variables, x, levels(None, 3)))) <= 8
 
 
 @pytest.mark.parametrize(
@@ -105,14 +113,12 @@ def test_quantizers_are_absent_in_full_precision_and_on_the_grid_otherwise():
 def test_bfloat16_rounds_operands_and_results_and_sums_in_float32(make):
   rng = np.random.default_rng(0)
 
-  # Already rounded; means away from 0, so that long sums in bfloat16 would stop growing.
-  def draw(
-    shape,
-  ):
+  def draw(shape):
+    # Already rounded; means away from 0, so that long sums in bfloat16 would stop growing.
     return jnp.asarray(rng.normal(1, 1, shape), jnp.bfloat16).astype(jnp.float32)
 
   x = draw((512, 16) if make.func is QuantDense else (8, 9, 9, 16))
-  variables = init(make(), x, Levels())
+  variables = jax.jit(lambda x: init(make(), x, Levels()))(x)
   kernel = draw(variables["params"]["kernel"].shape)
   upstream = draw(jax.eval_shape(make().apply, variables, x, Levels()).shape)
 
@@ -145,22 +151,23 @@ def test_authors_aiwq(layer):
     depthwise=layer.startswith("depthwise"),
     pad_value=-3 / 8 if layer == "depthwise_negative_pad" else 0.0,
   )
+
+  @jax.jit
+  def step(state, params, x, levels):
+    _, sown = module.apply(
+      {"params": params, "previous": aiwq.previous_collection(state)["conv"]},
+      x,
+      levels,
+      mutable=["moments", "quantized"],
+    )
+    return aiwq.update(state, {"conv": sown["moments"]}, {"conv": sown["quantized"]})
+
   with jax.enable_x64(True):
-    x = jnp.asarray(golden[f"{layer}_x"].transpose(0, 2, 3, 1))
+    x = golden[f"{layer}_x"].transpose(0, 2, 3, 1)
     state = aiwq.start({"conv": {"kernel": kernels[0]}})
     for kernel in kernels:
-      params = {
-        "kernel": jnp.asarray(kernel),
-        "quant_a": jnp.float64(0.8),
-        "quant_c": jnp.float64(0.6),
-      }
-      _, sown = module.apply(
-        {"params": params, "previous": aiwq.previous_collection(state)["conv"]},
-        x,
-        levels(4, None),
-        mutable=["moments", "quantized"],
-      )
-      state = aiwq.update(state, {"conv": sown["moments"]}, {"conv": sown["quantized"]})
+      params = {"kernel": kernel, "quant_a": np.float64(0.8), "quant_c": np.float64(0.6)}
+      state = step(state, params, x, levels(4, None))
   # One KL, from 0: the metric is a thousandth of it, unless it is above 1.
   kl = float(golden[f"{layer}_kl"])
   assert 0 < kl <= 1
@@ -169,9 +176,10 @@ def test_authors_aiwq(layer):
 
 def test_aiwq_of_every_second_image_is_that_of_those_images():
   rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.normal(size=(6, 5, 5, 4)), jnp.float32)
-  previous = {"kernel": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)}
+  x = np.float32(rng.normal(size=(6, 5, 5, 4)))
+  previous = {"kernel": np.float32(rng.normal(size=(3, 3, 4, 8)))}
 
+  @functools.partial(jax.jit, static_argnums=1)
   def moments(x, every):
     module = QuantConv(features=8, kernel_size=3, sampling_every=every)
     variables = module.init(jax.random.key(0), x, levels(4, None))

@@ -1,5 +1,7 @@
 """The table of `quant/duq.py`, code by code, and its gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +15,37 @@ BITS = [2, 3, 4, 5, 6, 7, 8]
 KINDS = ["symmetric", "unsigned", "hswish"]
 A, C = 1.7, 0.6
 RAW_A, RAW_C = (np.float64(golden_data.inverse_softplus(v)) for v in (A, C))
+COUNT = 400  # elements of every input of `gradients`: one shape, so one program per kind
 
 
 def steps_of(kind, bits):
   return np.float64(2 ** (bits - 1) - 1 if kind == "symmetric" else 2**bits - 1)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_levels_follow_the_table(bits):
-  made = levels(bits, bits)
-  assert made.weight == 2 ** (bits - 1) - 1
-  assert made.act == 2**bits - 1
-  assert symmetric_steps(made.act) == 2 ** (bits - 1) - 1
+@functools.cache
+def quantizer(kind):
+  """`(x, raw_a, raw_c, n) -> (codes, values)`. The bits are a value: one program for all."""
+  return jax.jit(
+    lambda x, a, c, n: (duq.codes(x, a, n, kind), duq.quantize(x, a, c, n, kind)),
+  )
+
+
+@functools.cache
+def gradients(kind):
+  """`(x, raw_a, raw_c, n, upstream) -> gradients of x, raw_a, raw_c`."""
+
+  def total(x, a, c, n, upstream):
+    return jnp.sum(upstream * duq.quantize(x, a, c, n, kind))
+
+  return jax.jit(jax.grad(total, (0, 1, 2)))
+
+
+def test_levels_follow_the_table():
+  for bits in BITS:
+    made = levels(bits, bits)
+    assert made.weight == 2 ** (bits - 1) - 1
+    assert made.act == 2**bits - 1
+    assert symmetric_steps(made.act) == 2 ** (bits - 1) - 1
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -4])
@@ -35,21 +56,22 @@ def test_levels_outside_2_to_8_bits_are_refused(bits):
     levels(None, bits)
 
 
-@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_code_and_what_rounds_to_it(kind, bits):
-  n = steps_of(kind, bits)
-  codes = np.arange(-n if kind == "symmetric" else 0, n + 1)
+def test_every_code_and_what_rounds_to_it(kind):
   offset = -3 / 8 if kind == "hswish" else 0.0
-  with jax.enable_x64(True):
-    for shift in (-0.49, 0.0, 0.49):  # of a step: still the same code
-      x = (codes + shift) * A / n + offset
-      assert np.array_equal(duq.codes(x, RAW_A, n, kind), codes)
-      np.testing.assert_allclose(
-        duq.quantize(x, RAW_A, RAW_C, n, kind), C * codes / n + offset, rtol=1e-12, atol=1e-15
-      )
-    beyond = np.array([-50.0, 50.0])
-    assert np.array_equal(duq.codes(beyond, RAW_A, n, kind), [codes[0], codes[-1]])
+  for bits in BITS:
+    n = steps_of(kind, bits)
+    codes = np.arange(-n if kind == "symmetric" else 0, n + 1)
+    padded = np.resize(codes, 256)
+    # 0.49 of a step away, it is still the same code.
+    shifted = [(padded + shift) * A / n + offset for shift in (-0.49, 0.0, 0.49)]
+    expected = np.concatenate([padded, padded, padded, codes[[0, -1]]])
+    with jax.enable_x64(True):
+      found, values = quantizer(kind)(np.concatenate([*shifted, [-50.0, 50.0]]), RAW_A, RAW_C, n)
+    np.testing.assert_array_equal(found, expected, err_msg=f"{bits} bits")
+    np.testing.assert_allclose(
+      values, C * expected / n + offset, rtol=1e-12, atol=1e-15, err_msg=f"{bits} bits"
+    )
 
 
 def test_ties_round_to_even():
@@ -69,66 +91,63 @@ def test_gradient_at_and_around_the_ends_of_the_interval(kind):
     offset = -3 / 8 if kind == "hswish" else 0.0
     low = -a if kind == "symmetric" else 0.0
     # CPUs flush what is smaller to 0.
-    inside = [
-      np.nextafter(a, 0),
-      0.3 * a,
-      np.nextafter(low, 1) if low else 1e-300,
-    ]
+    inside = [np.nextafter(a, 0), 0.3 * a, np.nextafter(low, 1) if low else 1e-300]
     outside = [a, np.nextafter(a, 9), 2 * a, low, low - 1e-9]
-    # An offset would round the neighbours of the ends away, so that h-swish is looked at a little
-    # further in.
+    # An offset would round the neighbours of the ends away: h-swish is tested a little further in.
     if kind == "hswish":
       inside, outside = [a - 1e-9, 0.3 * a, 1e-9], [a + 1e-9, 2 * a, -1e-9]
-
-    def gradient(x):
-      return jax.grad(lambda x: jnp.sum(duq.quantize(x, RAW_A, RAW_C, steps_of(kind, 4), kind)))(x)
-
-    np.testing.assert_allclose(gradient(jnp.array(inside) + offset), C / A, rtol=1e-9)
-    assert np.array_equal(gradient(jnp.array(outside) + offset), np.zeros(len(outside)))
+    x = np.resize(np.array([*inside, *outside]) + offset, COUNT)
+    found = gradients(kind)(x, RAW_A, RAW_C, steps_of(kind, 4), np.ones(COUNT))[0]
+  np.testing.assert_allclose(found[: len(inside)], C / A, rtol=1e-9)
+  np.testing.assert_array_equal(found[len(inside) : len(inside) + len(outside)], 0)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_a_and_c_are_the_formulas(kind, bits):
+def test_gradients_of_a_and_c_are_the_formulas(kind):
   rng = np.random.default_rng(0)
-  n, x, upstream = steps_of(kind, bits), rng.normal(0, 1.5, 400), rng.normal(0, 1, 400)
-  with jax.enable_x64(True):
-    out = jax.grad(lambda a, c: jnp.sum(upstream * duq.quantize(x, a, c, n, kind)), (0, 1))(
-      RAW_A, RAW_C
-    )
+  x, upstream = rng.normal(0, 1.5, COUNT), rng.normal(0, 1, COUNT)
   low = -1.0 if kind == "symmetric" else 0.0
   v = (x + (3 / 8 if kind == "hswish" else 0.0)) / A
-  inside, q = (v > low) & (v < 1), np.round(np.clip(v, low, 1) * n) / n
-  sigmoid = 1 / (1 + np.exp(-np.array([RAW_A, RAW_C])))
-  np.testing.assert_allclose(out[0], np.sum(upstream * inside * -C * v / A) * sigmoid[0], rtol=1e-9)
-  np.testing.assert_allclose(out[1], np.sum(upstream * q) * sigmoid[1], rtol=1e-9)
+  inside = (v > low) & (v < 1)
+  sigmoid_a, sigmoid_c = 1 / (1 + np.exp(-np.array([RAW_A, RAW_C])))
+  for bits in (2, 4, 8):
+    n = steps_of(kind, bits)
+    q = np.round(np.clip(v, low, 1) * n) / n
+    with jax.enable_x64(True):
+      _, d_a, d_c = gradients(kind)(x, RAW_A, RAW_C, n, upstream)
+    np.testing.assert_allclose(d_a, np.sum(upstream * inside * -C * v / A) * sigmoid_a, rtol=1e-9)
+    np.testing.assert_allclose(d_c, np.sum(upstream * q) * sigmoid_c, rtol=1e-9)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("name", ["relu", "symmetric", "hswish", "weight"])
-def test_authors_quantizers(name, bits):
+def test_authors_quantizers(name):
   golden = golden_data.load("quantizers.npz")
   raw_a, raw_c = (0.7, 0.5) if name == "weight" else (0.9, 1.4)
-  kind = {"relu": "unsigned", "symmetric": "symmetric", "hswish": "hswish", "weight": "symmetric"}[
-    name
-  ]
+  kind = {"relu": "unsigned", "weight": "symmetric"}.get(name, name)
   before = {"relu": jax.nn.relu, "hswish": jax.nn.hard_swish}.get(name, lambda x: x)
 
-  def forward(x, a, c):
-    return duq.quantize(before(x), a, c, steps_of(kind, bits), kind)
+  @jax.jit
+  def value_and_gradients(x, a, c, n, upstream):
+    y, vjp = jax.vjp(lambda x, a, c: duq.quantize(before(x), a, c, n, kind), x, a, c)
+    return y, *vjp(upstream)
 
-  with jax.enable_x64(True):
-    y, vjp = jax.vjp(forward, golden["x"], np.float64(raw_a), np.float64(raw_c))
-    gradients = vjp(jnp.asarray(golden["upstream"]))
   # What the authors' h-swish passes where its slope changes (x = -3 and x = 3) is a convention, not
   # this module's.
   smooth = np.abs(np.abs(golden["x"]) - 3) > 1e-9 if name == "hswish" else slice(None)
-  np.testing.assert_allclose(y, golden[f"{name}_{bits}_y"], rtol=1e-12, atol=1e-14)
-  np.testing.assert_allclose(
-    gradients[0][smooth], golden[f"{name}_{bits}_dx"][smooth], rtol=1e-11, atol=1e-13
-  )
-  np.testing.assert_allclose(gradients[1], golden[f"{name}_{bits}_da"][0], rtol=1e-11)
-  np.testing.assert_allclose(gradients[2], golden[f"{name}_{bits}_dc"][0], rtol=1e-11)
+  for bits in (2, 3, 4, 5, 8):
+    with jax.enable_x64(True):
+      y, d_x, d_a, d_c = value_and_gradients(
+        golden["x"],
+        np.float64(raw_a),
+        np.float64(raw_c),
+        steps_of(kind, bits),
+        golden["upstream"],
+      )
+    expected = {leaf: golden[f"{name}_{bits}_{leaf}"] for leaf in ("y", "dx", "da", "dc")}
+    np.testing.assert_allclose(y, expected["y"], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(d_x[smooth], expected["dx"][smooth], rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(d_a, expected["da"][0], rtol=1e-11)
+    np.testing.assert_allclose(d_c, expected["dc"][0], rtol=1e-11)
 
 
 def test_progressive_bits_share_one_trace():
@@ -139,14 +158,14 @@ def test_progressive_bits_share_one_trace():
     traces.append(1)
     return duq.quantize(x, jnp.float32(RAW_A), jnp.float32(RAW_C), steps.weight, "symmetric")
 
-  x = jnp.linspace(-2, 2, 1001, dtype=jnp.float32)
+  x = np.linspace(-2, 2, 1001, dtype=np.float32)
   sizes = [len(np.unique(quantize(x, levels(bits, None)))) for bits in (8, 5, 4)]
   assert sizes == [255, 31, 15]
   assert len(traces) == 1
 
 
 def test_inverse_softplus_survives_large_and_small_values():
-  values = jnp.array([1e-3, 0.1, 1.0, 30.0, 100.0, 1e4], jnp.float32)
+  values = np.array([1e-3, 0.1, 1.0, 30.0, 100.0, 1e4], np.float32)
   np.testing.assert_allclose(jax.nn.softplus(duq.inverse_softplus(values)), values, rtol=1e-5)
 
 
