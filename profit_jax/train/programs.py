@@ -3,7 +3,7 @@
 import concurrent.futures
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from profit_jax import memory
 from profit_jax.data import Facts, normalization
 from profit_jax.models import variable_shapes
 from profit_jax.plan import Phase, Program
@@ -28,15 +29,22 @@ Frozen = frozenset[str]
 Who = Literal["student", "teacher", "file"]
 
 
-def make_mesh(settings: Settings) -> Mesh:
-  """All devices on one axis, `data`.
+def make_mesh(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Devices on one axis, `data`.
+
+  Args:
+    settings: validated.
+    devices: that the run uses; None is all, of every process.
 
   Raises:
     ConfigError: a batch that does not divide over them.
   """
   # Neighbours of one process side by side: its rows of a batch are its devices' rows. Their numbers
   # alone do not say so.
-  devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+  devices = sorted(
+    jax.devices() if devices is None else devices,
+    key=lambda device: (device.process_index, device.id),
+  )
   parts = settings.train.accumulation_steps
   if settings.train.batch_size % (parts * len(devices)):
     raise ConfigError(
@@ -252,6 +260,13 @@ class Programs:
     return self._made[key]
 
   def _make(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
+    """A program, compiled or kept; what that took in memory goes back to the system."""
+    try:
+      return self._kept_or_compiled(key, compile_key)
+    finally:
+      memory.trim()
+
+  def _kept_or_compiled(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
     if self._kept is None:
       return compile_key(*key[1:])
     # Only the models that are in it: evaluation of the run, later, has no teacher.
@@ -288,12 +303,25 @@ class Programs:
       steps_shape if quantized_weights else None, steps_shape if quantized_acts else None
     )
 
-  def _compile_train(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
+  def trace_train_step(self, program: Program, frozen: Frozen) -> jax.stages.Traced:
+    """`steps.make_train_step` for the phases of a program, traced and not lowered yet.
+
+    It can be lowered for any platform, and its jaxpr shows what the step computes.
+
+    Args:
+      program: of the phases that it trains.
+      frozen: the layers whose kernels are frozen.
+    """
     settings = self._settings
-    teacher = None
+    teacher = distillation = None
     if program.distill:
       teacher = _with_sharding(
         variable_shapes(self._teacher_model, settings.data.image_size), self._replicated
+      )
+      distillation = steps.Distillation(
+        self._in_training(self._teacher_model),
+        batch_statistics=settings.teacher.batch_stats == "batch",
+        normalization=self._teacher_normalization,
       )
     student = self._in_training(self._model)
     if program.sampling and settings.plan.sampling_every > 1:
@@ -302,10 +330,8 @@ class Programs:
       student,
       self.optimizer(program.train_kernels, frozen),
       normalization=self._normalization,
-      teacher_normalization=self._teacher_normalization,
       ema_rate=settings.train.ema_rate,
-      teacher_model=self._in_training(self._teacher_model) if program.distill else None,
-      teacher_batch_statistics=settings.teacher.batch_stats == "batch",
+      distillation=distillation,
       accumulation_steps=settings.train.accumulation_steps,
       quant=settings.quant,
       remedy=settings.remedy,
@@ -317,7 +343,7 @@ class Programs:
     if program.sampling:
       sampling = _with_sharding(aiwq.start(self._params), self._replicated)
     jitted = jax.jit(step, donate_argnums=(0, 6), out_shardings=self._replicated)
-    return jitted.lower(
+    return jitted.trace(
       state,
       self._batch_shapes(settings.train.batch_size),
       self._levels_shapes(program.quantized_weights, program.quantized_acts),
@@ -328,28 +354,33 @@ class Programs:
       remedies.Strengths(*(scalar if remedy else None for remedy in applied))
       if any(applied)
       else None,
-    ).compile()
+    )
+
+  def _compile_train(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
+    return self.trace_train_step(program, frozen).lower().compile()
 
   def _in_training(self, model: nn.Module) -> nn.Module:
     # Evaluation and calibration take the models as they are: in float32, whatever the training.
     dtype = self._settings.train.dtype
     return model if dtype == "float32" else model.clone(dtype=dtype)
 
-  def _compile_eval(
-    self, who: Who, quantized_weights: bool, quantized_acts: bool
-  ) -> Callable[..., Any]:
+  def trace_eval_step(
+    self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
+  ) -> jax.stages.Traced:
+    """`steps.make_eval_step`, traced and not lowered yet; arguments as `eval_step`'s."""
     settings, model = self._settings, self._models[who]
     seen = self._teacher_normalization if who == "teacher" else self._normalization
     step = steps.make_eval_step(model, normalization=seen, num_classes=self._facts.num_classes)
-    return (
-      jax.jit(step, out_shardings=self._replicated)
-      .lower(
-        _with_sharding(variable_shapes(model, settings.data.image_size), self._replicated),
-        self._batch_shapes(settings.train.eval_batch_size),
-        self._levels_shapes(quantized_weights, quantized_acts),
-      )
-      .compile()
+    return jax.jit(step, out_shardings=self._replicated).trace(
+      _with_sharding(variable_shapes(model, settings.data.image_size), self._replicated),
+      self._batch_shapes(settings.train.eval_batch_size),
+      self._levels_shapes(quantized_weights, quantized_acts),
     )
+
+  def _compile_eval(
+    self, who: Who, quantized_weights: bool, quantized_acts: bool
+  ) -> Callable[..., Any]:
+    return self.trace_eval_step(quantized_weights, quantized_acts, who).lower().compile()
 
   def _compile_observe(self) -> Callable[..., Any]:
     window = _with_sharding(instability.start(self._params), self._replicated)

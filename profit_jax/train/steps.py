@@ -2,6 +2,7 @@
 arguments.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -35,15 +36,29 @@ def distillation_loss(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array
   return -jnp.sum(targets * jax.nn.log_softmax(at_least_float32(logits)), axis=-1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  """The teacher of a training step. It runs in full precision.
+
+  Attributes:
+    model: the teacher's module.
+    batch_statistics: True normalizes with the batch's statistics, as in the reference; False with
+      the running ones.
+    normalization: of the images that the teacher sees; None is the student's.
+  """
+
+  model: nn.Module
+  batch_statistics: bool = True
+  normalization: Normalization | None = None
+
+
 def make_train_step(
   model: nn.Module,
   tx: optax.GradientTransformationExtraArgs,
   *,
   normalization: Normalization,
   ema_rate: float,
-  teacher_model: nn.Module | None = None,
-  teacher_batch_statistics: bool = True,
-  teacher_normalization: Normalization | None = None,
+  distillation: Distillation | None = None,
   accumulation_steps: int = 1,
   quant: QuantSettings = QuantSettings(),
   remedy: RemedySettings = RemedySettings(),
@@ -52,98 +67,57 @@ def make_train_step(
 
   The step takes `(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None)`:
     batch: `image` `[N, H, W, 3]` (uint8, or already normalized floats), `label` int32 `[N]`, and
-      `mask` bool `[N]`, False where a row holds no example: it has no part in the loss. Without
-      `mask` all rows count.
+      `mask` bool `[N]`, False in rows without an example, which the loss excludes. Without `mask`
+      all rows count.
     levels: the student's quantization steps.
     learning_rate: scalar, the epoch's.
     key: folded with `state.step` for dropout.
-    teacher: the teacher's variables, or None. It runs in full precision.
+    teacher: the teacher's variables, or None.
     sampling: an `AiwqState`, or None outside the sampling phase.
     strengths: of the remedies, or None where there are none.
   and returns the new state, the metrics `{loss, ce, kd, dampening, correct, examples, finite}`
-  (means over the examples, kd only with a teacher; dampening, only where it is on, is its weighted
-  loss, which is no part of `loss`; then two counts, and whether the loss, all that the optimizer
-  makes of its gradient, and the new running statistics are finite), and the new `AiwqState` (or
-  None). Where `finite` is False, the state is the old one: of a net that has become NaN, nobody
-  could say what was wrong with it.
+  and the new `AiwqState` (or None). `loss`, `ce`, `kd` and `dampening` are means over the examples.
+  `kd` exists only with a teacher. `dampening` exists only where it is on; it is its weighted loss,
+  and `loss` does not include it. `correct` and `examples` are counts. `finite` says whether the
+  loss, the optimizer's changes and the new running statistics are finite. Where `finite` is False,
+  the state is the old one: the state of a net that has become NaN explains nothing.
 
   Args:
     model: the student.
     tx: what `make_optimizer` gives; its labels decide what trains.
     normalization: of uint8 images.
     ema_rate: share of the old average that a step keeps (0.9997 in the reference).
-    teacher_model: its module, where a teacher is used.
-    teacher_batch_statistics: the teacher normalizes with the batch's statistics, as in the
-      reference, else with its running ones.
-    teacher_normalization: of the images that the teacher sees; None is the student's.
-    accumulation_steps: the batch is computed in so many parts, one after the other. The gradient is
-      that of the whole batch's loss; batch statistics are those of each part, and the running ones
-      move once, by the parts' mean.
+    distillation: the teacher, where one is used.
+    accumulation_steps: number of parts of the batch, computed one after the other. The gradient is
+      that of the whole batch's loss. Batch statistics are those of each part; the running ones move
+      once, by the parts' mean.
     quant: the student's quantizers, for the remedies.
     remedy: their settings; see `profit_jax/train/remedies.py`.
   """
-
-  def student_and_gradient(state, batch, levels, key, teacher, sampling, examples):
-    """The part's share of the gradient and metrics, and what the forward pass leaves."""
-    image = normalize(batch["image"], normalization)
-    teacher_logits = None
-    if teacher is not None:
-      # Its running statistics are its file's: what the batch would make of them is thrown away.
-      taught = normalize(batch["image"], teacher_normalization or normalization)
-      teacher_logits, _ = teacher_model.apply(
-        teacher,
-        taught,
-        Levels(),
-        teacher_batch_statistics,
-        mutable=["batch_stats"],
-        rngs={"dropout": key},
-      )
-
-    def share(losses):
-      return jnp.sum(jnp.where(batch["mask"], losses, 0.0)) / examples.astype(losses.dtype)
-
-    def loss_fn(params):
-      logits, updates = _forward(model, params, state, image, levels, key, sampling)
-      parts = {"ce": share(cross_entropy(logits, batch["label"]))}
-      if teacher_logits is not None:
-        parts["kd"] = share(distillation_loss(logits, teacher_logits))
-      return sum(parts.values()), (parts, logits, updates)
-
-    grads, (parts, logits, updates) = jax.grad(loss_fn, has_aux=True)(state.params)
-    right = jax.lax.argmax(logits, 1, jnp.int32) == batch["label"]
-    return (
-      grads,
-      {**parts, "loss": sum(parts.values()), "correct": jnp.sum(right & batch["mask"])},
-      updates,
-    )
 
   def step(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None):
     batch = {"mask": jnp.ones(batch["label"].shape, bool), **batch}
     # A batch without any example counts as one, so that its loss is 0 and not NaN.
     examples = jnp.maximum(jnp.sum(batch["mask"]), 1)
 
-    def of(part, key):
-      return student_and_gradient(state, part, levels, key, teacher, sampling, examples)
+    def gradient(part, key):
+      image, teacher_logits = normalize(part["image"], normalization), None
+      if teacher is not None:
+        teacher_logits = _teacher_logits(distillation, teacher, part["image"], normalization, key)
 
-    if accumulation_steps == 1:
-      grads, metrics, updates = of(batch, key)
-    else:
-      grads, metrics, updates = _accumulate(of, batch, key, accumulation_steps)
+      def forward(params):
+        return _forward(model, params, state, image, levels, key, sampling)
+
+      return _share_of_gradient(forward, state.params, part, teacher_logits, examples)
+
+    grads, metrics, updates = _accumulate(gradient, batch, key, accumulation_steps)
     metrics["examples"] = examples
     if strengths is not None and strengths.dampening is not None:
-
-      def dampening(params):
-        return strengths.dampening * remedies.dampening_loss(params, levels.weight, quant)
-
-      metrics["dampening"], more = jax.value_and_grad(dampening)(state.params)
+      metrics["dampening"], more = _dampening(state.params, strengths, levels, quant)
       grads = jax.tree.map(jnp.add, grads, more)
 
     def repair(new):
-      if strengths is None or strengths.threshold is None:
-        return new
-      fixing = levels.weight, strengths.threshold, remedy.freezing_momentum, quant
-      params, oscillation = remedies.fix_codes(new.oscillation, new.params, *fixing)
-      return new.replace(params=params, oscillation=oscillation)
+      return _fix_codes(new, strengths, levels, remedy, quant)
 
     new, sums = _apply_gradients(
       state, tx, grads, learning_rate, updates["batch_stats"], ema_rate, repair
@@ -157,17 +131,54 @@ def make_train_step(
   return step
 
 
-def _accumulate(of, batch, key, count):
-  """`of(part, key)` over `count` parts of the batch, and its results put together."""
+def _teacher_logits(distillation, variables, image, normalization, key):
+  """The teacher's logits; `normalization` is the student's."""
+  # The running statistics are its file's: what the batch would make of them is discarded.
+  logits, _ = distillation.model.apply(
+    variables,
+    normalize(image, distillation.normalization or normalization),
+    Levels(),
+    distillation.batch_statistics,
+    mutable=["batch_stats"],
+    rngs={"dropout": key},
+  )
+  return logits
+
+
+def _share_of_gradient(forward, params, batch, teacher_logits, examples):
+  """The share that a part of the batch has in the gradient and the metrics, and the collections
+  that `forward(params) -> (logits, collections)` updates.
+  """
+
+  def share(losses):
+    return jnp.sum(jnp.where(batch["mask"], losses, 0.0)) / examples.astype(losses.dtype)
+
+  def loss_fn(params):
+    logits, updates = forward(params)
+    parts = {"ce": share(cross_entropy(logits, batch["label"]))}
+    if teacher_logits is not None:
+      parts["kd"] = share(distillation_loss(logits, teacher_logits))
+    return sum(parts.values()), (parts, logits, updates)
+
+  grads, (parts, logits, updates) = jax.grad(loss_fn, has_aux=True)(params)
+  right = jax.lax.argmax(logits, 1, jnp.int32) == batch["label"]
+  metrics = {**parts, "loss": sum(parts.values()), "correct": jnp.sum(right & batch["mask"])}
+  return grads, metrics, updates
+
+
+def _accumulate(gradient, batch, key, count):
+  """`gradient(part, key)` over `count` parts of the batch, and its results joined."""
+  if count == 1:
+    return gradient(batch, key)
   # Every count-th row makes a part, so that each device's rows make its own share of every part.
   parts = jax.tree.map(
     lambda x: jnp.swapaxes(x.reshape(len(x) // count, count, *x.shape[1:]), 0, 1), batch
   )
-  shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts), key)
+  shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts), key)
 
   def body(total, numbered):
     number, part = numbered
-    grads, metrics, updates = of(part, jax.random.fold_in(key, number))
+    grads, metrics, updates = gradient(part, jax.random.fold_in(key, number))
     quantized = updates.pop("quantized", {})  # the same in every part
     return (jax.tree.map(jnp.add, total[0], grads), quantized), (metrics, updates)
 
@@ -181,6 +192,30 @@ def _accumulate(of, batch, key, count):
     "quantized": quantized,
   }
   return grads, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), metrics), updates
+
+
+def _dampening(params, strengths, levels, quant):
+  """The weighted dampening loss and its gradient."""
+
+  def dampening(params):
+    return strengths.dampening * remedies.dampening_loss(params, levels.weight, quant)
+
+  return jax.value_and_grad(dampening)(params)
+
+
+def _fix_codes(state, strengths, levels, remedy, quant):
+  """The state after iterative freezing, where that is on."""
+  if strengths is None or strengths.threshold is None:
+    return state
+  params, oscillation = remedies.fix_codes(
+    state.oscillation,
+    state.params,
+    levels.weight,
+    strengths.threshold,
+    remedy.freezing_momentum,
+    quant,
+  )
+  return state.replace(params=params, oscillation=oscillation)
 
 
 def _forward(model, params, state, image, levels, key, sampling):
