@@ -14,12 +14,12 @@ with open(f"{file}.json") as opened:
   card = json.load(opened)
 size, share = card["input"]["image_size"], card["input"]["eval_share"]
 image = Image.open(picture).convert("RGB")
-scale = round(size / share) / min(image.size)  # the shorter side to size / share, then the centre
+shorter = round(size / share)  # the shorter side is scaled to this, then the centre is cut out
 image = image.resize(
-  [round(side * scale) for side in image.size],
+  [shorter * side // min(image.size) for side in image.size],
   Image.Resampling[card["input"]["interpolation"].upper()],
 )
-left, top = ((side - size) // 2 for side in image.size)
+left, top = (round((side - size) / 2) for side in image.size)
 # Uint8 [1, size, size, 3].
 pixels = np.asarray(image.crop((left, top, left + size, top + size)))[None]
 session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

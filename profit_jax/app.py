@@ -15,7 +15,7 @@ from etils import epath
 from rich.console import Console
 
 from profit_jax import data, distributed, fork, paths, plan, snapshots
-from profit_jax.export import command, formats
+from profit_jax.export import command, formats, verify
 from profit_jax.models import REGISTRY, build, check, variable_shapes
 from profit_jax.report import console, files
 from profit_jax.settings import ConfigError, Settings, parse
@@ -350,19 +350,16 @@ def run_export(
       f"can be exported. Train with config.plan.weight_bits and config.plan.act_bits."
     )
   with _trained(settings, workdir) as best:
-    command.export(
+    evaluated = _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
+    trained = verify.TrainedModel(
       settings=settings,
       source=best.source,
       model=best.model,
       variables=best.variables,
-      run=summary(best.progress, phases),
-      trained_top1=_evaluate_quantized(
-        settings, phases, best.programs, best.source, best.variables
-      )["top1"],
-      names=names,
-      directory=workdir / "export",
-      screen=Console(highlight=False),
+      result=summary(best.progress, phases),
+      top1=evaluated["top1"],
     )
+    command.export(trained, names, workdir / "export", Console(highlight=False))
 
 
 def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:

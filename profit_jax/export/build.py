@@ -68,14 +68,14 @@ def build_net(
       f"of {model.pad_value} lies between two codes (paper section 3.3). Train with "
       "config.model.pad_value=-0.375."
     )
-  builder = _Builder(variables, model.bn_epsilon, weight_bits, act_bits)
-  _NETWORKS[model.name](builder, model, model.strides or STRIDES[model.name])
+  builder = Builder(variables, model.bn_epsilon, weight_bits, act_bits)
+  NETWORKS[model.name](builder, model, model.strides or STRIDES.get(model.name, ()))
   return Net(
     model.name, tuple(builder.nodes), settings.data.image_size, normalization, weight_bits, act_bits
   )
 
 
-class _Builder:
+class Builder:
   """Appends nodes; a tensor is the name of the node that computes it.
 
   Attributes:
@@ -91,6 +91,7 @@ class _Builder:
     self._channels = {IMAGE: 3}
 
   def channels(self, x: str) -> int:
+    """The channels of a tensor."""
     return self._channels[x]
 
   def has(self, path: str) -> bool:
@@ -139,6 +140,7 @@ class _Builder:
     return path
 
   def activation(self, x: str, function: str | None) -> str:
+    """A non-linearity, one of `Activation`'s; None is none."""
     if function is None:
       return x
     return self._append(
@@ -146,12 +148,14 @@ class _Builder:
     )
 
   def mean(self, x: str, path: str) -> str:
+    """The mean over space, of codes or of floats."""
     name = self._append(Mean(name=path, input=x), self._channels[x])
     if x in self._scales:
       self._scales[name] = self._scales[x]
     return name
 
   def add(self, x: str, shortcut: str, path: str) -> str:
+    """The sum with a shortcut, which may be codes."""
     if shortcut in self._scales:
       scale, offset = self._scales[shortcut]
       value = Value(
@@ -161,6 +165,7 @@ class _Builder:
     return self._append(Sum(name=path, input=x, other=shortcut), self._channels[x])
 
   def multiply(self, x: str, scale: str, path: str) -> str:
+    """Each channel times its scale, `[N, C]`."""
     return self._append(Product(name=path, input=x, other=scale), self._channels[x])
 
   def _layer(self, x: str, path: str, gain: np.ndarray, shift: np.ndarray, **shape: Any) -> str:
@@ -204,9 +209,11 @@ def kernel_codes(kernel: np.ndarray, raw_a: np.ndarray, steps: int) -> np.ndarra
   NumPy would round some other way near ties: XLA's quotient and its softplus differ from NumPy's in
   the last bits.
   """
-  return np.asarray(
-    _codes(jnp.asarray(kernel), jnp.asarray(raw_a), jnp.float32(steps), "symmetric")
-  ).astype(np.int8)
+  # Padded to a power of two: the kernels of a net have dozens of shapes, and share a few programs.
+  size = 1 << (kernel.size - 1).bit_length()
+  padded = np.pad(kernel.reshape(-1), (0, size - kernel.size))
+  codes = _codes(jnp.asarray(padded), jnp.asarray(raw_a), jnp.float32(steps), "symmetric")
+  return np.asarray(codes)[: kernel.size].reshape(kernel.shape).astype(np.int8)
 
 
 _codes = jax.jit(duq.codes, static_argnames="kind")
@@ -216,7 +223,7 @@ def _softplus(raw: Any) -> np.float64:
   return np.logaddexp(np.float64(0.0), np.float64(raw))
 
 
-def _mobilenet_v1(net: _Builder, model: Any, strides: tuple[int, ...]) -> None:
+def _mobilenet_v1(net: Builder, model: Any, strides: tuple[int, ...]) -> None:
   x = net.conv(IMAGE, "stem_conv", "stem_norm", strides[0])
   x = net.quantize(x, "stem_quant", "unsigned", model.activation)
   blocks = [
@@ -232,7 +239,7 @@ def _mobilenet_v1(net: _Builder, model: Any, strides: tuple[int, ...]) -> None:
   net.dense(net.mean(x, "mean"), "classifier")
 
 
-def _mobilenet_v2(net: _Builder, model: Any, strides: tuple[int, ...]) -> None:
+def _mobilenet_v2(net: Builder, model: Any, strides: tuple[int, ...]) -> None:
   x = net.conv(IMAGE, "stem_conv", "stem_norm", strides[0])
   x = net.quantize(x, "stem_quant", "unsigned", model.activation)
   blocks = [
@@ -257,7 +264,7 @@ def _mobilenet_v2(net: _Builder, model: Any, strides: tuple[int, ...]) -> None:
   net.dense(x, "classifier")
 
 
-def _mobilenet_v3(net: _Builder, model: Any, strides: tuple[int, ...], variant: str) -> None:
+def _mobilenet_v3(net: Builder, model: Any, strides: tuple[int, ...], variant: str) -> None:
   x = net.activation(net.conv(IMAGE, "stem_conv", "stem_norm", strides[0]), "hard_swish")
   blocks = [
     (spec, stride if position == 0 else 1)
@@ -287,12 +294,12 @@ def _mobilenet_v3(net: _Builder, model: Any, strides: tuple[int, ...], variant: 
   net.dense(x, "classifier")
 
 
-def _with_shortcut(net: _Builder, x: str, shortcut: str, stride: int, block: str) -> str:
+def _with_shortcut(net: Builder, x: str, shortcut: str, stride: int, block: str) -> str:
   same = stride == 1 and net.channels(x) == net.channels(shortcut)
   return net.add(x, shortcut, f"{block}/sum") if same else x
 
 
-def _squeeze_excite(net: _Builder, x: str, path: str) -> str:
+def _squeeze_excite(net: Builder, x: str, path: str) -> str:
   scale = net.quantize(net.mean(x, f"{path}/mean"), f"{path}/input_quant", "symmetric")
   scale = net.quantize(
     net.dense(scale, f"{path}/reduce"), f"{path}/reduce_quant", "unsigned", "relu"
@@ -301,7 +308,9 @@ def _squeeze_excite(net: _Builder, x: str, path: str) -> str:
   return net.multiply(x, scale, f"{path}/product")
 
 
-_NETWORKS: dict[str, Callable[[_Builder, Any, tuple[int, ...]], None]] = {
+# By the model's name: appends its nodes, given its settings and the strides of its stages. A model
+# that is added to `models.REGISTRY` can be exported once its topology is here.
+NETWORKS: dict[str, Callable[[Builder, Any, tuple[int, ...]], None]] = {
   "mobilenet_v1": _mobilenet_v1,
   "mobilenet_v2": _mobilenet_v2,
   "mobilenet_v3_large": functools.partial(_mobilenet_v3, variant="large"),

@@ -10,14 +10,14 @@ from typing import Any
 
 from etils import epath
 
-from profit_jax.data import Facts, eval_preparation
+from profit_jax.data import eval_preparation
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
 from profit_jax.export.net import Net
 from profit_jax.export.packing import field_bits
 from profit_jax.plan import bits_name
-from profit_jax.settings import ConfigError, Settings
+from profit_jax.settings import ConfigError
 
 _FLOAT_BITS = 32
 
@@ -27,35 +27,28 @@ def make(
   name: str,
   path: pathlib.Path,
   net: Net,
-  settings: Settings,
-  facts: Facts,
-  run: dict[str, Any],
-  trained: verify.Comparison,
-  file: verify.Comparison,
-  images: int,
-  correct: tuple[int, int],
-  examples: int,
+  trained: verify.TrainedModel,
+  reference: verify.Comparison,
+  check: verify.FileCheck,
 ) -> dict[str, Any]:
   """The content of a card.
 
   Args:
     name: of the format.
     path: of the file, which is read for its size and checksum.
-    net: what it holds.
-    settings: of the run.
-    facts: of its data.
-    run: `phases`, `aiwq`, `final` of its `result.json`.
-    trained: the trained model's codes beside the reference's.
-    file: the file's.
-    images: whose codes were compared.
-    correct: images of the evaluation set that the trained model and the file got right.
-    examples: in the evaluation set.
+    net: what the file holds.
+    trained: the run's model, settings and data.
+    reference: the trained model's codes beside the reference's.
+    check: the verification of the file, which found no problem.
   """
+  settings, facts, run = trained.settings, trained.source.facts, trained.result
   content, rows = path.read_bytes(), costs(net)
   float_bytes, macs = (
     sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs")
   )
-  before, after = (round(100.0 * count / examples, 4) for count in correct)
+  before, after = (
+    round(100.0 * count / check.examples, 4) for count in (check.trained_correct, check.correct)
+  )
   share, interpolation = eval_preparation(settings)
   return {
     "file": path.name,
@@ -89,20 +82,20 @@ def make(
       "full_precision": run["final"]["full_precision_top1"],
       "trained": before,
       "file": after,
-      "equal": verify.top1_equal(*correct, examples),
-      "examples": examples,
+      "equal": verify.top1_equal(check.correct, check.trained_correct, check.examples),
+      "examples": check.examples,
     },
     "verification": {
-      "images": images,
-      "trained": {"codes": trained.codes, "differing": trained.differing},
+      "images": check.comparison.images,
+      "trained": {"codes": reference.codes, "differing": reference.differing},
       "file": {
-        "codes": file.codes,
-        "differing": file.differing,
-        "largest_logit_difference": file.logits,
+        "codes": check.comparison.codes,
+        "differing": check.comparison.differing,
+        "largest_logit_difference": check.comparison.logits,
       },
       "quantizers": [
         {**vars(row), "trained_differing": other.differing}
-        for row, other in zip(file.rows, trained.rows, strict=True)
+        for row, other in zip(check.comparison.rows, reference.rows, strict=True)
       ],
     },
     "policy": {

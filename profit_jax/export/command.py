@@ -3,20 +3,18 @@
 import json
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 from etils import epath
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax.data import Source, normalization
+from profit_jax.data import normalization
 from profit_jax.export import card, formats, verify
 from profit_jax.export.build import build_net
-from profit_jax.plan import bits_name
-from profit_jax.settings import ConfigError, Ending, Settings
+from profit_jax.settings import ConfigError, Ending
 
 
 class NotEqual(Ending):
@@ -26,106 +24,30 @@ class NotEqual(Ending):
 
 
 def export(
-  *,
-  settings: Settings,
-  source: Source,
-  model: nn.Module,
-  variables: Any,
-  run: dict[str, Any],
-  trained_top1: float,
+  trained: verify.TrainedModel,
   names: Sequence[str],
   directory: epath.Path,
   screen: Console,
+  load: Callable[[str], formats.Module] = formats.load,
 ) -> None:
   """Writes the files and cards of a run.
 
   Args:
-    settings: of the run.
-    source: its data.
-    model: its model.
-    variables: the best, on the host.
-    run: `phases`, `aiwq`, `final` of its `result.json`.
-    trained_top1: of these variables on the whole evaluation set, in percent.
+    trained: the run's best checkpoint.
     names: of the formats.
-    directory: where to.
-    screen: to tell.
+    directory: where the files go.
+    screen: what is printed goes here.
+    load: returns the module of a format, given its name.
 
   Raises:
     ConfigError: anything that the user can mend.
     NotEqual: a file that differs from the trained model; it is not kept, the others are.
   """
-  modules = {name: formats.load(name) for name in names}
-  facts, final = source.facts, run["final"]
-  pixels = normalization(settings.data.normalization, facts)
-  net = build_net(settings, variables, pixels, final["weight_bits"], final["act_bits"])
-  batch = settings.train.eval_batch_size
-  images = verify.eval_images(net, source, batch)
-  count = sum(map(len, images))
-  trained = verify.compare(net, images, verify.trained_codes(net, model, variables, pixels))
-  bits = bits_name(net.weight_bits, net.act_bits)
-  screen.print(
-    f"{net.model} {bits} in the code domain, {count} images: {trained.differing} of "
-    f"{trained.codes:,} codes differ from "
-    "the trained model's",
-    soft_wrap=True,
-  )
-  if not trained.at_ties:
-    _print_layers(screen, trained)
-    raise NotEqual(
-      "the code-domain net does not compute what the trained model does; nothing was written."
-    )
-  failed = []
-  for name in names:
-    final_path = directory / f"{net.model}_{net.bits_name}{formats.FORMATS[name].suffix}"
-    _clear(final_path)
-    with tempfile.TemporaryDirectory() as folder:
-      path = pathlib.Path(folder) / final_path.name
-      modules[name].write(net, path)
-      runner = modules[name].open_file(path)
-      why, compared = None, None
-      try:
-        compared = verify.compare(net, images, verify.file_codes(runner))
-      except verify.WatchedDiffers as error:
-        why = (
-          f"its logits change by {error.args[0]:.1e} of the largest when its codes are asked for"
-        )
-      correct, examples = verify.count_correct(
-        lambda image, runner=runner: runner.run(image)[0], source, batch
-      )
-      trained_correct = round(trained_top1 * examples / 100.0)
-      if why is None and not compared.exact:
-        why = f"{compared.differing:,} of {compared.codes:,} codes differ"
-      if why is None and not verify.top1_equal(correct, trained_correct, examples):
-        why = "its top-1 is another"
-      figures = f"top-1 {100.0 * correct / examples:.2f} % of {examples} images"
-      if why is not None:
-        screen.print(f"{name:12}NOT EQUAL: {why}; {figures}, trained {trained_top1:.2f} %")
-        if compared is not None:
-          _print_layers(screen, compared)
-        failed.append(name)
-        continue
-      content = card.make(
-        name=name,
-        path=path,
-        net=net,
-        settings=settings,
-        facts=facts,
-        run=run,
-        trained=trained,
-        file=compared,
-        images=count,
-        correct=(trained_correct, correct),
-        examples=examples,
-      )
-      _keep(path, final_path, content)
-    size = content["size"]
-    screen.print(
-      f"{name:12}{final_path.name}  {size['bytes']:,} bytes ({size['ratio']:.1f}x smaller than "
-      "float32)  "
-      f"{compared.differing} of {compared.codes:,} codes differ  {figures}: top-1 equal",
-      soft_wrap=True,
-    )
-  kept = len(names) - len(failed)
+  modules = {name: load(name) for name in names}
+  exporter = _Exporter(trained, directory, screen)
+  exporter.compare_reference()
+  failed = [name for name, module in modules.items() if not exporter.write(name, module)]
+  kept = len(modules) - len(failed)
   if kept:
     screen.print(
       f"{kept} verified {'file' if kept == 1 else 'files'} with cards (.md, .json): {directory}",
@@ -136,6 +58,81 @@ def export(
       f"{', '.join(failed)}: not what was trained (see above), and not kept. Please report it "
       "with the table."
     )
+
+
+class _Exporter:
+  """Writes and verifies the files of one run, one after the other."""
+
+  def __init__(self, trained: verify.TrainedModel, directory: epath.Path, screen: Console):
+    settings, final = trained.settings, trained.result["final"]
+    self._trained, self._directory, self._screen = trained, directory, screen
+    self._pixels = normalization(settings.data.normalization, trained.source.facts)
+    self._net = build_net(
+      settings, trained.variables, self._pixels, final["weight_bits"], final["act_bits"]
+    )
+    self._images = verify.eval_images(self._net, trained.source, settings.train.eval_batch_size)
+
+  def compare_reference(self) -> None:
+    """Compares the code-domain net with the trained model.
+
+    Raises:
+      NotEqual: they differ other than by rounding.
+    """
+    net, trained = self._net, self._trained
+    codes = verify.trained_codes(net, trained.model, trained.variables, self._pixels)
+    self._reference = verify.compare(net, self._images, codes)
+    self._screen.print(
+      f"{net.model} {net.bits_name} in the code domain, {self._reference.images} images: "
+      f"{self._reference.differing} of {self._reference.codes:,} codes differ from the trained "
+      "model's",
+      soft_wrap=True,
+    )
+    if not self._reference.at_ties:
+      _print_layers(self._screen, self._reference)
+      raise NotEqual(
+        "the code-domain net does not compute what the trained model does; nothing was written."
+      )
+
+  def write(self, name: str, module: formats.Module) -> bool:
+    """Writes a file and verifies it; returns whether it is the trained model, and was kept."""
+    net, suffix = self._net, formats.FORMATS[name].suffix
+    final_path = self._directory / f"{net.model}_{net.bits_name}{suffix}"
+    _clear(final_path)
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / final_path.name
+      module.write(net, path)
+      check = verify.check_file(net, self._images, module.open_file(path), self._trained)
+      if check.problem is not None:
+        self._print_problem(name, check)
+        return False
+      content = card.make(
+        name=name,
+        path=path,
+        net=net,
+        trained=self._trained,
+        reference=self._reference,
+        check=check,
+      )
+      _keep(path, final_path, content)
+    size, comparison = content["size"], check.comparison
+    self._screen.print(
+      f"{name:12}{final_path.name}  {size['bytes']:,} bytes ({size['ratio']:.1f}x smaller than "
+      f"float32)  {comparison.differing} of {comparison.codes:,} codes differ  {_top1(check)}: "
+      "top-1 equal",
+      soft_wrap=True,
+    )
+    return True
+
+  def _print_problem(self, name: str, check: verify.FileCheck) -> None:
+    self._screen.print(
+      f"{name:12}NOT EQUAL: {check.problem}; {_top1(check)}, trained {self._trained.top1:.2f} %"
+    )
+    if check.comparison is not None:
+      _print_layers(self._screen, check.comparison)
+
+
+def _top1(check: verify.FileCheck) -> str:
+  return f"top-1 {100.0 * check.correct / check.examples:.2f} % of {check.examples} images"
 
 
 def _clear(path: epath.Path) -> None:

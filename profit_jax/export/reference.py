@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from profit_jax.depthwise import grouped, sum_of_taps
@@ -69,11 +70,12 @@ def run_with_codes(net: Net, image: jax.Array) -> tuple[jax.Array, Arrays]:
   return run(net, image, quantize=quantize), found
 
 
-def codes(node: Quantizer, x: jax.Array) -> jax.Array:
-  """The codes of floats, as float32."""
+def codes(node: Quantizer, x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+  """The codes of floats, as float32. NumPy computes the same as JAX, without a compilation."""
+  array = np if isinstance(x, np.ndarray) else jnp
   if node.margin:
-    x = x + jnp.float32(node.margin)
-  return jnp.clip(jnp.round(x * jnp.float32(node.inverse)), node.low, node.high)
+    x = x + array.float32(node.margin)
+  return array.clip(array.round(x * array.float32(node.inverse)), node.low, node.high)
 
 
 def inputs(node: Node) -> tuple[str, ...]:

@@ -19,16 +19,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from profit_jax.data import Source
 from profit_jax.data.normalize import Normalization, normalize
 from profit_jax.export import reference
 from profit_jax.export.formats import Runner
-from profit_jax.export.net import Net
+from profit_jax.export.net import Net, Quantizer
 from profit_jax.layers import QuantAct
-from profit_jax.quant.levels import levels
+from profit_jax.quant.levels import Levels, levels
+from profit_jax.settings import Settings
 
 Codes = dict[str, np.ndarray]
 
@@ -45,6 +45,27 @@ _TIE = 4e-6
 # Of the evaluation set, half a hundredth of a percent: what two decimals show. Below 20,000 images
 # it is none.
 _TOP1_SHARE = 5e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+  """A run's best checkpoint, which exported files must equal.
+
+  Attributes:
+    settings: of the run.
+    source: the run's data.
+    model: the module that was trained.
+    variables: the checkpoint's `params` and `batch_stats`, on the host.
+    result: `phases` and `final` as in the run's `result.json`.
+    top1: of these variables on the whole evaluation set, in percent.
+  """
+
+  settings: Settings
+  source: Source
+  model: nn.Module
+  variables: Any
+  result: dict[str, Any]
+  top1: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +95,12 @@ class Comparison:
   Attributes:
     rows: by quantizer, in the net's order.
     logits: the largest difference between their logits, over the largest logit.
+    images: how many images were compared.
   """
 
   rows: tuple[Row, ...]
   logits: float
+  images: int
 
   @property
   def codes(self) -> int:
@@ -108,16 +131,43 @@ class Comparison:
     )
 
 
-def eval_images(net: Net, source: Source, batch_size: int) -> list[np.ndarray]:
-  """The first evaluation images, uint8, in equal parts to be compared at once: `CODES` codes, or
-  nearly all images.
+@dataclasses.dataclass(frozen=True)
+class FileCheck:
+  """The result of verifying one file.
+
+  Attributes:
+    problem: why the file is not the trained network; None if it is.
+    comparison: of the file's codes with the reference's; None if asking for codes changes the
+      file's logits.
+    correct: evaluation images that the file classifies correctly.
+    trained_correct: evaluation images that the trained model classifies correctly.
+    examples: size of the evaluation set.
+  """
+
+  problem: str | None
+  comparison: Comparison | None
+  correct: int
+  trained_correct: int
+  examples: int
+
+
+def eval_images(
+  net: Net, source: Source, batch_size: int, max_codes: int = CODES
+) -> list[np.ndarray]:
+  """The first evaluation images, uint8, in equal parts to be compared at once.
+
+  Args:
+    net: whose codes will be compared.
+    source: the data.
+    batch_size: of the batches that are read.
+    max_codes: the images end where they have so many codes; a smaller set is used nearly whole.
   """
   shapes = jax.eval_shape(
     functools.partial(reference.run_with_codes, net),
     np.zeros((1, net.image_size, net.image_size, 3), np.uint8),
   )
   codes = sum(math.prod(shape.shape) for shape in shapes[1].values())
-  wanted, found = -(-CODES // codes), []
+  wanted, found = -(-max_codes // codes), []
   for batch in source.eval_batches(batch_size):
     found.append(batch["image"][batch["mask"]])
     if sum(map(len, found)) >= wanted:
@@ -136,21 +186,9 @@ def trained_codes(
   """
   quantizers = {quantizer.name: quantizer for quantizer in net.quantizers}
 
-  @jax.jit
-  def apply(variables, image, steps):
-    logits, state = model.apply(
-      variables,
-      normalize(image, normalization),
-      steps,
-      capture_intermediates=lambda module, _: isinstance(module, QuantAct),
-      mutable=["intermediates"],
-    )
-    return logits, state["intermediates"]
-
   def run(image):
-    logits, captured = jax.device_get(
-      apply(variables, image, levels(net.weight_bits, net.act_bits))
-    )
+    bits = levels(net.weight_bits, net.act_bits)
+    logits, captured = jax.device_get(_trained_values(model, normalization, variables, image, bits))
     values = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(captured):
       values["/".join(part.key for part in path[:-2])] = leaf
@@ -161,6 +199,22 @@ def trained_codes(
     return logits, {name: _codes(quantizers[name], value) for name, value in values.items()}
 
   return run
+
+
+# One program per model, not per call: two exports in one process share it.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _trained_values(
+  model: nn.Module, normalization: Normalization, variables: Any, image: jax.Array, bits: Levels
+) -> tuple[jax.Array, Any]:
+  """Logits, and the values that the trained model's quantizers return."""
+  logits, state = model.apply(
+    variables,
+    normalize(image, normalization),
+    bits,
+    capture_intermediates=lambda module, _: isinstance(module, QuantAct),
+    mutable=["intermediates"],
+  )
+  return logits, state["intermediates"]
 
 
 def _codes(quantizer, value):
@@ -204,41 +258,78 @@ def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]
   Raises:
     KeyError: codes of other quantizers.
   """
-  counts, logits = {quantizer.name: np.zeros(3, np.int64) for quantizer in net.quantizers}, 0.0
-  forced = jax.jit(functools.partial(_count, net))
+  quantizers = {quantizer.name: quantizer for quantizer in net.quantizers}
+  counts, logits = {name: np.zeros(3, np.int64) for name in quantizers}, 0.0
   for image in images:
     theirs, codes = run(image)
     if codes.keys() != counts.keys():
       raise KeyError(f"codes of other quantizers: {sorted(codes.keys() ^ counts.keys())}")
-    expected, found = jax.device_get(
-      forced(image, {name: np.float32(array) for name, array in codes.items()})
-    )
+    codes = {name: np.float32(array) for name, array in codes.items()}
+    expected, read = jax.device_get(_forced(net, image, codes))
     logits = max(logits, float(np.abs(theirs - expected).max() / np.abs(expected).max()))
     for name, count in counts.items():
-      count += (codes[name].size, *found[name])
+      count += _count(quantizers[name], read[name], codes[name])
   fed = net.float_fed()
   return Comparison(
-    tuple(Row(name, *map(int, count), name in fed) for name, count in counts.items()), logits
+    tuple(Row(name, *map(int, count), name in fed) for name, count in counts.items()),
+    logits,
+    sum(map(len, images)),
   )
 
 
-def _count(
+# The net's arrays are constants of the program. All files of a net share one program.
+@functools.partial(jax.jit, static_argnums=0)
+def _forced(
   net: Net, image: jax.Array, theirs: Mapping[str, jax.Array]
-) -> tuple[jax.Array, dict[str, Any]]:
-  """The logits that follow from their codes, and by quantizer how many of those differ, and how
-  many not at a tie.
-  """
-  found = {}
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The logits that follow from their codes, and the floats that each quantizer reads."""
+  read = {}
 
   def quantize(node, x):
-    codes, reach = theirs[node.name], jnp.float32(_TIE * (node.high - node.low) / node.inverse)
-    explained = (reference.codes(node, x - reach) <= codes) & (
-      codes <= reference.codes(node, x + reach)
-    )
-    found[node.name] = jnp.sum(codes != reference.codes(node, x)), jnp.sum(~explained)
-    return codes
+    read[node.name] = x
+    return theirs[node.name]
 
-  return reference.run(net, image, quantize=quantize), found
+  return reference.run(net, image, quantize=quantize), read
+
+
+def _count(quantizer: Quantizer, x: np.ndarray, theirs: np.ndarray) -> tuple[int, int, int]:
+  """How many codes there are, how many differ, and how many of those not at a tie."""
+  # In NumPy: counted inside the program, they double its compilation.
+  reach = np.float32(_TIE * (quantizer.high - quantizer.low) / quantizer.inverse)
+  different = theirs != reference.codes(quantizer, x)
+  explained = (reference.codes(quantizer, x - reach) <= theirs) & (
+    theirs <= reference.codes(quantizer, x + reach)
+  )
+  return theirs.size, np.count_nonzero(different), np.count_nonzero(~explained)
+
+
+def check_file(
+  net: Net, images: list[np.ndarray], runner: Runner, trained: TrainedModel
+) -> FileCheck:
+  """Compares a file's codes with the reference's, and its top-1 with the trained model's.
+
+  Args:
+    net: the reference, which the file was written from.
+    images: whose codes are compared, in parts uint8 `[N, H, W, 3]`.
+    runner: the file, read back.
+    trained: the model, its data and its top-1.
+  """
+  problem, comparison = None, None
+  try:
+    comparison = compare(net, images, file_codes(runner))
+    if not comparison.exact:
+      problem = f"{comparison.differing:,} of {comparison.codes:,} codes differ"
+  except WatchedDiffers as error:
+    problem = (
+      f"its logits change by {error.args[0]:.1e} of the largest when its codes are asked for"
+    )
+  correct, examples = count_correct(
+    lambda image: runner.run(image)[0], trained.source, trained.settings.train.eval_batch_size
+  )
+  trained_correct = round(trained.top1 * examples / 100.0)
+  if problem is None and not top1_equal(correct, trained_correct, examples):
+    problem = "its top-1 is another"
+  return FileCheck(problem, comparison, correct, trained_correct, examples)
 
 
 def count_correct(

@@ -4,16 +4,30 @@ import pytest
 from etils import epath
 
 from profit_jax import data, snapshots
+from profit_jax.export.build import NETWORKS
+from profit_jax.models import REGISTRY
 from profit_jax.report import files
 from profit_jax.train.progress import Best, PhaseRecord, Progress
-from tests.export.nets import random_variables, settings_of
+from tests.export import tiny
+from tests.export.nets import random_variables, small_settings
 
-MODEL = "mobilenet_v2"
-CHANGES = {"data.image_size": 16, "train.eval_batch_size": 232}
+MODEL = "tiny_v1"
+
+
+@pytest.fixture(scope="session")
+def tiny_v1():
+  """Registers the tiny net and its topology."""
+  REGISTRY[MODEL], NETWORKS[MODEL] = tiny.TinyV1, tiny.topology
+  yield
+  del REGISTRY[MODEL], NETWORKS[MODEL]
+
+
+def tiny_settings(**changes):
+  return small_settings("mobilenet_v1", **{"model.name": MODEL, **changes})
 
 
 def write_run(workdir, best, **changes):
-  settings = settings_of(MODEL, **CHANGES, **changes)
+  settings = tiny_settings(**changes)
   workdir = epath.Path(workdir)
   files.claim_workdir(workdir, settings, data.load(settings))
   phase = {
@@ -37,7 +51,7 @@ def write_run(workdir, best, **changes):
 
 
 @pytest.fixture(scope="session")
-def random_run(tmp_path_factory):
+def random_run(tmp_path_factory, tiny_v1):
   workdir = tmp_path_factory.mktemp("run") / "run"
   write_run(workdir, best=True)
   return workdir

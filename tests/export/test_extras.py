@@ -1,13 +1,15 @@
-"""The formats whose runtimes are installed on request: `make test-extras`."""
+"""The formats whose runtimes are installed on request: qonnx and litert."""
 
 import importlib.util
 
 import pytest
 
 from profit_jax.export import formats, verify
-from tests.export.nets import full_net, images, random_net
+from tests.export.nets import every_operation, full_net, images, random_net
 
 RUNTIMES = {"qonnx": "qonnx", "litert": "ai_edge_litert"}
+# qonnx converts numpy's arrays of one number to numbers.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def module_of(name):
@@ -16,26 +18,25 @@ def module_of(name):
   return formats.load(name)
 
 
-@pytest.mark.parametrize(
-  ("model", "weight_bits", "act_bits"),
-  [
-    ("mobilenet_v1", 8, 8),
-    ("mobilenet_v2", 3, 3),
-    ("mobilenet_v3_large", 4, 4),
-    ("mobilenet_v3_small", 2, 2),
-  ],
-)
-@pytest.mark.parametrize("name", RUNTIMES)
-# qonnx gives numpy's arrays of one number as numbers.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_file_computes_the_references_codes(tmp_path, name, model, weight_bits, act_bits):
-  module = module_of(name)
-  _, _, net = random_net(model, weight_bits, act_bits)
-  path = tmp_path / f"net{formats.FORMATS[name].suffix}"
+def require_exact(name, net, folder):
+  module, path = module_of(name), folder / f"net{formats.FORMATS[name].suffix}"
   module.write(net, path)
-  compared = verify.compare(net, [images(count=8)], verify.file_codes(module.open_file(path)))
+  few = images(8)
+  compared = verify.compare(net, [few], verify.file_codes(module.open_file(path)))
   assert compared.exact, [row for row in compared.rows if row.differing]
   assert compared.logits < 1e-5
+
+
+# Both write 3 bits as they write 4.
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_file_computes_the_references_codes(tmp_path, name, bits):
+  require_exact(name, every_operation(bits, bits), tmp_path)
+
+
+def test_litert_computes_the_references_codes_of_a_whole_net(tmp_path):
+  # Its delegate joins operations by what surrounds them. qonnx executes node by node.
+  require_exact("litert", random_net("mobilenet_v3_small", 2, 2)[2], tmp_path)
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(4, 2_100_000), (2, 1_150_000)])
@@ -45,12 +46,11 @@ def test_size_of_the_published_mobilenet_v2_in_litert(tmp_path, bits, limit):
   assert path.stat().st_size <= limit
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_qonnx_knows_that_all_are_integers(tmp_path):
   module = module_of("qonnx")
   from qonnx.core.modelwrapper import ModelWrapper
 
-  _, _, net = random_net("mobilenet_v2", 4, 4)
+  net = every_operation(4, 4)
   path = tmp_path / "net.qonnx.onnx"
   module.write(net, path)
   model = ModelWrapper(str(path))
