@@ -1,5 +1,6 @@
-"""Trains, evaluates, plans, exports: python main.py --config configs/digits_w4.py --workdir RUN
-[--mode MODE].
+"""Trains, evaluates, plans and exports.
+
+python main.py --config configs/digits_w4.py --workdir RUN [--mode MODE]
 """
 
 import os
@@ -14,77 +15,129 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Configuration file; fields: --config.train.batch_size=64."
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", "", "Directory of the run, local or gs://; a run found there goes on."
-)
-_FORK = flags.DEFINE_string(
-  "fork_from", "", "Directory of a run: a new one takes over its first phases, if alike."
-)
-_SPEED = flags.DEFINE_float(
-  "images_per_second", None, "Training speed; mode plan then prints hours."
-)
-_ADDRESS = flags.DEFINE_string(
-  "coordinator_address", None, "HOST:PORT of the first of several processes, if needed."
-)
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.")
-_PROCESS = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
-_MODE = flags.DEFINE_string("mode", "train", "train, eval, plan, export.")
-_FORMATS = flags.DEFINE_list(
-  "formats", "onnx,jax,safetensors", "That mode export writes; also qonnx, litert."
-)
+from profit_jax.settings import ConfigError, Ending
 
 
-def _parse(argv):
-  """Flags, with every mistake as one message and exit code 2."""
+def define(values, argv=None):
+  """Defines the options.
+
+  Args:
+    values: the `flags.FlagValues` that get them.
+    argv: the command line with the overrides of single fields; None is that of this process.
+  """
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration file; fields: --config.train.batch_size=64.",
+    flag_values=values,
+    sys_argv=argv,
+  )
+  for define_flag, name, default, text in (
+    (flags.DEFINE_string, "workdir", "", "Directory of the run, local or gs://; resumes its run."),
+    (flags.DEFINE_string, "mode", "train", "train, eval, plan or export."),
+    (
+      flags.DEFINE_string,
+      "fork_from",
+      "",
+      "Run whose first phases a new run takes over, if alike.",
+    ),
+    (flags.DEFINE_float, "images_per_second", None, "Training speed; mode plan then prints hours."),
+    (flags.DEFINE_list, "formats", "onnx,jax,safetensors", "Of mode export; also qonnx, litert."),
+    (flags.DEFINE_string, "coordinator_address", None, "HOST:PORT of the first of the processes."),
+    (flags.DEFINE_integer, "num_processes", None, "Number of processes, if there are several."),
+    (flags.DEFINE_integer, "process_id", None, "Number of this process, from 0."),
+  ):
+    define_flag(name, default, text, flag_values=values)
+
+
+def run(argv):
+  """Runs a command line in this process.
+
+  Args:
+    argv: the program's name, then the options.
+
+  Returns:
+    The exit code, and whether all processes of the run leave for the same reason.
+  """
+  values = flags.FlagValues()
+  define(values, argv)
   try:
-    rest = flags.FLAGS(argv)
+    return _execute(values, _parse(values, argv))
+  except ConfigError as error:
+    return _report(error)
+
+
+def _parse(values, argv):
+  """Reads the options and the configuration file; gives the arguments that are no options."""
+  try:
+    rest = values(argv)
     # A file that could not be loaded says so only when it is used.
-    getattr(_CONFIG.value, "keys", None)
+    getattr(values.config, "keys", None)
     return rest
   except Exception as error:  # a configuration file is code: it can raise anything
-    text = str(error)
-    if isinstance(error, (KeyError, AttributeError)):
-      text = "unknown name in the configuration: " + text.replace("\\n", " ").replace(
-        "\\'", ""
-      ).replace("'", "").strip('"')
-    lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
-    # Where a traceback or a list of attempts stands inside, the last line says what is wrong.
-    short = lines[-1] if "Traceback" in text or "Attempted" in text else " ".join(lines)
-    sys.exit(_fail(f"Wrong command line or configuration file: {short}"))
+    raise ConfigError(f"Wrong command line or configuration file: {_in_short(error)}") from error
 
 
-def _fail(message):
-  print(f"error: {message}", file=sys.stderr)
-  return 2
+def _in_short(error):
+  """An error of absl or ml_collections in one line."""
+  text = str(error)
+  if isinstance(error, (KeyError, AttributeError)):
+    text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
+    return f"unknown name in the configuration: {' '.join(text.split())}"
+  lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
+  # Where a traceback or a list of attempts is inside, the last line says what is wrong.
+  return lines[-1] if "Traceback" in text or "Attempted" in text else " ".join(lines)
 
 
-def main(argv):
-  """Runs the mode; returns the exit code."""
-  if len(argv) > 1:
-    return _fail(f"Wrong command line: unknown arguments {argv[1:]}; every option starts with --.")
-  from profit_jax import app as profit
-  from profit_jax.settings import Ending
-
+def _execute(values, rest):
+  """Runs the mode; returns what `run` does."""
   absl_logging.set_verbosity(absl_logging.ERROR)
   try:
-    cluster = profit.Cluster(_ADDRESS.value, _PROCESSES.value, _PROCESS.value)
+    if len(rest) > 1:
+      raise ConfigError(
+        f"Wrong command line: unknown arguments {rest[1:]}; every option starts with --."
+      )
+    from profit_jax import app as profit  # JAX takes seconds: a wrong option does not wait for it
+
     profit.main(
-      _CONFIG.value, _WORKDIR.value, _MODE.value, _SPEED.value, cluster, _FORMATS.value, _FORK.value
+      values.config,
+      values.workdir,
+      values.mode,
+      values.images_per_second,
+      profit.Cluster(values.coordinator_address, values.num_processes, values.process_id),
+      values.formats,
+      values.fork_from,
     )
-    return 0
+    return 0, False
   except Ending as ending:
-    print(f"{ending.label}: {ending}", file=sys.stderr)
-    return profit.distributed.leave(ending.code, ending.everywhere)
+    return _report(ending)
   except KeyboardInterrupt:
-    _fail("stopped; the same command goes on from the last checkpoint.")
-    return profit.distributed.leave(130)  # what shells give a program that was interrupted
+    print("error: stopped; the same command resumes from the last checkpoint.", file=sys.stderr)
+    return 130, False  # what shells give a program that was interrupted
   except Exception:
     traceback.print_exc()
-    return profit.distributed.leave(1)
+    return 1, False
+
+
+def _report(ending):
+  print(f"{ending.label}: {ending}", file=sys.stderr)
+  return ending.code, ending.everywhere
+
+
+def _parse_or_exit(argv):
+  try:
+    return _parse(flags.FLAGS, argv)
+  except ConfigError as error:
+    sys.exit(_report(error)[0])
+
+
+def _run_and_leave(rest):
+  ended = _execute(flags.FLAGS, rest)
+  from profit_jax import distributed
+
+  return distributed.leave(*ended)
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=_parse)
+  define(flags.FLAGS)
+  app.run(_run_and_leave, flags_parser=_parse_or_exit)

@@ -1,53 +1,84 @@
 """Whether a configuration that is accepted can be trained, without compiling anything."""
 
+import functools
+from typing import Any
+
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from configs import digits_w4
 from profit_jax import plan
 from profit_jax.data.digits import FACTS
-from profit_jax.models import REGISTRY, build, variable_shapes
+from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.models import REGISTRY
+from profit_jax.models.mobilenet_v3 import Block
+from profit_jax.quant.duq import HSWISH_MINIMUM
+from profit_jax.quant.levels import Levels
 from profit_jax.settings import parse
-from profit_jax.train import aiwq, remedies, start, steps
+from profit_jax.train import start
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress
 
 
+class TwoBlocks(nn.Module):
+  """The smallest net with the operations and options of all models: h-swish, squeeze-excite,
+  negative padding, both strides. It has a registered model's attributes.
+  """
+
+  num_classes: int = 10
+  dropout: float = 0.1
+  bn_momentum: float = 0.9
+  bn_epsilon: float = 1e-5
+  squeeze_excite: str = "before"
+  pad_value: float = HSWISH_MINIMUM
+  dtype: Any = None
+  sampling_every: int = 1
+  quant: Any = None
+
+  @nn.compact
+  def __call__(self, x, levels=Levels(), train=False):
+    levels = levels._replace(quant=self.quant)
+    conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
+    dense = functools.partial(QuantDense, dtype=self.dtype)
+    norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
+    block = functools.partial(
+      Block,
+      kernel_size=3,
+      hidden=16,
+      features=8,
+      squeeze_excite=self.squeeze_excite,
+      pad_value=self.pad_value,
+      conv=conv,
+      dense=dense,
+      norm=norm,
+    )
+    first = block(stride=2, squeezed=8, hswish=True, hswish_input=True, name="block00")
+    second = block(stride=1, squeezed=0, hswish=False, hswish_input=False, name="block01")
+
+    x = conv(8, 3, 2, name="stem_conv")(x, levels.first())
+    x = norm(name="stem_norm")(x, train, "hard_swish")
+    x = second(first(x, levels, train), levels, train)
+    x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
+    x = QuantAct("symmetric", name="classifier_quant")(x, levels.last())
+    return dense(self.num_classes, name="classifier")(x, levels.last())
+
+
 def deep_check(model, changes):
-  """Traces the training step with everything quantized, as a run would before it compiles it."""
+  """Traces the step of the plan's last phase, as a run does before it compiles it.
+
+  Args:
+    model: that `configs/digits_w4.py` is asked for.
+    changes: of fields, by their names, as `train.dtype`.
+  """
   config = digits_w4.get_config(model)
   config.update_from_flattened_dict({**changes, "compilation_cache": ""})
   settings = parse(config, REGISTRY)
-  phases = plan.plan(settings)
-  model = build(settings.model, 10, settings.quant)
-  teacher = start.load_teacher(
-    settings, start.load_student(settings, 10, Progress()), 10, Progress()
-  ).model
-  programs = Programs(
-    settings, FACTS, model, teacher, Mesh(np.asarray(jax.devices()[:1]), ("data",))
-  )
-  last = phases[-1].program
-  programs.close()
-  step = steps.make_train_step(
-    programs._in_training(model),
-    programs.optimizer(last.train_kernels, frozenset()),
-    normalization=programs._normalization,
-    ema_rate=settings.train.ema_rate,
-    teacher_model=teacher,
-    accumulation_steps=settings.train.accumulation_steps,
-    quant=settings.quant,
-    remedy=settings.remedy,
-  )
-  sampling = aiwq.start(programs._params) if last.sampling else None
-  jax.eval_shape(
-    step,
-    programs.state_shapes(last, frozenset()),
-    programs._batch_shapes(settings.train.batch_size),
-    programs._levels_shapes(last.quantized_weights, last.quantized_acts),
-    jax.ShapeDtypeStruct((), np.float32),
-    jax.eval_shape(lambda: jax.random.key(0)),
-    variable_shapes(teacher, settings.data.image_size) if last.distill else None,
-    sampling,
-    remedies.strengths(settings.remedy, phases, phases[-1], 0, 1),
-  )
+  student = start.load_student(settings, 10, Progress())
+  teacher = start.load_teacher(settings, student, 10, Progress())
+  mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+  programs = Programs(settings, FACTS, student.model, teacher.model, mesh)
+  programs.close()  # nothing is compiled
+  programs.trace_train_step(plan.plan(settings)[-1].program, frozenset())

@@ -1,11 +1,43 @@
-"""Every field of a configuration with values that are wrong, and with values that are right; and
-wrong places, addresses and damaged files: what the tests draw from.
+"""What the tests of wrong input draw from: wrong and right values of every field, wrong places and
+addresses, damaged files. Also how they run a command line in this process.
 """
 
+import contextlib
+import io
 import math
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
+
+import main
+from profit_jax.models import REGISTRY
+
+
+def command(*arguments):
+  """Runs `main.py` with arguments in this process; returns exit code, output and errors."""
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    code, _ = main.run(["main.py", *arguments])
+  return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def registered(*names):
+  """Within, only these models are registered: advice on weights that do not fit traces all."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name in REGISTRY.keys() - set(names):
+      patch.delitem(REGISTRY, name)
+    yield
+
+
+def assert_refused(code, err, names):
+  """Asserts exit code 2 and one message that has one of the names."""
+  assert code == 2, err
+  assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1, err
+  assert "Traceback" not in err
+  assert any(name in err for name in names), err
+
 
 TEXT = st.text(
   st.characters(codec="ascii", categories=("L", "N", "P", "S")), min_size=1, max_size=12
@@ -77,7 +109,7 @@ STRIDES = (
 )
 NORMALIZATIONS = ("dataset", "imagenet", "inception", "none")
 MODELS = ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
-# Digits in memory, no files: what the tests start from. What only files tell is below.
+# Of the digits, in memory. Wrong files are below.
 FIELDS = {
   "seed": ints(0, 2**32 - 1),
   "model.name": choice(*MODELS),
@@ -175,9 +207,9 @@ FIELDS = {
   "compilation_cache": (st.nothing(), st.just("")),
 }
 
-# Places that are wrong for whatever is looked for there. README.md is a file, and tests a directory
-# of nothing of ours.
-SCHEMES = st.builds("{}://{}".format, WORDS, WORDS)  # file systems that nobody knows
+# Places that are wrong for everything. README.md is a file, and tests a directory without a run,
+# weights or images.
+SCHEMES = st.builds("{}://{}".format, WORDS, WORDS)  # unknown file systems
 LONG = st.integers(256, 400).map("a".__mul__)  # for a file's name
 NO_RUN = (
   SCHEMES | LONG | WORDS | st.sampled_from(["README.md", "README.md/run", "tests", "/dev/null"])
@@ -198,7 +230,7 @@ NO_WEIGHTS = (
 )
 NO_FOLDER = SCHEMES | LONG | WORDS | st.sampled_from(["", "README.md", "README.md/data", "tests"])
 
-# HOST:PORT that is none.
+# Texts that are not HOST:PORT.
 PORTS = (
   WORDS
   | (st.integers(-(2**40), 0) | st.integers(2**16, 2**80)).map(str)
