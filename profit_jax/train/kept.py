@@ -27,10 +27,11 @@ from jax.experimental.compilation_cache import compilation_cache
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu")  # and JAX's plugins
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _UNUSED_DAYS = 30
+_SOURCE = pathlib.Path(__file__).parents[1]  # this package
 # No part of any program: numbers that are arguments, where things lie, what the loop and the plan
 # decide between steps. A setting that is not named here makes other programs, so that a new one is
 # at worst compiled for in vain.
-_ELSEWHERE = {
+ELSEWHERE = {
   "seed",
   "compilation_cache",
   "init",
@@ -65,13 +66,16 @@ class Kept:
     directory: epath.PathLike,
     config: dict[str, Any],
     devices: Sequence[jax.Device],
+    source: pathlib.Path = _SOURCE,
     **more: Any,
   ):
     """Args: directory, local or remote, made when needed; config: `Settings.to_dict()`; devices:
-    that the programs run on, in this order; more: what else decides.
+    that the programs run on, in this order; source: the directory of the Python files that make
+    the programs; more: what else decides.
     """
     self._directory, self._devices = epath.Path(directory), list(devices)
-    self._common = repr((_deciding(config), sorted(more.items()), _surroundings(self._devices)))
+    surroundings = _surroundings(self._devices, source)
+    self._common = repr((deciding(config), sorted(more.items()), surroundings))
 
   def get(self, name: Any, compile_it: Callable[[], Any]) -> Any:
     """The program of that name (its `repr` is what counts), kept or compiled now.
@@ -116,23 +120,22 @@ def _turn_off_jax_cache() -> None:
   compilation_cache.reset_cache()  # or what has been decided stays so
 
 
-def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+def deciding(config: dict[str, Any]) -> dict[str, Any]:
   """The settings that programs are made of, by their full names."""
   settings = {}
   for section, value in config.items():
     for name, item in value.items() if isinstance(value, dict) else [("", value)]:
       full = f"{section}.{name}".rstrip(".")
-      if section not in _ELSEWHERE and full not in _ELSEWHERE:
+      if section not in ELSEWHERE and full not in ELSEWHERE:
         settings[full] = item
   return settings
 
 
-def _surroundings(devices: Sequence[jax.Device]) -> str:
-  """What the same source may be compiled differently with."""
-  source = hashlib.sha256()
-  root = pathlib.Path(__file__).parents[1]
-  for file in sorted(root.rglob("*.py")):
-    source.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+def _surroundings(devices: Sequence[jax.Device], source: pathlib.Path) -> str:
+  """The source, and what it may be compiled differently with."""
+  hashed = hashlib.sha256()
+  for file in sorted(source.rglob("*.py")):
+    hashed.update(f"{file.relative_to(source)}\0".encode() + file.read_bytes() + b"\0")
   cpuinfo = pathlib.Path("/proc/cpuinfo")
   lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
   processor = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
@@ -150,7 +153,7 @@ def _surroundings(devices: Sequence[jax.Device]) -> str:
   options = {name: str(value) for name, value in jax.config.values.items() if "cache" not in name}
   return json.dumps(
     {
-      "source": source.hexdigest(),
+      "source": hashed.hexdigest(),
       "versions": [platform.python_version(), sorted(versions.items())],
       "devices": [
         [device.id for device in devices],

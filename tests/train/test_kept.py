@@ -1,9 +1,10 @@
-"""Programs kept between runs: found again, the same to the last bit, made anew where anything
-differs, and only a cache.
+"""Programs kept between runs: found again with the same results to the last bit, compiled where
+anything differs, and only a cache.
 """
 
 import dataclasses
 import os
+import pathlib
 import time
 
 import jax
@@ -79,9 +80,8 @@ def test_the_same_is_found_and_whatever_differs_is_not(tmp_path, made, monkeypat
   finally:
     jax.config.update("jax_default_matmul_precision", None)
   get()
-  # Other source.
-  monkeypatch.setattr(kept, "__file__", str(tmp_path / "other" / "train" / "kept.py"))
-  get()
+  # Another source.
+  get(source=pathlib.Path(__file__).parent)
   assert made.calls == list(range(8))
 
 
@@ -200,9 +200,8 @@ def test_kept_programs_compute_the_same_also_where_jax_had_cached_them(
     loaded = run(tmp_path / "kept")
   for other in (again, loaded):
     jax.tree.map(np.testing.assert_array_equal, compiled, other)
-  # No program is made of what its name leaves out, and what is left out exists.
+  # No program is made of a setting that its name leaves out, and what is left out exists.
   config = settings.to_dict()
-  assert read - {"to_dict"} <= set(kept._deciding(config))
-  assert {f"{s}.{n}" for s, part in config.items() if isinstance(part, dict) for n in part} | set(
-    config
-  ) >= kept._ELSEWHERE
+  assert read - {"to_dict"} <= set(kept.deciding(config))
+  fields = {f"{s}.{name}" for s, part in config.items() if isinstance(part, dict) for name in part}
+  assert fields | set(config) >= kept.ELSEWHERE
