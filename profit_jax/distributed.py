@@ -36,6 +36,7 @@ def initialize(
   coordinator_address: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
+  heartbeat_seconds: int = 100,
   environment: Mapping[str, str] = os.environ,
 ) -> None:
   """Joins the other processes of the run; must come before anything that asks for devices.
@@ -47,7 +48,8 @@ def initialize(
     coordinator_address: `HOST:PORT` of the first process, or None.
     num_processes: in all, or None.
     process_id: this one's number, from 0, or None.
-    environment: variables, for tests.
+    heartbeat_seconds: after which JAX takes a silent process for lost; the default is JAX's own.
+    environment: of this process; Slurm and Open MPI describe a job in it.
 
   Raises:
     ConfigError: an incomplete or impossible choice, or processes that did not meet.
@@ -77,11 +79,16 @@ def initialize(
       )
     host, port = _host_and_port(coordinator_address)
     if process_id:
-      _wait_for(host, port)
+      wait_for_coordinator(host, port)
   elif not (_on_tpu() or started_tasks(environment) > 1):
     return
   try:
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    jax.distributed.initialize(
+      coordinator_address,
+      num_processes,
+      process_id,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+    )
   except (RuntimeError, ValueError) as error:
     told = (
       ", ".join(f"--{name}={value}" for name, value in given.items())
@@ -108,9 +115,16 @@ def _host_and_port(address: str) -> tuple[str, int]:
   )
 
 
-def _wait_for(host: str, port: int, seconds: float = PATIENCE) -> None:
-  """Until the first process answers: where it never does, JAX would end this one with a fatal error
-  and a stack.
+def wait_for_coordinator(host: str, port: int, seconds: float = PATIENCE) -> None:
+  """Waits until the first process answers. JAX itself would abort with a fatal error and a stack.
+
+  Args:
+    host: of the first process.
+    port: where it listens.
+    seconds: to wait at most.
+
+  Raises:
+    ConfigError: nothing answered in that time.
   """
   end = time.monotonic() + seconds
   while True:
@@ -212,12 +226,28 @@ def require_equal(what: str, text: str) -> None:
   """
   if jax.process_count() == 1:
     return
-  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
-  everyone = multihost_utils.process_allgather(digest)
-  others = [i for i, theirs in enumerate(everyone) if not np.array_equal(theirs, everyone[0])]
+  require_equal_digests(what, multihost_utils.process_allgather(digest(text)))
+
+
+def digest(text: str) -> np.ndarray:
+  """The SHA-256 of a text as 8 int32, a form in which processes can exchange it."""
+  return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
+
+
+def require_equal_digests(what: str, digests: np.ndarray) -> None:
+  """Compares what all processes have told.
+
+  Args:
+    what: the texts are, as a message calls them.
+    digests: `digest` of each process's text, `[processes, 8]`.
+
+  Raises:
+    ConfigError: they differ; the message names the processes that differ from process 0.
+  """
+  others = [i for i, theirs in enumerate(digests) if not np.array_equal(theirs, digests[0])]
   if others:
     raise ConfigError(
-      f"processes {others} have other {what} than process 0: it must be the same on all."
+      f"processes {others} have other {what} than process 0. All processes must have the same."
     )
 
 

@@ -1,57 +1,53 @@
-"""One of several processes that train the tiny net; the last one can be made to end on the way.
+"""One of several processes that train the tiny net; the last one can send itself a signal.
 
-python -m tests.train.processes WORKDIR COORDINATOR PROCESSES ID [SIGNAL STEP]
+python -m tests.train.processes WORKDIR COORDINATOR PROCESSES ID [SIGNAL NUMBER]
 """
 
-import functools
 import signal
 import sys
 
 import jax
-import pytest
 
 from profit_jax import app, distributed
 from profit_jax.models import REGISTRY
 from profit_jax.settings import Ending
 from tests.train.conftest import tiny_config
-from tests.train.runs import signal_at
+from tests.train.runs import SignalAt
 from tests.train.tiny import TinyNet
 
 
 def config():
-  """Two phases of two epochs: full precision, and activations quantized, taught by what the first
-  one made.
-  """
+  """Two phases of two epochs: full precision, and activations quantized, taught by the first."""
   return tiny_config(
     **{
       "plan.weight_bits": (),
-      "plan.act_bits": (4,),
       "plan.stabilize": False,
-      "plan.warmup_epochs": 0,
+      "plan.full_precision_epochs": 2,
+      "plan.finetune_epochs": 2,
+      # Low: at high rates the codes that rounding decides make the runs diverge.
+      "train.full_precision_learning_rate": 0.03,
+      "train.learning_rate": 0.02,
+      "train.ema_rate": 0.98,
     }
   )
 
 
 def main(workdir, coordinator, processes, process, asked="", at=""):
   REGISTRY["tiny"] = TinyNet
-  with pytest.MonkeyPatch.context() as patch:
-    # Ten seconds instead of a hundred: the tests wait for it.
-    patch.setattr(
-      jax.distributed,
-      "initialize",
-      functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10),
-    )
-    if asked and int(process) == int(processes) - 1:
-      signal_at(patch, {int(at): signal.Signals[asked]})
-    try:
-      app.main(
-        config(), workdir, "train", None, app.Cluster(coordinator, int(processes), int(process))
-      )
-    except Ending as ending:
-      print(f"{ending.label}: {ending}")
-      distributed.leave(ending.code, ending.everywhere)
+  hooks = app.Hooks()
+  if asked and int(process) == int(processes) - 1:
+    hooks = SignalAt({int(at): signal.Signals[asked]}).hooks
+  # Ten seconds instead of a hundred: a test waits for it.
+  cluster = app.Cluster(coordinator, int(processes), int(process), heartbeat_seconds=10)
+  try:
+    app.main(config(), workdir, "train", cluster=cluster, hooks=hooks)
+  except Ending as ending:
+    print(f"{ending.label}: {ending}")
+    distributed.leave(ending.code, ending.everywhere)
 
 
 if __name__ == "__main__":
   jax.config.update("jax_num_cpu_devices", 2)
+  # As `tests/conftest.py`: the starts of a run share even the smallest programs.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
   main(*sys.argv[1:])

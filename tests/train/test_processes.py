@@ -11,7 +11,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from profit_jax import app, distributed
 from profit_jax.settings import ConfigError
@@ -22,59 +21,55 @@ from tests.train.runs import newest_of, number, result_of
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def best_of(workdir):
-  return newest_of(workdir).section("best")
+def free_port():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+def run_all(commands, environments):
+  """Starts a process for each command at once; returns exit codes, and (stdout, stderr) of each."""
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  started = [
+    subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | extra, **pipes)
+    for command, extra in zip(commands, environments, strict=True)
+  ]
+  try:
+    printed = [process.communicate(timeout=150) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  return [process.returncode for process in started], printed
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-  """The directory of a run of two processes with two devices each, and how they ended and what they
-  printed, each time.
+  """The directory of a run of two processes with two devices each. For each of its three starts,
+  the exit codes and what the processes printed.
   """
-  workdir, cache = tmp_path_factory.mktemp("processes"), str(tmp_path_factory.mktemp("cache"))
+  workdir = tmp_path_factory.mktemp("processes")
 
   def start(*stop):
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.train.processes", str(workdir), address, "2"]
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-      subprocess.Popen([*command, str(i), *stop], cwd=ROOT, env=environment, **pipes)
-      for i in range(2)
-    ]
-    try:
-      printed = [process.communicate(timeout=150) for process in started]
-    finally:
-      for process in started:
-        process.kill()
-    return [process.returncode for process in started], printed
+    shared = ["-m", "tests.train.processes", str(workdir), f"localhost:{free_port()}", "2"]
+    return run_all([[*shared, str(i), *stop] for i in range(2)], [{}, {}])
 
-  # The second one is told that its machine goes away; then, after a checkpoint, it goes away
-  # without a word.
+  # The second process is told that its machine goes away; at the next start it dies silently.
   return workdir, [
-    start("SIGTERM", str(number(0, 5))),
-    start("SIGKILL", str(number(2, 4))),
+    start("SIGTERM", str(number(0, 3))),
+    start("SIGKILL", str(number(1, 3))),
     start(),
   ]
 
 
-def alone(workdir, monkeypatch, devices):
-  mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",))
-  monkeypatch.setattr(app, "make_mesh", lambda settings: mesh)
-  app.main(config(), str(workdir), "train")
+def alone(workdir, devices):
+  app.main(config(), str(workdir), "train", hooks=app.Hooks(devices=jax.devices()[:devices]))
   return workdir
 
 
 def test_two_processes_of_two_devices_compute_what_one_device_computes(
-  tiny, two_processes, tmp_path, monkeypatch
+  tiny, two_processes, tmp_path
 ):
-  runs = [
-    two_processes[0],
-    alone(tmp_path / "four", monkeypatch, 4),
-    alone(tmp_path / "one", monkeypatch, 1),
-  ]
+  runs = [two_processes[0], alone(tmp_path / "four", 4), alone(tmp_path / "one", 1)]
   results = [result_of(run) for run in runs]
   assert results[0]["environment"]["devices"] == 4
   for other in results[1:]:
@@ -88,7 +83,7 @@ def test_two_processes_of_two_devices_compute_what_one_device_computes(
       top1 = [[phase[name] for phase in result["phases"]] for result in (results[0], other)]
       # An image of the 450 whose two best classes are as good as equal.
       np.testing.assert_allclose(*top1, atol=0.3)
-  first, *others = [best_of(run) for run in runs]
+  first, *others = [newest_of(run).section("best") for run in runs]
   for other in others:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), first, other)
 
@@ -115,7 +110,7 @@ def test_a_preemption_notice_to_one_process_stops_all_at_one_step(two_processes)
   assert re.match(
     r"stopped: by SIGTERM in phase 1 of 2 \(fp\), after [01] of its 2 epochs", told[0]
   )
-  assert "everything is saved" in told[0]
+  assert "saved" in told[0]
 
 
 def test_where_one_process_is_lost_the_others_end_and_say_so(two_processes):
@@ -124,27 +119,25 @@ def test_where_one_process_is_lost_the_others_end_and_say_so(two_processes):
   # Either its collective fails, or (one of its own devices waits for another in vain) JAX misses
   # the other's heartbeats.
   if first == 1:
-    assert "error: Another process of this run has ended or cannot be reached" in printed[0][0]
+    assert "error: Another process of this run" in printed[0][0]
   else:
     assert first == -signal.SIGABRT, printed
-    assert "This most likely indicates that another task died" in printed[0][1]
-  assert "Going on from the checkpoint: in phase 1 of 2" in printed[0][0]
-  assert (
-    "Going on from the checkpoint: in phase 1 of 2 (fp), after 2 of its 2 epochs"
-    in two_processes[1][2][1][0][0]
-  )
+    assert "another task died" in printed[0][1]
+  # Both go on from where the first start was stopped: nothing was saved since.
+  resumed = [re.search("in phase 1 of 2.*", two_processes[1][i][1][0][0])[0] for i in (1, 2)]
+  assert resumed[0] == resumed[1]
 
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("localhost:1", 2, None), "--process_id is missing"),
-    ((None, None, 0), "--coordinator_address is missing"),
+    (("localhost:1", 2, None), "--process_id"),
+    ((None, None, 0), "--coordinator_address"),
     (("localhost:1", 2, 2), "--process_id=2 .* 0 to 1"),
-    (("localhost:1", 0, 0), "--num_processes=0 .* 1 or above"),
-    (("localhost:1", 2**31, 0), "--num_processes=2147483648 .* 1 or above"),
+    (("localhost:1", 0, 0), "--num_processes=0"),
+    (("localhost:1", 2**31, 0), "--num_processes=2147483648"),
     *(
-      ((address, 2, 1), "--coordinator_address=.* is not allowed: .* HOST:PORT, .* from 1 to 65535")
+      ((address, 2, 1), f"--coordinator_address={re.escape(address)} .*HOST:PORT")
       for address in (
         "localhost",
         "",
@@ -165,13 +158,9 @@ def test_incomplete_clusters_are_refused(arguments, message):
 
 
 def test_a_first_process_that_does_not_answer_is_named():
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  with pytest.raises(
-    ConfigError, match=rf"--coordinator_address=localhost:{port} did not answer .* Start process 0"
-  ):
-    distributed._wait_for("localhost", port, seconds=0.1)
+  port = free_port()
+  with pytest.raises(ConfigError, match=f"--coordinator_address=localhost:{port}"):
+    distributed.wait_for_coordinator("localhost", port, seconds=0.1)
 
 
 def test_slurm_and_open_mpi_tell_how_many_tasks_there_are():
@@ -183,54 +172,32 @@ def test_slurm_and_open_mpi_tell_how_many_tasks_there_are():
   assert distributed.started_tasks({}) == 1
 
 
-def test_processes_with_another_configuration_are_refused(monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: [own, own])
-  distributed.require_equal("settings", "seed 1")
-  monkeypatch.setattr(distributed.multihost_utils, "process_allgather", lambda own: [own, own + 1])
-  with pytest.raises(ConfigError, match=r"processes \[1\] have other settings than process 0"):
-    distributed.require_equal("settings", "seed 1")
+def test_processes_with_other_settings_are_named():
+  one, other = distributed.digest("seed 1"), distributed.digest("seed 2")
+  distributed.require_equal_digests("settings", np.stack([one, one, one]))
+  with pytest.raises(ConfigError, match=r"\[1\].* settings"):
+    distributed.require_equal_digests("settings", np.stack([one, other, one]))
 
 
 def test_what_fails_in_one_process_ends_all_of_them_soon(tmp_path):
   # As Slurm would start them: JAX finds the rest in these variables. The second one has no data.
   pictures.write_folder(tmp_path / "data")
   job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-  started = []
-  for i, directory in enumerate(("data", "absent")):
-    data = [
-      "--config.data.name=folder",
-      f"--config.data.data_dir={tmp_path / directory}",
-      "--config.train.batch_size=8",
-    ]
-    started.append(
-      subprocess.Popen(
-        [
-          sys.executable,
-          "main.py",
-          "--config=configs/digits_w4.py",
-          f"--workdir={tmp_path / 'run'}",
-          *data,
-        ],
-        cwd=ROOT,
-        env={
-          **os.environ,
-          **job,
-          "SLURM_PROCID": str(i),
-          "SLURM_LOCALID": str(i),
-          "JAX_PLATFORMS": "cpu",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  try:
-    printed = [process.communicate(timeout=100)[1] for process in started]
-  finally:
-    for process in started:
-      process.kill()
-  assert [process.returncode for process in started] == [2, 2], printed
-  assert "error: process 1 stopped; its message says why." in printed[0]
-  assert "error: config.data.data_dir = " in printed[1]
+  shared = [
+    "main.py",
+    "--config=configs/digits_w4.py",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.data.name=folder",
+    "--config.train.batch_size=8",
+  ]
+  codes, printed = run_all(
+    [[*shared, f"--config.data.data_dir={tmp_path / name}"] for name in ("data", "absent")],
+    [
+      {**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_PLATFORMS": "cpu"}
+      for i in range(2)
+    ],
+  )
+  assert codes == [2, 2], printed
+  assert "error: process 1 stopped" in printed[0][1]
+  assert "error: config.data.data_dir = " in printed[1][1]
   assert not (tmp_path / "run").exists()
