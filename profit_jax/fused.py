@@ -83,7 +83,9 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 # The statistics are arguments, so that the layer can keep them; as functions of x they have their
 # part in x's gradient, and none of their own.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
-def _fused(x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation, kind):
+def _fused(  # noqa: PLR0913  a custom_vjp takes one argument per operand
+  x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation, kind
+):
   def compute(x, mean, var, scale, bias, raw_a, raw_c, steps):
     # Subtracting first keeps a channel exact whose mean is far above its deviation.
     z = (x.astype(scale.dtype) - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
@@ -93,7 +95,9 @@ def _fused(x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation, 
   return own_kernel(compute, scale, x, mean, var, scale, bias, raw_a, raw_c, steps)
 
 
-def _forward(x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation, kind):
+def _forward(  # noqa: PLR0913  the same arguments as `_fused`
+  x, mean, var, scale, bias, raw_a, raw_c, steps, epsilon, activation, kind
+):
   residuals = x, mean, var, scale, bias, raw_a, raw_c, steps
   return _fused(*residuals, epsilon, activation, kind), residuals
 
