@@ -102,7 +102,7 @@ def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | 
     "aiwq": "AIWQ, in sampling phases",
   }
   maps = {
-    title: _matrix([epoch.instability.get(name, {}) for epoch in progress.epochs])
+    title: layer_matrix([epoch.instability.get(name, {}) for epoch in progress.epochs])
     for name, title in titles.items()
   }
   return _heat_maps(
@@ -113,10 +113,10 @@ def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | 
 def _quantizers(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | None:
   measured = [epoch.instability for epoch in progress.epochs]
   maps = {}
-  if clipped := _matrix([values.get("clip_rate", {}) for values in measured]):
+  if clipped := layer_matrix([values.get("clip_rate", {}) for values in measured]):
     maps["share of its input that a quantizer clips"] = clipped, LogNorm(), "viridis"
   for name in sorted({name for values in measured for name in values if name.startswith(PREFIX)}):
-    if found := _matrix([values.get(name, {}) for values in measured]):
+    if found := layer_matrix([values.get(name, {}) for values in measured]):
       layers, values = found
       # What every layer's was when it was first measured.
       first = np.array([[row[np.isfinite(row)][0]] for row in values])
@@ -208,7 +208,7 @@ def _low(top1: Any) -> float:
 
 
 def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | None:
-  """By title, what `_matrix` gives, a norm and a colour map, one below the other; None if empty."""
+  """One panel below the other: by title, a `layer_matrix`, a norm, a colour map; None if empty."""
   if not maps:
     return None
   # Inches of a layer: of a hundred, less, so that a panel fits a screen.
@@ -247,7 +247,7 @@ def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | 
   return figure
 
 
-def _matrix(rows: list[dict[str, float]]) -> tuple[list[str], np.ndarray] | None:
+def layer_matrix(rows: list[dict[str, float]]) -> tuple[list[str], np.ndarray] | None:
   """Layers, and their values `[layers, epochs]`, NaN where there is none; None where all are empty
   or 0.
   """

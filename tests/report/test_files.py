@@ -1,4 +1,4 @@
-"""Whose a directory is: its configuration, its data, its lock."""
+"""The run that a directory belongs to: its configuration, its data, its lock."""
 
 import json
 import types
@@ -6,7 +6,7 @@ import types
 import pytest
 
 from configs import digits_w4
-from profit_jax import app, distributed
+from profit_jax import app
 from profit_jax.data.digits import FACTS
 from profit_jax.models import REGISTRY
 from profit_jax.report import files
@@ -44,16 +44,13 @@ def test_the_same_run_goes_on_wherever_its_data_lies(run):
 
 
 def test_another_configuration_is_refused_before_other_data(run):
-  with pytest.raises(ConfigError, match=r"another run's configuration[\s\S]*seed: 0 there, 1 here"):
+  with pytest.raises(ConfigError, match=r"configuration[\s\S]*seed: 0 there, 1 here"):
     files.claim_workdir(run, settings(seed=1), source("others"))
 
 
 def test_as_many_other_images_are_refused(run):
   for check in (files.claim_workdir, files.require_same_run):
-    with pytest.raises(
-      ConfigError,
-      match="belongs to a run on other data: as many images, but others or of other classes",
-    ):
+    with pytest.raises(ConfigError, match=f"--workdir {run}.* fingerprint"):
       check(run, settings(), source("others"))
 
 
@@ -67,9 +64,7 @@ def test_a_run_of_a_release_without_fingerprints_goes_on(run):
 
 def test_checkpoints_without_a_configuration_are_nobodys(run):
   (run / "config.json").unlink()
-  with pytest.raises(
-    ConfigError, match=rf"has checkpoints, but {run}/config.json.* does not exist\. Restore it"
-  ):
+  with pytest.raises(ConfigError, match=f"{run}/config.json"):
     files.claim_workdir(run, settings(), source())
   assert not (run / "config.json").exists()
   # Without any checkpoint there is nothing to mix up.
@@ -87,7 +82,7 @@ def test_a_damaged_data_json_is_named(run, content):
   (run / "data.json").write_text(
     f'{{"train_examples": {content}, "eval_examples": 450, "num_classes": 10}}'
   )
-  with pytest.raises(ConfigError, match=rf"{run}/data.json cannot be read: "):
+  with pytest.raises(ConfigError, match=f"{run}/data.json"):
     files.read_data(run)
 
 
@@ -106,10 +101,7 @@ def test_a_damaged_data_json_is_named(run, content):
 )
 def test_a_damaged_config_json_is_named(run, content):
   (run / "config.json").write_text(content)
-  with pytest.raises(
-    ConfigError,
-    match=rf"{run}(: config.json is damaged|/config.json (cannot be read|does not hold))",
-  ):
+  with pytest.raises(ConfigError, match=f"{run}(: |/)config.json"):
     files.read_settings(run)
   with pytest.raises(ConfigError):
     files.claim_workdir(run, settings(), source())
@@ -119,35 +111,27 @@ def test_a_directory_in_use_is_left_as_it_is(tmp_path):
   config = digits_w4.get_config("mobilenet_v1")
   config.compilation_cache = ""
   with files.hold(tmp_path / "run"):
-    with pytest.raises(ConfigError, match="is in use by a run that is still going on"):
+    with pytest.raises(ConfigError, match=f"--workdir {tmp_path}/run is in use"):
       app.main(config, str(tmp_path / "run"), "train")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
-def test_processes_agree_in_all_but_where_data_and_programs_lie(monkeypatch, tmp_path):
-  def compared(**changes):
-    seen = []
+def test_processes_agree_in_all_but_where_data_and_programs_lie():
+  def identity(mode="train", workdir="run", fork_from="", **changes):
+    return app.identity(settings(**changes), mode, workdir, fork_from)
 
-    def require_equal(what, text):
-      seen.append(text)
-      raise ConfigError(what)
-
-    monkeypatch.setattr(distributed, "require_equal", require_equal)
-    config = digits_w4.get_config("mobilenet_v1")
-    config.update_from_flattened_dict({"compilation_cache": "", **changes})
-    with pytest.raises(ConfigError, match="settings"):
-      app.main(config, str(tmp_path), "train")
-    return seen[0]
-
-  first = compared()
-  assert first == compared(**{"data.data_dir": "/elsewhere"})
-  for field, value in {
-    "recovery.learning_rate_factor": 0.25,
-    "recovery.retries": 1,
-    "checkpoint.keep": 1,
-    "train.learning_rate": 0.5,
-  }.items():
-    assert first != compared(**{field: value}), field
+  first = identity()
+  assert first == identity(**{"data.data_dir": "/elsewhere", "compilation_cache": "/elsewhere"})
+  for change in (
+    {"recovery.learning_rate_factor": 0.25},
+    {"recovery.retries": 1},
+    {"checkpoint.keep": 1},
+    {"train.learning_rate": 0.5},
+    {"mode": "eval"},
+    {"workdir": "another"},
+    {"fork_from": "another"},
+  ):
+    assert first != identity(**change), change
 
 
 def test_a_run_of_a_release_without_later_fields_goes_on(run):

@@ -19,9 +19,9 @@ def test_layers_stand_from_input_to_output():
     ),
     *("head_conv", "pre_classifier", "classifier"),
   ]
-  names, values = plots._matrix(
+  names, values = plots.layer_matrix(
     [{layer: float(index) for index, layer in enumerate(sorted(layers))}]
   )
   assert names == layers
   assert list(values[:, 0]) == [sorted(layers).index(layer) for layer in layers]
-  assert plots._matrix([{"stem_norm": 0.0}]) is None
+  assert plots.layer_matrix([{"stem_norm": 0.0}]) is None
