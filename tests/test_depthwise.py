@@ -18,12 +18,18 @@ def test_forms_agree_forward_and_backward(size, kernel, stride):
       jnp.asarray(rng.normal(size=(2, size, size + 1, 5))),
       jnp.asarray(rng.normal(size=(kernel, kernel, 1, 5))),
     )
-    y, vjp = jax.vjp(lambda x, k: depthwise.depthwise_conv(x, k, stride), x, k)
-    expected, expected_vjp = jax.vjp(lambda x, k: depthwise.grouped(x, k, stride), x, k)
-    upstream = jnp.asarray(rng.normal(size=y.shape))
+    forms = depthwise.depthwise_conv, depthwise.grouped
+    shape = jax.eval_shape(lambda x, k: depthwise.grouped(x, k, stride), x, k).shape
+    upstream = jnp.asarray(rng.normal(size=shape))
+
+    def both(x, k, upstream):
+      results = [jax.vjp(lambda x, k, form=form: form(x, k, stride), x, k) for form in forms]
+      return [(y, vjp(upstream)) for y, vjp in results]
+
+    (y, ours), (expected, theirs) = jax.jit(both)(x, k, upstream)
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13)
-    for ours, theirs in zip(vjp(upstream), expected_vjp(upstream), strict=True):
-      np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    for left, right in zip(ours, theirs, strict=True):
+      np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_is_summed_in_float32():
@@ -38,6 +44,7 @@ def test_bfloat16_is_summed_in_float32():
   def gradient(x, k):
     return jax.vjp(lambda k: depthwise.depthwise_conv(x, k, 1), k)[1](upstream.astype(x.dtype))[0]
 
+  gradient = jax.jit(gradient)
   ours, exact = gradient(x, k), gradient(x.astype(jnp.float32), k.astype(jnp.float32))
   assert ours.dtype == jnp.bfloat16
   # A sum of 6272 numbers near 1 in bfloat16 would stop at 256.

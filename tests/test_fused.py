@@ -33,21 +33,25 @@ def test_corners_pass_nothing(activation):
   np.testing.assert_allclose(slope, expected[activation], rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (6, 3, 3, 4), (20, 4)], ids=str)
 @pytest.mark.parametrize(
-  ("activation", "kind", "interval"),
+  ("activation", "kind", "interval", "shape"),
   [
-    (None, None, 1.0),
-    ("relu", None, 1.0),
-    ("hard_swish", None, 1.0),
-    ("relu", "unsigned", 1.5),
-    ("relu6", "unsigned", 4.0),
-    ("relu6", "unsigned", 8.0),  # beyond the bound, whose elements then still move a
-    ("hard_swish", "hswish", 1.5),
-    (None, "symmetric", 1.5),
+    (None, None, 1.0, (2, 5, 3, 4)),
+    ("relu", None, 1.0, (2, 5, 3, 4)),
+    ("hard_swish", None, 1.0, (2, 5, 3, 4)),
+    ("relu", "unsigned", 1.5, (2, 5, 3, 4)),
+    ("relu6", "unsigned", 4.0, (2, 5, 3, 4)),
+    # Beyond the bound, whose elements then still move a.
+    ("relu6", "unsigned", 8.0, (2, 5, 3, 4)),
+    ("hard_swish", "hswish", 1.5, (2, 5, 3, 4)),
+    (None, "symmetric", 1.5, (2, 5, 3, 4)),
+    # Other numbers of rows, with and without axes of space.
+    ("relu", "unsigned", 1.5, (6, 3, 3, 4)),
+    ("hard_swish", None, 1.0, (20, 4)),
+    ("hard_swish", "hswish", 1.5, (20, 4)),
   ],
 )
-def test_value_and_gradients_are_those_of_the_parts(shape, activation, kind, interval):
+def test_value_and_gradients_are_those_of_the_parts(activation, kind, interval, shape):
   with jax.enable_x64(True):
     rng = np.random.default_rng(0)
     x, upstream = jnp.asarray(rng.normal(1, 2, shape)), jnp.asarray(rng.normal(size=shape))
@@ -69,8 +73,7 @@ def test_value_and_gradients_are_those_of_the_parts(shape, activation, kind, int
       return jnp.sum(upstream * y), y
 
     arguments = x, scale, bias, raw_a, raw_c
-    ours, formula = (
-      jax.jit(jax.grad(f, range(5), has_aux=True))(*arguments) for f in (whole, parts)
-    )
+    both = [jax.grad(f, range(5), has_aux=True) for f in (whole, parts)]
+    ours, formula = jax.jit(lambda *arguments: [f(*arguments) for f in both])(*arguments)
     for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(formula), strict=True):
       np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-11)

@@ -57,9 +57,7 @@ def test_hours_follow_from_the_speed():
   lines = format_table(phases, 5004, 1500 / 256).splitlines()
   # 15 epochs of 5004 steps of 256 images at 1500 images a second.
   assert lines[1].split()[-1] == f"{15 * 5004 * 256 / 1500 / 3600:.2f}"
-  assert lines[-1].startswith(
-    f"{200 * 5004 * 256 / 1500 / 3600:.1f} hours of training at 5.85938 steps a second"
-  )
+  assert lines[-1].startswith(f"{200 * 5004 * 256 / 1500 / 3600:.1f} hours")
   assert "hours" not in format_table(phases, 5004)
 
 
@@ -179,14 +177,15 @@ def test_table_counts_steps_and_programs():
   lines = format_table(plan(settings()), 5004).split("\n")
   assert len(lines) == 24
   assert "75060" in lines[1]
-  assert lines[-1].startswith(
-    "22 phases, 200 epochs, 1000800 steps; compiled programs: 8 for training, 3 for evaluation"
-  )
+  for count in ("22 phases", "200 epochs", "1000800 steps", "8 for training", "3 for evaluation"):
+    assert count in lines[-1]
 
 
-def test_every_sampling_phase_brings_frozen_programs_of_its_own():
+def test_every_sampling_phase_adds_frozen_programs():
   twice = plan(settings(**{"plan.profit_bits": (8, 4)}))
-  assert format_table(twice, 1).endswith("compiled programs: 10 for training, 3 for evaluation")
+  last = format_table(twice, 1).splitlines()[-1]
+  assert "10 for training" in last
+  assert "3 for evaluation" in last
 
 
 def test_the_plan_needs_no_jax():

