@@ -5,7 +5,8 @@ the flags.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,7 +24,7 @@ from profit_jax.train import start
 from profit_jax.train.checkpoint import best_variables, progress_of
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.loop import Loop
-from profit_jax.train.observer import Observers
+from profit_jax.train.observer import Observer, Observers
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.progress import Progress, summary
 
@@ -38,6 +39,21 @@ class Cluster(NamedTuple):
   coordinator_address: str | None = None
   num_processes: int | None = None
   process_id: int | None = None
+  heartbeat_seconds: int = 100
+
+
+class Hooks(NamedTuple):
+  """What a caller from Python adds to a run in mode train.
+
+  Attributes:
+    callbacks: told of every event, in every process.
+    clock: in seconds; decides when `checkpoint.minutes` are over.
+    devices: that the run uses, or None for all.
+  """
+
+  callbacks: Sequence[Observer] = ()
+  clock: Callable[[], float] = time.monotonic
+  devices: Sequence[jax.Device] | None = None
 
 
 def main(
@@ -48,6 +64,7 @@ def main(
   cluster: Cluster = Cluster(),
   export_formats: Sequence[str] = formats.DEFAULT,
   fork_from: str = "",
+  hooks: Hooks = Hooks(),
 ) -> None:
   """Runs one mode.
 
@@ -61,36 +78,13 @@ def main(
     export_formats: what mode export writes.
     fork_from: the directory of a run whose first phases a new run in mode train begins with; see
       `fork`.
+    hooks: callbacks, clock and devices of mode train.
 
   Raises:
     ConfigError: anything that the user can mend.
   """
-  if mode not in MODES:
-    raise ConfigError(f"--mode={mode} is not allowed: it must be one of {', '.join(MODES)}.")
-  if fork_from and mode != "train":
-    raise ConfigError(
-      f"--fork_from={fork_from} is not allowed with --mode={mode}: only training begins with "
-      "another run."
-    )
   names = formats.named(list(export_formats))
-  directory = paths.opened("--workdir", workdir) if workdir else epath.Path()
-  given = config is not None
-  if not given:
-    if mode not in ("eval", "export"):
-      raise ConfigError(
-        "--config is missing: give a configuration file, as --config configs/digits_w4.py."
-      )
-    _require_workdir(workdir, mode)
-  settings = parse(config, REGISTRY) if given else files.read_settings(directory)
-  only_file = (
-    mode == "eval"
-    and given
-    and settings.init.weights
-    and not (workdir and files.is_begun(directory))
-  )
-  if mode != "plan" and not only_file:
-    _require_workdir(workdir, mode)
-  check(settings)
+  settings, directory, only_file = _read(config, workdir, mode, fork_from)
   phases = plan.plan(settings)
   if mode == "plan":
     print_plan(settings, phases, images_per_second)
@@ -101,8 +95,7 @@ def main(
   # TensorFloat-32.
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.initialize(*cluster)
-  numbers = json.dumps(files.of_all_processes(settings.to_dict()), sort_keys=True)
-  distributed.require_equal("settings", f"{mode} {workdir} {fork_from} {numbers}")
+  distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
   if only_file:
     if workdir:
       _say(f"{directory} holds no run: this evaluates {settings.init.weights}.")
@@ -113,7 +106,40 @@ def main(
     run_export(settings, phases, directory, names)
   else:
     with distributed.peers_needed():
-      train(settings, phases, directory, fork_from)
+      train(settings, directory, fork_from, hooks)
+
+
+def _read(config, workdir: str, mode: str, fork_from: str) -> tuple[Settings, epath.Path, bool]:
+  """The settings, the run's directory, and whether only the file in `init.weights` is evaluated."""
+  if mode not in MODES:
+    raise ConfigError(f"--mode={mode} is not allowed: it must be one of {', '.join(MODES)}.")
+  if fork_from and mode != "train":
+    raise ConfigError(
+      f"--fork_from={fork_from} is not allowed with --mode={mode}: only training begins with "
+      "another run."
+    )
+  directory = paths.opened("--workdir", workdir) if workdir else epath.Path()
+  if config is None and mode not in ("eval", "export"):
+    raise ConfigError(
+      "--config is missing: give a configuration file, as --config configs/digits_w4.py."
+    )
+  if config is None:
+    _require_workdir(workdir, mode)
+    settings, only_file = files.read_settings(directory), False
+  else:
+    settings = parse(config, REGISTRY)
+    has_run = workdir and files.is_begun(directory)
+    only_file = mode == "eval" and bool(settings.init.weights) and not has_run
+  if mode != "plan" and not only_file:
+    _require_workdir(workdir, mode)
+  check(settings)
+  return settings, directory, only_file
+
+
+def identity(settings: Settings, mode: str, workdir: str, fork_from: str) -> str:
+  """The text in which all processes of a run must agree; where data and programs lie may differ."""
+  numbers = json.dumps(files.of_all_processes(settings.to_dict()), sort_keys=True)
+  return f"{mode} {workdir} {fork_from} {numbers}"
 
 
 def print_plan(
@@ -156,12 +182,21 @@ def _require_workdir(workdir: str, mode: str) -> None:
 
 
 def train(
-  settings: Settings, phases: tuple[plan.Phase, ...], workdir: epath.Path, fork_from: str = ""
+  settings: Settings, workdir: epath.Path, fork_from: str = "", hooks: Hooks = Hooks()
 ) -> dict[str, Any] | None:
-  """Trains, or goes on with, the run in `workdir`; returns what `result.json` holds, in the first
-  process.
+  """Trains the run in `workdir`, or resumes it.
+
+  Args:
+    settings: validated.
+    workdir: the run's directory.
+    fork_from: the run whose first phases a new run begins with, or "".
+    hooks: callbacks, clock, devices.
+
+  Returns:
+    What `result.json` holds, in the first process; None in the others.
   """
-  mesh = make_mesh(settings)
+  phases = plan.plan(settings)
+  mesh = make_mesh(settings, hooks.devices)
   source = _load_data(settings)
   facts = source.facts
   screen = Console(highlight=False, quiet=not distributed.is_first())
@@ -206,17 +241,18 @@ def train(
       _programs_directory(settings),
     )
     closing.callback(programs.close)
-    observer = Observers(_watchers(screen, facts, workdir) if distributed.is_first() else [])
+    watchers = _watchers(screen, facts, workdir) if distributed.is_first() else []
+    observer = Observers([*hooks.callbacks, *watchers])
     closing.callback(observer.close)
     loop = Loop(
       settings=settings,
-      phases=phases,
       source=source,
       programs=programs,
       writer=writer,
       observer=observer,
       student=student,
       teacher=teacher,
+      clock=hooks.clock,
     )
     end = loop.run(snapshot)
     if not distributed.is_first():

@@ -2,6 +2,7 @@
 
 import collections
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.experimental import multihost_utils
 from profit_jax import distributed, snapshots
 from profit_jax.data import Source
 from profit_jax.models import variable_shapes
-from profit_jax.plan import Phase, target_phases
+from profit_jax.plan import Phase, plan, target_phases
 from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
 from profit_jax.train import aiwq, checkpoint, instability, interrupt, sanity, stages
@@ -38,43 +39,44 @@ class Loop:
 
   Every random choice is a function of the seed, the epoch and the step, and a checkpoint has
   everything else, so that a stopped run ends with the numbers of an unstopped one. It can stop
-  wherever `interrupt.check` or `_meet` is called: the moment is whole there, because it changes
-  only between such places.
+  wherever `interrupt.check` or `_stop_point` is called: the moment is whole there, because it
+  changes only between such places.
   """
 
   def __init__(
     self,
     *,
     settings: Settings,
-    phases: tuple[Phase, ...],
     source: Source,
     programs: Programs,
     writer: snapshots.Writer,
     observer: Observer,
     student: Student,
     teacher: Teacher,
+    clock: Callable[[], float] = time.monotonic,
   ):
     """Args:
     settings: validated.
-    phases: `plan(settings)`.
     source: the data.
     programs: compiled steps.
     writer: of checkpoints.
     observer: told of everything.
     student: its module and first weights.
     teacher: its module and weights, as far as they exist.
+    clock: in seconds; decides when `checkpoint.minutes` are over.
     """
-    self._settings, self._phases, self._source = settings, phases, source
+    self._settings, self._phases, self._source = settings, plan(settings), source
     self._programs, self._writer, self._observer = programs, writer, observer
     self._student, self._first_teacher = student, teacher
     self._shapes = variable_shapes(student.model, settings.data.image_size)
-    self._targets = {phase.index for phase in target_phases(phases)}
+    self._targets = {phase.index for phase in target_phases(self._phases)}
     self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
     self._watch = Watch(programs, settings, self._steps_per_epoch)
     self._key = programs.replicate(jax.random.key(settings.seed))
     self._pending: collections.deque = collections.deque()
     self._mark = time.perf_counter(), programs.waited_seconds
-    self._saved_at = time.monotonic()
+    self._clock = clock
+    self._saved_at = clock()
     self._meetings = 0
 
   def run(self, snapshot: snapshots.Snapshot | None) -> checkpoint.Moment:
@@ -156,7 +158,7 @@ class Loop:
       moment.state, moment.sampling, moment.window = arrays
     teacher = given if self._moment.teacher is None else self._moment.teacher
     self._teacher = None if teacher is None else self._programs.replicate(teacher)
-    self._meet()
+    self._stop_point()
     if snapshot is None:
       self._evaluate_start()
 
@@ -223,7 +225,7 @@ class Loop:
     for batch in self._source.train_batches(
       progress.total_epochs, self._settings.train.batch_size, progress.step
     ):
-      self._meet()
+      self._stop_point()
       self._watch.before_step(moment)
       strengths = stages.strengths(
         self._phases, phase, progress, self._steps_per_epoch, self._settings
@@ -247,10 +249,11 @@ class Loop:
       if progress.step < self._steps_per_epoch and self._save_is_due():
         self._save()
     self._collect_all()
-    self._meet()
+    self._stop_point()
 
-  def _meet(self) -> None:
+  def _stop_point(self) -> None:
     """Stops where a signal asks for it; several processes at the same step."""
+    self._observer.stop_point(self._number)
     interrupt.check()
     # All processes have met as often, and JAX wants numbers that follow on each other from 1.
     self._meetings += 1
@@ -296,7 +299,7 @@ class Loop:
     if jax.process_count() > 1 and self._moment.progress.step % _STEPS_BETWEEN_CLOCKS:
       return False
     return distributed.from_first(
-      time.monotonic() - self._saved_at >= 60.0 * self._settings.checkpoint.minutes
+      self._clock() - self._saved_at >= 60.0 * self._settings.checkpoint.minutes
     )
 
   def _save(self) -> None:
@@ -304,7 +307,7 @@ class Loop:
     self._collect_all()
     self._keep_time()
     checkpoint.save(self._writer, self._moment, self._number)
-    self._saved_at = time.monotonic()
+    self._saved_at = self._clock()
 
   def _save_at_last(self) -> str:
     """Saves, waits for it, and says where the run stands."""

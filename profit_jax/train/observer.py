@@ -61,6 +61,14 @@ class Observer:
     the phase.
     """
 
+  def stop_point(self, number: int) -> None:
+    """The run can be saved and stopped here: before every step, and after an epoch's last one.
+
+    Args:
+      number: of the checkpoint that the run would write here. An exception raised here ends the
+        run, as Ctrl-C would.
+    """
+
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """After a step: `loss` and `top1` (percent) of the latest step whose numbers have arrived."""
 
@@ -105,6 +113,11 @@ class Observers(Observer):
     """See `Observer`."""
     for observer in self._observers:
       observer.phase_started(phase, steps_done)
+
+  def stop_point(self, number: int) -> None:
+    """See `Observer`."""
+    for observer in self._observers:
+      observer.stop_point(number)
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
     """See `Observer`."""

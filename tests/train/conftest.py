@@ -1,14 +1,16 @@
-"""The tiny net as a registered model, and one whole run of it that several tests look at."""
+"""The tiny net as a registered model, and one whole run of it that many tests look at."""
 
 import os
-import time
 
+import filelock
 import pytest
 
 from configs import digits_w4
 from profit_jax import app
 from profit_jax.models import REGISTRY
 from tests.train.tiny import TinyNet
+
+PHASES = 9  # of `tiny_config()`, an epoch each
 
 
 @pytest.fixture(scope="session")
@@ -20,21 +22,30 @@ def tiny():
 
 
 def tiny_config(**changes):
-  """All 22 phases on digits, an epoch or two each."""
+  """Nine phases of an epoch each on the digits: every kind of phase, every part of PROFIT."""
   config = digits_w4.get_config()
-  # Runs of this session share their programs, traced and compiled. No test replaces what is
-  # compiled in them.
+  # Runs of one session share their compiled programs; `finished_run` makes most of them.
   config.compilation_cache = os.environ.get("PROFIT_JAX_TESTS_CACHE", "")
   config.update_from_flattened_dict(
     {
       "model.name": "tiny",
       "model.strides": (2, 1, 1, 1, 1, 1, 1, 1),
       "data.image_size": 16,
-      "plan.full_precision_epochs": 2,
-      "plan.finetune_epochs": 2,
-      "plan.sampling_epochs": 2,
+      "plan.weight_bits": (4,),
+      "plan.act_bits": (4,),
+      "plan.profit_bits": (4,),
+      "plan.freeze_fractions": (1 / 3, 2 / 3),
+      "plan.full_precision_epochs": 1,
+      "plan.finetune_epochs": 1,
+      "plan.bn_epochs": 1,
+      "plan.sampling_epochs": 1,
+      "plan.warmup_epochs": 0,
       "train.batch_size": 128,
       "train.eval_batch_size": 128,
+      # High rates: in ten steps an epoch the net should learn more than chance.
+      "train.full_precision_learning_rate": 0.5,
+      "train.learning_rate": 0.1,
+      "train.ema_rate": 0.9,
       **changes,
     }
   )
@@ -42,24 +53,17 @@ def tiny_config(**changes):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tiny, tmp_path_factory, worker_id):
-  """The directory of a run that nobody stopped; the test processes share one, which the first that
-  needs it makes.
+def finished_run(tiny, tmp_path_factory):
+  """The directory of an uninterrupted run of `tiny_config()`.
+
+  All test processes of a session share it. The first that needs it trains it; a lock lets the
+  others wait.
   """
-  session = (
-    tmp_path_factory.getbasetemp()
-    if worker_id == "master"
-    else tmp_path_factory.getbasetemp().parent
-  )
-  workdir, done = session / "finished_run", session / "finished_run.done"
-  try:
-    workdir.mkdir()
-  except FileExistsError:
-    for _ in range(300):
-      if done.exists():
-        return workdir
-      time.sleep(1)
-    pytest.fail("the other test process did not finish the run")
-  app.main(tiny_config(), str(workdir), "train")
-  done.touch()
+  session = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    session = session.parent
+  workdir = session / "finished_run"
+  with filelock.FileLock(session / "finished_run.lock"):
+    if not (workdir / "result.json").exists():
+      app.main(tiny_config(), str(workdir), "train")
   return workdir

@@ -6,13 +6,14 @@ import os
 import pytest
 
 from profit_jax import snapshots
-from profit_jax.train.loop import Loop
+from profit_jax.app import Hooks
+from profit_jax.train.observer import Observer
 
 STEPS_PER_EPOCH = 10  # of the tiny configuration: 1347 digits in batches of 128
 
 
 def number(epochs, step=0):
-  """The snapshot after so many epochs of the run, and steps of the next."""
+  """The checkpoint after `epochs` epochs of the run and `step` steps of the next."""
   return epochs * (STEPS_PER_EPOCH + 1) + step
 
 
@@ -25,57 +26,75 @@ def newest_of(workdir):
 
 
 def without_times(tree):
-  """A result, or the values of a snapshot, without what it took."""
+  """A result, or the values of a checkpoint, without its durations."""
   if isinstance(tree, dict):
     return {key: without_times(value) for key, value in tree.items() if "seconds" not in key}
   return [without_times(value) for value in tree] if isinstance(tree, list) else tree
 
 
+def assert_same_checkpoint(one, other):
+  """Everything in two checkpoints is equal, to the bit."""
+  assert without_times(one.values) == without_times(other.values)
+  assert one.arrays.keys() == other.arrays.keys()
+  different = [
+    path for path in one.arrays if one.arrays[path].tobytes() != other.arrays[path].tobytes()
+  ]
+  assert different == []
+
+
 def assert_same_run(one, other):
   """The results are equal, and everything in the last checkpoints is, to the bit."""
   assert without_times(result_of(one)) == without_times(result_of(other))
-  a, b = newest_of(one), newest_of(other)
-  assert without_times(a.values) == without_times(b.values)
-  assert a.arrays.keys() == b.arrays.keys()
-  assert [path for path in a.arrays if a.arrays[path].tobytes() != b.arrays[path].tobytes()] == []
-
-
-def signal_at(patch, signals):
-  """Before it goes on from each of these numbers, the run gets the signal, once; returns the
-  numbers that have come.
-  """
-  meet, come = Loop._meet, []
-
-  def signalled(self):
-    if self._number in signals and self._number not in come:
-      come.append(self._number)
-      os.kill(os.getpid(), signals[self._number])
-    meet(self)
-
-  patch.setattr(Loop, "_meet", signalled)
-  return come
+  assert_same_checkpoint(newest_of(one), newest_of(other))
 
 
 def damage(checkpoint):
-  """Changes one bit in the middle of a moment."""
+  """Changes one bit in the middle of a checkpoint."""
   file = checkpoint / "moment" / "moment.safetensors"
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 0x40
   file.write_bytes(content)
 
 
-def stop_at(patch, numbers):
-  """Every one of these snapshots is saved, and then the run ends, once for each; returns those that
-  have come.
+class SignalAt(Observer):
+  """Sends this process a signal at each of some stop points, once.
+
+  Attributes:
+    reached: the stop points that have come, in order.
   """
-  save, come = snapshots.Writer.save, []
 
-  def save_and_stop(self, number, trees, values):
-    save(self, number, trees, values)
-    if number in numbers and number not in come:
-      come.append(number)
+  def __init__(self, signals):
+    """Args: signals: by the number of the stop point."""
+    self._signals = dict(signals)
+    self.reached = []
+
+  def stop_point(self, number):
+    if number in self._signals and number not in self.reached:
+      self.reached.append(number)
+      os.kill(os.getpid(), self._signals[number])
+
+  @property
+  def hooks(self):
+    return Hooks(callbacks=[self])
+
+
+class SaveAt(Observer):
+  """A clock by which a run saves these checkpoints, besides those at the ends of phases.
+
+  With `stop`, the run ends right after each of them, as by Ctrl-C.
+  """
+
+  def __init__(self, numbers, stop=False):
+    """Args: numbers: of the checkpoints; stop: whether the run ends after each."""
+    self._numbers, self._stop, self._now = list(numbers), stop, 0.0
+
+  def stop_point(self, number):
+    if self._stop and number in self._numbers:
+      self._numbers.remove(number)
       raise KeyboardInterrupt
+    if number + 1 in self._numbers:
+      self._now += 3600.0
 
-  patch.setattr(Loop, "_save_is_due", lambda self: self._number in numbers)
-  patch.setattr(snapshots.Writer, "save", save_and_stop)
-  return come
+  @property
+  def hooks(self):
+    return Hooks(callbacks=[self], clock=lambda: self._now)

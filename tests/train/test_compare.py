@@ -45,12 +45,12 @@ def test_runs_that_differ_in_their_seed_are_one_group_of_the_picture(
     (config[section] if section else config)[leaf] = value
     (tmp_path / name / "config.json").write_text(json.dumps(config))
   assert compare.groups(runs) == {
-    "train.learning_rate=0.02": runs[:2],
+    "train.learning_rate=0.1": runs[:2],
     "train.learning_rate=0.5": runs[2:],
   }
   assert compare.groups(runs[:2]) == {"": runs[:2]}
   # What a legend shortens stays two groups.
-  config["train"]["learning_rate"] = 0.020001
+  config["train"]["learning_rate"] = 0.100001
   (tmp_path / "rate" / "config.json").write_text(json.dumps(config))
   assert list(compare.groups(runs).values()) == [runs[:2], runs[2:]]
   assert compare.main([*runs, "--plot", str(tmp_path / "runs.png")]) == 0
@@ -76,5 +76,5 @@ def test_the_report_states_the_policy(finished_run):
   assert data["fingerprint"] in stated
   assert f"| seed | {config['seed']} |" in stated
   assert "| teacher | the student before quantization |" in stated
-  assert "PROFIT at 4 bits, freezing 0%, 33%, 67%" in stated
+  assert "PROFIT at 4 bits, freezing 33%, 67%" in stated
   assert (policy.commit() or "unknown") in stated

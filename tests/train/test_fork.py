@@ -9,13 +9,18 @@ from profit_jax import app, fork, snapshots
 from profit_jax.models import REGISTRY
 from profit_jax.settings import ConfigError, parse
 from tests.train.conftest import tiny_config
-from tests.train.runs import damage, newest_of, number, result_of, without_times
+from tests.train.runs import (
+  assert_same_checkpoint,
+  damage,
+  newest_of,
+  number,
+  result_of,
+  without_times,
+)
 
 # Of the tiny run: those that it keeps.
-PHASES, ENDS = (
-  22,
-  {20: number(29), 21: number(31), 22: number(32)},
-)
+# Checkpoints at the ends of the last three phases, which the finished run keeps.
+ENDS = {7: number(7), 8: number(8), 9: number(9)}
 
 
 def shared(ours, theirs):
@@ -24,10 +29,18 @@ def shared(ours, theirs):
   )
 
 
+# Progressive bits and three fine-tunings, as published.
+LONG = {
+  "plan.act_bits": (8, 5, 4),
+  "plan.weight_bits": (8, 5, 4),
+  "plan.freeze_fractions": (0.0, 1 / 3, 2 / 3),
+}
+
+
 @pytest.mark.parametrize(
   ("ours", "count"),
   [
-    ({}, PHASES),
+    ({}, 22),
     ({"plan.freeze_fractions": (0.0, 0.0, 0.0)}, 19),
     ({"plan.freeze_fractions": (0.0, 1 / 3)}, 20),
     ({"plan.progressive": False}, 1),
@@ -36,60 +49,50 @@ def shared(ours, theirs):
     ({"plan.sampling_every": 2}, 17),
     ({"seed": 1}, 0),
     ({"train.learning_rate": 0.01}, 0),
-    ({"checkpoint.keep": 1000, "compilation_cache": "", "recovery.retries": 1}, PHASES),
+    ({"checkpoint.keep": 1000, "compilation_cache": "", "recovery.retries": 1}, 22),
   ],
 )
 def test_phases_in_common(tiny, ours, count):
-  assert shared(ours, {}) == shared({}, ours) == count
+  ours = {**LONG, **ours}
+  assert shared(ours, LONG) == shared(LONG, ours) == count
 
 
-def test_a_longer_plan_has_the_shorter_one_in_common_but_for_its_last_bits(tiny):
+def test_a_longer_plan_shares_the_shorter_one_but_for_its_last_bits(tiny):
   # At the shorter plan's last bits, w8a4, its best weights are chosen; the longer one has none yet.
-  assert (
-    shared({"plan.weight_bits": (8,), "plan.profit_bits": ()}, {"plan.profit_bits": (4,)}) == 10
-  )
+  assert shared({**LONG, "plan.weight_bits": (8,), "plan.profit_bits": ()}, LONG) == 10
 
 
 def test_a_remedy_is_annealed_over_all_phases_of_a_bit_width(tiny):
-  remedy = {"remedy.dampening": 0.1}
+  remedy = {**LONG, "remedy.dampening": 0.1}
   assert shared({**remedy, "plan.freeze_fractions": (0.0, 0.0, 0.0)}, remedy) == 10
 
 
 @pytest.fixture
 def other(finished_run, tmp_path):
-  """The finished run as it was at the end of its 20th phase."""
+  """The finished run as it was at the end of its seventh phase."""
   directory = tmp_path / "other"
   shutil.copytree(finished_run, directory)
-  for phase in (21, 22):
+  for phase in (8, 9):
     shutil.rmtree(directory / "checkpoints" / str(ENDS[phase]))
   return directory
 
 
 def test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit(other, tmp_path, capsys):
-  changes = {"plan.freeze_fractions": (0.0, 1 / 3)}
+  changes = {"plan.freeze_fractions": (1 / 3, 1.0)}
   run, alone = tmp_path / "run", tmp_path / "alone"
   app.main(tiny_config(**changes), str(run), "train", fork_from=str(other))
-  assert f"Up to the end of phase 20, this is the run in {other}." in " ".join(
-    capsys.readouterr().out.split()
-  )
-  assert (
-    f"Up to the end of phase 20, this is the run in {other}." in (run / "report.md").read_text()
-  )
+  for text in (capsys.readouterr().out, (run / "report.md").read_text()):
+    assert f"phase 7, this is the run in {other}" in " ".join(text.split())
   app.main(tiny_config(**changes), str(alone), "train")
   result = without_times(result_of(run))
-  assert result.pop("forked_from") == {"run": str(other), "phases": 20}
-  assert len(result["phases"]) == 21
+  assert result.pop("forked_from") == {"run": str(other), "phases": 7}
+  assert len(result["phases"][7]["frozen"]) == 3
   assert result == without_times(result_of(alone))
   ours, theirs = newest_of(run), newest_of(alone)
   for name in ("forked_from", "forked_phases"):
     ours.values.pop(name), theirs.values.pop(name)
-  assert without_times(ours.values) == without_times(theirs.values)
-  assert ours.arrays.keys() == theirs.arrays.keys()
-  assert [
-    path for path in ours.arrays if ours.arrays[path].tobytes() != theirs.arrays[path].tobytes()
-  ] == []
-  # It has begun: the same command goes on with its own checkpoints, whatever has become of the
-  # other run.
+  assert_same_checkpoint(ours, theirs)
+  # It has begun: the same command resumes from its own checkpoints, without the other run.
   shutil.rmtree(other)
   app.main(tiny_config(**changes), str(run), "train", fork_from=str(other))
 
@@ -105,21 +108,21 @@ def test_what_is_refused(other, tmp_path):
   run = tmp_path / "run"
   assert "holds no run" in refused(run, tmp_path / "absent")
   assert "seed: 0 there, 1 here" in refused(run, other, seed=1)
-  message = refused(run, other, **{"plan.freeze_fractions": (0.0, 0.0, 0.0)})
-  assert "19 phases in common" in message
+  message = refused(run, other, **{"plan.freeze_fractions": (0.0, 0.0)})
+  assert "6 phases in common" in message
   assert "--config.checkpoint.keep" in message
   assert "first phase is already another one" in refused(
     run, other, **{"plan.full_precision_epochs": 3}
   )
   # What a run goes back to, when its numbers are not finite, depends on when it had saved.
   checkpoints = other / "checkpoints"
-  ((_, values, arrays), _) = snapshots.newest_of(checkpoints, [ENDS[20]])
+  ((_, values, arrays), _) = snapshots.newest_of(checkpoints, [ENDS[7]])
   shutil.rmtree(checkpoints)
   writer = snapshots.Writer(checkpoints, keep=3)
-  writer.save(ENDS[20], arrays, {**values, "retries": 1})
+  writer.save(ENDS[7], arrays, {**values, "retries": 1})
   writer.close()
   assert "that can be used" in refused(run, other)
-  damage(checkpoints / str(ENDS[20]))
+  damage(checkpoints / str(ENDS[7]))
   assert "that can be used" in refused(run, other)
   data = json.loads((other / "data.json").read_text())
   (other / "data.json").write_text(json.dumps({**data, "train_examples": 1346}))

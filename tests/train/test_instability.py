@@ -136,10 +136,10 @@ def test_a_run_keeps_it_and_shows_it(finished_run):
   ]
   assert 0 < np.mean(flips) < 0.5
   # Frozen kernels keep their codes, unless their interval moves far.
-  ft3 = next(phase for phase in phases if len(phase["frozen"]) == 2)
-  last = [epoch for epoch in progress.epochs if epoch.phase == ft3["index"]]
+  ft2 = next(phase for phase in phases if len(phase["frozen"]) == 2)
+  last = [epoch for epoch in progress.epochs if epoch.phase == ft2["index"]]
   assert (
-    max(epoch.instability["flip_rate"][layer] for epoch in last for layer in ft3["frozen"]) < 0.01
+    max(epoch.instability["flip_rate"][layer] for epoch in last for layer in ft2["frozen"]) < 0.01
   )
   for name in ("instability.png", "quantizers.png"):
     assert (finished_run / "plots" / name).read_bytes()[:4] == b"\x89PNG"

@@ -54,18 +54,15 @@ def test_a_run_killed_again_and_again_ends_with_the_same_numbers(finished_run, s
     "before the first checkpoint": checkpoints.exists,
     "in the first save": saving(-1),
     "in mid-epoch": reached(number(3, 2)),
-    "in a save in mid-sampling": saving(number(24, 1)),
-    "in a frozen phase": reached(number(28)),
+    "in a save in mid-sampling": saving(number(5, 1)),
+    "in a frozen phase": reached(number(7)),
   }
   for instant, condition in instants.items():
     process = started(run)
     wait(process, condition)
     if instant == "in mid-epoch":
       # While it lives, nobody else trains there; once it is killed, anybody may.
-      with pytest.raises(
-        ConfigError,
-        match=rf"{run} is in use by a run that is still going on: process {process.pid} on",
-      ):
+      with pytest.raises(ConfigError, match=f"{run} is in use .*process {process.pid}"):
         app.main(tiny_config(), str(run), "train")
     process.kill()
     process.join()

@@ -14,21 +14,30 @@ from profit_jax import app, snapshots
 from profit_jax.models import variable_shapes
 from profit_jax.settings import ConfigError
 from profit_jax.train.interrupt import Stopped
-from profit_jax.train.loop import Loop
+from profit_jax.train.observer import Observer
 from profit_jax.train.sanity import NotFinite
 from profit_jax.train.state import create_state
-from tests.train.conftest import tiny_config
-from tests.train.runs import assert_same_run, damage, newest_of, number, result_of, signal_at
+from tests.train.conftest import PHASES, tiny_config
+from tests.train.runs import (
+  SaveAt,
+  SignalAt,
+  assert_same_run,
+  damage,
+  newest_of,
+  number,
+  result_of,
+)
 from tests.train.tiny import CONVS, TinyNet
 
 
 def test_result_keeps_its_contract(finished_run):
   result = result_of(finished_run)
   assert set(result) == {"model", "dataset", "seed", "environment", "phases", "aiwq", "final"}
-  assert len(result["phases"]) == 22
-  assert [p["index"] for p in result["phases"]] == list(range(1, 23))
-  keys = "index name kind weight_bits act_bits epochs steps top1 top1_ema loss seconds "
-  keys += "compile_seconds frozen"
+  assert [p["index"] for p in result["phases"]] == list(range(1, PHASES + 1))
+  keys = (
+    "index name kind weight_bits act_bits epochs steps top1 top1_ema loss seconds compile_seconds "
+    "frozen"
+  )
   assert all(set(p) == set(keys.split()) for p in result["phases"])
   assert (result["phases"][0]["weight_bits"], result["phases"][1]["weight_bits"]) == (None, None)
   assert result["phases"][-1]["weight_bits"] == result["phases"][-1]["act_bits"] == 4
@@ -60,9 +69,9 @@ def test_frozen_layers_are_the_top_of_the_ranking(finished_run):
   assert metrics == sorted(metrics, reverse=True)
   assert metrics[-1] > 0
   frozen = {p["name"]: p["frozen"] for p in result["phases"]}
-  assert frozen["w4a4 ft1"] == []
-  assert frozen["w4a4 ft2"] == ranking[:1]
-  assert frozen["w4a4 ft3"] == sorted(ranking[:2])
+  assert frozen["w4a4 sampling"] == []
+  assert frozen["w4a4 ft1"] == ranking[:1]
+  assert frozen["w4a4 ft2"] == sorted(ranking[:2])
   assert frozen["w4a4 bn2"] == []
 
 
@@ -71,7 +80,7 @@ def test_report_and_plots_are_written(finished_run):
   for name in ("accuracy", "aiwq", "weight_codes"):
     assert f"plots/{name}.png" in report
     assert (finished_run / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-  assert report.count("| w4a4 ft") == 3
+  assert report.count("| w4a4 ft") == 2
 
 
 def test_tensorboard_has_every_promised_tag(finished_run):
@@ -91,34 +100,36 @@ def test_tensorboard_has_every_promised_tag(finished_run):
   assert any(rate > 0 for rate in rates)  # a is 0.9 of the largest weight at first
 
 
-def test_a_run_stopped_by_signals_ends_with_the_same_numbers(finished_run, tmp_path, monkeypatch):
-  # In the middle of full precision, where the teacher is made, with quantized activations, in
-  # mid-sampling, and between a frozen phase's last step and its evaluation.
+def test_a_run_stopped_by_signals_ends_with_the_same_numbers(finished_run, tmp_path):
+  # In the middle of full precision, in mid-sampling, and between the last step of a phase with
+  # frozen layers and its evaluation.
   stops = {
-    number(0, 4): (
-      signal.SIGTERM,
-      r"in phase 1 of 22 \(fp\), after 0 of its 2 epochs and 4 of 10 steps; everything is saved",
-    ),
-    number(2): (signal.SIGINT, r"phase 2 of 22"),
-    number(4, 3): (signal.SIGTERM, r"a8 ft\), after 1 of its 2 epochs and 3 of 10 steps"),
-    number(24, 5): (signal.SIGTERM, r"w4a4 sampling\), after 1 of its 2 epochs and 5 of 10 steps"),
-    number(29, 10): (signal.SIGINT, r"w4a4 ft3\), after 0 of its 2 epochs and 10 of 10 steps"),
+    number(0, 4): (signal.SIGTERM, "phase 1 of 9", "4 of 10 steps"),
+    number(5, 5): (signal.SIGINT, "phase 6 of 9", "5 of 10 steps"),
+    number(7, 10): (signal.SIGTERM, "phase 8 of 9", "10 of 10 steps"),
   }
-  come = signal_at(monkeypatch, {at: asked for at, (asked, _) in stops.items()})
-  for asked, where in stops.values():
-    with pytest.raises(Stopped, match=f"by {asked.name} .*{where}") as stopped:
-      app.main(tiny_config(), str(tmp_path), "train")
+  signals = SignalAt({at: asked for at, (asked, *_) in stops.items()})
+  for asked, *where in stops.values():
+    with pytest.raises(Stopped) as stopped:
+      app.main(tiny_config(), str(tmp_path), "train", hooks=signals.hooks)
     assert stopped.value.code == 128 + asked
-  app.main(tiny_config(), str(tmp_path), "train")
-  assert come == list(stops)
+    assert all(part in str(stopped.value) for part in (asked.name, *where))
+  app.main(tiny_config(), str(tmp_path), "train", hooks=signals.hooks)
+  assert signals.reached == list(stops)
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   assert_same_run(tmp_path, finished_run)
 
 
-def test_a_finished_run_is_not_trained_again(finished_run, monkeypatch, capsys):
+class Untrained(Observer):
+  """Fails when a phase begins."""
+
+  def phase_started(self, phase, steps_done):
+    pytest.fail(f"trained again: {phase.name}")
+
+
+def test_a_finished_run_is_not_trained_again(finished_run):
   before = result_of(finished_run)
-  monkeypatch.setattr(snapshots.Writer, "save", lambda *_: pytest.fail("trained again"))
-  app.main(tiny_config(), str(finished_run), "train")
+  app.main(tiny_config(), str(finished_run), "train", hooks=app.Hooks(callbacks=[Untrained()]))
   assert result_of(finished_run) == before
 
 
@@ -130,8 +141,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(
   damage(run / "checkpoints" / str(newest))
   app.main(tiny_config(), str(run), "train")
   printed = capsys.readouterr().out
-  assert f"WARNING: checkpoint {run}/checkpoints/{newest} is damaged" in printed
-  assert "phase 21 of 22" in printed  # it went on from the end of the phase before
+  assert f"{run}/checkpoints/{newest} is damaged" in printed
+  assert "phase 8 of 9" in printed  # it resumes from the end of the phase before
   assert (run / "damaged_checkpoints" / str(newest)).exists()
   assert_same_run(run, finished_run)
 
@@ -144,9 +155,7 @@ def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(finished_run, 
     path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"
   }
   for mode in ("train", "eval"):
-    with pytest.raises(
-      ConfigError, match=r"No checkpoint in .* can be read back; nothing was changed"
-    ):
+    with pytest.raises(ConfigError, match=f"No checkpoint in {run}"):
       app.main(tiny_config(), str(run), mode)
   assert {path: path.read_bytes() for path in before} == before
 
@@ -157,23 +166,32 @@ def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(finished_run, 
 DIVERGING = {
   "plan.weight_bits": (),
   "plan.act_bits": (),
-  "plan.full_precision_epochs": 30,
-  "plan.warmup_epochs": 0,
+  "plan.full_precision_epochs": 20,
   "train.full_precision_learning_rate": 4.0,
   "train.weight_decay": 0.9,
   "train.momentum": 0.0,
 }
 
 
-def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(
-  tiny, tmp_path, monkeypatch, capsys
-):
+class InterruptAfterRetry(Observer):
+  """Sends SIGINT once the run has gone back to its last checkpoint."""
+
+  def __init__(self):
+    self._retries = False
+
+  def warned(self, text):
+    self._retries = True
+
+  def stop_point(self, number):
+    if self._retries:
+      self._retries = False
+      os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(tiny, tmp_path, capsys):
   run = tmp_path / "run"
-  monkeypatch.setattr(Loop, "_save_is_due", lambda self: self._number == number(1, 5))
-  with pytest.raises(
-    NotFinite, match=r"in phase 1 \(fp\), epoch \d+ of 30, step \d+\. Learning rates: weight 3"
-  ) as stopped:
-    app.main(tiny_config(**DIVERGING), str(run), "train")
+  with pytest.raises(NotFinite, match=r"phase 1 \(fp\)") as stopped:
+    app.main(tiny_config(**DIVERGING), str(run), "train", hooks=SaveAt([number(1, 5)]).hooks)
   assert stopped.value.code == 3
   assert "--config.recovery.retries=1" in str(stopped.value)
   kept = newest_of(run)
@@ -185,30 +203,14 @@ def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(
     **DIVERGING, **{"recovery.retries": 2, "recovery.learning_rate_factor": 0.05}
   )
   app.main(config, str(shutil.copytree(run, tmp_path / "other")), "train")
-  assert "The run goes back to its last checkpoint, retry 1 of 2." in " ".join(
-    capsys.readouterr().out.split()
-  )
-  monkeypatch.setattr(Loop, "_save_is_due", lambda self: False)
-  with monkeypatch.context() as patch:
-    go_back = Loop._go_back
-    patch.setattr(
-      Loop,
-      "_go_back",
-      lambda self: (go_back(self), self._writer.wait(), os.kill(os.getpid(), signal.SIGINT)),
-    )
-    with pytest.raises(
-      Stopped, match=r"after 1 of its 30 epochs and 5 of 10 steps; everything is saved"
-    ):
-      app.main(config, str(run), "train")
+  assert "retry 1 of 2" in " ".join(capsys.readouterr().out.split())
+  with pytest.raises(Stopped, match=r"after 1 of its 20 epochs and 5 of 10 steps"):
+    app.main(config, str(run), "train", hooks=app.Hooks(callbacks=[InterruptAfterRetry()]))
   again = newest_of(run)
-  assert (again.number, again.values["retries"], again.values["learning_rate_scale"]) == (
-    number(1, 6),
-    1,
-    0.05,
-  )
-  signal_at(monkeypatch, {number(20, 3): signal.SIGTERM})
+  assert (again.number, again.values["retries"]) == (number(1, 6), 1)
+  assert again.values["learning_rate_scale"] == 0.05
   with pytest.raises(Stopped):
-    app.main(config, str(run), "train")
+    app.main(config, str(run), "train", hooks=SignalAt({number(10, 3): signal.SIGTERM}).hooks)
   app.main(config, str(run), "train")
   assert_same_run(run, tmp_path / "other")
   end = newest_of(run)
@@ -226,9 +228,7 @@ def test_eval_gives_the_result_of_the_best_checkpoint(finished_run, capsys):
 
 def test_a_workdir_of_another_run_is_refused(finished_run):
   for mode in ("train", "eval"):
-    with pytest.raises(
-      ConfigError, match=r"another run's configuration and checkpoint[\s\S]*seed: 0 there, 5 here"
-    ):
+    with pytest.raises(ConfigError, match="seed: 0 there, 5 here"):
       app.main(tiny_config(seed=5), str(finished_run), mode)
 
 
@@ -236,10 +236,7 @@ def test_state_of_another_optimizer_is_refused(finished_run):
   zeros = jax.tree.map(
     lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(TinyNet(), 16)
   )
-  with pytest.raises(
-    ConfigError,
-    match=r"does not hold the state of this plan's phase; the first differences: .*opt_state",
-  ):
+  with pytest.raises(ConfigError, match="opt_state"):
     newest_of(finished_run).restore("state", create_state(zeros, ema=True))
 
 
@@ -262,8 +259,7 @@ def test_state_of_another_optimizer_is_refused(finished_run):
   ],
 )
 def test_partial_plans_run(tiny, tmp_path, changes):
-  epochs = {"plan.full_precision_epochs": 1, "plan.finetune_epochs": 1, "plan.sampling_epochs": 1}
-  app.main(tiny_config(**changes, **epochs), str(tmp_path), "train")
+  app.main(tiny_config(**changes), str(tmp_path), "train")
   result = result_of(tmp_path)
   bits = changes["plan.weight_bits"], changes["plan.act_bits"]
   assert (result["final"]["weight_bits"], result["final"]["act_bits"]) == tuple(

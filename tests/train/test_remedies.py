@@ -23,7 +23,7 @@ from profit_jax.train import optimizer, remedies, steps
 from profit_jax.train.interrupt import Stopped
 from profit_jax.train.state import create_state
 from tests.train.conftest import tiny_config
-from tests.train.runs import STEPS_PER_EPOCH, assert_same_run, number, signal_at
+from tests.train.runs import STEPS_PER_EPOCH, SignalAt, assert_same_run, number
 from tests.train.tiny import TinyNet
 
 STEPS = np.float32(3)  # 3 bits: codes -3 to 3
@@ -138,9 +138,10 @@ def exported_code(layer, bits):
 
 
 def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
-  settings = parse(
-    tiny_config(**{"remedy.dampening": 0.4, "remedy.freezing_thresholds": (0.1, 0.02)}), REGISTRY
-  )
+  bits = {"plan.weight_bits": (8, 4), "plan.freeze_fractions": (0.0, 1 / 3, 2 / 3)}
+  epochs = {"plan.finetune_epochs": 2, "plan.sampling_epochs": 2}
+  remedy = {"remedy.dampening": 0.4, "remedy.freezing_thresholds": (0.1, 0.02)}
+  settings = parse(tiny_config(**bits, **epochs, **remedy), REGISTRY)
   phases = plan(settings)
   w4 = [p for p in phases if p.weight_bits == 4 and p.kind != "bn"]
   assert [p.kind for p in w4] == ["sampling"] + ["finetune"] * 3
@@ -225,7 +226,7 @@ SHORT = {
   "plan.weight_bits": (2,),
   "plan.stabilize": False,
   "plan.profit_bits": (2,),
-  "plan.sampling_epochs": 1,
+  "plan.finetune_epochs": 2,
   "plan.freeze_fractions": (0.0, 1 / 3),
   "remedy.dampening": 0.01,
   "train.learning_rate": 0.3,  # weights of so small a net hardly oscillate otherwise
@@ -262,16 +263,16 @@ def test_all_remedies_and_profit_in_one_run(remedied):
   assert 0 < np.mean(shares) < 0.9
 
 
-def test_a_stopped_run_ends_the_same(remedied, tmp_path, monkeypatch):
+def test_a_stopped_run_ends_the_same(remedied, tmp_path):
   # In mid-epoch of ft2, with fixed codes, in the window of watched steps; and between its last step
   # and the evaluation.
-  signals = {number(8, 7): signal.SIGTERM, number(8, STEPS_PER_EPOCH): signal.SIGTERM}
-  come = signal_at(monkeypatch, signals)
+  signals = {number(7, 7): signal.SIGTERM, number(7, STEPS_PER_EPOCH): signal.SIGTERM}
+  sent = SignalAt(signals)
   for _ in signals:
     with pytest.raises(Stopped):
-      app.main(tiny_config(**SHORT), str(tmp_path / "run"), "train")
+      app.main(tiny_config(**SHORT), str(tmp_path / "run"), "train", hooks=sent.hooks)
   app.main(tiny_config(**SHORT), str(tmp_path / "run"), "train")
-  assert come == list(signals)
+  assert sent.reached == list(signals)
   assert_same_run(tmp_path / "run", remedied)
 
 
