@@ -1,9 +1,14 @@
 # make demo: installs into .venv, then trains PROFIT W4A4 on scikit-learn's digits and prints the table
-# make test: installs into .venv, then runs the tests
-# make test-extras: also installs what the export formats qonnx and litert need, and runs their tests
+# make test: installs into .venv, then runs the fast tests (about five minutes on two cores)
+# make test-all: also installs what the export formats qonnx and litert need, then runs all tests
 # make lint: ruff
+#
+# One test, in one process: .venv/bin/python -m pytest tests/test_plan.py -k cosine
 PYTHON ?= python3
 RUN ?= runs/digits_w4
+# Test processes. Each takes whole files, because tests of a file share what they compile.
+JOBS ?= 2
+PYTEST = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -12,16 +17,18 @@ BIN := $(VENV)/bin
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 export TF_CPP_MIN_LOG_LEVEL := 2
 
-.PHONY: demo test test-extras lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits_w4.py --workdir $(RUN)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-extras: $(VENV)/extras
-	$(BIN)/python -m pytest tests/export/test_extras.py
+# Wrong input is drawn 60 times a test, not 20; see tests/test_wrong_input.py.
+test-all: export HYPOTHESIS_PROFILE ?= ci
+test-all: $(VENV)/extras
+	$(BIN)/python $(PYTEST)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

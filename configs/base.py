@@ -1,8 +1,8 @@
-"""Every field once, with the published values of PROFIT (arXiv 2008.04693 and the authors' code).
+r"""Every field once, with the published values of PROFIT (arXiv 2008.04693 and the authors' code).
 
 A configuration file returns this with differences; the command line overrides single fields:
 
-    python main.py --config configs/digits_w4.py --config.train.batch_size=32 \\
+    python main.py --config configs/digits_w4.py --config.train.batch_size=32 \
       --config.plan.weight_bits="(8, 4)"
 """
 

@@ -9,9 +9,13 @@ os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 )
 
+import pathlib
 import tempfile
 
 import jax
+import pytest
+
+from tests import tiers
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -25,19 +29,14 @@ jax.config.update("jax_compilation_cache_dir", os.environ["PROFIT_JAX_TESTS_CACH
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
-# Two processes take whole files, in this order: what takes longest first, then what shares a
-# finished run.
-_FIRST = (
-  "test_imagenet.py",
-  "test_trajectory.py",
-  "test_loop.py",
-  "test_processes.py",
-  "test_precision.py",
-  "test_start.py",
-)
-
-
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(items):
-  items.sort(
-    key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST)
-  )
+  """Marks the slow tests, and lets the longest files start first."""
+  unused = tiers.unused([item.nodeid for item in items])
+  everything = set(pathlib.Path(__file__).parent.rglob("test_*.py"))
+  if unused and everything <= {item.path for item in items}:
+    raise pytest.UsageError(f"tests/tiers.py names tests that do not exist: {unused}")
+  for item in items:
+    if tiers.is_slow(item.nodeid):
+      item.add_marker("slow")
+  items.sort(key=lambda item: tiers.place(item.nodeid))

@@ -33,13 +33,17 @@ def golden_program(mode):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("bits", [8, 4, 3])
-def test_authors_logits(bits, mode):
+@pytest.mark.parametrize(
+  ("weight_bits", "act_bits"),
+  [(8, 8), (4, 4), (3, 3), (None, 8), (None, None)],
+  ids=["w8a8", "w4a4", "w3a3", "w0a8", "w0a0"],  # as in the golden file
+)
+def test_authors_logits(weight_bits, act_bits, mode):
   _, variables = golden_model()
   image = golden_data.images("input:mobilenet_v2", (4, 3, 64, 64))
-  expected = golden_data.load("mobilenet_v2.npz")[f"w{bits}a{bits}_{mode}"]
+  expected = golden_data.load("mobilenet_v2.npz")[f"w{weight_bits or 0}a{act_bits or 0}_{mode}"]
   with jax.enable_x64(True):
-    logits = golden_program(mode)(variables, image, levels(bits, bits))
+    logits = golden_program(mode)(variables, image, levels(weight_bits, act_bits))
   assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
 
 

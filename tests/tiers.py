@@ -1,0 +1,106 @@
+"""The tiers of the test suite; nothing else decides which tests are slow.
+
+`make test` runs the fast tier, `pytest -m "not slow"`; `make test-all` runs everything.
+"""
+
+# Files, or tests in them, relative to tests/. With parameters in brackets, one case of a test.
+SLOW = (
+  "data/test_images.py::test_a_file_that_went_away_is_no_broken_image",
+  "data/test_images.py::test_a_host_may_meet_every_broken_image",
+  "data/test_images.py::test_another_epoch_or_seed_gives_other_images",
+  "data/test_images.py::test_damaged_shards_are_refused[cut]",
+  "data/test_images.py::test_evaluation_does_not_depend_on_the_seed",
+  "data/test_images.py::test_one_of_two_hosts_has_its_rows_of_the_rest_of_an_epoch[stream]",
+  "data/test_images.py::test_small_sets_differ_where_their_images_do",
+  "data/test_images.py::test_too_many_broken_images_stop_the_run_with_their_names",
+  "data/test_images.py::test_without_augmentation_an_epoch_has_the_evaluations_pixels",
+  "data/test_pairs.py::test_without_augmentation_an_epoch_shows_the_same_images_in_another_order",
+  "data/test_records.py::test_every_epoch_and_seed_has_every_example_once_in_another_order[stream]",
+  "data/test_records.py::test_hosts_share_the_rows_that_one_alone_would_see[stream-eval]",
+  "data/test_tfds_sets.py::test_imagenet_as_the_guide_prepares_it",
+  "data/test_tfds_sets.py::test_tfds_mock_data_works_as_a_source",
+  "export/test_build.py::test_costs_and_sums_of_the_published_nets",
+  "export/test_build.py::test_its_codes_are_the_trained_models",
+  "export/test_build.py::test_the_head_has_the_models_activation",
+  "export/test_extras.py",
+  "export/test_formats.py::test_a_file_computes_the_references_codes",
+  "export/test_formats.py::test_onnxruntime_computes_the_references_codes_of_a_whole_net",
+  "export/test_formats.py::test_sizes_of_the_published_mobilenet_v2",
+  "models/test_mobilenet_v2.py::test_authors_logits",
+  "models/test_mobilenet_v2.py::test_relu6_bounds_what_relu_does_not",
+  "models/test_mobilenet_v3.py::test_authors_logits",
+  "models/test_registry.py::test_published_code_has_the_same_logits",
+  "test_ablation.py::test_without_gpus_the_runs_at_once_share_the_devices",
+  "test_tutorial.py",
+  "test_wrong_input.py::test_a_configuration_of_a_published_net_that_is_accepted_can_be_traced",
+  "train/test_fork.py::test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit",
+  "train/test_imagenet.py",
+  "train/test_kept.py::test_kept_programs_compute_the_same_also_where_jax_had_cached_them",
+  "train/test_kill.py",
+  "train/test_loop.py::test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back",
+  "train/test_loop.py::test_partial_plans_run",
+  "train/test_methods.py::test_a_whole_run",
+  "train/test_precision.py",
+  "train/test_processes.py::test_a_preemption_notice_to_one_process_stops_all_at_one_step",
+  "train/test_processes.py::test_the_first_process_prints_and_writes",
+  "train/test_processes.py::test_two_processes_of_two_devices_compute_what_one_device_computes",
+  "train/test_processes.py::test_what_fails_in_one_process_ends_all_of_them_soon",
+  "train/test_processes.py::test_where_one_process_is_lost_the_others_end_and_say_so",
+  "train/test_remedies.py::test_a_stopped_run_ends_the_same",
+  "train/test_remedies.py::test_all_remedies_and_profit_in_one_run",
+  "train/test_remedies.py::test_the_best_weights_have_the_statistics_of_the_first_batches",
+  "train/test_start.py::test_a_run_from_a_file_resumes_without_it",
+  "train/test_start.py::test_a_run_that_starts_from_a_run_is_evaluated_before_training",
+  "train/test_start.py::test_another_net_teaches_and_a_bad_one_is_loud",
+  "train/test_start.py::test_both_paddings_of_a_torchvision_v3_are_evaluated",
+  "train/test_steps.py::test_a_batch_in_parts_has_the_gradient_of_its_loss",
+  "train/test_steps.py::test_a_frozen_phase_needs_fewer_operations",
+  "train/test_trajectory.py",
+  "weights/test_load.py::test_a_file_of_another_model_is_named",
+)
+# Exceptions: these run in the fast tier all the same.
+FAST = (
+  "export/test_formats.py::test_a_file_computes_the_references_codes[jax-4]",
+  "export/test_formats.py::test_a_file_computes_the_references_codes[onnx-4]",
+  "export/test_formats.py::test_a_file_computes_the_references_codes[safetensors-4]",
+  # The golden logits, one program.
+  "models/test_mobilenet_v2.py::test_authors_logits[w8a8-eval]",
+  "models/test_mobilenet_v2.py::test_authors_logits[w4a4-eval]",
+  "models/test_mobilenet_v2.py::test_authors_logits[w3a3-eval]",
+  # The golden steps, one program.
+  "train/test_trajectory.py::test_authors_trajectory[mobilenet_v2-weight_4bit]",
+)
+# Files that start first: the longest ones, so that no process ends long after the others, and the
+# one that trains the run that others wait for.
+FIRST = (
+  "train/test_loop.py",
+  "train/test_trajectory.py",
+  "test_tutorial.py",
+  "export/test_build.py",
+  "train/test_steps.py",
+  "train/test_processes.py",
+)
+
+
+def matches(node: str, pattern: str) -> bool:
+  """Whether a test (`tests/FILE::TEST[CASE]`) belongs to a file, a test, or a case of one."""
+  whole = f"tests/{pattern}"
+  return node == whole or node.startswith((f"{whole}::", f"{whole}["))
+
+
+def is_slow(node: str) -> bool:
+  """Whether a test belongs to the slow tier only."""
+  slow = any(matches(node, pattern) for pattern in SLOW)
+  return slow and not any(matches(node, pattern) for pattern in FAST)
+
+
+def place(node: str) -> int:
+  """Where the file of a test comes in the order of files."""
+  found = [index for index, file in enumerate(FIRST) if matches(node, file)]
+  return found[0] if found else len(FIRST)
+
+
+def unused(nodes: list[str]) -> list[str]:
+  """Patterns that no test has: a renamed test must not change its tier unnoticed."""
+  patterns = (*SLOW, *FAST, *FIRST)
+  return [pattern for pattern in patterns if not any(matches(node, pattern) for node in nodes)]
