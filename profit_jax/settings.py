@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from profit_jax.fields import ConfigError as ConfigError  # every room takes both from here
+from profit_jax.fields import ConfigError as ConfigError  # every package takes both from here
 from profit_jax.fields import Ending as Ending
 from profit_jax.fields import as_lists, build, listed, require
 
