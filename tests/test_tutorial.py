@@ -42,7 +42,7 @@ def test_it_runs_from_beginning_to_end(tmp_path):
     assert epochs in options.source
     options.source = options.source.replace(epochs, f"{epochs.split('=')[0]}={fewer}")
   more = ["--config.teacher.model=none", f"--config.compilation_cache={tmp_path}"]
-  options.source = options.source.replace("options = [", f"options = [*{more!r},")
+  options.source = options.source.replace("\n]", f"\n  *{more!r},\n]", 1)
   resources = {"metadata": {"path": NOTEBOOK.parent}}
   NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
   assert_ends_with_a_verified_file(notebook, 30)
