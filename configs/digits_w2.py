@@ -2,9 +2,9 @@
 
 Command:  python main.py --config configs/digits_w2.py --workdir runs/digits_w2
           (or digits_w2.py:mobilenet_v1, ...)
-Cost:     some 5 minutes on 2 CPU cores; more where other programs run.
+Cost:     a few minutes on 2 CPU cores.
 Result:   top-1 94.44 % at W2A2, 98.89 % in full precision (seed 0; 450 images, one is 0.22 points).
-          Others: README.md.
+          The other models: README.md.
 """
 
 from configs import digits_w4
