@@ -66,14 +66,14 @@ def main() -> None:
 
 
 def train_and_export(config: str, directory: pathlib.Path) -> None:
-  """Leaves `result.json`, `seconds.json` (null if the run was interrupted) and `export.txt`."""
+  """Leaves `result.json`, `export.txt`, and `seconds.txt` unless the run was interrupted."""
   run = directory / "run"
   if not (run / "result.json").exists():
     interrupted = run.exists()
     start = time.perf_counter()
     execute(train_command(config, str(run)), directory, "train.txt")
-    seconds = None if interrupted else time.perf_counter() - start
-    (directory / "seconds.json").write_text(json.dumps(seconds))
+    if not interrupted:
+      (directory / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}")
   if not (directory / "export.txt").exists():
     execute(export_command(str(run)), directory, "export.unfinished.txt")
     (directory / "export.unfinished.txt").rename(directory / "export.txt")
@@ -112,7 +112,7 @@ def describe(config: str, directory: pathlib.Path) -> tuple[dict[str, Any], dict
 
   result = json.loads((directory / "run" / "result.json").read_text())
   environment, final = result["environment"], result["final"]
-  seconds = json.loads((directory / "seconds.json").read_text())
+  seconds = directory / "seconds.txt"
   machine = {
     "date": datetime.date.today().isoformat(),
     "machine": f"{len(os.sched_getaffinity(0))} cores of an {processor()}, shared with other work",
@@ -127,7 +127,7 @@ def describe(config: str, directory: pathlib.Path) -> tuple[dict[str, Any], dict
       name: final[name] for name in ("top1", "top5", "weights", "full_precision_top1", "examples")
     },
     "final_line": final_line(result),
-    "minutes": None if seconds is None else round(seconds / 60, 1),
+    "minutes": round(float(seconds.read_text()) / 60, 1) if seconds.exists() else None,
     "export": {
       "command": shlex.join(["python", *export_command("RUN")]),
       "lines": export_lines((directory / "export.txt").read_text()),
