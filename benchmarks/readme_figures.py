@@ -62,7 +62,7 @@ def main() -> None:
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"{config}: {figures['runs'][config]['final_line']}", flush=True)
     if config == DEMO:
-      PICTURE.write_bytes(smaller((directory / "plots" / "accuracy.png").read_bytes()))
+      PICTURE.write_bytes(smaller((directory / "run" / "plots" / "accuracy.png").read_bytes()))
 
 
 def train_and_export(config: str, directory: pathlib.Path) -> None:
