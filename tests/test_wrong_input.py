@@ -155,7 +155,7 @@ def test_a_configuration_that_is_accepted_can_be_traced(small, changes):
   deep_check("mobilenet_v1", changes)
 
 
-@hypothesis.settings(max_examples=60 if PROFILE == "full" else 3)
+@hypothesis.settings(max_examples=60 if PROFILE == "full" else 2)
 @hypothesis.given(
   model=st.sampled_from(MODELS if PROFILE == "full" else MODELS[:1]), changes=right_changes
 )

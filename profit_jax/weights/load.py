@@ -219,7 +219,7 @@ def _advice(
       "Only its number of classes differs: config.init.reset_head=True starts with a new "
       "classifier."
     )
-  other = _looks_like(given)
+  other = _looks_like(given, model, template)
   if other is not None and other != model:
     section = "model.name" if role == "student" else "teacher.model"
     return (
@@ -230,21 +230,31 @@ def _advice(
   return f"Use the matching file, config.{section}.width and number of classes."
 
 
-def _looks_like(given: Mapping[str, Any]) -> str | None:
-  """The registered model whose names a file has most in common with; None where there is nothing in
-  common.
+def _looks_like(given: Mapping[str, Any], model: str, template: Variables) -> str | None:
+  """The registered model whose names a file has most in common with, `model` where it has nearly
+  all in common with that; None where there is nothing in common.
   """
-  scores = {}
-  for model, make in REGISTRY.items():
-    paths = traverse_util.flatten_dict(variable_shapes(make(), 224))
-    for naming in namings(model).values():
-      names = set(
-        naming.tensor_names([path for path in paths if path[-1] not in QUANTIZER_LEAVES]).values()
-      )
-      score = len(names & given.keys()) / len(names | given.keys())
-      scores[model] = max(score, scores.get(model, 0.0))
+  # Tracing all other models takes half a minute.
+  if _common_share(given, model, template) > 0.9:
+    return model
+  scores = {
+    other: _common_share(given, other, variable_shapes(make(), 224))
+    for other, make in REGISTRY.items()
+  }
   best = max(scores, key=scores.get)
   return best if scores[best] > 0 else None
+
+
+def _common_share(given: Mapping[str, Any], model: str, template: Variables) -> float:
+  """The share of names that a file and a model have in common, under the best of the namings."""
+  paths = list(traverse_util.flatten_dict(template))
+  kernels_and_norms = [path for path in paths if path[-1] not in QUANTIZER_LEAVES]
+  candidates = [
+    set(naming.tensor_names(some).values())
+    for naming in namings(model).values()
+    for some in (paths, kernels_and_norms)  # a full-precision file has no quantizers
+  ]
+  return max(len(names & given.keys()) / len(names | given.keys()) for names in candidates)
 
 
 def _are_set(scalars: Collection[np.ndarray]) -> bool:

@@ -3,8 +3,6 @@
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -12,8 +10,11 @@ from configs import mbv2_w4
 from profit_jax import app
 from tests.data import pictures
 from tests.train.runs import result_of
+from tests.wrong_input import command
 
 ROOT = pathlib.Path(__file__).parents[2]
+# ml_collections' way to load a configuration file.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
 # A step for every epoch.
 ONE_STEP = {
   "plan.full_precision_epochs": 1,
@@ -33,7 +34,7 @@ def written(tmp_path_factory):
   """A directory with a TFDS set, `cuttings`, and an image folder."""
   root = tmp_path_factory.mktemp("pictures")
   pictures.write_tfds(root / "tfds", train=5, evaluation=5, make=large_cuttings)
-  pictures.write_folder(root / "folder", train=3, evaluation=3, make=large_cuttings)
+  pictures.write_folder(root / "folder", train=4, evaluation=3, make=large_cuttings)
   return root
 
 
@@ -70,28 +71,21 @@ def test_the_published_configuration_trains_on_a_tfds_set(tiny, written, tmp_pat
   assert result["final"]["examples"] == 5
 
 
-def command(*arguments):
-  """What `python main.py --config configs/mbv2_w4.py ARGUMENTS` prints."""
-  fields = {**ONE_STEP, "data.image_size": 64, "model.width": 0.35}
-  fields |= {"train.batch_size": 2, "train.eval_batch_size": 2}
-  line = [sys.executable, "main.py", "--config", "configs/mbv2_w4.py"]
-  line += [f"--config.{field}={value}" for field, value in fields.items()]
-  done = subprocess.run(
-    [*line, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
-def test_the_published_net_trains_on_a_folder_from_the_command_line(written, tmp_path):
+def test_a_folder_is_trained_on_from_the_command_line(tiny, written, tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
   run = tmp_path / "run"
-  common = [f"--workdir={run}", f"--config.compilation_cache={tmp_path / 'cache'}"]
-  common += ["--config.data.name=folder", "--config.plan.weight_bits=()"]
-  common += ["--config.plan.act_bits=()"]
-  printed = command(*common, f"--config.data.data_dir={written / 'folder'}")
+  fields = {**ONE_STEP, "model.name": "tiny", "plan.weight_bits": (), "plan.act_bits": ()}
+  fields |= {"data.name": "folder", "data.image_size": 64}
+  fields |= {"train.batch_size": 4, "train.eval_batch_size": 4}
+  fields |= {"compilation_cache": os.environ["PROFIT_JAX_TESTS_CACHE"]}
+  line = ["--config=configs/mbv2_w4.py", f"--workdir={run}"]
+  line += [f"--config.{field}={value}" for field, value in fields.items()]
+  code, printed, err = command(*line, f"--config.data.data_dir={written / 'folder'}")
+  assert code == 0, err
   assert "1 phase, 1 epochs, to fp" in printed
   # The run knows its data; a directory that has moved is named again.
   moved = (written / "folder").rename(tmp_path / "moved")
-  printed = command(*common, f"--config.data.data_dir={moved}", "--mode=eval")
+  code, printed, err = command(*line, f"--config.data.data_dir={moved}", "--mode=eval")
+  assert code == 0, err
   top1 = json.loads((run / "result.json").read_text())["final"]["top1"]
   assert printed.startswith(f"fp: top-1 {top1:.2f} %, top-5 100.00 % on 3 images")

@@ -227,7 +227,7 @@ SHORT = {
   "plan.stabilize": False,
   "plan.profit_bits": (2,),
   "plan.finetune_epochs": 2,
-  "plan.freeze_fractions": (0.0, 1 / 3),
+  "plan.freeze_fractions": (1 / 3,),
   "remedy.dampening": 0.01,
   "train.learning_rate": 0.3,  # weights of so small a net hardly oscillate otherwise
   "remedy.freezing_thresholds": (0.03, 0.021),
@@ -264,9 +264,9 @@ def test_all_remedies_and_profit_in_one_run(remedied):
 
 
 def test_a_stopped_run_ends_the_same(remedied, tmp_path):
-  # In mid-epoch of ft2, with fixed codes, in the window of watched steps; and between its last step
+  # In the last epoch, with fixed codes: in the window of watched steps; and between its last step
   # and the evaluation.
-  signals = {number(7, 7): signal.SIGTERM, number(7, STEPS_PER_EPOCH): signal.SIGTERM}
+  signals = {number(5, 7): signal.SIGTERM, number(5, STEPS_PER_EPOCH): signal.SIGTERM}
   sent = SignalAt(signals)
   for _ in signals:
     with pytest.raises(Stopped):
