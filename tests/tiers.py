@@ -75,10 +75,16 @@ FAST = (
 FIRST = (
   "train/test_loop.py",
   "train/test_trajectory.py",
-  "test_tutorial.py",
-  "export/test_build.py",
-  "train/test_steps.py",
   "train/test_processes.py",
+  "export/test_build.py",
+  "train/test_methods.py",
+  "test_wrong_input.py",
+  "models/test_registry.py",
+  "train/test_imagenet.py",
+  "train/test_remedies.py",
+  "train/test_precision.py",
+  "test_tutorial.py",
+  "train/test_steps.py",
 )
 
 
