@@ -226,6 +226,22 @@ def test_eval_gives_the_result_of_the_best_checkpoint(finished_run, capsys):
   )
 
 
+def test_the_best_weights_have_the_bits_that_were_asked_for(tiny, tmp_path):
+  # Activations of two bits, whose net hardly trains, after ten epochs of full precision.
+  changes = {
+    "plan.weight_bits": (),
+    "plan.act_bits": (2,),
+    "plan.stabilize": False,
+    "plan.full_precision_epochs": 10,
+    "train.learning_rate": 1e-6,
+  }
+  app.main(tiny_config(**changes), str(tmp_path), "train")
+  result = result_of(tmp_path)
+  best = [max(phase["top1"], phase["top1_ema"]) for phase in result["phases"]]
+  assert best[0] > best[1]
+  assert result["final"]["top1"] == best[1]
+
+
 def test_a_workdir_of_another_run_is_refused(finished_run):
   for mode in ("train", "eval"):
     with pytest.raises(ConfigError, match="seed: 0 there, 5 here"):

@@ -226,6 +226,7 @@ SHORT = {
   "plan.weight_bits": (2,),
   "plan.stabilize": False,
   "plan.profit_bits": (2,),
+  "teacher.model": "none",
   "plan.finetune_epochs": 2,
   "plan.freeze_fractions": (1 / 3,),
   "remedy.dampening": 0.01,
