@@ -67,14 +67,15 @@ def report(name, samples, lines):
   after = lines[printed - 1].strip() if printed else "before anything is printed"
   print(
     f"{name:12} {highest / 1e9:5.2f} GB at {seconds:4.0f} s of {samples[-1][0]:.0f} s "
-    f"after: {after}"
+    f"after: {after}",
+    flush=True,
   )
   by_line = {}
   for _, total, count in samples:
     by_line[count] = max(by_line.get(count, 0), total)
   for count, total in sorted(by_line.items()):
     until = lines[count].strip()[:80] if count < len(lines) else "the end"
-    print(f"  {total / 1e9:5.2f} GB  until: {until}")
+    print(f"  {total / 1e9:5.2f} GB  until: {until}", flush=True)
   return highest / 1e9
 
 
