@@ -67,7 +67,7 @@ def compiled_apply(model, train, mutable):
   return jax.jit(
     lambda variables, image, levels, rngs: model.apply(
       variables, image, levels, train, mutable=list(mutable), rngs=rngs
-    ),
+    )
   )
 
 
@@ -83,8 +83,8 @@ class CompiledModel(NamedTuple):
 def make_step(name, stage, tx):
   model, normalization = setting(name).model, Normalization((0.0,) * 3, (1.0,) * 3)
   # As a run compiles it, the step is one program. So it is for MobileNet-v3; the stages of v2 share
-  # their models' programs, and apply the optimizer eagerly. What the tests' other programs are
-  # compiled without (tests/conftest.py) makes ten of these steps faster by 45 s.
+  # their models' programs, and apply the optimizer eagerly. With the fusion emitters, which
+  # other tests do without (tests/conftest.py), v2's stage as one program took 68 s, not 113.
   whole = name == V3
   model = model if whole else CompiledModel(model)
   step = steps.make_train_step(
