@@ -2,7 +2,7 @@
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from profit_jax.settings import Settings
 from profit_jax.train import aiwq, checkpoint, instability, interrupt, sanity, stages
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.observer import EpochReport, Observer
-from profit_jax.train.programs import Frozen, Programs
+from profit_jax.train.programs import Frozen, Programs, Who
 from profit_jax.train.progress import Progress
 from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, evaluated
 from profit_jax.train.state import create_state
@@ -131,10 +131,9 @@ class Loop:
     if bad is not None:
       progress.count_retry(bad, self._settings.recovery.learning_rate_factor)
     # First of all: compilation goes on in the background while weights are made or read.
-    if snapshot is None:
-      self._programs.prefetch_evaluation(*evaluated(self._student, self._first_teacher))
-    ahead = stages.ahead(self._phases, progress)
-    self._programs.prefetch(ahead, lambda phase: stages.known_frozen(self._phases, phase, progress))
+    self._prepare(
+      progress, evaluated(self._student, self._first_teacher) if snapshot is None else ()
+    )
     self._observer.run_started(self._phases, self._steps_per_epoch, progress)
     given = self._first_teacher.variables
     if snapshot is None:
@@ -161,6 +160,13 @@ class Loop:
     self._stop_point()
     if snapshot is None:
       self._evaluate_start()
+
+  def _prepare(self, progress: Progress, evaluated: Sequence[Who] = ()) -> None:
+    """Has the programs of what is to come compiled, and the others dropped."""
+    ahead = stages.ahead(self._phases, progress)
+    self._programs.prefetch(
+      ahead, lambda phase: stages.known_frozen(self._phases, phase, progress), evaluated
+    )
 
   def _evaluate_start(self) -> None:
     """What came from files is evaluated before anything is spent on it."""
@@ -404,10 +410,7 @@ class Loop:
     last = progress.epochs[-1]
     if phase.kind == "sampling":
       progress.ranking = list(aiwq.rank(progress.metric))
-      self._programs.prefetch(
-        self._phases[phase.index :],
-        lambda later: stages.known_frozen(self._phases, later, progress),
-      )
+    self._prepare(progress)
     if (
       phase.kind == "full_precision"
       and self._teacher is None

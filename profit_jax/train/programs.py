@@ -2,8 +2,9 @@
 
 import concurrent.futures
 import functools
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -68,7 +69,8 @@ class Programs:
   """Builds, compiles and keeps the programs of a run.
 
   A program is compiled ahead of time for exact shapes and shardings, on a background thread in the
-  order of `prefetch`, so that the programs of later phases are made while earlier ones train.
+  order of `prefetch`, so that the programs of later phases are made while earlier ones train. One
+  that no later phase needs is dropped.
 
   Attributes:
     mesh: over which batches are split; everything else is replicated.
@@ -110,9 +112,10 @@ class Programs:
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._split = NamedSharding(mesh, PartitionSpec("data"))
     self._params = variable_shapes(model, settings.data.image_size)["params"]
-    # XLA works on a program on one thread for half of the time, and Python traces the next
-    # meanwhile.
+    # While XLA compiles a program, Python traces the next. XLA has one at a time: it takes 1.2 GB
+    # for a small MobileNet's step, and keeps 0.2 GB (benchmarks/RESULTS.md).
     self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
+    self._compiling = threading.Lock()
     self._made: dict[Any, concurrent.futures.Future] = {}
     # Of several processes each would load what only all together can run.
     self._kept = None
@@ -155,26 +158,45 @@ class Programs:
       for name, value in batch.items()
     }
 
-  def prefetch(self, phases: tuple[Phase, ...], frozen: Callable[[Phase], Frozen | None]) -> None:
-    """Starts compiling what the phases need, in order.
+  def prefetch(
+    self,
+    phases: tuple[Phase, ...],
+    frozen: Callable[[Phase], Frozen | None],
+    evaluated: Sequence[Who] = (),
+  ) -> None:
+    """Starts compiling what the rest of a run needs, in order, and drops what it does not need.
 
     Args:
-      phases: those to come.
+      phases: all those to come.
       frozen: the frozen set of a phase, or None where it is not known yet: that phase is passed
         over.
+      evaluated: models whose full precision is evaluated before these phases.
+    """
+    needed = {("eval", who, False, False): self._trace_eval for who in evaluated}
+    needed |= self._needed(phases, frozen)
+    for key in self._made.keys() - needed.keys():
+      self._made.pop(key).cancel()
+    for key, trace in needed.items():
+      self._request(key, trace)
+
+  def _needed(
+    self, phases: tuple[Phase, ...], frozen: Callable[[Phase], Frozen | None]
+  ) -> Iterator[tuple[Any, Callable[..., jax.stages.Traced]]]:
+    """Keys of programs and what traces them, in the order of their first use; arguments as
+    `prefetch`'s.
     """
     for phase in phases:
       if phase.calibrate:
-        self._request(("calibrate", phase.calibrate), self._compile_calibration)
+        yield ("calibrate", phase.calibrate), self._trace_calibration
       layers = frozen(phase)
       if layers is not None:
-        self._request(self._train_key(phase.program, layers), self._compile_train)
+        yield self._train_key(phase.program, layers), self.trace_train_step
         quantized = phase.program.quantized_weights, phase.program.quantized_acts
         if any(quantized) and self._settings.remedy.bn_batches:
-          self._request(("statistics", *quantized), self._compile_statistics)
-        self._request(("eval", "student", *quantized), self._compile_eval)
+          yield ("statistics", *quantized), self._trace_statistics
+        yield ("eval", "student", *quantized), self._trace_eval
         if phase.trains_codes:  # needed last of these
-          self._request(("observe",), self._compile_observe)
+          yield ("observe",), self._trace_observe
 
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a phase with these kernels frozen."""
@@ -189,42 +211,37 @@ class Programs:
 
   def train_step(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
     """The compiled step of `steps.make_train_step`; the state and the AIWQ state are donated."""
-    return self._wait(self._train_key(program, frozen), self._compile_train)
-
-  def prefetch_evaluation(self, *who: Who) -> None:
-    """Starts compiling the evaluation of models in full precision, in order."""
-    for name in who:
-      self._request(("eval", name, False, False), self._compile_eval)
+    return self._wait(self._train_key(program, frozen), self.trace_train_step)
 
   def eval_step(
     self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
   ) -> Callable[..., Any]:
     """The compiled step of `steps.make_eval_step`."""
-    return self._wait(("eval", who, quantized_weights, quantized_acts), self._compile_eval)
+    return self._wait(("eval", who, quantized_weights, quantized_acts), self._trace_eval)
 
   def calibrate_acts(self) -> Callable[..., Any]:
     """The compiled `(variables, image, key, steps) -> params` of `steps.calibrate_acts`."""
-    return self._wait(("calibrate", "act"), self._compile_calibration)
+    return self._wait(("calibrate", "act"), self._trace_calibration)
 
   def calibrate_weights(self) -> Callable[..., Any]:
     """The compiled `(params, steps) -> params` of `steps.calibrate_weights`."""
-    return self._wait(("calibrate", "weight"), self._compile_calibration)
+    return self._wait(("calibrate", "weight"), self._trace_calibration)
 
   def fit_weights(self) -> Callable[..., Any]:
     """The compiled `(params, steps) -> params` of `steps.fit_weights`."""
-    return self._wait(("calibrate", "fit"), self._compile_calibration)
+    return self._wait(("calibrate", "fit"), self._trace_calibration)
 
   def observe(self) -> Callable[..., Any]:
     """The compiled `(window, params, steps) -> window` of `instability.observe`; the window is
     donated.
     """
-    return self._wait(("observe",), self._compile_observe)
+    return self._wait(("observe",), self._trace_observe)
 
   def batch_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
     """The compiled `(variables, image, levels, key, total) -> total` that adds
     `steps.batch_statistics` to the total.
     """
-    return self._wait(("statistics", quantized_weights, quantized_acts), self._compile_statistics)
+    return self._wait(("statistics", quantized_weights, quantized_acts), self._trace_statistics)
 
   def state_shapes(self, program: Program, frozen: Frozen) -> TrainState:
     """The shapes of the state with a phase's optimizer."""
@@ -254,21 +271,33 @@ class Programs:
       frozen if program.train_kernels else frozenset(),
     )
 
-  def _request(self, key: Any, compile_key: Callable[..., Any]) -> concurrent.futures.Future:
+  def _request(
+    self, key: Any, trace: Callable[..., jax.stages.Traced]
+  ) -> concurrent.futures.Future:
     if key not in self._made:
-      self._made[key] = self._pool.submit(self._make, key, compile_key)
+      self._made[key] = self._pool.submit(self._make, key, trace)
     return self._made[key]
 
-  def _make(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
+  def _make(self, key: Any, trace: Callable[..., jax.stages.Traced]) -> Callable[..., Any]:
     """A program, compiled or kept; what that took in memory goes back to the system."""
     try:
-      return self._kept_or_compiled(key, compile_key)
+      return self._kept_or_compiled(key, trace)
     finally:
       memory.trim()
 
-  def _kept_or_compiled(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
+  def _compile(self, key: Any, trace: Callable[..., jax.stages.Traced]) -> Callable[..., Any]:
+    lowered = trace(*key[1:]).lower()
+    with self._compiling:
+      try:
+        return lowered.compile()
+      finally:
+        memory.trim()  # before the next program is compiled
+
+  def _kept_or_compiled(
+    self, key: Any, trace: Callable[..., jax.stages.Traced]
+  ) -> Callable[..., Any]:
     if self._kept is None:
-      return compile_key(*key[1:])
+      return self._compile(key, trace)
     # Only the models that are in it: evaluation of the run, later, has no teacher.
     models = [self._models[key[1]] if key[0] == "eval" else self._model]
     if key[0] == "train" and key[1].distill:
@@ -277,10 +306,10 @@ class Programs:
       [sorted(part) if isinstance(part, frozenset) else part for part in key],
       list(map(str, models)),
     )
-    return self._kept.get(name, lambda: compile_key(*key[1:]))
+    return self._kept.get(name, lambda: self._compile(key, trace))
 
-  def _wait(self, key: Any, compile_key: Callable[..., Any]) -> Callable[..., Any]:
-    start, request = time.perf_counter(), self._request(key, compile_key)
+  def _wait(self, key: Any, trace: Callable[..., jax.stages.Traced]) -> Callable[..., Any]:
+    start, request = time.perf_counter(), self._request(key, trace)
     # Python runs signal handlers in this thread only, and compilation can take minutes.
     while not concurrent.futures.wait([request], timeout=0.5).done:
       interrupt.check()
@@ -356,9 +385,6 @@ class Programs:
       else None,
     )
 
-  def _compile_train(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
-    return self.trace_train_step(program, frozen).lower().compile()
-
   def _in_training(self, model: nn.Module) -> nn.Module:
     # Evaluation and calibration take the models as they are: in float32, whatever the training.
     dtype = self._settings.train.dtype
@@ -377,12 +403,12 @@ class Programs:
       self._levels_shapes(quantized_weights, quantized_acts),
     )
 
-  def _compile_eval(
+  def _trace_eval(
     self, who: Who, quantized_weights: bool, quantized_acts: bool
-  ) -> Callable[..., Any]:
-    return self.trace_eval_step(quantized_weights, quantized_acts, who).lower().compile()
+  ) -> jax.stages.Traced:
+    return self.trace_eval_step(quantized_weights, quantized_acts, who)
 
-  def _compile_observe(self) -> Callable[..., Any]:
+  def _trace_observe(self) -> jax.stages.Traced:
     window = _with_sharding(instability.start(self._params), self._replicated)
     params = _with_sharding(self._params, self._replicated)
 
@@ -390,11 +416,9 @@ class Programs:
       return instability.observe(window, params, steps, self._settings.quant)
 
     jitted = jax.jit(observe, donate_argnums=0, out_shardings=self._replicated)
-    return jitted.lower(window, params, jax.ShapeDtypeStruct((), np.float32)).compile()
+    return jitted.trace(window, params, jax.ShapeDtypeStruct((), np.float32))
 
-  def _compile_statistics(
-    self, quantized_weights: bool, quantized_acts: bool
-  ) -> Callable[..., Any]:
+  def _trace_statistics(self, quantized_weights: bool, quantized_acts: bool) -> jax.stages.Traced:
     settings = self._settings
 
     def add(variables, image, levels, key, total):
@@ -413,28 +437,26 @@ class Programs:
       variable_shapes(self._model, settings.data.image_size), self._replicated
     )
     jitted = jax.jit(add, donate_argnums=4, out_shardings=self._replicated)
-    return jitted.lower(
+    return jitted.trace(
       variables,
       self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)["image"],
       self._levels_shapes(quantized_weights, quantized_acts),
       self._key_shape,
       variables["batch_stats"],
-    ).compile()
+    )
 
   @property
   def _key_shape(self) -> Any:
     return _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), self._replicated)
 
-  def _compile_calibration(self, what: str) -> Callable[..., Any]:
+  def _trace_calibration(self, what: str) -> jax.stages.Traced:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)
     if what != "act":
       of = functools.partial(
         steps.fit_weights if what == "fit" else steps.calibrate_weights, quant=settings.quant
       )
-      return (
-        jax.jit(of, out_shardings=self._replicated).lower(sharded(self._params), scalar).compile()
-      )
+      return jax.jit(of, out_shardings=self._replicated).trace(sharded(self._params), scalar)
 
     def calibrate(variables, image, key, acts):
       return steps.calibrate_acts(self._model, variables, image, self._normalization, key, acts)
@@ -443,11 +465,8 @@ class Programs:
       "image"
     ]
     variables = sharded(variable_shapes(self._model, settings.data.image_size))
-    return (
-      jax.jit(calibrate, out_shardings=self._replicated)
-      .lower(variables, image, self._key_shape, scalar)
-      .compile()
-    )
+    jitted = jax.jit(calibrate, out_shardings=self._replicated)
+    return jitted.trace(variables, image, self._key_shape, scalar)
 
 
 def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
