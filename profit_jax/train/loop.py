@@ -161,11 +161,11 @@ class Loop:
     if snapshot is None:
       self._evaluate_start()
 
-  def _prepare(self, progress: Progress, evaluated: Sequence[Who] = ()) -> None:
+  def _prepare(self, progress: Progress, evaluated_models: Sequence[Who] = ()) -> None:
     """Has the programs of what is to come compiled, and the others dropped."""
     ahead = stages.ahead(self._phases, progress)
     self._programs.prefetch(
-      ahead, lambda phase: stages.known_frozen(self._phases, phase, progress), evaluated
+      ahead, lambda phase: stages.known_frozen(self._phases, phase, progress), evaluated_models
     )
 
   def _evaluate_start(self) -> None:

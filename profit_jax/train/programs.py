@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,10 +113,12 @@ class Programs:
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._split = NamedSharding(mesh, PartitionSpec("data"))
     self._params = variable_shapes(model, settings.data.image_size)["params"]
-    # While XLA compiles a program, Python traces the next. XLA has one at a time: it takes 1.2 GB
-    # for a small MobileNet's step, and keeps 0.2 GB (benchmarks/RESULTS.md).
+    # While XLA compiles a program, Python traces the next. XLA gets them one at a time, because it
+    # takes 1.2 GB for a small MobileNet's step; and in the order of the requests, because the
+    # processes of a run may tune kernels together.
     self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
-    self._compiling = threading.Lock()
+    self._turns = _Turns()
+    self._closed = False
     self._made: dict[Any, concurrent.futures.Future] = {}
     # Of several processes each would load what only all together can run.
     self._kept = None
@@ -126,7 +129,8 @@ class Programs:
       )
 
   def close(self) -> None:
-    """Drops what is not compiled yet."""
+    """Drops what is not being compiled yet."""
+    self._closed = True
     self._pool.shutdown(wait=False, cancel_futures=True)
 
   def replicate(self, tree: Any) -> Any:
@@ -175,7 +179,10 @@ class Programs:
     needed = {("eval", who, False, False): self._trace_eval for who in evaluated}
     needed |= self._needed(phases, frozen)
     for key in self._made.keys() - needed.keys():
-      self._made.pop(key).cancel()
+      dropped = self._made.pop(key)
+      # Of several processes another may be compiling it already, and wait for this one.
+      if jax.process_count() == 1:
+        dropped.cancel()
     for key, trace in needed.items():
       self._request(key, trace)
 
@@ -275,38 +282,45 @@ class Programs:
     self, key: Any, trace: Callable[..., jax.stages.Traced]
   ) -> concurrent.futures.Future:
     if key not in self._made:
-      self._made[key] = self._pool.submit(self._make, key, trace)
+      turn = self._turns.take()
+      future = self._pool.submit(self._make, key, trace, turn)
+      future.add_done_callback(lambda _: self._turns.end(turn))  # also where it is cancelled
+      self._made[key] = future
     return self._made[key]
 
-  def _make(self, key: Any, trace: Callable[..., jax.stages.Traced]) -> Callable[..., Any]:
+  def _make(
+    self, key: Any, trace: Callable[..., jax.stages.Traced], turn: int
+  ) -> Callable[..., Any]:
     """A program, compiled or kept; what that took in memory goes back to the system."""
     try:
-      return self._kept_or_compiled(key, trace)
+      if self._kept is None:
+        return self._compile(key, trace, turn)
+      return self._kept.get(self._name(key), lambda: self._compile(key, trace, turn))
     finally:
       memory.trim()
 
-  def _compile(self, key: Any, trace: Callable[..., jax.stages.Traced]) -> Callable[..., Any]:
-    lowered = trace(*key[1:]).lower()
-    with self._compiling:
-      try:
-        return lowered.compile()
-      finally:
-        memory.trim()  # before the next program is compiled
-
-  def _kept_or_compiled(
-    self, key: Any, trace: Callable[..., jax.stages.Traced]
+  def _compile(
+    self, key: Any, trace: Callable[..., jax.stages.Traced], turn: int
   ) -> Callable[..., Any]:
-    if self._kept is None:
-      return self._compile(key, trace)
+    lowered = trace(*key[1:]).lower()
+    self._turns.wait(turn)
+    if self._closed:
+      raise concurrent.futures.CancelledError
+    compiled = lowered.compile()
+    memory.trim()  # before the next is compiled
+    self._turns.end(turn)
+    return compiled
+
+  def _name(self, key: Any) -> Any:
+    """Under which a program is kept."""
     # Only the models that are in it: evaluation of the run, later, has no teacher.
     models = [self._models[key[1]] if key[0] == "eval" else self._model]
     if key[0] == "train" and key[1].distill:
       models.append(self._teacher_model)
-    name = (
+    return (
       [sorted(part) if isinstance(part, frozenset) else part for part in key],
       list(map(str, models)),
     )
-    return self._kept.get(name, lambda: self._compile(key, trace))
 
   def _wait(self, key: Any, trace: Callable[..., jax.stages.Traced]) -> Callable[..., Any]:
     start, request = time.perf_counter(), self._request(key, trace)
@@ -467,6 +481,33 @@ class Programs:
     variables = sharded(variable_shapes(self._model, settings.data.image_size))
     jitted = jax.jit(calibrate, out_shardings=self._replicated)
     return jitted.trace(variables, image, self._key_shape, scalar)
+
+
+class _Turns:
+  """One thread at a time, in the order in which the turns were taken."""
+
+  def __init__(self):
+    self._changed = threading.Condition()
+    self._taken: list[int] = []
+    self._numbers = itertools.count()
+
+  def take(self) -> int:
+    """A turn after all others."""
+    with self._changed:
+      self._taken.append(next(self._numbers))
+      return self._taken[-1]
+
+  def wait(self, turn: int) -> None:
+    """Returns when all earlier turns have ended."""
+    with self._changed:
+      self._changed.wait_for(lambda: self._taken[0] == turn)
+
+  def end(self, turn: int) -> None:
+    """Ends a turn, whether it has come or not; once more does nothing."""
+    with self._changed:
+      if turn in self._taken:
+        self._taken.remove(turn)
+        self._changed.notify_all()
 
 
 def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:

@@ -1,6 +1,12 @@
-"""Programs are compiled one at a time, and held no longer than the run needs them."""
+"""Programs are compiled one at a time in the order of the requests, and held no longer than the
+run needs them.
+"""
 
+import concurrent.futures
 import gc
+import itertools
+import threading
+import time
 import weakref
 
 import jax
@@ -25,10 +31,11 @@ def programs(tiny):
 
 
 def test_xla_has_one_program_at_a_time(programs):
-  spans = []
+  spans, begin = [], time.time()
 
   def note(event, start, end, **_):
-    if event == "/jax/core/compile/backend_compile_duration":
+    # Programs of tests before this one may still be compiled.
+    if event == "/jax/core/compile/backend_compile_duration" and start >= begin:
       spans.append((start, end))
 
   jax.monitoring.register_event_time_span_listener(note)
@@ -38,8 +45,53 @@ def test_xla_has_one_program_at_a_time(programs):
     programs.eval_step(False, False, "teacher")
   finally:
     jax.monitoring.unregister_event_time_span_listener(note)
-  (_, first_end), (second_start, _) = sorted(spans)
-  assert first_end <= second_start
+  spans.sort()
+  assert len(spans) >= 2
+  assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+class Evaluation:
+  """In place of an evaluation that is traced; notes when it is compiled."""
+
+  def __init__(self, who, compiled, may_end):
+    self._who, self._compiled, self._may_end = who, compiled, may_end
+
+  def lower(self):
+    return self
+
+  def compile(self):
+    self._compiled.append(self._who)
+    assert self._may_end.wait(60)
+    return self._who
+
+
+def test_programs_are_compiled_in_the_order_of_the_requests(programs, monkeypatch):
+  order, may_end = [], threading.Event()
+  may_end.set()
+
+  def trace(quantized_weights, quantized_acts, who):
+    time.sleep(0.2 if who == "teacher" else 0)
+    return Evaluation(who, order, may_end)
+
+  monkeypatch.setattr(programs, "trace_eval_step", trace)
+  programs.prefetch((), lambda phase: None, ["teacher", "student"])
+  assert programs.eval_step(False, False, "student") == "student"
+  assert order == ["teacher", "student"]
+
+
+def test_what_waits_is_not_compiled_once_all_is_closed(programs, monkeypatch):
+  compiled, may_end = [], threading.Event()
+  monkeypatch.setattr(
+    programs, "trace_eval_step", lambda *arguments: Evaluation(arguments[2], compiled, may_end)
+  )
+  programs.prefetch((), lambda phase: None, ["teacher", "student"])
+  while not compiled:
+    time.sleep(0.01)
+  programs.close()
+  may_end.set()
+  with pytest.raises(concurrent.futures.CancelledError):
+    programs.eval_step(False, False, "student")
+  assert compiled == ["teacher"]
 
 
 def test_what_no_later_phase_needs_is_dropped(programs):
