@@ -3,6 +3,7 @@ the flags.
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -49,11 +50,14 @@ class Hooks(NamedTuple):
     callbacks: told of every event, in every process.
     clock: in seconds; decides when `checkpoint.minutes` are over.
     devices: that the run uses, or None for all.
+    plots: whether pictures are drawn at the end, for the report and for TensorBoard. It takes some
+      seconds, which many short runs may want to save.
   """
 
   callbacks: Sequence[Observer] = ()
   clock: Callable[[], float] = time.monotonic
   devices: Sequence[jax.Device] | None = None
+  plots: bool = True
 
 
 def main(
@@ -78,7 +82,7 @@ def main(
     export_formats: what mode export writes.
     fork_from: the directory of a run whose first phases a new run in mode train begins with; see
       `fork`.
-    hooks: callbacks, clock and devices of mode train.
+    hooks: callbacks and more for mode train.
 
   Raises:
     ConfigError: anything that the user can mend.
@@ -190,7 +194,7 @@ def train(
     settings: validated.
     workdir: the run's directory.
     fork_from: the run whose first phases a new run begins with, or "".
-    hooks: callbacks, clock, devices.
+    hooks: callbacks and more.
 
   Returns:
     What `result.json` holds, in the first process; None in the others.
@@ -241,7 +245,7 @@ def train(
       _programs_directory(settings),
     )
     closing.callback(programs.close)
-    watchers = _watchers(screen, facts, workdir) if distributed.is_first() else []
+    watchers = _watchers(screen, facts, workdir, hooks.plots) if distributed.is_first() else []
     observer = Observers([*hooks.callbacks, *watchers])
     closing.callback(observer.close)
     loop = Loop(
@@ -257,7 +261,9 @@ def train(
     end = loop.run(snapshot)
     if not distributed.is_first():
       return None
-    result = files.write_report(workdir, settings, phases, end.progress, end.best["params"])
+    result = files.write_report(
+      workdir, settings, phases, end.progress, end.best["params"], plots=hooks.plots
+    )
   console.print_table(screen, result)
   screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
   return result
@@ -319,11 +325,12 @@ def _programs_directory(settings: Settings) -> epath.Path | None:
   return _cache(settings) / "programs" if settings.compilation_cache else None
 
 
-def _watchers(screen, facts, workdir):
+def _watchers(screen, facts, workdir, pictures):
   # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
   from profit_jax.report.tensorboard import TensorBoardObserver
 
-  events = TensorBoardObserver(os.fspath(workdir), lambda text: _warn(screen, text))
+  warn = functools.partial(_warn, screen)
+  events = TensorBoardObserver(os.fspath(workdir), warn, pictures=pictures)
   return [console.ConsoleObserver(screen, facts.num_classes), events]
 
 

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from profit_jax.data.base import Batch, Facts, Host
 from profit_jax.data.normalize import Normalization
@@ -30,6 +28,8 @@ class Digits:
     """Args: image_size in pixels; augment: shift the training images; seed: of order and shifts;
     host: whose rows.
     """
+    from sklearn.datasets import load_digits  # here, because it takes a second or two to import
+
     scans = load_digits()
     images = np.stack([_enlarge(scan, image_size) for scan in scans.images])
     labels = scans.target.astype(np.int32)
@@ -64,6 +64,8 @@ class Digits:
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """The numbers of the scans to train and to evaluate on, by class in equal shares."""
+  from sklearn.model_selection import train_test_split
+
   numbers = np.arange(len(labels))
   return tuple(
     train_test_split(numbers, train_size=TRAIN_EXAMPLES, stratify=labels, random_state=SPLIT_SEED)

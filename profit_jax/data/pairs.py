@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from profit_jax.data.base import Batch, Facts, Host
 from profit_jax.data.digits import batch, split
@@ -78,7 +77,10 @@ class Pairs:
       distortion: of training and evaluation images.
     """
     self._distortion = distortion
-    self._scans, self._digits = load_digits().images.astype(np.float32) / 16, load_digits().target
+    from sklearn.datasets import load_digits  # here, because it takes a second or two to import
+
+    scans = load_digits()
+    self._scans, self._digits = scans.images.astype(np.float32) / 16, scans.target
     self._train, self._eval = split(self._digits)
     self._size, self._augment, self._seed, self._host = image_size, augment, seed, host
     self._evaluation = self._drawn(np.random.default_rng((0, 0, _EVAL)), self._eval, EVAL_EXAMPLES)

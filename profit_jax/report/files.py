@@ -285,8 +285,9 @@ def write_report(
   phases: tuple[Phase, ...],
   progress: Progress,
   params: Any,
+  plots: bool = True,
 ) -> dict[str, Any]:
-  """Writes `result.json`, the plots and `report.md` of a finished run.
+  """Writes `result.json`, the plots (where they are asked for) and `report.md` of a finished run.
 
   Returns:
     The result.
@@ -312,7 +313,7 @@ def write_report(
       f"then all learning rates are multiplied by {progress.learning_rate_scale:g}."
     )
   try:
-    captions = write_plots(workdir / "plots", progress, phases, params)
+    captions = write_plots(workdir / "plots", progress, phases, params) if plots else {}
     stated = policy.markdown(settings, phases, read_data(workdir), result["environment"], params)
     _write(workdir / "report.md", _markdown(result, start, captions, stated))
     _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")

@@ -45,12 +45,12 @@ class TensorBoardObserver(Observer):
   * at the first, every fifth and the last epoch of a phase.
   """
 
-  def __init__(self, logdir: str, warn: Callable[[str], None]):
+  def __init__(self, logdir: str, warn: Callable[[str], None], pictures: bool = True):
     """Args: logdir: any path that TensorFlow's file system opens; warn: told when nothing more can
-    be written.
+    be written; pictures: whether the heat map is drawn.
     """
     self._writer: metric_writers.SummaryWriter | None = metric_writers.SummaryWriter(logdir)
-    self._warn = warn
+    self._warn, self._pictures = warn, pictures
     self._step = 0
 
   def _write(self, step: int, scalars: dict[str, float], flush: bool = False) -> None:
@@ -123,7 +123,7 @@ class TensorBoardObserver(Observer):
   def run_done(self, progress: Progress, params: Any) -> None:
     """See `Observer`."""
     del params
-    image = plots.instability_image(progress)
+    image = plots.instability_image(progress) if self._pictures else None
     if image is not None:
       self._attempt(lambda writer: writer.write_images(self._step, {"instability": image[None]}))
 

@@ -1,9 +1,5 @@
-"""One of several processes that train the tiny net; the last one can send itself a signal.
+"""One of several processes that train the tiny net; the last one can send itself a signal."""
 
-python -m tests.train.processes WORKDIR COORDINATOR PROCESSES ID [SIGNAL NUMBER]
-"""
-
-import signal
 import sys
 
 import jax
@@ -12,7 +8,8 @@ from profit_jax import app, distributed
 from profit_jax.models import REGISTRY
 from profit_jax.settings import Ending
 from tests.train.conftest import tiny_config
-from tests.train.runs import SignalAt
+from tests.train.forked import redirect
+from tests.train.runs import WITHOUT_PLOTS, SignalAt
 from tests.train.tiny import TinyNet
 
 
@@ -32,22 +29,33 @@ def config():
   )
 
 
-def main(workdir, coordinator, processes, process, asked="", at=""):
-  REGISTRY["tiny"] = TinyNet
-  hooks = app.Hooks()
-  if asked and int(process) == int(processes) - 1:
-    hooks = SignalAt({int(at): signal.Signals[asked]}).hooks
-  # Ten seconds instead of a hundred: a test waits for it.
-  cluster = app.Cluster(coordinator, int(processes), int(process), heartbeat_seconds=10)
-  try:
-    app.main(config(), workdir, "train", cluster=cluster, hooks=hooks)
-  except Ending as ending:
-    print(f"{ending.label}: {ending}")
-    distributed.leave(ending.code, ending.everywhere)
+def train(workdir, coordinator, processes, process, signals):
+  """Trains.
 
-
-if __name__ == "__main__":
+  Args:
+    workdir: of the run; beside it lies what the process prints, see `printed`.
+    coordinator: address of the first process.
+    processes: how many there are.
+    process: the number of this one.
+    signals: that the last one sends itself, as `SignalAt` takes them.
+  """
+  redirect(*printed(workdir, process))
   jax.config.update("jax_num_cpu_devices", 2)
   # As `tests/conftest.py`: the starts of a run share even the smallest programs.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-  main(*sys.argv[1:])
+  REGISTRY["tiny"] = TinyNet
+  hooks = SignalAt(signals).hooks if process == processes - 1 else WITHOUT_PLOTS
+  # Ten seconds instead of a hundred: a test waits for it.
+  cluster = app.Cluster(coordinator, processes, process, heartbeat_seconds=10)
+  try:
+    app.main(config(), str(workdir), "train", cluster=cluster, hooks=hooks)
+  except Ending as ending:
+    print(f"{ending.label}: {ending}")
+    distributed.leave(ending.code, ending.everywhere)
+  sys.stdout.flush()
+  jax.distributed.shutdown()  # as JAX does where Python ends by itself
+
+
+def printed(workdir, process):
+  """The files of a process's output and errors."""
+  return [workdir.with_name(f"{workdir.name}_{process}.{name}") for name in ("out", "err")]

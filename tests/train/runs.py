@@ -9,6 +9,8 @@ from profit_jax import snapshots
 from profit_jax.app import Hooks
 from profit_jax.train.observer import Observer
 
+# Of runs whose pictures no test looks at.
+WITHOUT_PLOTS = Hooks(plots=False)
 STEPS_PER_EPOCH = 10  # of the tiny configuration: 1347 digits in batches of 128
 
 
@@ -75,13 +77,13 @@ class SignalAt(Observer):
 
   @property
   def hooks(self):
-    return Hooks(callbacks=[self])
+    return Hooks(callbacks=[self], plots=False)
 
 
 class SaveAt(Observer):
-  """A clock by which a run saves these checkpoints, besides those at the ends of phases.
+  """A clock by which a run saves these checkpoints in addition to those at the ends of phases.
 
-  With `stop`, the run ends right after each of them, as by Ctrl-C.
+  With `stop`, the run ends right after each of them.
   """
 
   def __init__(self, numbers, stop=False):
@@ -97,4 +99,4 @@ class SaveAt(Observer):
 
   @property
   def hooks(self):
-    return Hooks(callbacks=[self], clock=lambda: self._now)
+    return Hooks(callbacks=[self], clock=lambda: self._now, plots=False)

@@ -10,6 +10,7 @@ from profit_jax.models import REGISTRY
 from profit_jax.settings import ConfigError, parse
 from tests.train.conftest import tiny_config
 from tests.train.runs import (
+  WITHOUT_PLOTS,
   assert_same_checkpoint,
   damage,
   newest_of,
@@ -18,7 +19,6 @@ from tests.train.runs import (
   without_times,
 )
 
-# Of the tiny run: those that it keeps.
 # Checkpoints at the ends of the last three phases, which the finished run keeps.
 ENDS = {7: number(7), 8: number(8), 9: number(9)}
 
@@ -80,10 +80,10 @@ def other(finished_run, tmp_path):
 def test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit(other, tmp_path, capsys):
   changes = {"plan.freeze_fractions": (1 / 3, 1.0)}
   run, alone = tmp_path / "run", tmp_path / "alone"
-  app.main(tiny_config(**changes), str(run), "train", fork_from=str(other))
+  app.main(tiny_config(**changes), str(run), "train", fork_from=str(other), hooks=WITHOUT_PLOTS)
   for text in (capsys.readouterr().out, (run / "report.md").read_text()):
     assert f"phase 7, this is the run in {other}" in " ".join(text.split())
-  app.main(tiny_config(**changes), str(alone), "train")
+  app.main(tiny_config(**changes), str(alone), "train", hooks=WITHOUT_PLOTS)
   result = without_times(result_of(run))
   assert result.pop("forked_from") == {"run": str(other), "phases": 7}
   assert len(result["phases"][7]["frozen"]) == 3
@@ -94,7 +94,7 @@ def test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit(other, tmp_pa
   assert_same_checkpoint(ours, theirs)
   # It has begun: the same command resumes from its own checkpoints, without the other run.
   shutil.rmtree(other)
-  app.main(tiny_config(**changes), str(run), "train", fork_from=str(other))
+  app.main(tiny_config(**changes), str(run), "train", fork_from=str(other), hooks=WITHOUT_PLOTS)
 
 
 def refused(run, fork_from, **changes):

@@ -9,12 +9,10 @@ import pytest
 from configs import mbv2_w4
 from profit_jax import app
 from tests.data import pictures
-from tests.train.runs import result_of
+from tests.train.runs import WITHOUT_PLOTS, result_of
 from tests.wrong_input import command
 
 ROOT = pathlib.Path(__file__).parents[2]
-# ml_collections' way to load a configuration file.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
 # A step for every epoch.
 ONE_STEP = {
   "plan.full_precision_epochs": 1,
@@ -49,7 +47,7 @@ def published(**changes):
 def test_the_published_configuration_runs_its_22_phases(tiny, tmp_path, capsys):
   # On the digits, because opening a set of files takes TensorFlow a second or two in every epoch.
   changes = {"data.name": "digits", "data.image_size": 16, "train.batch_size": 1344}
-  app.main(published(**changes), str(tmp_path), "train")
+  app.main(published(**changes), str(tmp_path), "train", hooks=WITHOUT_PLOTS)
   assert "22 phases, 22 epochs, to w4a4" in capsys.readouterr().out
   result = result_of(tmp_path)
   steps = [(phase["index"], phase["steps"]) for phase in result["phases"]]
@@ -64,7 +62,7 @@ def test_the_published_configuration_trains_on_a_tfds_set(tiny, written, tmp_pat
   changes = {"data.name": "cuttings", "data.data_dir": str(written / "tfds")}
   changes |= {"data.image_size": 96, "train.batch_size": 4, "train.eval_batch_size": 4}
   changes |= {"plan.weight_bits": (), "plan.act_bits": ()}
-  app.main(published(**changes), str(tmp_path), "train")
+  app.main(published(**changes), str(tmp_path), "train", hooks=WITHOUT_PLOTS)
   result = result_of(tmp_path)
   assert (result["model"], result["dataset"]) == ("tiny", "cuttings")
   assert result["phases"][0]["steps"] == 1

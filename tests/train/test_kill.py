@@ -1,6 +1,5 @@
 """SIGKILL at any instant: the same command goes on, and ends with the same bits."""
 
-import multiprocessing
 import time
 
 import jax
@@ -8,26 +7,20 @@ import pytest
 
 from profit_jax import app, snapshots
 from profit_jax.settings import ConfigError
+from tests.train import forked, killed
 from tests.train.conftest import tiny_config
 from tests.train.runs import assert_same_run, number
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-  """Starts the tiny run, forked from a process that has imported everything once."""
-  server = multiprocessing.get_context("forkserver")
-  server.set_forkserver_preload(["tests.train.killed"])
+  """Starts the tiny run."""
   log = tmp_path_factory.mktemp("log") / "log"
 
   def start(workdir):
-    from tests.train import killed
-
     changes = {"checkpoint.minutes": 0.002}  # a save at nearly every step
-    process = server.Process(
-      target=killed.train, args=(str(workdir), jax.config.jax_compilation_cache_dir, log, changes)
-    )
-    process.start()
-    return process
+    cache = jax.config.jax_compilation_cache_dir
+    return forked.start(killed.train, str(workdir), cache, log, changes)
 
   return start
 

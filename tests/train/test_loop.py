@@ -15,10 +15,12 @@ from profit_jax.models import variable_shapes
 from profit_jax.settings import ConfigError
 from profit_jax.train.interrupt import Stopped
 from profit_jax.train.observer import Observer
+from profit_jax.train.programs import Programs
 from profit_jax.train.sanity import NotFinite
 from profit_jax.train.state import create_state
 from tests.train.conftest import PHASES, tiny_config
 from tests.train.runs import (
+  WITHOUT_PLOTS,
   SaveAt,
   SignalAt,
   assert_same_run,
@@ -127,10 +129,13 @@ class Untrained(Observer):
     pytest.fail(f"trained again: {phase.name}")
 
 
-def test_a_finished_run_is_not_trained_again(finished_run):
-  before = result_of(finished_run)
-  app.main(tiny_config(), str(finished_run), "train", hooks=app.Hooks(callbacks=[Untrained()]))
-  assert result_of(finished_run) == before
+def test_a_finished_run_is_not_trained_again(finished_run, tmp_path):
+  # A copy: it writes its report again, while other processes read the shared run.
+  run = shutil.copytree(finished_run, tmp_path / "run")
+  before = result_of(run)
+  hooks = app.Hooks(callbacks=[Untrained()], plots=False)
+  app.main(tiny_config(), str(run), "train", hooks=hooks)
+  assert result_of(run) == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(
@@ -139,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(
   run = shutil.copytree(finished_run, tmp_path / "run")
   newest = snapshots.saved_numbers(run / "checkpoints")[-1]
   damage(run / "checkpoints" / str(newest))
-  app.main(tiny_config(), str(run), "train")
+  app.main(tiny_config(), str(run), "train", hooks=WITHOUT_PLOTS)
   printed = capsys.readouterr().out
   assert f"{run}/checkpoints/{newest} is damaged" in printed
   assert "phase 8 of 9" in printed  # it resumes from the end of the phase before
@@ -202,17 +207,18 @@ def test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back(tiny, tmp
   config = tiny_config(
     **DIVERGING, **{"recovery.retries": 2, "recovery.learning_rate_factor": 0.05}
   )
-  app.main(config, str(shutil.copytree(run, tmp_path / "other")), "train")
+  other = shutil.copytree(run, tmp_path / "other")
+  app.main(config, str(other), "train", hooks=WITHOUT_PLOTS)
   assert "retry 1 of 2" in " ".join(capsys.readouterr().out.split())
   with pytest.raises(Stopped, match=r"after 1 of its 20 epochs and 5 of 10 steps"):
-    app.main(config, str(run), "train", hooks=app.Hooks(callbacks=[InterruptAfterRetry()]))
+    app.main(config, str(run), "train", hooks=app.Hooks([InterruptAfterRetry()]))
   again = newest_of(run)
   assert (again.number, again.values["retries"]) == (number(1, 6), 1)
   assert again.values["learning_rate_scale"] == 0.05
   with pytest.raises(Stopped):
     app.main(config, str(run), "train", hooks=SignalAt({number(10, 3): signal.SIGTERM}).hooks)
-  app.main(config, str(run), "train")
-  assert_same_run(run, tmp_path / "other")
+  app.main(config, str(run), "train", hooks=WITHOUT_PLOTS)
+  assert_same_run(run, other)
   end = newest_of(run)
   assert (end.values["retries"], end.values["learning_rate_scale"]) == (1, 0.05)
   assert "all learning rates are multiplied by 0.05" in (run / "report.md").read_text()
@@ -235,7 +241,7 @@ def test_the_best_weights_have_the_bits_that_were_asked_for(tiny, tmp_path):
     "plan.full_precision_epochs": 10,
     "train.learning_rate": 1e-6,
   }
-  app.main(tiny_config(**changes), str(tmp_path), "train")
+  app.main(tiny_config(**changes), str(tmp_path), "train", hooks=WITHOUT_PLOTS)
   result = result_of(tmp_path)
   best = [max(phase["top1"], phase["top1_ema"]) for phase in result["phases"]]
   assert best[0] > best[1]
@@ -274,9 +280,19 @@ def test_state_of_another_optimizer_is_refused(finished_run):
     },
   ],
 )
-def test_partial_plans_run(tiny, tmp_path, changes):
-  app.main(tiny_config(**changes), str(tmp_path), "train")
+def test_partial_plans_run(tiny, tmp_path, monkeypatch, changes):
+  asked, prefetch = [], Programs.prefetch
+
+  def note(programs, phases, *more):
+    asked.append([phase.index for phase in phases])
+    prefetch(programs, phases, *more)
+
+  monkeypatch.setattr(Programs, "prefetch", note)
+  app.main(tiny_config(**changes), str(tmp_path), "train", hooks=WITHOUT_PLOTS)
   result = result_of(tmp_path)
+  # At the beginning and after every phase: what no later phase needs is dropped.
+  indices = [phase["index"] for phase in result["phases"]]
+  assert asked == [indices[done:] for done in range(len(indices) + 1)]
   bits = changes["plan.weight_bits"], changes["plan.act_bits"]
   assert (result["final"]["weight_bits"], result["final"]["act_bits"]) == tuple(
     b[-1] if b else None for b in bits

@@ -38,7 +38,9 @@ SHORTEST = {"plan.stabilize": False, "plan.profit": False, "teacher.model": "non
 )
 def test_a_whole_run(tiny, tmp_path, capsys, changes):
   run = tmp_path / "run"
-  app.main(tiny_config(**changes), str(run), "train")
+  # Pictures of quantizers with one interval a channel; other tests have those of the others.
+  hooks = app.Hooks(plots="quant.per_channel" in changes)
+  app.main(tiny_config(**changes), str(run), "train", hooks=hooks)
   final = json.loads((run / "result.json").read_text())["final"]
   capsys.readouterr()
   app.main(None, str(run), "eval")

@@ -1,5 +1,6 @@
 """Several processes and devices compute what one alone computes, and one of them writes."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -15,7 +16,8 @@ import pytest
 from profit_jax import app, distributed
 from profit_jax.settings import ConfigError
 from tests.data import pictures
-from tests.train.processes import config
+from tests.train import forked
+from tests.train.processes import config, printed, train
 from tests.train.runs import newest_of, number, result_of
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -47,24 +49,32 @@ def two_processes(tmp_path_factory):
   """The directory of a run of two processes with two devices each. For each of its three starts,
   the exit codes and what the processes printed.
   """
-  workdir = tmp_path_factory.mktemp("processes")
+  workdir = tmp_path_factory.mktemp("processes") / "run"
 
-  def start(*stop):
-    shared = ["-m", "tests.train.processes", str(workdir), f"localhost:{free_port()}", "2"]
-    return run_all([[*shared, str(i), *stop] for i in range(2)], [{}, {}])
+  def start(signals):
+    address = f"localhost:{free_port()}"
+    started = [forked.start(train, workdir, address, 2, i, signals) for i in range(2)]
+    for process in started:
+      process.join(150)
+      process.kill()
+    files = [printed(workdir, i) for i in range(2)]
+    texts = [tuple(file.read_text() for file in each) for each in files]
+    for file in itertools.chain(*files):
+      file.unlink()
+    return [process.exitcode for process in started], texts
 
   # The second process is told that its machine goes away; at the next start it dies silently.
   return workdir, [
-    start("SIGTERM", str(number(0, 3))),
-    start("SIGKILL", str(number(1, 3))),
-    start(),
+    start({number(0, 3): signal.SIGTERM}),
+    start({number(1, 3): signal.SIGKILL}),
+    start({}),
   ]
 
 
 def test_two_processes_of_two_devices_compute_what_one_device_computes(
   tiny, two_processes, tmp_path
 ):
-  hooks = app.Hooks(devices=jax.devices()[:1])
+  hooks = app.Hooks(devices=jax.devices()[:1], plots=False)
   app.main(config(), str(tmp_path), "train", hooks=hooks)
   runs = [two_processes[0], tmp_path]
   results = [result_of(run) for run in runs]

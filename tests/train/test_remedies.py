@@ -23,7 +23,7 @@ from profit_jax.train import optimizer, remedies, steps
 from profit_jax.train.interrupt import Stopped
 from profit_jax.train.state import create_state
 from tests.train.conftest import tiny_config
-from tests.train.runs import STEPS_PER_EPOCH, SignalAt, assert_same_run, number
+from tests.train.runs import STEPS_PER_EPOCH, WITHOUT_PLOTS, SignalAt, assert_same_run, number
 from tests.train.tiny import TinyNet
 
 STEPS = np.float32(3)  # 3 bits: codes -3 to 3
@@ -272,7 +272,7 @@ def test_a_stopped_run_ends_the_same(remedied, tmp_path):
   for _ in signals:
     with pytest.raises(Stopped):
       app.main(tiny_config(**SHORT), str(tmp_path / "run"), "train", hooks=sent.hooks)
-  app.main(tiny_config(**SHORT), str(tmp_path / "run"), "train")
+  app.main(tiny_config(**SHORT), str(tmp_path / "run"), "train", hooks=WITHOUT_PLOTS)
   assert sent.reached == list(signals)
   assert_same_run(tmp_path / "run", remedied)
 

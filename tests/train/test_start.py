@@ -21,7 +21,7 @@ from profit_jax.train import start
 from profit_jax.weights.save import named_tensors, write_safetensors
 from tests import golden_data
 from tests.train.conftest import tiny_config
-from tests.train.runs import SaveAt, number
+from tests.train.runs import WITHOUT_PLOTS, SaveAt, number
 from tests.train.tiny import TinyNet
 
 # Full precision alone: taught by the weights that it starts from.
@@ -162,7 +162,7 @@ def test_near_chance_is_a_tenth_of_the_way_from_guessing(top1, classes, near):
 
 def test_a_run_that_starts_from_a_run_is_evaluated_before_training(finished_run, tmp_path, capsys):
   config = tiny_config(**FULL_PRECISION, **{"init.weights": str(finished_run)})
-  app.main(config, str(tmp_path), "train")
+  app.main(config, str(tmp_path), "train", hooks=WITHOUT_PLOTS)
   printed = capsys.readouterr().out
   assert printed.index("Before training") < printed.index(" fp ")
   assert "NEAR CHANCE" not in printed
@@ -184,7 +184,7 @@ def test_a_run_from_a_file_resumes_without_it(finished_run, tmp_path):
   with pytest.raises(KeyboardInterrupt):
     app.main(config, str(tmp_path / "run"), "train", hooks=SaveAt([number(1)], stop=True).hooks)
   file.unlink()
-  app.main(config, str(tmp_path / "run"), "train")
+  app.main(config, str(tmp_path / "run"), "train", hooks=WITHOUT_PLOTS)
   assert json.loads((tmp_path / "run" / "result.json").read_text())["final"]["top1"] > 20
 
 
@@ -242,7 +242,8 @@ def test_another_net_teaches_and_a_bad_one_is_loud(tiny, tmp_path, capsys):
   file = str(tmp_path / "w.safetensors")
   write_safetensors(file, named_tensors("tiny", variables, "profit_jax"), {})
   changes = {"teacher.model": "tiny", "teacher.weights": file}
-  app.main(tiny_config(**changes, **FULL_PRECISION), str(tmp_path / "run"), "train")
+  config = tiny_config(**changes, **FULL_PRECISION)
+  app.main(config, str(tmp_path / "run"), "train", hooks=WITHOUT_PLOTS)
   printed = capsys.readouterr().out
   assert "The teacher, in full precision: top-1 " in printed
   assert "TEACHER NEAR CHANCE" in printed
