@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-# Wrong input is drawn 40 times a test, not 20; see tests/test_wrong_input.py.
+# Wrong input is drawn 40 times a test, not 20; see tests/drawn.py.
 test-all: export HYPOTHESIS_PROFILE ?= ci
 test-all: $(VENV)/extras
 	$(BIN)/python $(PYTEST)

@@ -6,7 +6,8 @@ Runs the demo twice in fresh directories: the first run compiles every program, 
 them. Every 50 ms the resident memory of the run and of its children is read from /proc and summed;
 shared pages count once for every process that maps them, so the sum is never too low. Prints a row
 a run: the highest sum, the second at which it was reached, the last line that the run had printed
-by then, and the highest sum within each phase. Exits with 1 if a run exceeds the limit. Linux only.
+by then, and the highest sum before each printed line. Exits with 1 if a run exceeds the limit.
+Linux only.
 """
 
 import argparse

@@ -20,7 +20,7 @@ image = image.resize(
   Image.Resampling[card["input"]["interpolation"].upper()],
 )
 left, top = (round((side - size) / 2) for side in image.size)
-# Uint8 [1, size, size, 3].
+# As uint8 [1, size, size, 3].
 pixels = np.asarray(image.crop((left, top, left + size, top + size)))[None]
 session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 (logits,) = session.run(None, {"image": pixels})

@@ -21,8 +21,9 @@ import tempfile
 import jax
 import pytest
 
-from tests import tiers
+from tests import drawn, tiers
 
+drawn.load_profile()
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -3,7 +3,6 @@ exit code 2.
 """
 
 import json
-import os
 import pathlib
 import re
 
@@ -20,6 +19,7 @@ from profit_jax.settings import ConfigError, parse
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import named_tensors
+from tests.drawn import PROFILE, share_of_examples
 from tests.traced import TwoBlocks, deep_check
 from tests.wrong_input import (
   FIELDS,
@@ -38,25 +38,6 @@ from tests.wrong_input import (
   wrong_tensors,
 )
 
-# Examples of each test. `make test-all` sets the profile ci. By hand:
-# HYPOTHESIS_PROFILE=full pytest tests/test_wrong_input.py
-EXAMPLES = {"fast": 20, "ci": 40, "full": 500}
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fast")
-for name, count in EXAMPLES.items():
-  derandomize = name != "full"
-  hypothesis.settings.register_profile(
-    name, max_examples=count, deadline=None, derandomize=derandomize, database=None
-  )
-hypothesis.settings.load_profile(PROFILE)
-
-
-def share_of_examples(share):
-  """Fewer examples for a test whose examples are expensive or few."""
-  return hypothesis.settings(max_examples=round(share * EXAMPLES[PROFILE]))
-
-
-# ml_collections' way to load a configuration file.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
 DIGITS = "--config=configs/digits_w4.py:mobilenet_v1"
 configs = st.sampled_from([f"--config=configs/digits_w4.py:{model}" for model in MODELS])
 
@@ -362,4 +343,7 @@ def test_damaged_files_of_a_run_are_refused(directory, data, name):
   (workdir / name).write_bytes(data.draw(damaged((workdir / name).read_bytes())))
   code, _, err = command("--mode=eval", f"--workdir={workdir}")
   # Also where the damage cannot be seen: the run has no checkpoint.
-  assert_refused(code, err, [f"{workdir}/{name}", f"{workdir}: {name}", f"{workdir} ", "config."])
+  sections = [
+    f"config.{section}" for section in (*config, "json")[: -1 if name[0] == "d" else None]
+  ]
+  assert_refused(code, err, [f"{workdir}/{name}", f"{workdir}: {name}", f"{workdir} ", *sections])

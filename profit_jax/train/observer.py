@@ -66,7 +66,7 @@ class Observer:
 
     Args:
       number: of the checkpoint that the run would write here. An exception raised here ends the
-        run, as Ctrl-C would.
+        run at once, and nothing more is saved.
     """
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:

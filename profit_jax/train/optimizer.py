@@ -1,6 +1,5 @@
 """SGD with Nesterov momentum in four groups, as `optax.multi_transform` labels."""
 
-import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,6 @@ from flax import traverse_util
 from profit_jax.quant.methods import PREFIX
 
 WEIGHT, NORM, QUANT, FROZEN = "weight", "norm", "quant", "frozen"
-GROUPS = (WEIGHT, NORM, QUANT, FROZEN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,9 +102,3 @@ def make_optimizer(
     FROZEN: optax.set_to_zero(),
   }
   return optax.multi_transform(groups, labels)
-
-
-def count_groups(labels: Mapping[str, Any]) -> dict[str, int]:
-  """How many tensors each group holds."""
-  counts = collections.Counter(traverse_util.flatten_dict(labels).values())
-  return {group: counts[group] for group in GROUPS}

@@ -4,9 +4,10 @@ import collections
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from profit_jax.data.base import Host
-from profit_jax.data.digits import Digits
+from profit_jax.data.digits import Digits, split
 
 
 @pytest.fixture(scope="module")
@@ -15,19 +16,22 @@ def source():
 
 
 def test_split_is_stratified_and_disjoint(source):
-  (train, train_labels), (evaluation, labels) = source._train, source._eval
+  labels = load_digits().target
+  train, evaluation = split(labels)
   assert (len(train), len(evaluation)) == (1347, 450)
-  share = np.bincount(train_labels) / len(train_labels) - np.bincount(labels) / len(labels)
+  assert sorted([*train, *evaluation]) == list(range(1797))
+  share = np.bincount(labels[train]) / 1347 - np.bincount(labels[evaluation]) / 450
   assert np.abs(share).max() < 0.003
-  plain = Digits(image_size=8, augment=False, seed=5)  # the split does not depend on the seed
-  assert np.array_equal(plain._eval[1], labels)
+  for each in (source, Digits(image_size=8, augment=False, seed=5)):  # whatever the seed is
+    assert np.array_equal(next(each.eval_batches(450))["label"], labels[evaluation])
 
 
 def test_evaluation_counts_every_image_once(source):
   batches = list(source.eval_batches(128))
   assert {batch["image"].shape for batch in batches} == {(128, 32, 32, 3)}
   seen = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
-  assert np.array_equal(seen[..., 0], source._eval[0])
+  assert np.array_equal(seen, next(source.eval_batches(450))["image"])
+  assert len(np.unique(seen, axis=0)) == 450
   assert sum(batch["mask"].sum() for batch in batches) == 450
 
 
@@ -53,7 +57,9 @@ def test_an_epoch_shows_an_image_at_most_once_and_leaves_out_less_than_a_batch()
     -1, 64
   )
   assert len(seen) == 1344
-  available = collections.Counter(map(bytes, source._train[0].reshape(-1, 64)))
+  every = [batch["image"][..., 0].reshape(64) for batch in source.train_batches(1, 1)]
+  assert len(every) == 1347
+  available = collections.Counter(map(bytes, every))
   assert not collections.Counter(map(bytes, seen)) - available
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from profit_jax.models import build
 from profit_jax.settings import ConfigError
 from tests.export.conftest import MODEL, tiny_settings, write_run
 from tests.export.nets import changed, digits, random_variables
+from tests.wrong_input import command as run_command
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STEM = f"{MODEL}_w4a4"
@@ -30,8 +32,18 @@ STEM = f"{MODEL}_w4a4"
 @pytest.fixture(scope="module")
 def exported(random_run):
   """Its directory `export`, with all formats."""
-  app.main(None, str(random_run), "export")
+  code, printed, err = run_command("--mode=export", f"--workdir={random_run}")
+  assert code == 0, err
+  lines = [line for line in printed.splitlines() if STEM in line]
+  assert len(lines) == len(formats.DEFAULT)
+  assert all("top-1 equal" in line for line in lines), lines
   return random_run / "export"
+
+
+def test_a_run_is_evaluated_from_the_command_line(random_run):
+  code, printed, err = run_command("--mode=eval", f"--workdir={random_run}")
+  assert code == 0, err
+  assert re.match(r"w4a4: top-1 [\d.]+ %, top-5 [\d.]+ % on 450 images", printed)
 
 
 @pytest.mark.parametrize("name", formats.DEFAULT)
@@ -138,6 +150,16 @@ def test_all_formats_predict_the_same(exported, picture):
   np.testing.assert_allclose(
     [[p for _, p in best] for best in found], [[p for _, p in found[0]]] * len(found), rtol=1e-5
   )
+
+
+def test_the_command_prints_the_classes_of_every_picture(exported, picture, capsys):
+  file = exported / f"{STEM}.onnx"
+  assert predict.main([str(file), str(picture), str(picture)]) == 0
+  (best,) = predict.predict(file, [picture])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[:6] == lines[6:]
+  assert lines[0] == str(picture)
+  assert [line.split()[-1] for line in lines[1:6]] == [name for name, _ in best]
 
 
 def test_the_example_computes_the_same(exported, picture):

@@ -1,14 +1,15 @@
 """The tiny net as a registered model, and one whole run of it that many tests look at."""
 
 import os
+import pathlib
 
 import filelock
 import pytest
 
 from configs import digits_w4
-from profit_jax import app
 from profit_jax.models import REGISTRY
 from tests.train.tiny import TinyNet
+from tests.wrong_input import command
 
 PHASES = 9  # of `tiny_config()`, an epoch each
 
@@ -54,7 +55,7 @@ def tiny_config(**changes):
 
 @pytest.fixture(scope="session")
 def finished_run(tiny, tmp_path_factory):
-  """The directory of an uninterrupted run of `tiny_config()`.
+  """The directory of an uninterrupted run of `tiny_config()`, from the command line.
 
   All test processes of a session share it. The first that needs it trains it; a lock lets the
   others wait.
@@ -65,5 +66,7 @@ def finished_run(tiny, tmp_path_factory):
   workdir = session / "finished_run"
   with filelock.FileLock(session / "finished_run.lock"):
     if not (workdir / "result.json").exists():
-      app.main(tiny_config(), str(workdir), "train")
+      file = pathlib.Path(__file__).with_name("tiny_run.py")
+      code, _, err = command(f"--config={file}", f"--workdir={workdir}")
+      assert code == 0, err
   return workdir

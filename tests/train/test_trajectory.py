@@ -80,23 +80,6 @@ class CompiledModel(NamedTuple):
     return compiled_apply(self.model, train, tuple(mutable))(variables, image, levels, rngs)
 
 
-def make_step(name, stage, tx):
-  model, normalization = setting(name).model, Normalization((0.0,) * 3, (1.0,) * 3)
-  # As a run compiles it, the step is one program. So it is for MobileNet-v3; the stages of v2 share
-  # their models' programs, and apply the optimizer eagerly. With the fusion emitters, which
-  # other tests do without (tests/conftest.py), v2's stage as one program took 68 s, not 113.
-  whole = name == V3
-  model = model if whole else CompiledModel(model)
-  step = steps.make_train_step(
-    model,
-    tx,
-    normalization=normalization,
-    ema_rate=0.9,
-    distillation=steps.Distillation(model),
-  )
-  return jax.jit(step, compiler_options={"xla_cpu_use_fusion_emitters": True}) if whole else step
-
-
 @functools.cache
 def run(name, stage):
   """Every step of a stage, `[(state, metrics, AIWQ state), ...]`, the first entry before the first
@@ -112,7 +95,16 @@ def run(name, stage):
   )
   sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
   tx = optimizer.make_optimizer(labels, sgd)
-  step = make_step(name, stage, tx)
+  # Not one program, as in a run: stages share their model's programs, and the optimizer is applied
+  # eagerly, which takes less time in all.
+  model = CompiledModel(setting(name).model)
+  step = steps.make_train_step(
+    model,
+    tx,
+    normalization=Normalization((0.0,) * 3, (1.0,) * 3),
+    ema_rate=0.9,
+    distillation=steps.Distillation(model),
+  )
   with jax.enable_x64(True):
     state = create_state(student, ema=True).replace(opt_state=tx.init(student["params"]))
     sampling = aiwq.start(student["params"]) if weight_bits else None

@@ -1,0 +1,8 @@
+"""The configuration of the shared whole run, for the command line."""
+
+from tests.train.conftest import tiny_config
+
+
+def get_config():
+  """See `tests/train/conftest.py`."""
+  return tiny_config()
