@@ -1,4 +1,4 @@
-# make demo: installs into .venv, then trains PROFIT W4A4 on scikit-learn's digits and prints the table
+# make demo: installs into .venv, trains PROFIT W4A4 on scikit-learn's digits, prints the table
 # make test: installs into .venv, then runs the fast tests (about five minutes on two cores)
 # make test-all: also installs what the export formats qonnx and litert need, then runs all tests
 # make lint: ruff
@@ -12,8 +12,9 @@ PYTEST = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations
 VENV := .venv
 BIN := $(VENV)/bin
 
-# XLA on CPU takes its working memory anew at every step. With huge pages a training step of the demo has 400 page faults instead
-# of 19,800 and takes 55 ms instead of 98 ms (2 cores, no teacher, one measurement; glibc 2.35 and later, others ignore it).
+# XLA on CPU takes its working memory anew at every step. With huge pages a training step of the
+# demo has 400 page faults instead of 19,800 and takes 55 ms instead of 98 ms (2 cores, no teacher,
+# one measurement; glibc 2.35 and later, others ignore it).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 export TF_CPP_MIN_LOG_LEVEL := 2
 
@@ -25,7 +26,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python $(PYTEST) -m "not slow"
 
-# Wrong input is drawn 40 times a test, not 20; see tests/drawn.py.
+# Wrong input is drawn 30 times a test, not 20; see tests/drawn.py.
 test-all: export HYPOTHESIS_PROFILE ?= ci
 test-all: $(VENV)/extras
 	$(BIN)/python $(PYTEST)

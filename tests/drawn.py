@@ -7,7 +7,7 @@ import os
 
 import hypothesis
 
-EXAMPLES = {"fast": 20, "ci": 40, "full": 500}
+EXAMPLES = {"fast": 20, "ci": 30, "full": 500}
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "fast")
 
 

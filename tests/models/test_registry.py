@@ -45,6 +45,13 @@ def traced(name, strides=()):
   )
 
 
+@functools.cache
+def small(name, options):
+  """Shapes of a model's variables for ten classes, and what applies it to images of 64 pixels."""
+  model = REGISTRY[name](num_classes=10, **dict(options))
+  return variable_shapes(model, 64), jax.jit(model.apply)
+
+
 def settings(**changes):
   config = base.get_config()
   config.update_from_flattened_dict(changes)
@@ -54,14 +61,12 @@ def settings(**changes):
 @pytest.mark.parametrize(("file", "key"), PUBLISHED, ids=lambda value: value)
 def test_published_code_has_the_same_logits(file, key):
   name, options = PUBLISHED[file, key]
-  model = REGISTRY[name](num_classes=10, **options)
+  template, apply = small(name, tuple(options.items()))
   tensors = golden_data.full_precision_tensors(golden_data.load(f"{file}_shapes.json")[key])
-  loaded = import_variables(name, variable_shapes(model, 64), tensors, "golden", dtype=np.float64)
+  loaded = import_variables(name, template, tensors, "golden", dtype=np.float64)
   assert loaded.source == key.split("_")[0]
   with jax.enable_x64(True):
-    logits = jax.jit(model.apply)(
-      loaded.variables, golden_data.images(f"input:{key}", (2, 3, 64, 64))
-    )
+    logits = apply(loaded.variables, golden_data.images(f"input:{key}", (2, 3, 64, 64)))
   expected = golden_data.load(f"{file}_logits.npz")[key]
   assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
 

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 
 # Each would import TensorFlow, which takes longer than what most of them do.
-_IMPORTED = ["tensorflow", "tests.train.killed", "tests.train.processes"]
+_IMPORTED = ["tensorflow", "main", "tests.train.killed", "tests.train.processes"]
 
 
 def start(target, *arguments):

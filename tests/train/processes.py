@@ -1,9 +1,11 @@
 """One of several processes that train the tiny net; the last one can send itself a signal."""
 
+import os
 import sys
 
 import jax
 
+import main
 from profit_jax import app, distributed
 from profit_jax.models import REGISTRY
 from profit_jax.settings import Ending
@@ -54,6 +56,14 @@ def train(workdir, coordinator, processes, process, signals):
     distributed.leave(ending.code, ending.everywhere)
   sys.stdout.flush()
   jax.distributed.shutdown()  # as JAX does where Python ends by itself
+
+
+def run_main(arguments, environment, out, err):
+  """`main.py` with arguments."""
+  redirect(out, err)
+  os.environ.update(environment)
+  ended = main.run(["main.py", *arguments])
+  distributed.leave(*ended)
 
 
 def printed(workdir, process):

@@ -6,8 +6,6 @@ import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,7 +15,7 @@ from profit_jax import app, distributed
 from profit_jax.settings import ConfigError
 from tests.data import pictures
 from tests.train import forked
-from tests.train.processes import config, printed, train
+from tests.train.processes import config, printed, run_main, train
 from tests.train.runs import newest_of, number, result_of
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -29,19 +27,12 @@ def free_port():
     return free.getsockname()[1]
 
 
-def run_all(commands, environments):
-  """Starts a process for each command at once; returns exit codes, and (stdout, stderr) of each."""
-  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-  started = [
-    subprocess.Popen([sys.executable, *command], cwd=ROOT, env=os.environ | extra, **pipes)
-    for command, extra in zip(commands, environments, strict=True)
-  ]
-  try:
-    printed = [process.communicate(timeout=150) for process in started]
-  finally:
-    for process in started:
-      process.kill()
-  return [process.returncode for process in started], printed
+def ended(started):
+  """Waits for processes; returns their exit codes."""
+  for process in started:
+    process.join(150)
+    process.kill()
+  return [process.exitcode for process in started]
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +45,12 @@ def two_processes(tmp_path_factory):
   def start(signals):
     address = f"localhost:{free_port()}"
     started = [forked.start(train, workdir, address, 2, i, signals) for i in range(2)]
-    for process in started:
-      process.join(150)
-      process.kill()
+    codes = ended(started)
     files = [printed(workdir, i) for i in range(2)]
     texts = [tuple(file.read_text() for file in each) for each in files]
     for file in itertools.chain(*files):
       file.unlink()
-    return [process.exitcode for process in started], texts
+    return codes, texts
 
   # The second process is told that its machine goes away; at the next start it dies silently.
   return workdir, [
@@ -188,20 +177,23 @@ def test_what_fails_in_one_process_ends_all_of_them_soon(tmp_path):
   pictures.write_folder(tmp_path / "data")
   job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
   shared = [
-    "main.py",
     "--config=configs/digits_w4.py",
     f"--workdir={tmp_path / 'run'}",
     "--config.data.name=folder",
     "--config.train.batch_size=8",
   ]
-  codes, printed = run_all(
-    [[*shared, f"--config.data.data_dir={tmp_path / name}"] for name in ("data", "absent")],
-    [
-      {**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_PLATFORMS": "cpu"}
-      for i in range(2)
-    ],
-  )
-  assert codes == [2, 2], printed
-  assert "error: process 1 stopped" in printed[0][1]
-  assert "error: config.data.data_dir = " in printed[1][1]
+  started = [
+    forked.start(
+      run_main,
+      [*shared, f"--config.data.data_dir={tmp_path / name}"],
+      {**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+      *(tmp_path / f"{i}.{stream}" for stream in ("out", "err")),
+    )
+    for i, name in enumerate(("data", "absent"))
+  ]
+  codes = ended(started)
+  errors = [(tmp_path / f"{i}.err").read_text() for i in range(2)]
+  assert codes == [2, 2], errors
+  assert "error: process 1 stopped" in errors[0]
+  assert "error: config.data.data_dir = " in errors[1]
   assert not (tmp_path / "run").exists()
