@@ -3,9 +3,10 @@
 python benchmarks/readme_figures.py --workdir DIR [--only configs/digits_w4.py ...]
 
 Trains every digits configuration with seed 0 and exports it, one process each and one after the
-other. A run whose directory holds a `result.json` is not trained again; one that was interrupted
-resumes. Programs are compiled into DIR, so that the first run, the demo, starts from an empty
-cache. Its minutes are recorded: leave it the machine to itself.
+other. A run whose directory holds a `result.json` is not trained again, nor is one that diverged,
+whose accuracies are null; one that was interrupted resumes. Programs are compiled into DIR, so that
+the first run, the demo, starts from an empty cache. Its minutes are recorded: leave it the machine
+to itself.
 
 Writes `benchmarks/readme_figures.json`, which tests/test_readme.py compares with the texts, and
 `docs/demo.png`, the accuracy plot of the demo. With `--only` the other runs keep their figures.
@@ -19,6 +20,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -31,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 from configs import digits_w4
 
 FIGURES = ROOT / "benchmarks" / "readme_figures.json"
+_NOT_FINITE = 3  # exit code of main.py
 PICTURE = ROOT / "docs" / "demo.png"
 DEMO = "configs/digits_w4.py"
 OTHERS = [name for name in digits_w4.MODELS if name != "mobilenet_v2"]
@@ -59,7 +62,11 @@ def main() -> None:
   for config in options.only:
     directory = workdir / config.removeprefix("configs/").replace(".py", "").replace(":", "_")
     train_and_export(config, directory)
-    figures["measured"], figures["runs"][config] = describe(config, directory)
+    diverged = directory / "diverged.txt"
+    if diverged.exists():
+      figures["runs"][config] = describe_diverged(config, diverged.read_text())
+    else:
+      figures["measured"], figures["runs"][config] = describe(config, directory)
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"{config}: {figures['runs'][config]['final_line']}", flush=True)
     if config == DEMO:
@@ -67,12 +74,19 @@ def main() -> None:
 
 
 def train_and_export(config: str, directory: pathlib.Path) -> None:
-  """Leaves `result.json`, `export.txt`, and `seconds.txt` unless the run was interrupted."""
+  """Leaves `result.json`, `export.txt`, and `seconds.txt` unless the run was interrupted; or only
+  `diverged.txt`.
+  """
   run = directory / "run"
+  if (directory / "diverged.txt").exists():
+    return
   if not (run / "result.json").exists():
     interrupted = run.exists()
     start = time.perf_counter()
-    execute(train_command(config, str(run)), directory, "train.txt")
+    if execute(train_command(config, str(run)), directory, "train.txt") == _NOT_FINITE:
+      (error,) = re.findall("^error: .*", (directory / "train.txt").read_text(), flags=re.M)
+      (directory / "diverged.txt").write_text(error)
+      return
     if not interrupted:
       (directory / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}")
   if not (directory / "export.txt").exists():
@@ -90,8 +104,12 @@ def export_command(run: str) -> list[str]:
   return ["main.py", "--mode", "export", "--workdir", run]
 
 
-def execute(command: list[str], directory: pathlib.Path, log: str) -> None:
-  """Runs a command of this package; its output goes into the directory."""
+def execute(command: list[str], directory: pathlib.Path, log: str) -> int:
+  """Runs a command of this package; its output goes into the directory.
+
+  Returns:
+    0, or the exit code of a run whose numbers are not finite; any other ends this program.
+  """
   directory.mkdir(parents=True, exist_ok=True)
   environment = {
     **os.environ,
@@ -103,8 +121,22 @@ def execute(command: list[str], directory: pathlib.Path, log: str) -> None:
     done = subprocess.run(
       [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
     )
-  if done.returncode:
+  if done.returncode not in (0, _NOT_FINITE):
     sys.exit(f"{shlex.join(command)} failed with exit code {done.returncode}: {directory / log}")
+  return done.returncode
+
+
+def describe_diverged(config: str, error: str) -> dict[str, Any]:
+  """A run that ended with an error, which has no figures."""
+  return {
+    "command": shlex.join(["python", *train_command(config, "RUN")]),
+    "seed": 0,
+    "top1": None,
+    "top5": None,
+    "full_precision_top1": None,
+    "final_line": error,
+    "export": {"lines": []},
+  }
 
 
 def describe(config: str, directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
