@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 from configs import digits_w4
 
 FIGURES = ROOT / "benchmarks" / "readme_figures.json"
-_NOT_FINITE = 3  # exit code of main.py
 PICTURE = ROOT / "docs" / "demo.png"
+_NOT_FINITE = 3  # exit code of a run of main.py that diverged
 DEMO = "configs/digits_w4.py"
 OTHERS = [name for name in digits_w4.MODELS if name != "mobilenet_v2"]
 # What `--config` takes, in the order in which they run.
@@ -83,7 +83,8 @@ def train_and_export(config: str, directory: pathlib.Path) -> None:
   if not (run / "result.json").exists():
     interrupted = run.exists()
     start = time.perf_counter()
-    if execute(train_command(config, str(run)), directory, "train.txt") == _NOT_FINITE:
+    allowed = (0, _NOT_FINITE)
+    if execute(train_command(config, str(run)), directory, "train.txt", allowed) == _NOT_FINITE:
       (error,) = re.findall("^error: .*", (directory / "train.txt").read_text(), flags=re.M)
       (directory / "diverged.txt").write_text(error)
       return
@@ -104,11 +105,13 @@ def export_command(run: str) -> list[str]:
   return ["main.py", "--mode", "export", "--workdir", run]
 
 
-def execute(command: list[str], directory: pathlib.Path, log: str) -> int:
+def execute(
+  command: list[str], directory: pathlib.Path, log: str, allowed: tuple[int, ...] = (0,)
+) -> int:
   """Runs a command of this package; its output goes into the directory.
 
   Returns:
-    0, or the exit code of a run whose numbers are not finite; any other ends this program.
+    The exit code; one that is not allowed ends this program.
   """
   directory.mkdir(parents=True, exist_ok=True)
   environment = {
@@ -121,7 +124,7 @@ def execute(command: list[str], directory: pathlib.Path, log: str) -> int:
     done = subprocess.run(
       [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
     )
-  if done.returncode not in (0, _NOT_FINITE):
+  if done.returncode not in allowed:
     sys.exit(f"{shlex.join(command)} failed with exit code {done.returncode}: {directory / log}")
   return done.returncode
 

@@ -85,7 +85,9 @@ def test_what_waits_is_not_compiled_once_all_is_closed(programs, monkeypatch):
     programs, "trace_eval_step", lambda *arguments: Evaluation(arguments[2], compiled, may_end)
   )
   programs.prefetch((), lambda phase: None, ["teacher", "student"])
+  end = time.monotonic() + 60
   while not compiled:
+    assert time.monotonic() < end
     time.sleep(0.01)
   programs.close()
   may_end.set()

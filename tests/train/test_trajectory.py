@@ -80,6 +80,23 @@ class CompiledModel(NamedTuple):
     return compiled_apply(self.model, train, tuple(mutable))(variables, image, levels, rngs)
 
 
+def make_step(name, tx):
+  # In a run, a step is one program. So it is for MobileNet-v3, compiled with the fusion emitters,
+  # which other tests do without (tests/conftest.py): 91 s of CPU time, 75 s in parts. The stages of
+  # v2 share their model's programs, and apply the optimizer eagerly.
+  whole = name == V3
+  model = setting(name).model
+  model = model if whole else CompiledModel(model)
+  step = steps.make_train_step(
+    model,
+    tx,
+    normalization=Normalization((0.0,) * 3, (1.0,) * 3),
+    ema_rate=0.9,
+    distillation=steps.Distillation(model),
+  )
+  return jax.jit(step, compiler_options={"xla_cpu_use_fusion_emitters": True}) if whole else step
+
+
 @functools.cache
 def run(name, stage):
   """Every step of a stage, `[(state, metrics, AIWQ state), ...]`, the first entry before the first
@@ -95,16 +112,7 @@ def run(name, stage):
   )
   sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
   tx = optimizer.make_optimizer(labels, sgd)
-  # Not one program, as in a run: stages share their model's programs, and the optimizer is applied
-  # eagerly, which takes less time in all.
-  model = CompiledModel(setting(name).model)
-  step = steps.make_train_step(
-    model,
-    tx,
-    normalization=Normalization((0.0,) * 3, (1.0,) * 3),
-    ema_rate=0.9,
-    distillation=steps.Distillation(model),
-  )
+  step = make_step(name, tx)
   with jax.enable_x64(True):
     state = create_state(student, ema=True).replace(opt_state=tx.init(student["params"]))
     sampling = aiwq.start(student["params"]) if weight_bits else None
