@@ -18,7 +18,7 @@ from configs import base
 MODELS = {
   "mobilenet_v1": (0.25, (2, 1, 2, 2, 2, 1), 0.1),
   "mobilenet_v2": (0.25, (2, 1, 2, 2, 2, 1, 1, 1), 0.03),
-  "mobilenet_v3_large": (0.35, (2, 1, 2, 2, 2, 1, 1), 0.1),
+  "mobilenet_v3_large": (0.35, (2, 1, 2, 2, 2, 1, 1), 0.03),
   "mobilenet_v3_small": (0.5, (2, 1, 2, 2, 1, 1), 0.1),
 }
 
