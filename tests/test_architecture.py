@@ -19,6 +19,7 @@ ORDER = [
   "snapshots",
   "data",
   "lowering",
+  "kernels",
   "quant",
   "fused",
   "depthwise",

@@ -1,0 +1,1 @@
+"""Operations in the form that each platform's compiler makes fast."""
