@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from profit_jax.kernels import depthwise_triton, target
 from profit_jax.lowering import channel_sums, own_kernel
 
 # XLA on CPU is 4-5x slower with `feature_group_count` than with one shifted multiply-add per tap;
@@ -30,6 +31,8 @@ def depthwise_conv(
   Returns:
     `[N, (H + 2 * margin - KH) // stride + 1, (W + 2 * margin - KW) // stride + 1, C]`.
   """
+  if target.current().is_tuned_for("gpu") and depthwise_triton.supports(x):
+    return depthwise_triton.depthwise_conv(x, kernel, stride, margin, pad_value)
   return _depthwise_conv(x, kernel, stride, margin, pad_value)
 
 

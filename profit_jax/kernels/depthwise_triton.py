@@ -244,6 +244,25 @@ class _Walk:
       return triton.load(ref.at[offset])
     return triton.load(ref.at[offset], mask=mask, other=jnp.asarray(other, ref.dtype))
 
+  def add_product(self, total: jax.Array | None, value: jax.Array, factor: jax.Array):
+    """`total + value * factor` in float32, each `[strips, lanes]` or `[1, lanes]`."""
+    value, factor = (
+      jnp.broadcast_to(each.astype(jnp.float32), self.zeros.shape) for each in (value, factor)
+    )
+    if total is None:
+      return value * factor
+    if self.interpret:
+      return total + value * factor
+    # XLA forbids Triton to fuse the two, which would then be most of the instructions.
+    out = jax.ShapeDtypeStruct(total.shape, total.dtype)
+    return triton.elementwise_inline_asm(
+      "fma.rn.f32 $0, $1, $2, $3;",
+      args=(value, factor, total),
+      constraints="=f,f,f,f",
+      pack=1,
+      result_shape_dtypes=(out,),
+    )[0]
+
   def store(self, ref: Any, offset: jax.Array, value: jax.Array, mask: jax.Array | None):
     """Writes to a flat array where the mask is true."""
     if self.interpret and mask is not None:
@@ -305,11 +324,6 @@ def _both(*masks: jax.Array | None) -> jax.Array | None:
   return functools.reduce(jnp.logical_and, given) if given else None
 
 
-def _add(total: jax.Array | None, value: jax.Array, tap: jax.Array) -> jax.Array:
-  product = value.astype(jnp.float32) * tap
-  return product if total is None else total + product
-
-
 def forward(
   x: jax.Array,
   kernel: jax.Array,
@@ -363,7 +377,9 @@ def _correlate(x, kernel, out, window, walk):
         for q in range(min(stride, size - d * stride)):
           for p in range(columns):
             for j in range(size):
-              sums[d][p] = _add(sums[d][p], rows[q][p * stride + j], taps[d * stride + q][j])
+              sums[d][p] = walk.add_product(
+                sums[d][p], rows[q][p * stride + j], taps[d * stride + q][j]
+              )
       for p in range(columns):
         result.store(group - depth + 1, p, sums[-1][p], number >= depth - 1)
       return sums[:-1]
@@ -417,7 +433,7 @@ def _spread(upstream, kernel, out, stride, margin, walk):
         for e in range(lowest, highest + 1):
           i, j = u + margin - stride * a, v + margin - stride * e
           if 0 <= i < size and 0 <= j < size:
-            total = _add(total, rows[a - lowest][p + e - lowest], taps[i][j])
+            total = walk.add_product(total, rows[a - lowest][p + e - lowest], taps[i][j])
       return walk.zeros if total is None else total
 
     def step(number, above):
@@ -472,8 +488,8 @@ def filter_gradient(
           for j in range(size):
             tap = (d * stride + q) * size + j
             for p in range(columns):
-              value = recent[d][p].astype(jnp.float32)
-              sums[tap] = _add(sums[tap], rows[q][p * stride + j], value)
+              factor = recent[d][p]
+              sums[tap] = walk.add_product(sums[tap], rows[q][p * stride + j], factor)
       return sums, recent[:-1]
 
     blank = walk.zeros.astype(upstream.dtype)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax import memory
 from profit_jax.data import Facts, normalization
+from profit_jax.kernels import target
 from profit_jax.models import variable_shapes
 from profit_jax.plan import Phase, Program
 from profit_jax.quant.levels import Levels
@@ -64,6 +65,18 @@ def make_mesh(settings: Settings, devices: Sequence[jax.Device] | None = None) -
         f"over which a batch is split."
       )
   return Mesh(np.asarray(devices), ("data",))
+
+
+def _for_its_devices(trace: Callable[..., jax.stages.Traced]) -> Callable[..., jax.stages.Traced]:
+  """A method of `Programs` that traces for the devices of its mesh, whatever JAX's default is."""
+
+  @functools.wraps(trace)
+  def traced(self, *args, **kwargs):
+    platform = target.platform_of(self.mesh.devices.flat[0].platform)
+    with target.tracing_for(target.Target(platform, kernels="tuned", mesh=self.mesh)):
+      return trace(self, *args, **kwargs)
+
+  return traced
 
 
 class Programs:
@@ -346,6 +359,7 @@ class Programs:
       steps_shape if quantized_weights else None, steps_shape if quantized_acts else None
     )
 
+  @_for_its_devices
   def trace_train_step(self, program: Program, frozen: Frozen) -> jax.stages.Traced:
     """`steps.make_train_step` for the phases of a program, traced and not lowered yet.
 
@@ -404,6 +418,7 @@ class Programs:
     dtype = self._settings.train.dtype
     return model if dtype == "float32" else model.clone(dtype=dtype)
 
+  @_for_its_devices
   def trace_eval_step(
     self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
   ) -> jax.stages.Traced:
@@ -422,6 +437,7 @@ class Programs:
   ) -> jax.stages.Traced:
     return self.trace_eval_step(quantized_weights, quantized_acts, who)
 
+  @_for_its_devices
   def _trace_observe(self) -> jax.stages.Traced:
     window = _with_sharding(instability.start(self._params), self._replicated)
     params = _with_sharding(self._params, self._replicated)
@@ -432,6 +448,7 @@ class Programs:
     jitted = jax.jit(observe, donate_argnums=0, out_shardings=self._replicated)
     return jitted.trace(window, params, jax.ShapeDtypeStruct((), np.float32))
 
+  @_for_its_devices
   def _trace_statistics(self, quantized_weights: bool, quantized_acts: bool) -> jax.stages.Traced:
     settings = self._settings
 
@@ -463,6 +480,7 @@ class Programs:
   def _key_shape(self) -> Any:
     return _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), self._replicated)
 
+  @_for_its_devices
   def _trace_calibration(self, what: str) -> jax.stages.Traced:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)
