@@ -6,7 +6,7 @@ value is what a masked load returns.
 
 A thread computes a strip of adjacent columns for a few channels and walks down the rows. An input
 row is loaded once, each of its columns once per strip; what it adds to later output rows stays in
-registers. On an H100, MobileNet-v2's kernels take at most 168 registers and spill none
+registers. On an H100, MobileNet-v2's kernels take at most 128 registers and spill none
 (`benchmarks/depthwise_gpu.py` times them).
 """
 
