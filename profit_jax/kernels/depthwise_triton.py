@@ -481,19 +481,19 @@ def filter_gradient(
       sums, above = list(carry[0]), carry[1]
       group = walk.first + number
       # recent[d] is row `group - d` of the gradient.
-      recent = [gradient.load(group, columns, below=number < rows_walked), *above]
+      new = gradient.load(group, columns, below=number < rows_walked)
+      recent = [[value.astype(jnp.float32) for value in new], *above]
       rows = [source.load(group * stride + q - margin, reach, pad_value) for q in range(stride)]
-      for d in range(depth):
-        for q in range(min(stride, size - d * stride)):
+      for q in range(stride):
+        for p in range(columns):
           for j in range(size):
-            tap = (d * stride + q) * size + j
-            for p in range(columns):
-              factor = recent[d][p]
-              sums[tap] = walk.add_product(sums[tap], rows[q][p * stride + j], factor)
+            value = rows[q][p * stride + j]
+            for d in range(pl.cdiv(size - q, stride)):
+              tap = (d * stride + q) * size + j
+              sums[tap] = walk.add_product(sums[tap], value, recent[d][p])
       return sums, recent[:-1]
 
-    blank = walk.zeros.astype(upstream.dtype)
-    start = [walk.zeros] * taps, [[blank] * columns for _ in range(depth - 1)]
+    start = [walk.zeros] * taps, [[walk.zeros] * columns for _ in range(depth - 1)]
     sums, _ = lax.fori_loop(0, rows_walked + depth - 1, step, start)
     for tap, total in enumerate(sums):
       offset = (walk.part * taps + tap) * channels + walk.channel
