@@ -119,9 +119,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def versions(platform: str) -> dict[str, str]:
-  """Of the packages that compile."""
-  packages = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "nvidia-cudnn-cu13")}[platform]
-  return {name: importlib.metadata.version(name) for name in ("jax", *packages)}
+  """Of JAX and of the packages that compile for a platform, as far as they are installed."""
+  prefixes = {"tpu": ("libtpu",), "cuda": ("jax-cuda", "nvidia-")}[platform]
+  installed = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
+  return {
+    name: version
+    for name, version in sorted(installed.items())
+    if name == "jax" or name.startswith(prefixes)
+  }
 
 
 def print_table(document: dict[str, Any]) -> None:

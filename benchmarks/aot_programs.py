@@ -157,6 +157,8 @@ def measured(make: Callable[[], Any], platform: str) -> tuple[dict[str, Any], st
 def _bytes_accessed(compiled: Any, kernels: list[program_text.Kernel], platform: str) -> float:
   if platform == "cuda":  # where XLA gives no analysis
     return sum(kernel.size for kernel in kernels)
-  # XLA does not know what a Pallas kernel reads and writes, and counts nothing for it.
-  pallas = sum(kernel.size for kernel in kernels if kernel.kind == "tpu_custom_call")
-  return compiled.cost_analysis()["bytes accessed"] + pallas
+  # XLA does not know what a Pallas kernel reads and writes: it counts the kernel's own estimate, or
+  # nothing.
+  pallas = [kernel for kernel in kernels if kernel.kind == "tpu_custom_call"]
+  analysed = compiled.cost_analysis().get("bytes accessed", 0.0)
+  return analysed + sum(kernel.size - kernel.estimate for kernel in pallas)

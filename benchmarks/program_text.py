@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-_KINDS = (*COLLECTIVES, "fusion", "copy", "custom-call", "convolution", "dot", "transpose", "while")
+_OTHERS = ("fusion", "copy", "custom-call", "convolution", "dot", "transpose", "while")
 # Bits an element. Tuples, tokens and opaque values have no size of their own.
 _BITS = {"pred": 8, "bf16": 16} | {
   f"{kind}{bits}": bits for kind in "fsuc" for bits in (2, 4, 8, 16, 32, 64, 128)
@@ -26,11 +26,13 @@ class Kernel(NamedTuple):
     kind: its operation; of a fusion its name without numbers; of a custom call its target.
     operation: its operation in XLA.
     size: bytes of its operands and results.
+    estimate: bytes that XLA's analysis counts for a Pallas kernel; 0 unless the kernel names some.
   """
 
   kind: str
   operation: str
   size: int
+  estimate: int = 0
 
 
 def shape_bytes(shape: str) -> int:
@@ -66,7 +68,10 @@ def kernels(text: str) -> list[Kernel]:
     if operation == "custom-call" and shape.startswith("("):
       results = shape_bytes(shape.split("u8[")[0])
     size = results + sum(sizes.get(operand, 0) for operand in operands)
-    found.append(Kernel(_kind(name, operation, line), operation, size))
+    estimate = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', line)
+    found.append(
+      Kernel(_kind(name, operation, line), operation, size, int(estimate[1]) if estimate else 0)
+    )
   return found
 
 
@@ -77,8 +82,12 @@ def _kind(name: str, operation: str, line: str) -> str:
 
 
 def kinds(text: str) -> dict[str, int]:
-  """How often each kind of instruction stands anywhere in a program, fused ones included."""
-  return dict(collections.Counter(re.findall(rf" ({'|'.join(_KINDS)})\(", text)))
+  """How often each kind of instruction stands anywhere in a program, fused ones included.
+
+  A collective in two halves, as GPUs have them, counts once.
+  """
+  pattern = rf" (?:({'|'.join(COLLECTIVES)})(?:-start)?|({'|'.join(_OTHERS)}))\("
+  return dict(collections.Counter(one or other for one, other in re.findall(pattern, text)))
 
 
 def by_kind(kernels: list[Kernel]) -> dict[str, int]:
