@@ -1,6 +1,7 @@
 # make demo: installs into .venv, trains PROFIT W4A4 on scikit-learn's digits, prints the table
 # make test: installs into .venv, then runs the fast tests (about five minutes on two cores)
-# make test-all: also installs what the export formats qonnx and litert need, then runs all tests
+# make test-all: also installs what the export formats qonnx and litert need and the compilers for
+#   TPUs and NVIDIA GPUs, then runs all tests
 # make lint: ruff
 #
 # One test, in one process: .venv/bin/python -m pytest tests/test_plan.py -k cosine
@@ -41,9 +42,10 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
-$(VENV)/extras: $(VENV)/installed requirements-qonnx.txt requirements-litert.txt
+EXTRAS := requirements-qonnx.txt requirements-litert.txt requirements-accelerators.txt
+$(VENV)/extras: $(VENV)/installed $(EXTRAS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt \
-	  --requirement requirements-qonnx.txt --requirement requirements-litert.txt
+	  $(addprefix --requirement ,$(EXTRAS))
 	touch $@
 
 clean:

@@ -55,8 +55,9 @@ def settings_of(options: argparse.Namespace, target: Target) -> Settings:
   try:
     settings = parse(config, REGISTRY)
   except ConfigError as error:
-    default = "" if options.dtype else f" (--dtype was not given, {options.target}'s default is"
-    raise ConfigError(f"{error}{default and f'{default} {config.train.dtype})'}") from error
+    if options.dtype is None and "train.dtype" in str(error):
+      raise ConfigError(f"{error} It is the default of {target.name}: give --dtype.") from error
+    raise
   check(settings)
   return settings
 
@@ -147,11 +148,16 @@ def measured(make: Callable[[], Any], platform: str) -> tuple[dict[str, Any], st
     "small_kernels": sum(kernel.size < program_text.SMALL for kernel in kernels),
     "fusions": kinds.get("fusion", 0),
     "copies": kinds.get("copy", 0),
-    **{f"{name.replace('-', '_')}s": kinds.get(name, 0) for name in program_text.COLLECTIVES},
+    **collectives(kinds),
     "kinds": kinds,
     "kernel_kinds": program_text.by_kind(kernels),
   }
   return figures, text
+
+
+def collectives(kinds: dict[str, int]) -> dict[str, int]:
+  """The numbers of collectives under the names of a JSON file (`all_reduces`, ...)."""
+  return {f"{name.replace('-', '_')}s": kinds.get(name, 0) for name in program_text.COLLECTIVES}
 
 
 def _bytes_accessed(compiled: Any, kernels: list[program_text.Kernel], platform: str) -> float:

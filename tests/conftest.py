@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# With requirements-accelerators.txt installed, JAX would look for a TPU and a GPU and complain.
+os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compilation: 28 s of CPU time for one training step of MobileNet-v2, 17
 # s without LLVM's optimizations; 78 s for a whole run of the tiny net, 45 s without XLA's newer way
 # to compile fused operations (0.10.2 of jaxlib). Also for the processes that tests start.
