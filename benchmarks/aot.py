@@ -4,7 +4,7 @@ that has neither: bytes, memory, kernels, copies, collectives. No times.
     pip install -r requirements.txt -r requirements-accelerators.txt
     python benchmarks/aot.py --target=v5e:2x2 [--model=mobilenet_v2] [--stage=wa] [--per_chip=128] \
       [--dtype=bfloat16] [--plain_dtype=bfloat16] [--kernels=xla] [--image_size=224] [--width=1] \
-      [--only=ours|plain] [--json=FILE] [--text=FILE]
+      [--only=ours|plain] [--json=FILE] [--text=FILE] [--markdown]
 
 TARGET is a TPU topology that libtpu knows (v5e:2x2, v4:2x2x1, v6e:2x4, ...), or an NVIDIA GPU that
 has a file in `benchmarks/targets/` (h100; h100:4 is four in one machine).
@@ -73,6 +73,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--kernels", help="train.kernels: tuned or xla")
   parser.add_argument("--only", choices=("ours", "plain"), help="compile one of the two")
   parser.add_argument("--json", metavar="FILE", help="where all figures go as well")
+  parser.add_argument(
+    "--markdown", action="store_true", help="print rows of the table in benchmarks/RESULTS.md"
+  )
   parser.add_argument("--text", metavar="FILE", help="where our compiled program's text goes")
   return parser.parse_args(arguments)
 
@@ -155,6 +158,19 @@ def print_table(document: dict[str, Any]) -> None:
       _print_row(kind[:30], ours.get(kind, 0), plain.get(kind, 0), 0)
 
 
+def print_rows(document: dict[str, Any]) -> None:
+  """Rows of the table in `benchmarks/RESULTS.md`: ours and the plain net's."""
+  options = document["options"]
+  for prefix, code in (("", f"profit_jax, {options['stage']}"), ("plain_", "plain Flax")):
+    if f"{prefix}gb" not in document:
+      continue
+    cells = [document["target"], code, document[f"{prefix}dtype"], str(options["per_chip"])]
+    for _, name, digits in _ROWS:
+      if name not in (None, "all_gathers"):
+        cells.append(f"{document[prefix + name]:,.{digits}f}")
+    print(f"| {' | '.join(cells)} |")
+
+
 def _dtype(document: dict[str, Any], prefix: str) -> str:
   return document[f"{prefix}dtype"] if f"{prefix}gb" in document else ""
 
@@ -180,7 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  print_table(document)
+  if options.markdown:
+    print_rows(document)
+  else:
+    print_table(document)
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
   return 0

@@ -92,7 +92,7 @@ def test_what_the_settings_refuse(run, monkeypatch, flag, expected):
 
 
 def layers(net, kind, *arguments):
-  """Shapes of all kernels, of the norms' statistics and of the convolutions' outputs, sorted, for an
+  """Shapes of all kernels, norms' statistics and convolutions' outputs, sorted, for an
   image of 64 pixels.
   """
 

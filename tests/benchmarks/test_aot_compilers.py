@@ -18,11 +18,11 @@ TARGETS = ("v5e:2x2", "h100:4")  # four devices each
 
 
 @functools.cache
-def figures(target):
-  """By net, stage and dtype. A process has its own compiler, and ends with it."""
+def compiled(target):
+  """A process of its own: it has one compiler, which ends with it."""
   # The tests' XLA flags are the CPU's.
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  done = subprocess.run(
+  return subprocess.run(
     [sys.executable, "-m", "tests.benchmarks.compile_tiny", target],
     cwd=ROOT,
     env=environment,
@@ -30,18 +30,19 @@ def figures(target):
     text=True,
     check=False,
   )
+
+
+def figures(target, net, stage, dtype):
+  done = compiled(target)
   assert done.returncode == 0, done.stderr[-5000:]
-  return {(one["net"], one["stage"], one["dtype"]): one for one in json.loads(done.stdout)}
-
-
-def of(target, net, stage, dtype):
-  return figures(target)[net.__name__, stage, dtype]
+  found = {(one["net"], one["stage"], one["dtype"]): one for one in json.loads(done.stdout)}
+  return found[net.__name__, stage, dtype]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda one: f"{one[0].__name__}-{one[1]}")
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_step_compiles_for_four_devices(target, program):
-  found = of(target, *program)
+  found = figures(target, *program)
   assert found["gb"] > 0
   assert found["kernels"] >= found["small_kernels"] > 0
   assert found["all_reduces"] > 0
@@ -51,4 +52,4 @@ def test_a_step_compiles_for_four_devices(target, program):
 @pytest.mark.parametrize("target", TARGETS)
 def test_devices_send_each_other_sums_only(target, program):
   # An all-gather would mean that every device computes the whole batch of an operation.
-  assert of(target, *program)["all_gathers"] == 0
+  assert figures(target, *program)["all_gathers"] == 0
