@@ -167,7 +167,9 @@ def print_rows(document: dict[str, Any]) -> None:
     cells = [document["target"], code, document[f"{prefix}dtype"], str(options["per_chip"])]
     for _, name, digits in _ROWS:
       if name not in (None, "all_gathers"):
-        cells.append(f"{document[prefix + name]:,.{digits}f}")
+        value = document[prefix + name]
+        # XLA gives no code size for GPUs.
+        cells.append("-" if name == "code_mb" and not value else f"{value:,.{digits}f}")
     print(f"| {' | '.join(cells)} |")
 
 

@@ -1,6 +1,7 @@
 """The command line of `benchmarks/aot.py` and its plain nets, without a compiler."""
 
 import importlib.util
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from profit_jax.layers import QuantConv
 from profit_jax.models import REGISTRY
 from tests.wrong_input import assert_refused
 
+RESULTS = pathlib.Path(aot.__file__).parent / "RESULTS.md"
 INSTALL = "pip install -r requirements.txt -r requirements-accelerators.txt"
 
 
@@ -167,3 +169,17 @@ def test_the_table_has_both_programs_and_their_ratio(capsys):
   assert ("GB", "accessed", "3.0", "2.0", "1.50") in rows
   assert ("all-reduces", "5", "0") in rows
   assert ("copy", "3", "0") in rows
+
+
+def test_rows_for_the_results_have_a_cell_for_every_column(capsys):
+  names = [name for _, name, _ in aot._ROWS if name]
+  options = {"stage": "wa", "per_chip": 128}
+  document = {"options": options, "target": "h100", "dtype": "float32", "plain_dtype": "bfloat16"}
+  aot.print_rows(document | dict.fromkeys(names, 2) | {f"plain_{name}": 1 for name in names})
+  ours, plain = capsys.readouterr().out.splitlines()
+  header = next(
+    line for line in RESULTS.read_text().splitlines() if line.startswith("| target | code |")
+  )
+  assert ours.count("|") == plain.count("|") == header.count("|")
+  assert ours.startswith("| h100 | profit_jax, wa | float32 | 128 | 2.0 |")
+  assert plain.startswith("| h100 | plain Flax | bfloat16 | 128 | 1.0 |")
