@@ -1,12 +1,12 @@
-"""How long the programs of a whole plan take to compile, from nothing and from the cache of an
-earlier run.
+"""How long the programs of a whole plan take to compile, from nothing and from JAX's cache.
 
-    python benchmarks/compile_time.py [--config configs/digits_w4.py]
+    python benchmarks/compile_time.py [--config configs/digits_w4.py] [--against DIRECTORY]
 
-Each is a process of its own that makes what a run makes, in the order of the phases and in the
-background, as a run does; a phase's time is what it waits. The layers that ft2 and ft3 freeze are
-drawn at random: a run with another ranking than the one before finds all programs in the cache but
-these two (`--other_ranking`).
+Each line is a process of its own that makes what a run makes, in the order of the phases and in the
+background, as a run does; a phase's time is what it waits. AIWQ's ranking, which decides what ft2
+and ft3 freeze, is drawn at random; `--other_ranking` adds a run with another one. `--against` is a
+checkout of another commit: both are measured by turns, each with its own cache, and the ratio is
+printed. The cache is JAX's alone, also where another commit would have one of its own.
 """
 
 import argparse
@@ -19,11 +19,11 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def compile_all(options: argparse.Namespace) -> None:
   """Prints a line per program, and the sum."""
+  sys.path.insert(0, options.code)
   import importlib.util
 
   import jax
@@ -43,9 +43,7 @@ def compile_all(options: argparse.Namespace) -> None:
   jax.config.update("jax_compilation_cache_dir", options.cache)
   facts = data.load(settings).facts
   model = build(settings.model, facts.num_classes)
-  programs = Programs(
-    settings, facts, model, model, make_mesh(settings), keep_in=f"{options.cache}/programs"
-  )
+  programs = Programs(settings, facts, model, model, make_mesh(settings))
   layers = sorted(aiwq.conv_kernels(variable_shapes(model, settings.data.image_size)["params"]))
   random.Random(options.seed).shuffle(layers)
   phases, seen, start = plan.plan(settings), 0, time.perf_counter()
@@ -65,9 +63,25 @@ def compile_all(options: argparse.Namespace) -> None:
       seen += 1
       print(f"  phase {phase.index:2} {phase.name:14} {seconds:6.1f} s", flush=True)
   programs.close()
-  print(
-    f"  {len(phases)} phases, {seen} wait for a program: {time.perf_counter() - start:.1f} s in all"
-  )
+  total = time.perf_counter() - start
+  print(f"  {len(phases)} phases, {seen} wait for a program: {total:.1f} s in all")
+  pathlib.Path(options.result).write_text(str(total))
+
+
+def measure(options: argparse.Namespace, code: pathlib.Path, cache: str, seed: int) -> float:
+  """The seconds of a process that compiles everything."""
+  with tempfile.NamedTemporaryFile() as result:
+    command = [
+      sys.executable,
+      __file__,
+      f"--config={options.config}",
+      f"--code={code}",
+      f"--cache={cache}",
+      f"--result={result.name}",
+      f"--seed={seed}",
+    ]
+    subprocess.run(command, check=True, cwd=code, env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ})
+    return float(pathlib.Path(result.name).read_text())
 
 
 def main() -> None:
@@ -76,26 +90,28 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--config", default="configs/digits_w4.py")
-  parser.add_argument("--cache", help=argparse.SUPPRESS)
-  parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+  parser.add_argument("--against", type=pathlib.Path, help="a checkout of another commit")
   parser.add_argument("--other_ranking", action="store_true")
+  for name in ("code", "cache", "result"):
+    parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+  parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
   options = parser.parse_args()
-  if options.cache:
+  if options.code:
     return compile_all(options)
-  with tempfile.TemporaryDirectory(prefix="compile_time_") as cache:
-    runs = [("from nothing", 0), ("from the cache", 0)] + [
-      ("from the cache, another ranking", 1)
-    ] * options.other_ranking
-    for what, seed in runs:
-      print(what, flush=True)
-      command = [
-        sys.executable,
-        __file__,
-        f"--config={options.config}",
-        f"--cache={cache}",
-        f"--seed={seed}",
-      ]
-      subprocess.run(command, check=True, cwd=ROOT, env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ})
+  codes = {"here": ROOT}
+  if options.against:
+    codes = {"there": options.against.resolve(), **codes}
+  runs = {"from nothing": 0, "from the cache": 0}
+  if options.other_ranking:
+    runs["from the cache, another ranking"] = 1
+  with tempfile.TemporaryDirectory(prefix="compile_time_") as caches:
+    for what, seed in runs.items():
+      seconds = {}
+      for name, code in codes.items():
+        print(f"{what}, {code}", flush=True)
+        seconds[name] = measure(options, code, f"{caches}/{name}", seed)
+      if options.against:
+        print(f"{what}: here / there {seconds['here'] / seconds['there']:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ def get_config() -> ml_collections.ConfigDict:
   """The published 4-bit recipe of MobileNet-v2 on ImageNet, without weights files."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # of initial weights, data order, augmentation and dropout
-  # Directory where compiled programs are kept between runs; "" keeps none.
+  # Directory of JAX's compilation cache, local or gs://. "" leaves JAX's own setting: no cache,
+  # unless JAX_COMPILATION_CACHE_DIR names one.
   config.compilation_cache = "~/.cache/profit_jax"
 
   config.model = ml_collections.ConfigDict()

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from profit_jax import data, distributed, fork, paths, plan, snapshots
@@ -93,24 +94,23 @@ def main(
   if mode == "plan":
     print_plan(settings, phases, images_per_second)
     return
-  if settings.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", os.fspath(_cache(settings)))
-  # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in
-  # TensorFloat-32.
-  jax.config.update("jax_default_matmul_precision", "highest")
-  distributed.initialize(*cluster)
-  distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
-  if only_file:
-    if workdir:
-      _say(f"{directory} holds no run: this evaluates {settings.init.weights}.")
-    evaluate_file(settings, phases)
-  elif mode == "eval":
-    run_eval(settings, phases, directory)
-  elif mode == "export":
-    run_export(settings, phases, directory, names)
-  else:
-    with distributed.peers_needed():
-      train(settings, directory, fork_from, hooks)
+  with _compilation_cache(settings):
+    # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in
+    # TensorFloat-32.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    distributed.initialize(*cluster)
+    distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
+    if only_file:
+      if workdir:
+        _say(f"{directory} holds no run: this evaluates {settings.init.weights}.")
+      evaluate_file(settings, phases)
+    elif mode == "eval":
+      run_eval(settings, phases, directory)
+    elif mode == "export":
+      run_export(settings, phases, directory, names)
+    else:
+      with distributed.peers_needed():
+        train(settings, directory, fork_from, hooks)
 
 
 def _read(config, workdir: str, mode: str, fork_from: str) -> tuple[Settings, epath.Path, bool]:
@@ -242,7 +242,6 @@ def train(
       teacher.model,
       mesh,
       student.file_model,
-      _programs_directory(settings),
     )
     closing.callback(programs.close)
     watchers = _watchers(screen, facts, workdir, hooks.plots) if distributed.is_first() else []
@@ -316,13 +315,25 @@ def _warn(screen: Console, text: str) -> None:
   screen.print(f"WARNING: {text}", style="yellow", soft_wrap=True)
 
 
-def _cache(settings: Settings) -> epath.Path:
-  return paths.opened("config.compilation_cache =", os.path.expanduser(settings.compilation_cache))
+@contextlib.contextmanager
+def _compilation_cache(settings: Settings) -> Iterator[None]:
+  """Inside, JAX keeps compiled programs in `compilation_cache`; afterwards where it did before."""
+  before = jax.config.jax_compilation_cache_dir
+  directory = before
+  if settings.compilation_cache:
+    given = os.path.expanduser(settings.compilation_cache)
+    directory = os.fspath(paths.opened("config.compilation_cache =", given))
+  _set_cache_directory(directory)
+  try:
+    yield
+  finally:
+    _set_cache_directory(before)
 
 
-def _programs_directory(settings: Settings) -> epath.Path | None:
-  """Beside what JAX keeps there."""
-  return _cache(settings) / "programs" if settings.compilation_cache else None
+def _set_cache_directory(directory: str | None) -> None:
+  if directory != jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    compilation_cache.reset_cache()  # JAX reads the setting at its first compilation only
 
 
 def _watchers(screen, facts, workdir, pictures):
@@ -350,9 +361,7 @@ def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   mesh, source = make_mesh(settings), _load_data(settings)
   distributed.first_does(lambda: files.require_same_run(workdir, settings, source))
   model = build(settings.model, source.facts.num_classes, settings.quant)
-  programs = Programs(
-    settings, source.facts, model, None, mesh, keep_in=_programs_directory(settings)
-  )
+  programs = Programs(settings, source.facts, model, None, mesh)
   try:
     screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
     shapes = variable_shapes(model, settings.data.image_size)
@@ -422,7 +431,6 @@ def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
     None,
     mesh,
     student.file_model,
-    _programs_directory(settings),
   )
   try:
     variables = programs.replicate(student.make())

@@ -35,7 +35,6 @@ SLOW = (
   "test_wrong_input.py::test_a_configuration_of_a_published_net_that_is_accepted_can_be_traced",
   "train/test_fork.py::test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit",
   "train/test_imagenet.py",
-  "train/test_kept.py::test_kept_programs_compute_the_same_also_where_jax_had_cached_them",
   "train/test_kill.py",
   "train/test_loop.py::test_numbers_that_are_not_finite_stop_the_run_and_can_send_it_back",
   "train/test_loop.py::test_partial_plans_run",

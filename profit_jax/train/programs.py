@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax import memory
@@ -24,7 +23,6 @@ from profit_jax.plan import Phase, Program
 from profit_jax.quant.levels import Levels
 from profit_jax.settings import ConfigError, Settings
 from profit_jax.train import aiwq, instability, interrupt, optimizer, remedies, steps
-from profit_jax.train.kept import Kept
 from profit_jax.train.state import TrainState, create_state
 
 Frozen = frozenset[str]
@@ -99,11 +97,9 @@ class Programs:
     teacher_model: nn.Module | None,
     mesh: Mesh,
     file_model: nn.Module | None = None,
-    keep_in: epath.PathLike | None = None,
   ):
     """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none;
-    mesh; keep_in: a directory where programs are kept between runs; compiling one turns JAX's own
-    cache off (see `Kept`).
+    mesh.
     """
     self._settings, self._facts = settings, facts
     self._model, self._teacher_model = model, teacher_model
@@ -133,13 +129,6 @@ class Programs:
     self._turns = _Turns()
     self._closed = False
     self._made: dict[Any, concurrent.futures.Future] = {}
-    # Of several processes each would load what only all together can run.
-    self._kept = None
-    if keep_in is not None and jax.process_count() == 1:
-      seen = self._normalization, self._teacher_normalization
-      self._kept = Kept(
-        keep_in, settings.to_dict(), mesh.devices.flat, seen=seen, num_classes=facts.num_classes
-      )
 
   def close(self) -> None:
     """Drops what is not being compiled yet."""
@@ -304,36 +293,18 @@ class Programs:
   def _make(
     self, key: Any, trace: Callable[..., jax.stages.Traced], turn: int
   ) -> Callable[..., Any]:
-    """A program, compiled or kept; what that took in memory goes back to the system."""
+    """A compiled program; the memory that this took goes back to the system."""
     try:
-      if self._kept is None:
-        return self._compile(key, trace, turn)
-      return self._kept.get(self._name(key), lambda: self._compile(key, trace, turn))
+      lowered = trace(*key[1:]).lower()
+      self._turns.wait(turn)
+      if self._closed:
+        raise concurrent.futures.CancelledError
+      compiled = lowered.compile()
+      memory.trim()  # before the next is compiled
+      self._turns.end(turn)
+      return compiled
     finally:
       memory.trim()
-
-  def _compile(
-    self, key: Any, trace: Callable[..., jax.stages.Traced], turn: int
-  ) -> Callable[..., Any]:
-    lowered = trace(*key[1:]).lower()
-    self._turns.wait(turn)
-    if self._closed:
-      raise concurrent.futures.CancelledError
-    compiled = lowered.compile()
-    memory.trim()  # before the next is compiled
-    self._turns.end(turn)
-    return compiled
-
-  def _name(self, key: Any) -> Any:
-    """Under which a program is kept."""
-    # Only the models that are in it: evaluation of the run, later, has no teacher.
-    models = [self._models[key[1]] if key[0] == "eval" else self._model]
-    if key[0] == "train" and key[1].distill:
-      models.append(self._teacher_model)
-    return (
-      [sorted(part) if isinstance(part, frozenset) else part for part in key],
-      list(map(str, models)),
-    )
 
   def _wait(self, key: Any, trace: Callable[..., jax.stages.Traced]) -> Callable[..., Any]:
     start, request = time.perf_counter(), self._request(key, trace)

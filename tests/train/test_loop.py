@@ -232,6 +232,16 @@ def test_eval_gives_the_result_of_the_best_checkpoint(finished_run, capsys):
   )
 
 
+def test_programs_are_cached_where_the_run_says_and_jax_keeps_its_own_directory(
+  finished_run, tmp_path
+):
+  before = jax.config.jax_compilation_cache_dir
+  for directory in (tmp_path / "one", tmp_path / "other"):
+    app.main(tiny_config(compilation_cache=str(directory)), str(finished_run), "eval")
+    assert list(directory.glob("jit_*-cache"))
+    assert jax.config.jax_compilation_cache_dir == before
+
+
 def test_the_best_weights_have_the_bits_that_were_asked_for(tiny, tmp_path):
   # Activations of two bits, whose net hardly trains, after ten epochs of full precision.
   changes = {
