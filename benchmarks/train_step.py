@@ -42,6 +42,7 @@ from profit_jax.plan import Program
 from profit_jax.quant.levels import levels
 from profit_jax.settings import parse
 from profit_jax.train import aiwq
+from profit_jax.train.packing import pack_variables, unpack, unpacked_shapes
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.state import create_state
 
@@ -105,7 +106,7 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
 
   teacher_model, teacher = (model, variables) if options.teacher == "self" else (None, None)
   programs = Programs(settings, facts, model, teacher_model, make_mesh(settings))
-  variables = programs.replicate(variables)
+  variables = programs.replicate(pack_variables(jax.device_get(variables)))
   teacher, key = programs.replicate(teacher), programs.replicate(jax.random.key(0))
   arrays = programs.split(batch)
   variables["params"] = programs.calibrate_acts()(variables, arrays["image"], key, levels(4, 4).act)
@@ -122,7 +123,7 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
     frozen = aiwq.frozen_layers(layers, program.frozen_fraction)
     step = programs.train_step(program, frozen)
     facts_of = compiler_facts(step, time.perf_counter() - before)
-    state = programs.replicate(create_state(start, ema=True))
+    state = programs.replicate(create_state(unpack(start), ema=True))
     state = programs.fresh_optimizer(state, program.train_kernels, frozen)
     yield Contender(
       stage, "profit_jax", _train(programs, program, step, state, arrays, key, teacher), facts_of
@@ -132,7 +133,7 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
 
 def _train(programs, program, step, state, arrays, key, teacher) -> Callable[[int], None]:
   sampling = (
-    programs.replicate(aiwq.start(jax.device_get(state.params))) if program.sampling else None
+    programs.replicate(aiwq.start(unpacked_shapes(state.params))) if program.sampling else None
   )
   steps = levels(4 if program.quantized_weights else None, 4 if program.quantized_acts else None)
   held = [state, sampling]

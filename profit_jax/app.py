@@ -27,6 +27,7 @@ from profit_jax.train.checkpoint import best_variables, progress_of
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.loop import Loop
 from profit_jax.train.observer import Observer, Observers
+from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.progress import Progress, summary
 
@@ -433,7 +434,7 @@ def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
     student.file_model,
   )
   try:
-    variables = programs.replicate(student.make())
+    variables = programs.replicate(pack_variables(student.make()))
     scores = start.evaluate_start(programs, source, settings, student, teacher, variables)
     console.print_start(screen, scores, classes)
     if student.loaded.quantizers:
@@ -445,7 +446,9 @@ def evaluate_file(settings: Settings, phases: tuple[plan.Phase, ...]) -> None:
 def _evaluate_quantized(settings, phases, programs, source, variables) -> dict[str, float]:
   """Evaluates variables at the plan's last bits and prints a line."""
   bits = {"weight_bits": phases[-1].weight_bits, "act_bits": phases[-1].act_bits}
-  scores, _ = evaluate(programs, source, settings, programs.replicate(variables), **bits)
+  scores, _ = evaluate(
+    programs, source, settings, programs.replicate(pack_variables(variables)), **bits
+  )
   name = plan.bits_name(**bits)
   _say(
     f"{name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on "

@@ -12,8 +12,9 @@ from etils import epath
 from profit_jax import snapshots
 from profit_jax.train.aiwq import AiwqState
 from profit_jax.train.instability import Window
+from profit_jax.train.packing import unpack
 from profit_jax.train.progress import Progress
-from profit_jax.train.state import TrainState
+from profit_jax.train.state import TrainState, from_saved, saved_form
 
 
 class Shapes(NamedTuple):
@@ -63,9 +64,8 @@ def number_at_end(epochs: int, steps_per_epoch: int) -> int:
 
 def save(writer: snapshots.Writer, moment: Moment, number: int) -> None:
   """Begins to write a moment; raises as `Writer.save`."""
-  trees = {
-    name: getattr(moment, name) for name in ("state", "sampling", "best", "teacher", "window")
-  }
+  trees = {name: getattr(moment, name) for name in ("sampling", "best", "teacher", "window")}
+  trees["state"] = saved_form(jax.device_get(moment.state))
   writer.save(number, trees, moment.progress.to_dict())
 
 
@@ -76,9 +76,10 @@ def progress_of(snapshot: snapshots.Snapshot) -> Progress:
 
 def restore(snapshot: snapshots.Snapshot, shapes: Shapes) -> Moment:
   """The moment of a snapshot, on the host; raises as `Snapshot.restore`."""
+  saved = snapshot.restore("state", jax.eval_shape(saved_form, shapes.state))
   return Moment(
     progress_of(snapshot),
-    snapshot.restore("state", shapes.state),
+    from_saved(saved, shapes.state),
     shapes.sampling and snapshot.restore("sampling", shapes.sampling),
     snapshot.restore("best", shapes.variables),
     snapshot.restore("teacher", shapes.variables),
@@ -87,8 +88,8 @@ def restore(snapshot: snapshots.Snapshot, shapes: Shapes) -> Moment:
 
 
 def host_copy(tree: Any) -> Any:
-  """A tree on the host, in memory of its own: the next step overwrites the devices'."""
-  return jax.tree.map(lambda leaf: leaf.copy(), jax.device_get(tree))
+  """A tree on the host, unpacked, in memory of its own: the next step overwrites the devices'."""
+  return unpack(jax.tree.map(lambda leaf: leaf.copy(), jax.device_get(tree)))
 
 
 def best_variables(

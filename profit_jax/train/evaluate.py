@@ -27,7 +27,7 @@ def evaluate(
     programs: compiled steps.
     source: the data.
     settings: validated.
-    variables: on the devices.
+    variables: packed, on the devices.
     weight_bits: of the kernels.
     act_bits: of the activations.
     who: whose variables they are.

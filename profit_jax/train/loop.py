@@ -18,6 +18,7 @@ from profit_jax.settings import Settings
 from profit_jax.train import aiwq, checkpoint, instability, interrupt, sanity, stages
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.observer import EpochReport, Observer
+from profit_jax.train.packing import unpack
 from profit_jax.train.programs import Frozen, Programs, Who
 from profit_jax.train.progress import Progress
 from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, evaluated
@@ -214,7 +215,7 @@ class Loop:
     progress.phase_seconds = progress.phase_compile_seconds = 0.0
     moment.sampling = None
     if phase.kind == "sampling":
-      moment.sampling = self._programs.replicate(aiwq.start(moment.state.params))
+      moment.sampling = self._programs.replicate(aiwq.start(self._shapes["params"]))
       progress.ranking, progress.metric = [], {}
 
   def _train_epoch(self, phase: Phase, frozen: Frozen) -> None:
@@ -281,10 +282,9 @@ class Loop:
         self._moment.state,
         stages.learning_rates(phase, progress.epoch, progress, self._settings),
       )
-      quantized = state.params if phase.weight_bits or phase.act_bits else {}
-      raise sanity.NotFinite(
-        sanity.describe(where, metrics["loss"], rates, quantized, state.batch_stats)
-      )
+      params, batch_stats = unpack(jax.device_get((state.params, state.batch_stats)))
+      quantized = params if phase.weight_bits or phase.act_bits else {}
+      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, quantized, batch_stats))
     metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
     for name, value in metrics.items():
       progress.totals[name] = progress.totals.get(name, 0.0) + value
@@ -339,7 +339,8 @@ class Loop:
       progress.metric = {
         layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()
       }
-    record = stages.epoch_record(progress, phase, raw, average, clip_rate, moment.state.params)
+    params = unpack(jax.device_get(moment.state.params))
+    record = stages.epoch_record(progress, phase, raw, average, clip_rate, params)
     train, measured = (
       {name: total / progress.step for name, total in progress.totals.items()},
       progress.instability,
@@ -361,7 +362,7 @@ class Loop:
         clip_rate=clip_rate,
         aiwq=dict(progress.metric) if phase.kind == "sampling" else {},
         instability=measured,
-        params=moment.state.params,
+        params=params,
       )
     )
     if progress.epoch == phase.epochs:

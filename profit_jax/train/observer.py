@@ -26,7 +26,7 @@ class EpochReport:
     aiwq: by convolution, in the sampling phase; else empty.
     instability: `flip_rate`, `oscillation_rate`, `fixed` by kernel, `bn_distance` by normalization;
       see `train/watch.py`.
-    params: the student's.
+    params: the student's, on the host.
   """
 
   phase: Phase

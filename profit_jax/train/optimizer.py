@@ -1,16 +1,14 @@
 """SGD with Nesterov momentum in four groups, as `optax.multi_transform` labels."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import optax
-from flax import traverse_util
 
-from profit_jax.quant.methods import PREFIX
+from profit_jax.train.packing import NORM, QUANT, Packed
 
-WEIGHT, NORM, QUANT, FROZEN = "weight", "norm", "quant", "frozen"
+WEIGHT, FROZEN = "weight", "frozen"
+_KERNEL = "/kernel"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,40 +26,36 @@ class SgdSettings:
   quantizer_lr_scale: float
 
 
-def label_params(
-  params: Mapping[str, Any], *, train_kernels: bool, frozen: frozenset[str]
-) -> dict[str, Any]:
-  """Names every parameter's group.
+def label_params(params: Packed, *, train_kernels: bool, frozen: frozenset[str]) -> Packed:
+  """Names every array's group.
 
-  | leaf            | group                                                           |
-  |-----------------|-----------------------------------------------------------------|
-  | `quant_...`     | quant                                                           |
-  | `scale`, `bias` | norm                                                            |
-  | `kernel`        | weight; frozen if its layer is in `frozen` or kernels are fixed |
+  | array                     | group                                                           |
+  |---------------------------|-----------------------------------------------------------------|
+  | all `quant_...`           | quant                                                           |
+  | all `scale` and `bias`    | norm                                                            |
+  | a `kernel`                | weight; frozen if its layer is in `frozen` or kernels are fixed |
 
   Args:
-    params: nested dictionaries.
+    params: of a model.
     train_kernels: False in BN phases, where every kernel is fixed.
     frozen: layers, as `block01/expand_conv`, matched exactly.
 
   Raises:
-    ValueError: a leaf that no rule covers, or a frozen layer that has no kernel.
+    ValueError: an array that no rule covers, or a frozen layer that has no kernel.
   """
   labels, unused = {}, set(frozen)
-  for path in traverse_util.flatten_dict(params):
-    layer, leaf = "/".join(path[:-1]), path[-1]
-    if leaf.startswith(PREFIX):
-      labels[path] = QUANT
-    elif leaf in ("scale", "bias"):
-      labels[path] = NORM
-    elif leaf == "kernel":
+  for name in params.arrays:
+    layer = name.removesuffix(_KERNEL)
+    if name in (NORM, QUANT):
+      labels[name] = name
+    elif name.endswith(_KERNEL):
       unused.discard(layer)
-      labels[path] = WEIGHT if train_kernels and layer not in frozen else FROZEN
+      labels[name] = WEIGHT if train_kernels and layer not in frozen else FROZEN
     else:
-      raise ValueError(f"no optimizer group for the parameter {'/'.join(path)}")
+      raise ValueError(f"no optimizer group for the parameter {name}")
   if unused:
     raise ValueError(f"layers to freeze that have no kernel: {', '.join(sorted(unused))}")
-  return traverse_util.unflatten_dict(labels)
+  return params.replace(arrays=labels)
 
 
 def scale_by_epoch_learning_rate(multiple: float) -> optax.GradientTransformationExtraArgs:
@@ -79,9 +73,7 @@ def scale_by_epoch_learning_rate(multiple: float) -> optax.GradientTransformatio
   return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def make_optimizer(
-  labels: Mapping[str, Any], sgd: SgdSettings
-) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(labels: Packed, sgd: SgdSettings) -> optax.GradientTransformationExtraArgs:
   """The transformation of one phase; `update` takes `learning_rate`, the epoch's rate of the
   weights.
 

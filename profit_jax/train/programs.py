@@ -23,6 +23,7 @@ from profit_jax.plan import Phase, Program
 from profit_jax.quant.levels import Levels
 from profit_jax.settings import ConfigError, Settings
 from profit_jax.train import aiwq, instability, interrupt, optimizer, remedies, steps
+from profit_jax.train.packing import Packed, pack_variables, unpack
 from profit_jax.train.state import TrainState, create_state
 
 Frozen = frozenset[str]
@@ -209,13 +210,14 @@ class Programs:
 
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a phase with these kernels frozen."""
+    params = self._variables("student")["params"]
     train = self._settings.train
     sgd = optimizer.SgdSettings(
       weight_decay=train.weight_decay,
       momentum=train.momentum,
       quantizer_lr_scale=train.quantizer_lr_scale,
     )
-    labels = optimizer.label_params(self._params, train_kernels=train_kernels, frozen=frozen)
+    labels = optimizer.label_params(params, train_kernels=train_kernels, frozen=frozen)
     return optimizer.make_optimizer(labels, sgd)
 
   def train_step(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
@@ -225,30 +227,30 @@ class Programs:
   def eval_step(
     self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
   ) -> Callable[..., Any]:
-    """The compiled step of `steps.make_eval_step`."""
+    """The compiled step of `steps.make_eval_step`, of packed variables."""
     return self._wait(("eval", who, quantized_weights, quantized_acts), self._trace_eval)
 
   def calibrate_acts(self) -> Callable[..., Any]:
-    """The compiled `(variables, image, key, steps) -> params` of `steps.calibrate_acts`."""
+    """The compiled `(variables, image, key, steps) -> params` of `steps.calibrate_acts`, packed."""
     return self._wait(("calibrate", "act"), self._trace_calibration)
 
   def calibrate_weights(self) -> Callable[..., Any]:
-    """The compiled `(params, steps) -> params` of `steps.calibrate_weights`."""
+    """The compiled `(params, steps) -> params` of `steps.calibrate_weights`, packed."""
     return self._wait(("calibrate", "weight"), self._trace_calibration)
 
   def fit_weights(self) -> Callable[..., Any]:
-    """The compiled `(params, steps) -> params` of `steps.fit_weights`."""
+    """The compiled `(params, steps) -> params` of `steps.fit_weights`, packed."""
     return self._wait(("calibrate", "fit"), self._trace_calibration)
 
   def observe(self) -> Callable[..., Any]:
-    """The compiled `(window, params, steps) -> window` of `instability.observe`; the window is
-    donated.
+    """The compiled `(window, params, steps) -> window` of `instability.observe`; the params are
+    packed, and the window is donated.
     """
     return self._wait(("observe",), self._trace_observe)
 
   def batch_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
     """The compiled `(variables, image, levels, key, total) -> total` that adds
-    `steps.batch_statistics` to the total.
+    `steps.batch_statistics` to the total; both are packed.
     """
     return self._wait(("statistics", quantized_weights, quantized_acts), self._trace_statistics)
 
@@ -262,7 +264,7 @@ class Programs:
     def make():
       return state.replace(
         opt_state=tx.init(state.params),
-        oscillation=remedies.start(state.params) if freezes else None,
+        oscillation=remedies.start(self._params) if freezes else None,
       )
 
     zeros = jax.tree.map(
@@ -330,6 +332,11 @@ class Programs:
       steps_shape if quantized_weights else None, steps_shape if quantized_acts else None
     )
 
+  def _variables(self, who: Who) -> dict[str, Packed]:
+    """The shapes of a model's variables."""
+    shapes = variable_shapes(self._models[who], self._settings.data.image_size)
+    return jax.eval_shape(pack_variables, shapes)
+
   @_for_its_devices
   def trace_train_step(self, program: Program, frozen: Frozen) -> jax.stages.Traced:
     """`steps.make_train_step` for the phases of a program, traced and not lowered yet.
@@ -396,9 +403,13 @@ class Programs:
     """`steps.make_eval_step`, traced and not lowered yet; arguments as `eval_step`'s."""
     settings, model = self._settings, self._models[who]
     seen = self._teacher_normalization if who == "teacher" else self._normalization
-    step = steps.make_eval_step(model, normalization=seen, num_classes=self._facts.num_classes)
+    of_tree = steps.make_eval_step(model, normalization=seen, num_classes=self._facts.num_classes)
+
+    def step(variables, batch, levels):
+      return of_tree(unpack(variables), batch, levels)
+
     return jax.jit(step, out_shardings=self._replicated).trace(
-      _with_sharding(variable_shapes(model, settings.data.image_size), self._replicated),
+      _with_sharding(self._variables(who), self._replicated),
       self._batch_shapes(settings.train.eval_batch_size),
       self._levels_shapes(quantized_weights, quantized_acts),
     )
@@ -411,10 +422,10 @@ class Programs:
   @_for_its_devices
   def _trace_observe(self) -> jax.stages.Traced:
     window = _with_sharding(instability.start(self._params), self._replicated)
-    params = _with_sharding(self._params, self._replicated)
+    params = _with_sharding(self._variables("student")["params"], self._replicated)
 
     def observe(window, params, steps):
-      return instability.observe(window, params, steps, self._settings.quant)
+      return instability.observe(window, unpack(params), steps, self._settings.quant)
 
     jitted = jax.jit(observe, donate_argnums=0, out_shardings=self._replicated)
     return jitted.trace(window, params, jax.ShapeDtypeStruct((), np.float32))
@@ -426,18 +437,16 @@ class Programs:
     def add(variables, image, levels, key, total):
       of = (
         self._model,
-        variables,
+        unpack(variables),
         image,
         self._normalization,
         levels,
         key,
         settings.model.bn_momentum,
       )
-      return jax.tree.map(jnp.add, total, steps.batch_statistics(*of))
+      return jax.tree.map(jnp.add, total, total.filled(steps.batch_statistics(*of)))
 
-    variables = _with_sharding(
-      variable_shapes(self._model, settings.data.image_size), self._replicated
-    )
+    variables = _with_sharding(self._variables("student"), self._replicated)
     jitted = jax.jit(add, donate_argnums=4, out_shardings=self._replicated)
     return jitted.trace(
       variables,
@@ -455,19 +464,23 @@ class Programs:
   def _trace_calibration(self, what: str) -> jax.stages.Traced:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)
+    variables = sharded(self._variables("student"))
     if what != "act":
-      of = functools.partial(
-        steps.fit_weights if what == "fit" else steps.calibrate_weights, quant=settings.quant
-      )
-      return jax.jit(of, out_shardings=self._replicated).trace(sharded(self._params), scalar)
+      of = steps.fit_weights if what == "fit" else steps.calibrate_weights
+
+      def calibrate_kernels(params, weights):
+        return params.filled(of(unpack(params), weights, settings.quant))
+
+      jitted = jax.jit(calibrate_kernels, out_shardings=self._replicated)
+      return jitted.trace(variables["params"], scalar)
 
     def calibrate(variables, image, key, acts):
-      return steps.calibrate_acts(self._model, variables, image, self._normalization, key, acts)
+      of = self._model, unpack(variables), image, self._normalization, key, acts
+      return variables["params"].filled(steps.calibrate_acts(*of))
 
     image = self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)[
       "image"
     ]
-    variables = sharded(variable_shapes(self._model, settings.data.image_size))
     jitted = jax.jit(calibrate, out_shardings=self._replicated)
     return jitted.trace(variables, image, self._key_shape, scalar)
 

@@ -14,6 +14,7 @@ from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
 from profit_jax.train import aiwq, instability, interrupt, remedies, sanity
 from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
+from profit_jax.train.packing import unpacked_shapes
 from profit_jax.train.programs import Frozen, Programs
 from profit_jax.train.progress import Best, EpochRecord, PhaseRecord, Progress
 from profit_jax.train.state import TrainState
@@ -96,7 +97,8 @@ def start(
   if not freezes:
     state = state.replace(oscillation=None)
   elif state.oscillation is None or before is None or before.weight_bits != phase.weight_bits:
-    state = state.replace(oscillation=programs.replicate(remedies.start(state.params)))
+    kernels = unpacked_shapes(state.params)
+    state = state.replace(oscillation=programs.replicate(remedies.start(kernels)))
   return programs.fresh_optimizer(state, phase.program.train_kernels, frozen)
 
 
@@ -165,7 +167,9 @@ def epoch_record(
   clip_rate,
   params,
 ) -> EpochRecord:
-  """What the plots know of an epoch whose last step is done; its loss is the mean of the steps."""
+  """What the plots know of an epoch whose last step is done; its loss is the mean of the steps.
+  `params` are nested dictionaries.
+  """
   by_layer = {
     **progress.instability,
     "clip_rate": clip_rate,

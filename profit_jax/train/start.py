@@ -13,6 +13,7 @@ from profit_jax.data import Source
 from profit_jax.models import build, init_variables, variable_shapes
 from profit_jax.settings import Settings
 from profit_jax.train.evaluate import evaluate
+from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Best, Progress, Start
 from profit_jax.weights.load import HEAD, Loaded, Variables, differing_settings, load_variables
@@ -171,7 +172,7 @@ def evaluate_start(
     settings: validated.
     student: its file counts; random weights are not evaluated.
     teacher: likewise; `self` is the student.
-    variables: the student's, on the devices.
+    variables: the student's, packed, on the devices.
   """
 
   def of(who, values):
@@ -192,7 +193,7 @@ def evaluate_start(
       file_top1=None if student.file_model is None else of("file", variables)["top1"],
     )
   if teacher.loaded is not None:
-    scores = of("teacher", programs.replicate(teacher.variables))
+    scores = of("teacher", programs.replicate(pack_variables(teacher.variables)))
     start = dataclasses.replace(
       start, teacher_top1=scores["top1"], examples=int(scores["examples"])
     )

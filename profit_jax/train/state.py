@@ -6,14 +6,16 @@ import flax.struct
 import jax
 import numpy as np
 
+from profit_jax.train.packing import Packed, pack, unpack
+
 
 class TrainState(flax.struct.PyTreeNode):
   """The student, its exponential moving average, and the optimizer of the present phase.
 
   Attributes:
     step: int32 scalar, over all phases.
-    params: the student's parameters, quantizer scalars included.
-    batch_stats: its running statistics.
+    params: the student's parameters, quantizer scalars included, packed.
+    batch_stats: its running statistics, packed.
     ema_params: their average, updated once a step; None without EMA.
     ema_batch_stats: likewise.
     opt_state: fresh in every phase.
@@ -21,31 +23,34 @@ class TrainState(flax.struct.PyTreeNode):
   """
 
   step: jax.Array
-  params: Any
-  batch_stats: Any
-  ema_params: Any
-  ema_batch_stats: Any
+  params: Packed
+  batch_stats: Packed
+  ema_params: Packed | None
+  ema_batch_stats: Packed | None
   opt_state: Any
   oscillation: Any = None
 
   @property
-  def variables(self) -> dict[str, Any]:
-    """The student, as `apply` takes it."""
+  def variables(self) -> dict[str, Packed]:
+    """The student; `packing.unpack` makes of it what `apply` takes."""
     return {"params": self.params, "batch_stats": self.batch_stats}
 
   @property
-  def ema_variables(self) -> dict[str, Any]:
-    """The average, as `apply` takes it."""
+  def ema_variables(self) -> dict[str, Packed]:
+    """The average, likewise."""
     return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
 
 
 def create_state(variables: dict[str, Any], *, ema: bool) -> TrainState:
-  """A state at step 0 without an optimizer, on the host; the average starts as a copy (an alias
-  cannot be donated).
+  """A state at step 0 without an optimizer, on the host.
+
+  Args:
+    variables: nested dictionaries.
+    ema: whether there is an average; it starts as a copy (an alias cannot be donated).
   """
 
   def copy(tree):
-    return jax.tree.map(np.array, tree)
+    return pack(jax.tree.map(np.array, tree))
 
   params, batch_stats = variables["params"], variables["batch_stats"]
   return TrainState(
@@ -56,3 +61,22 @@ def create_state(variables: dict[str, Any], *, ema: bool) -> TrainState:
     ema_batch_stats=copy(batch_stats) if ema else None,
     opt_state=(),
   )
+
+
+def saved_form(state: TrainState) -> Any:
+  """A state on the host as checkpoints hold it: every leaf under its path in the model."""
+  return unpack(state)
+
+
+def from_saved(saved: Any, template: TrainState) -> TrainState:
+  """The state of a checkpoint, on the host.
+
+  Args:
+    saved: of the structure of `saved_form(template)`.
+    template: a state with the same packing and optimizer, on the host.
+  """
+
+  def packed(node, value):
+    return node.filled(value) if isinstance(node, Packed) else value
+
+  return jax.tree.map(packed, template, saved, is_leaf=lambda node: isinstance(node, Packed))

@@ -9,6 +9,7 @@ from profit_jax.quant.levels import levels
 from profit_jax.settings import Settings
 from profit_jax.train import instability
 from profit_jax.train.checkpoint import Moment, host_copy
+from profit_jax.train.packing import unpack, unpacked_shapes
 from profit_jax.train.programs import Programs
 
 
@@ -35,12 +36,13 @@ class Watch:
     progress = moment.progress
     if phase.trains_codes and progress.step >= self._steps - instability.WINDOW:
       if moment.window is None:
-        moment.window = self._programs.replicate(instability.start(moment.state.params))
+        shapes = unpacked_shapes(moment.state.params)
+        moment.window = self._programs.replicate(instability.start(shapes))
       steps = levels(phase.weight_bits, None).weight
       moment.window = self._programs.observe()(moment.window, moment.state.params, steps)
     if progress.step == self._steps:
       progress.instability = {} if moment.window is None else instability.rates(moment.window)
-      after = jax.device_get(moment.state.batch_stats)
+      after = unpack(jax.device_get(moment.state.batch_stats))
       progress.instability["bn_distance"] = instability.bn_distances(
         self._statistics, after, self._momentum
       )

@@ -17,7 +17,7 @@ from profit_jax.train.interrupt import Stopped
 from profit_jax.train.observer import Observer
 from profit_jax.train.programs import Programs
 from profit_jax.train.sanity import NotFinite
-from profit_jax.train.state import create_state
+from profit_jax.train.state import create_state, saved_form
 from tests.train.conftest import PHASES, tiny_config
 from tests.train.runs import (
   WITHOUT_PLOTS,
@@ -269,7 +269,7 @@ def test_state_of_another_optimizer_is_refused(finished_run):
     lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(TinyNet(), 16)
   )
   with pytest.raises(ConfigError, match="opt_state"):
-    newest_of(finished_run).restore("state", create_state(zeros, ema=True))
+    newest_of(finished_run).restore("state", saved_form(create_state(zeros, ema=True)))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from profit_jax.models import REGISTRY, init_variables
 from profit_jax.quant.levels import levels
 from profit_jax.settings import parse
 from profit_jax.train import optimizer, steps
+from profit_jax.train.packing import pack, unpack
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.state import create_state
 from tests.train.conftest import tiny_config
@@ -29,7 +30,7 @@ class Training:
     self._source, self._model = data.load(settings), TinyNet(dtype=dtype)
     self._normalization = normalization(settings.data.normalization, self._source.facts)
     sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
-    params = init_variables(self._model, jax.random.key(0), 16)["params"]
+    params = pack(init_variables(self._model, jax.random.key(0), 16)["params"])
     labels = optimizer.label_params(params, train_kernels=True, frozen=frozenset())
     self._tx = optimizer.make_optimizer(labels, sgd)
     seen = {"normalization": self._normalization}
@@ -47,16 +48,17 @@ class Training:
       if bits:
         params = self._calibrated(variables, given, key)
       state = create_state({**variables, "params": params}, ema=True)
-      state = state.replace(opt_state=self._tx.init(params))
+      state = state.replace(opt_state=self._tx.init(state.params))
       for epoch in range(epochs):
         found = []
         for batch in self._source.train_batches(epoch, 32):
           state, metrics, _ = self._step(state, batch, given, np.float32(rate), key, None, None)
           found.append(metrics["loss"])
+        variables = unpack(jax.device_get(state.variables))
         losses.append(float(np.mean(found)))
         if epoch >= epochs // 2:
-          top1 += [self._top1(each, given) for each in (state.variables, state.ema_variables)]
-      variables = state.variables
+          averaged = unpack(jax.device_get(state.ema_variables))
+          top1 += [self._top1(each, given) for each in (variables, averaged)]
     return losses, np.mean(top1)
 
   def _calibrated(self, variables, given, key):

@@ -21,6 +21,7 @@ from profit_jax.quant.levels import levels
 from profit_jax.settings import ConfigError, QuantSettings, RemedySettings, parse
 from profit_jax.train import optimizer, remedies, steps
 from profit_jax.train.interrupt import Stopped
+from profit_jax.train.packing import pack
 from profit_jax.train.state import create_state
 from tests.train.conftest import tiny_config
 from tests.train.runs import STEPS_PER_EPOCH, WITHOUT_PLOTS, SignalAt, assert_same_run, number
@@ -185,7 +186,7 @@ def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
   model, quant = TinyNet(), QuantSettings()
   variables = init_variables(model, jax.random.key(0), 16)
   labels = optimizer.label_params(
-    variables["params"], train_kernels=True, frozen=frozenset({"conv1"})
+    pack(variables["params"]), train_kernels=True, frozen=frozenset({"conv1"})
   )
   tx = optimizer.make_optimizer(
     labels, optimizer.SgdSettings(weight_decay=0.0, momentum=0.0, quantizer_lr_scale=0.01)
@@ -216,7 +217,8 @@ def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
   )
   np.testing.assert_allclose(metrics["dampening"], 0.5 * loss, rtol=1e-5)
   for layer in ("conv0", "conv1", "conv2", "classifier"):
-    moved = damped.params[layer]["kernel"] - plain.params[layer]["kernel"]
+    kernels = [state.params.arrays[f"{layer}/kernel"] for state in (damped, plain)]
+    moved = kernels[0] - kernels[1]
     expected = 0.0 if layer == "conv1" else -0.1 * 0.5 * gradient[layer]["kernel"]
     np.testing.assert_allclose(moved, np.broadcast_to(expected, moved.shape), atol=1e-6)
 

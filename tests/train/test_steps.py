@@ -13,6 +13,7 @@ from profit_jax.data.normalize import normalize
 from profit_jax.models import init_variables
 from profit_jax.quant.levels import Levels, levels
 from profit_jax.train import aiwq, optimizer, sanity, steps
+from profit_jax.train.packing import pack, unpack
 from profit_jax.train.state import create_state
 from tests.train.tiny import CONVS, TinyNet
 
@@ -44,7 +45,7 @@ def replicated(devices):
 @functools.cache
 def training(devices=1, frozen=frozenset(), distillation=TAUGHT_BY_ITSELF, accumulation_steps=1):
   """A jitted training step, and what makes its first state, `(variables, ema) -> state`."""
-  params = variables()["params"]
+  params = pack(variables()["params"])
   labels = optimizer.label_params(params, train_kernels=True, frozen=frozen)
   tx = optimizer.make_optimizer(labels, SGD)
   step = steps.make_train_step(
@@ -177,11 +178,11 @@ def test_ema_follows_the_formula():
     expected = jax.tree.map(
       lambda start, one, two: 0.9 * (0.9 * start + 0.1 * one) + 0.1 * two,
       variables()[value],
-      *(getattr(state, value) for state in states),
+      *(unpack(getattr(state, value)) for state in states),
     )
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-      getattr(states[1], average),
+      unpack(getattr(states[1], average)),
       expected,
     )
 

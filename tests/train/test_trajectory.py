@@ -12,6 +12,7 @@ from profit_jax.data import Normalization
 from profit_jax.models import REGISTRY, variable_shapes
 from profit_jax.quant.levels import levels
 from profit_jax.train import aiwq, optimizer, steps
+from profit_jax.train.packing import pack, unpack
 from profit_jax.train.state import create_state
 from profit_jax.weights import load
 from tests import golden_data
@@ -106,7 +107,7 @@ def run(name, stage):
   _, student, teacher, _, layers = setting(name)
   frozen = golden_data.load(f"trajectory_{name}.json")["frozen"] if freeze else []
   labels = optimizer.label_params(
-    student["params"],
+    pack(student["params"]),
     train_kernels=train_kernels,
     frozen=frozenset(layers[layer] for layer in frozen),
   )
@@ -114,7 +115,8 @@ def run(name, stage):
   tx = optimizer.make_optimizer(labels, sgd)
   step = make_step(name, tx)
   with jax.enable_x64(True):
-    state = create_state(student, ema=True).replace(opt_state=tx.init(student["params"]))
+    state = create_state(student, ema=True)
+    state = state.replace(opt_state=tx.init(state.params))
     sampling = aiwq.start(student["params"]) if weight_bits else None
     history = [(state, None, sampling)]
     for i in range(4 if (name, stage) == (V2, "full_precision") else STEPS[name]):
@@ -137,7 +139,7 @@ def run(name, stage):
 
 
 def norms(name, variables, names):
-  flat, paths = traverse_util.flatten_dict(variables), setting(name).leaf_paths
+  flat, paths = traverse_util.flatten_dict(unpack(variables)), setting(name).leaf_paths
   return [np.linalg.norm(flat[paths[their]]) for their in names]
 
 
@@ -194,7 +196,9 @@ def test_frozen_kernels_stay_bit_identical_while_their_quantizers_and_norms_move
   frozen = {
     setting(V2).layers[layer] for layer in golden_data.load(f"trajectory_{V2}.json")["frozen"]
   }
-  old, new = (traverse_util.flatten_dict(state.params, sep="/") for state in (before, after))
+  old, new = (
+    traverse_util.flatten_dict(unpack(state.params), sep="/") for state in (before, after)
+  )
   for name, value in new.items():
     layer, leaf = name.rsplit("/", 1)
     assert np.array_equal(value, old[name]) == (leaf == "kernel" and layer in frozen), name
@@ -202,6 +206,8 @@ def test_frozen_kernels_stay_bit_identical_while_their_quantizers_and_norms_move
 
 def test_bn_phase_moves_everything_but_kernels():
   before, after = run(V2, "norm_only_4bit")[0][0], run(V2, "norm_only_4bit")[-1][0]
-  old, new = (traverse_util.flatten_dict(state.params, sep="/") for state in (before, after))
+  old, new = (
+    traverse_util.flatten_dict(unpack(state.params), sep="/") for state in (before, after)
+  )
   for name, value in new.items():
     assert np.array_equal(value, old[name]) == name.endswith("/kernel"), name

@@ -1,0 +1,83 @@
+"""Packed trees come back to the bit, and checkpoints hold every leaf under its own path."""
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from profit_jax.models import init_variables
+from profit_jax.train import optimizer
+from profit_jax.train.packing import pack, pack_variables, unpack
+from profit_jax.train.state import create_state, from_saved, saved_form
+from tests.train.runs import newest_of
+from tests.train.tiny import CONVS, TinyNet
+
+
+def drawn():
+  """The tiny net's variables, every value another one, on the host."""
+  rng = np.random.default_rng(0)
+  shapes = init_variables(TinyNet(), jax.random.key(0), 16)
+  return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+
+
+def assert_same(one, other):
+  one, other = (traverse_util.flatten_dict(tree, sep="/") for tree in (one, other))
+  assert one.keys() == other.keys()
+  for path, value in one.items():
+    np.testing.assert_array_equal(value, other[path], err_msg=path)
+
+
+def test_everything_but_kernels_is_in_three_vectors():
+  packed = pack_variables(drawn())
+  kernels = {f"{layer}/kernel" for layer in (*CONVS, "classifier")}
+  assert packed["params"].arrays.keys() == kernels | {"norm", "quant"}
+  assert packed["batch_stats"].arrays.keys() == {"statistics"}
+
+
+def test_a_packed_tree_comes_back_on_the_host_and_in_a_program():
+  variables = drawn()
+  assert_same(unpack(pack_variables(variables)), variables)
+  packed = jax.jit(pack_variables)(variables)
+  assert_same(unpack(jax.device_get(packed)), variables)
+  assert_same(jax.jit(unpack)(packed), variables)
+
+
+def test_leaves_that_are_filled_in_replace_whole_arrays():
+  params = drawn()["params"]
+  packed = pack(params)
+  other = jax.tree.map(lambda leaf: leaf + 1, params)
+  assert_same(unpack(packed.filled(other)), other)
+  kernels = unpack(packed.with_kernels(other))
+  expected = {
+    path: (other if path[-1] == "kernel" else params) for path in traverse_util.flatten_dict(params)
+  }
+  expected = {path: traverse_util.flatten_dict(tree)[path] for path, tree in expected.items()}
+  assert_same(kernels, traverse_util.unflatten_dict(expected))
+
+
+def test_a_state_comes_back_from_its_saved_form():
+  state = create_state(drawn(), ema=True)
+  labels = optimizer.label_params(state.params, train_kernels=True, frozen=frozenset({"conv1"}))
+  sgd = optimizer.SgdSettings(weight_decay=0.1, momentum=0.9, quantizer_lr_scale=0.01)
+  tx = optimizer.make_optimizer(labels, sgd)
+  state = jax.device_get(state.replace(opt_state=tx.init(state.params)))
+  state = state.replace(opt_state=jax.tree.map(lambda leaf: leaf + 1, state.opt_state))
+  zeros = jax.tree.map(np.zeros_like, state)
+  back = from_saved(saved_form(state), zeros)
+  assert jax.tree.structure(back) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, back, state)
+
+
+def test_a_checkpoint_holds_every_leaf_under_its_path(finished_run):
+  # As before the state was packed, so that a run of an earlier version resumes.
+  saved = newest_of(finished_run).arrays
+  variables = traverse_util.flatten_dict(drawn(), sep="/")
+  expected = {f"state/{path}" for path in variables}
+  expected |= {f"state/ema_{path}" for path in variables}
+  # The last phase trains no kernel.
+  for path in variables:
+    name, leaf = path.removeprefix("params/"), path.rsplit("/", 1)[-1]
+    if leaf.startswith("quant_"):
+      expected.add(f"state/opt_state/inner_states/quant/inner_state/0/trace/{name}")
+    elif leaf in ("scale", "bias"):
+      expected.add(f"state/opt_state/inner_states/norm/inner_state/0/trace/{name}")
+  assert {path for path in saved if path.startswith("state/")} == expected | {"state/step"}
