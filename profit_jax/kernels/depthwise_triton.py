@@ -2,7 +2,8 @@
 
 A depthwise convolution does 9 or 25 multiply-adds per number that it reads, so memory bounds it.
 Each kernel reads its operands and writes its result once, and takes the unpadded input: the padding
-value is what a masked load returns.
+value is what a masked load returns. Given `Codes`, a kernel quantizes its input when it loads it:
+the codes are never in memory.
 
 A thread computes a strip of adjacent columns for a few channels and walks down the rows. An input
 row is loaded once, each of its columns once per strip; what it adds to later output rows stays in
@@ -46,6 +47,29 @@ class Tile(NamedTuple):
   warps: int
 
 
+class Codes(NamedTuple):
+  """An activation that the kernels quantize when they load it.
+
+  Its codes are `round(clip((x - mean) * factor + bias, low, high))` in float32, halves to even.
+  NaN gives NaN.
+
+  Attributes:
+    x: `[N, H, W, C]`, float32 or bfloat16.
+    mean: `[C]`.
+    factor: `[C]`.
+    bias: `[C]`.
+    low: scalar.
+    high: scalar.
+  """
+
+  x: jax.Array
+  mean: jax.Array
+  factor: jax.Array
+  bias: jax.Array
+  low: jax.Array
+  high: jax.Array
+
+
 class _Layout(NamedTuple):
   """Where a call runs: interpreted or compiled, and over which devices the batch is split."""
 
@@ -68,6 +92,7 @@ def depthwise_conv(
   margin: int = 0,
   pad_value: float = 0.0,
   out_dtype: Any = None,
+  codes: Codes | None = None,
 ) -> jax.Array:
   """Convolves each channel with its own filter; sums are float32.
 
@@ -81,47 +106,54 @@ def depthwise_conv(
     margin: width of the border around the images, on every side.
     pad_value: of the border.
     out_dtype: of the result; x's by default.
+    codes: what the kernels read instead of x. Only the gradient uses x then, whose values must be
+      these codes: XLA does not compute them. `codes` gets no gradient.
 
   Returns:
     `[N, (H + 2 * margin - K) // stride + 1, (W + 2 * margin - K) // stride + 1, C]`.
 
   Raises:
-    ValueError: x is not supported, see `supports`.
+    ValueError: x or `codes.x` is not supported, see `supports`, or their shapes differ.
   """
-  if not supports(x):
-    raise ValueError(
-      f"The Triton kernels do not take {x.dtype}{list(x.shape)}. They take float32 and bfloat16, "
-      "fewer than 2^31 elements per device, and a batch that divides over the devices."
-    )
+  for array in (x,) if codes is None else (x, codes.x):
+    if not supports(array):
+      raise ValueError(
+        f"The Triton kernels do not take {array.dtype}{list(array.shape)}. They take float32 and "
+        "bfloat16, fewer than 2^31 elements per device, and a batch that divides over the devices."
+      )
+  if codes is not None and codes.x.shape != x.shape:
+    raise ValueError(f"codes.x has shape {codes.x.shape}. It must have x's: {x.shape}.")
   where = target.current()
   mesh = where.mesh if where.mesh is not None and where.mesh.size > 1 else None
   layout = _Layout(where.platform != "gpu", mesh)
-  static = stride, margin, float(pad_value), jnp.dtype(out_dtype or x.dtype), layout
-  return _depthwise_conv(x, kernel, *static)
+  dtypes = x.dtype, jnp.dtype(out_dtype or x.dtype)
+  return _depthwise_conv(x, kernel, codes, stride, margin, float(pad_value), dtypes, layout)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _depthwise_conv(x, kernel, stride, margin, pad_value, out_dtype, layout):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _depthwise_conv(x, kernel, codes, stride, margin, pad_value, dtypes, layout):
   def compute(x, kernel):
     return forward(
-      x, kernel, stride, margin, pad_value, out_dtype=out_dtype, interpret=layout.interpret
+      x, kernel, stride, margin, pad_value, out_dtype=dtypes[1], interpret=layout.interpret
     )
 
-  return _per_device(compute, layout.mesh, "sr", "s")(x, kernel)
+  source = x if codes is None else codes
+  return _per_device(compute, layout.mesh, (source, "s"), (kernel, "r"), result="s")
 
 
-def _forward(x, kernel, *static):
-  return _depthwise_conv(x, kernel, *static), (x, kernel)
+def _forward(x, kernel, codes, *static):
+  source = x if codes is None else codes
+  return _depthwise_conv(x, kernel, codes, *static), (source, kernel)
 
 
-def _backward(stride, margin, pad_value, out_dtype, layout, residuals, upstream):
-  del out_dtype
-  x, kernel = residuals
+def _backward(stride, margin, pad_value, dtypes, layout, residuals, upstream):
+  source, kernel = residuals
   size = kernel.shape[0]
+  extent = _pixels_of(source).shape[1:3]
 
   def for_input(upstream, kernel):
     return input_gradient(
-      upstream, kernel, x.shape[1:3], stride, margin, dtype=x.dtype, interpret=layout.interpret
+      upstream, kernel, extent, stride, margin, dtype=dtypes[0], interpret=layout.interpret
     )
 
   def for_kernel(x, upstream):
@@ -131,27 +163,48 @@ def _backward(stride, margin, pad_value, out_dtype, layout, residuals, upstream)
     gradient = gradient if layout.mesh is None else lax.psum(gradient, "data")
     return gradient.astype(kernel.dtype)
 
-  dx = _per_device(for_input, layout.mesh, "sr", "s")(upstream, kernel)
-  return dx, _per_device(for_kernel, layout.mesh, "ss", "r")(x, upstream)
+  dx = _per_device(for_input, layout.mesh, (upstream, "s"), (kernel, "r"), result="s")
+  dk = _per_device(for_kernel, layout.mesh, (source, "s"), (upstream, "s"), result="r")
+  return dx, dk, None
 
 
 _depthwise_conv.defvjp(_forward, _backward)
 
 
 def _per_device(
-  compute: Callable[..., jax.Array], mesh: Mesh | None, operands: str, result: str
-) -> Callable[..., jax.Array]:
+  compute: Callable[..., jax.Array],
+  mesh: Mesh | None,
+  *operands: tuple[jax.Array | Codes, str],
+  result: str,
+) -> jax.Array:
   # XLA does not know how a Pallas call could be split; it would gather the operands first.
+  arrays = [array for array, _ in operands]
   if mesh is None:
-    return compute
+    return compute(*arrays)
   specs = {"s": PartitionSpec("data"), "r": PartitionSpec()}
-  return jax.shard_map(
+
+  def spec(array, letter):
+    if isinstance(array, Codes):
+      return Codes(specs[letter], *[specs["r"]] * 5)
+    return specs[letter]
+
+  split = jax.shard_map(
     compute,
     mesh=mesh,
-    in_specs=tuple(specs[each] for each in operands),
+    in_specs=tuple(spec(*operand) for operand in operands),
     out_specs=specs[result],
     check_vma=False,
   )
+  return split(*arrays)
+
+
+def _pixels_of(x: jax.Array | Codes) -> jax.Array:
+  return x.x if isinstance(x, Codes) else x
+
+
+def _operands_of(x: jax.Array | Codes) -> list[jax.Array]:
+  # What `_source` takes references to.
+  return [x.x, *(each.astype(jnp.float32) for each in x[1:])] if isinstance(x, Codes) else [x]
 
 
 def choose_tile(shape: tuple[int, int, int, int], size: int, stride: int) -> Tile:
@@ -263,6 +316,21 @@ class _Walk:
       result_shape_dtypes=(out,),
     )[0]
 
+  def code(self, value: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """`round(clip(value, low, high))` in float32, halves to even. NaN stays NaN."""
+    if self.interpret:
+      return jnp.round(jnp.clip(value, low, high))
+    # Pallas lowers no rounding to Triton, and maximum and minimum to instructions that drop NaN.
+    bounds = (jnp.broadcast_to(each, value.shape) for each in (low, high))
+    out = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    return triton.elementwise_inline_asm(
+      "max.NaN.f32 $0, $1, $2; min.NaN.f32 $0, $0, $3; cvt.rni.f32.f32 $0, $0;",
+      args=(value, *bounds),
+      constraints="=&f,f,f,f",
+      pack=1,
+      result_shape_dtypes=(out,),
+    )[0]
+
   def store(self, ref: Any, offset: jax.Array, value: jax.Array, mask: jax.Array | None):
     """Writes to a flat array where the mask is true."""
     if self.interpret and mask is not None:
@@ -319,13 +387,48 @@ class _Pixels:
     self.walk.store(self.ref, offset, value, mask)
 
 
+class _Quantized(_Pixels):
+  """The codes of an array's elements, see `Codes`; `refs` are of its attributes."""
+
+  def __init__(
+    self, walk: _Walk, refs: tuple[Any, ...], shape: tuple[int, ...], stride: int, shift: int
+  ):
+    super().__init__(walk, refs[0], shape, stride, shift)
+    mean, factor, bias = (walk.load(ref, walk.channel, walk.channels_inside) for ref in refs[1:4])
+    self.mean = mean
+    self.factor = factor
+    self.bias = jnp.broadcast_to(bias, walk.zeros.shape)
+    self.low = refs[4][0]
+    self.high = refs[5][0]
+
+  def load(self, row: jax.Array, count: int, other: float = 0.0, below: Any = True):
+    """As of the array of codes, in float32: `other` is a code too."""
+    inside = (row >= 0) & (row < self.height) & below
+    codes = []
+    for t in range(count):
+      offset, mask = self.at(row, t, inside)
+      centered = self.walk.load(self.ref, offset, mask).astype(jnp.float32) - self.mean
+      scaled = self.walk.add_product(self.bias, centered, self.factor)
+      codes.append(jnp.where(mask, self.walk.code(scaled, self.low, self.high), other))
+    return codes
+
+
+def _source(
+  walk: _Walk, refs: tuple[Any, ...], shape: tuple[int, ...], stride: int, shift: int
+) -> _Pixels:
+  """An array's elements, or the codes that the kernel computes of them."""
+  if len(refs) == 1:
+    return _Pixels(walk, refs[0], shape, stride, shift)
+  return _Quantized(walk, refs, shape, stride, shift)
+
+
 def _both(*masks: jax.Array | None) -> jax.Array | None:
   given = [mask for mask in masks if mask is not None]
   return functools.reduce(jnp.logical_and, given) if given else None
 
 
 def forward(
-  x: jax.Array,
+  x: jax.Array | Codes,
   kernel: jax.Array,
   stride: int,
   margin: int = 0,
@@ -337,8 +440,10 @@ def forward(
 ) -> jax.Array:
   """The convolution of one device; arguments and result as `depthwise_conv`'s."""
   size = kernel.shape[0]
-  height, width = ((extent + 2 * margin - size) // stride + 1 for extent in x.shape[1:3])
-  out = jax.ShapeDtypeStruct((x.shape[0], height, width, x.shape[3]), out_dtype or x.dtype)
+  pixels = _pixels_of(x)
+  height, width = ((extent + 2 * margin - size) // stride + 1 for extent in pixels.shape[1:3])
+  shape = pixels.shape[0], height, width, pixels.shape[3]
+  out = jax.ShapeDtypeStruct(shape, out_dtype or pixels.dtype)
   tile = tile or choose_tile(out.shape, size, stride)
   window = _Window(stride, margin, pad_value, flip=False)
   return _correlate(x, kernel, out, window, _Walk(out.shape, tile, interpret))
@@ -359,10 +464,11 @@ def _correlate(x, kernel, out, window, walk):
   depth = pl.cdiv(size, stride)
   reach = (columns - 1) * stride + size
 
-  def compute(x_ref, kernel_ref, y_ref):
+  def compute(*refs):
+    *x_refs, kernel_ref, y_ref = refs
     walk.start()
     taps = walk.taps(kernel_ref, size, window.flip)
-    source = _Pixels(walk, x_ref, x.shape, stride, -window.margin)
+    source = _source(walk, x_refs, _pixels_of(x).shape, stride, -window.margin)
     result = _Pixels(walk, y_ref, out.shape, 1, 0)
 
     def step(number, begun):
@@ -387,7 +493,7 @@ def _correlate(x, kernel, out, window, walk):
     begun = [[walk.zeros] * columns for _ in range(depth - 1)]
     lax.fori_loop(0, walk.tile.rows + depth - 1, step, begun)
 
-  return walk.call(compute, out, x, kernel)
+  return walk.call(compute, out, *_operands_of(x), kernel)
 
 
 def input_gradient(
@@ -453,7 +559,7 @@ def _spread(upstream, kernel, out, stride, margin, walk):
 
 
 def filter_gradient(
-  x: jax.Array,
+  x: jax.Array | Codes,
   upstream: jax.Array,
   size: int,
   stride: int,
@@ -464,7 +570,7 @@ def filter_gradient(
   tile: Tile | None = None,
 ) -> jax.Array:
   """The gradient of the kernel: `[size, size, 1, C]`, float32."""
-  channels = x.shape[3]
+  channels = upstream.shape[3]
   walk = _Walk(upstream.shape, tile or choose_tile(upstream.shape, size, stride), interpret)
   columns, rows_walked = walk.tile.columns, walk.tile.rows
   depth = pl.cdiv(size, stride)
@@ -472,9 +578,10 @@ def filter_gradient(
   taps = size * size
   out = jax.ShapeDtypeStruct((walk.groups * walk.segments, taps, channels), jnp.float32)
 
-  def compute(x_ref, upstream_ref, sums_ref):
+  def compute(*refs):
+    *x_refs, upstream_ref, sums_ref = refs
     walk.start()
-    source = _Pixels(walk, x_ref, x.shape, stride, -margin)
+    source = _source(walk, x_refs, _pixels_of(x).shape, stride, -margin)
     gradient = _Pixels(walk, upstream_ref, upstream.shape, 1, 0)
 
     def step(number, carry):
@@ -500,4 +607,5 @@ def filter_gradient(
       value = jnp.sum(total, axis=0, keepdims=True)
       walk.store(sums_ref, offset, value, walk.channels_inside)
 
-  return jnp.sum(walk.call(compute, out, x, upstream), axis=0).reshape(size, size, 1, channels)
+  parts = walk.call(compute, out, *_operands_of(x), upstream)
+  return jnp.sum(parts, axis=0).reshape(size, size, 1, channels)

@@ -124,3 +124,113 @@ def test_gpus_use_them_where_they_can(kernels, dtype, images, triton):
   with target.tracing_for(target.Target("gpu", kernels, mesh)):
     traced = jax.jit(lambda x, kernel: depthwise.depthwise_conv(x, kernel, 1, 1)).trace(x, kernel)
   assert ("pallas_call" in str(traced.jaxpr)) == triton
+
+
+# Few significant bits: float32 computes every sum and product exactly, in any order, with or
+# without fused multiply-adds. Many of the values that are rounded are halves.
+def _exact(case, source=np.float32, carrier=np.float32, images=2):
+  """`Codes` of a case, their values computed in float64, a kernel, and a gradient of the result."""
+  _, _, extent, channels, _, _ = case
+  rng = np.random.default_rng(0)
+  x = rng.integers(-32, 32, (images, *extent, channels)) / 8
+  mean = rng.integers(-8, 8, channels) / 8
+  factor = rng.choice([0.5, 1.0, 2.0, -4.0], channels)
+  bias = rng.integers(-4, 4, channels) / 2
+  low, high = -2.0, 5.0
+  values = np.round(np.clip((x - mean) * factor + bias, low, high))
+  vectors = (jnp.asarray(each, jnp.float32) for each in (mean, factor, bias, low, high))
+  codes = depthwise_triton.Codes(jnp.asarray(x, source), *vectors)
+  _, kernel, upstream = (np.round(4 * each) / 4 for each in _drawn(case, images=images))
+  return codes, *(jnp.asarray(each, carrier) for each in (values, kernel, upstream))
+
+
+def _from_codes(case, out_dtype=None):
+  _, stride, _, _, margin, pad_value = case
+
+  def all_three(x, kernel, upstream, codes):
+    def convolve(x, kernel):
+      return depthwise_triton.depthwise_conv(x, kernel, stride, margin, pad_value, out_dtype, codes)
+
+    return _all_three(convolve, x, kernel, upstream)
+
+  return jax.jit(all_three)
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("bfloat16",) * 2, ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+  "case", ["3x3 of three row segments", "3x3, stride 2", "5x5", "5x5, stride 2"]
+)
+def test_codes_are_computed_on_load(case, dtypes):
+  case = CASES[case]
+  source, carrier = dtypes
+  codes, values, kernel, upstream = _exact(case, source, carrier)
+  assert len(np.unique(values)) == 8
+  unread = jnp.full_like(values, jnp.nan)
+  results = _from_codes(case, jnp.float32)(unread, kernel, upstream, codes)
+  assert [each.dtype for each in results] == [jnp.float32, carrier, carrier]
+  for ours, plain in zip(results, _ours(case, jnp.float32)(values, kernel, upstream), strict=True):
+    np.testing.assert_array_equal(ours, plain)
+
+
+def test_codes_of_nan_are_nan():
+  case = CASES["3x3"]
+  codes, values, kernel, upstream = _exact(case)
+  codes = codes._replace(x=codes.x.at[0, 0, 0, 0].set(jnp.nan))
+  y, _, dk = _from_codes(case)(values, kernel, upstream, codes)
+  assert np.isnan(y[0, 0, 0, 0])
+  assert np.isnan(dk[..., 0]).any()
+  assert np.isfinite(y[1:]).all()
+  assert np.isfinite(dk[..., 1:]).all()
+
+
+def test_codes_on_four_devices():
+  case = CASES["3x3, stride 2"]
+  codes, values, kernel, upstream = _exact(case, images=8)
+  alone = _from_codes(case)(values, kernel, upstream, codes)
+  mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",))
+  split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
+  shardings = split, whole, split, depthwise_triton.Codes(split, *[whole] * 5)
+  arguments = jax.device_put((values, kernel, upstream, codes), shardings)
+  with target.tracing_for(target.Target("cpu", mesh=mesh)):
+    compiled = _from_codes(case).lower(*arguments).compile()
+  assert "all-gather" not in compiled.as_text()
+  for split_result, result in zip(compiled(*arguments), alone, strict=True):
+    np.testing.assert_array_equal(split_result, result)
+
+
+@pytest.mark.parametrize("on_load", [True, False])
+def test_xla_does_not_compute_the_codes_that_a_kernel_computes(on_load):
+  codes, _, kernel, upstream = _exact(CASES["3x3"])
+
+  def step(codes, kernel, upstream):
+    def loss(kernel):
+      x = jnp.sin(codes.x)  # any operation that a kernel does not have
+      y = depthwise_triton.depthwise_conv(x, kernel, 1, 1, codes=codes if on_load else None)
+      return jnp.sum(y * upstream)
+
+    return loss(kernel), jax.grad(loss)(kernel)
+
+  text = jax.jit(step).lower(codes, kernel, upstream).compile().as_text()
+  assert ("sine(" in text) != on_load
+
+
+def test_codes_get_no_gradient():
+  codes, values, kernel, _ = _exact(CASES["3x3"])
+
+  def total(codes):
+    return depthwise_triton.depthwise_conv(values, kernel, 1, 1, codes=codes).sum()
+
+  for gradient in jax.tree.leaves(jax.jit(jax.grad(total))(codes)):
+    assert not gradient.any()
+
+
+def test_codes_of_another_shape_are_refused():
+  codes, values, kernel, _ = _exact(CASES["3x3"])
+  with pytest.raises(ValueError, match=r"codes\.x has shape"):
+    depthwise_triton.depthwise_conv(values[:1], kernel, 1, codes=codes)
+
+
+def test_codes_that_the_kernels_do_not_take_are_refused():
+  codes, values, kernel, _ = _exact(CASES["3x3"], source=jnp.float16)
+  with pytest.raises(ValueError, match="float16"):
+    depthwise_triton.depthwise_conv(values, kernel, 1, codes=codes)
