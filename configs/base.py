@@ -158,9 +158,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.weight_decay = 4e-5  # of kernels only, added to the gradient
   config.train.momentum = 0.9
   config.train.ema_rate = 0.9997  # share of the average that a step keeps; 0 keeps no average
-  # Of what convolutions and dense layers multiply in training: float32, bfloat16. All else, and
-  # evaluation, is float32.
-  config.train.dtype = "float32"
+  # Arithmetic of training. float32: products of codes take one pass of the matrix unit, which is
+  # exact for them; all others have full precision. tfloat32: stored in float32, all products take
+  # one pass (TF32 on GPUs, bfloat16 on TPUs). bfloat16: activations and their gradients are stored
+  # in bfloat16. auto: bfloat16 on TPUs, tfloat32 on GPUs, float32 on CPUs; a run keeps what it
+  # began with. Parameters and batch statistics are float32 in all of them, and so is evaluation.
+  config.train.dtype = "auto"
+  # Form of operations: tuned for the platform, or plain xla.
+  config.train.kernels = "tuned"
 
   config.checkpoint = ml_collections.ConfigDict()
   # the newest that stay; each has all that the run needs, the best weights so far included

@@ -28,7 +28,7 @@ from profit_jax.train.evaluate import evaluate
 from profit_jax.train.loop import Loop
 from profit_jax.train.observer import Observer, Observers
 from profit_jax.train.packing import pack_variables
-from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.progress import Progress, summary
 
 MODES = ("train", "eval", "plan", "export")
@@ -96,10 +96,8 @@ def main(
     print_plan(settings, phases, images_per_second)
     return
   with _compilation_cache(settings):
-    # What says float32 is float32: TPUs would compute its convolutions in bfloat16, GPUs in
-    # TensorFloat-32.
-    jax.config.update("jax_default_matmul_precision", "highest")
     distributed.initialize(*cluster)
+    settings = _with_dtype(settings, directory if workdir else None, hooks.devices)
     distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
     if only_file:
       if workdir:
@@ -139,6 +137,17 @@ def _read(config, workdir: str, mode: str, fork_from: str) -> tuple[Settings, ep
     _require_workdir(workdir, mode)
   check(settings)
   return settings, directory, only_file
+
+
+def _with_dtype(
+  settings: Settings, directory: epath.Path | None, devices: Sequence[jax.Device] | None
+) -> Settings:
+  """The settings with a `train.dtype` that is not auto: the run's, or the platform's."""
+  if settings.train.dtype != "auto":
+    return settings
+  if directory is not None and files.is_begun(directory):
+    return settings.with_dtype(files.read_settings(directory).train.dtype)
+  return settings.with_dtype(default_dtype((devices or jax.devices())[0].platform))
 
 
 def identity(settings: Settings, mode: str, workdir: str, fork_from: str) -> str:
@@ -200,6 +209,7 @@ def train(
   Returns:
     What `result.json` holds, in the first process; None in the others.
   """
+  settings = _with_dtype(settings, workdir, hooks.devices)
   phases = plan.plan(settings)
   mesh = make_mesh(settings, hooks.devices)
   source = _load_data(settings)

@@ -8,16 +8,19 @@ from jax import lax
 
 from profit_jax.kernels import depthwise_triton, target
 from profit_jax.lowering import channel_sums, own_kernel
+from profit_jax.quant.quantized import Affine
 
 # XLA on CPU is 4-5x slower with `feature_group_count` than with one shifted multiply-add per tap;
-# GPUs and TPUs have kernels of their own for the grouped form. `platform_dependent` decides at
-# lowering, so a program that is lowered here for another platform has that platform's form. The
-# custom_vjp keeps the choice out of what autodiff sees: differentiating through it would make both
-# forms' residuals live.
+# TPUs have kernels of their own for the grouped form.
 
 
 def depthwise_conv(
-  x: jax.Array, kernel: jax.Array, stride: int, margin: int = 0, pad_value: float = 0.0
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int,
+  margin: int = 0,
+  pad_value: float = 0.0,
+  source: Affine | None = None,
 ) -> jax.Array:
   """Convolves each channel with its own filter.
 
@@ -27,58 +30,53 @@ def depthwise_conv(
     stride: in both directions.
     margin: so many rows and columns are put around the images, on every side.
     pad_value: what they are filled with.
+    source: what x is computed from. GPUs compute it as they read, and x itself only takes the
+      gradient.
 
   Returns:
     `[N, (H + 2 * margin - KH) // stride + 1, (W + 2 * margin - KW) // stride + 1, C]`.
   """
-  if target.current().is_tuned_for("gpu") and depthwise_triton.supports(x):
-    return depthwise_triton.depthwise_conv(x, kernel, stride, margin, pad_value)
-  return _depthwise_conv(x, kernel, stride, margin, pad_value)
+  to = target.current()
+  if to.is_tuned_for("gpu") and depthwise_triton.supports(x):
+    codes = source and depthwise_triton.Codes(*source)
+    return depthwise_triton.depthwise_conv(x, kernel, stride, margin, pad_value, codes=codes)
+  if to.is_tuned_for("cpu"):
+    return _on_cpu(x, kernel, stride, margin, pad_value)
+  return grouped(x, kernel, stride, margin, pad_value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _depthwise_conv(x, kernel, stride, margin, pad_value):
+def _on_cpu(x, kernel, stride, margin, pad_value):
   return _forward(x, kernel, stride, margin, pad_value)[0]
 
 
 def _forward(x, kernel, stride, margin, pad_value):
   padded = x
   if margin:
-    around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
-    padded = own_kernel(lambda x: lax.pad(x, jnp.asarray(pad_value, x.dtype), around), kernel, x)
-  forms = {"cpu": _shifted, "default": grouped}
-  y = lax.platform_dependent(
-    padded, kernel, **{key: functools.partial(form, stride=stride) for key, form in forms.items()}
-  )
-  return y, (padded, kernel)
+    padded = own_kernel(lambda x: pad(x, margin, pad_value), kernel, x)
+  return _shifted(padded, kernel, stride), (padded, kernel)
 
 
-def _backward(stride, margin, pad_value, residuals, upstream):
-  forms = {"cpu": _shifted_backward, "default": _grouped_backward}
-  forms = {
-    key: functools.partial(form, stride=stride, margin=margin) for key, form in forms.items()
-  }
-  return lax.platform_dependent(*residuals, upstream, **forms)
+def pad(x: jax.Array, margin: int, value: float) -> jax.Array:
+  """`[N, H, W, C]` with so many rows and columns of `value` around the images."""
+  around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
+  return lax.pad(x, jnp.asarray(value, x.dtype), around)
 
 
-_depthwise_conv.defvjp(_forward, _backward)
-
-
-def grouped(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  """The form of accelerators, of an x that is padded already; shapes as `depthwise_conv`'s."""
+def grouped(
+  x: jax.Array, kernel: jax.Array, stride: int, margin: int = 0, pad_value: float = 0.0
+) -> jax.Array:
+  """The form of plain XLA; arguments as `depthwise_conv`'s."""
+  if pad_value:
+    x, margin = pad(x, margin, pad_value), 0
   return lax.conv_general_dilated(
     x,
     kernel,
     (stride, stride),
-    "VALID",
+    [(margin, margin), (margin, margin)],
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=x.shape[-1],
   )
-
-
-def _grouped_backward(padded, kernel, upstream, stride, margin):
-  dx, dk = jax.vjp(functools.partial(grouped, stride=stride), padded, kernel)[1](upstream)
-  return dx[:, margin : dx.shape[1] - margin, margin : dx.shape[2] - margin], dk
 
 
 def _taps(x_shape, kernel_shape, stride):
@@ -110,7 +108,8 @@ def sum_of_taps(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   return total.astype(dtype)
 
 
-def _shifted_backward(padded, kernel, upstream, stride, margin):
+def _backward(stride, margin, pad_value, residuals, upstream):
+  padded, kernel = residuals
   # dx is the upstream, spread out by the stride, convolved with the flipped kernel.
   around = []
   for size, extent, out in zip(
@@ -132,3 +131,6 @@ def _shifted_backward(padded, kernel, upstream, stride, margin):
   ]
   dk = channel_sums(products, rows=16)
   return dx.astype(padded.dtype), jnp.stack(dk).reshape(kernel.shape).astype(kernel.dtype)
+
+
+_on_cpu.defvjp(_forward, _backward)

@@ -1,9 +1,11 @@
-"""Quantized building blocks (linen). Every layer computes in the dtype of its input; parameters
-keep their own.
+"""Quantized building blocks (linen).
 
-With `dtype` given, a convolution or dense layer multiplies in it and gives its result in the dtype
-of its input: for float32 images and bfloat16, operands, products and their gradients are bfloat16
-(summed in float32), all else is float32.
+Quantized tensors travel as codes (`quant/quantized.py`): `QuantAct` gives them, `QuantConv` and
+`QuantDense` multiply them and hand on the sums with their scale, and `BatchNorm` takes the scale as
+part of its own. All other operations see values: operators and `jnp` functions convert.
+
+Activations have the dtype of the images; parameters, statistics and scales keep their own. The
+precision of products is that of `products.py`.
 
 A layer's kernel and its quantizer's scalars live side by side:
 `{kernel, [bias,] quant_a, quant_c}`. Leaf names that begin with `quant_` are reserved for
@@ -12,14 +14,16 @@ quantizers: the optimizer groups find them by name.
 Besides `params` and `batch_stats`, the layers know three collections, each used only when the
 caller asks for it:
 
-- `previous` (given): per convolution, the quantized kernel of the step before. Convolutions then
-  convolve twice and write to `moments` the per-channel moments of both outputs, from which
-  `train/aiwq.py` computes AIWQ, and to `quantized` the present quantized kernel.
+- `previous` (given): per convolution, the quantized kernel of the step before, its codes as
+  `kernel` and their `scale` `[C]`. Convolutions then convolve twice and write to `moments` the
+  per-channel moments of both outputs, from which `train/aiwq.py` computes AIWQ, and to `quantized`
+  the present quantized kernel in the same form.
 - `calibration` (mutable): activation quantizers write the first values of their scalars to it, and
   quantize nothing.
 - `clip_rate` (mutable): every active quantizer writes which share of its input it clips.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,14 +31,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from profit_jax.depthwise import depthwise_conv
-from profit_jax.fused import Activation, Normalized, activate, moments
+from profit_jax import products
+from profit_jax.fused import Activation, Normalized, activate, moments, moments_near
 from profit_jax.quant import duq
 from profit_jax.quant.levels import Levels, symmetric_steps
 from profit_jax.quant.methods import METHODS, Method, per_channel
+from profit_jax.quant.quantized import Product, Quantized, value_of
 
 # torch's kaiming_normal_(mode="fan_out"), which the authors start from.
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+# A deviation of so many units in the last place of the mean is 0.
+CONSTANT = 8
 
 
 def _keep(_, new):
@@ -61,7 +70,9 @@ def _quantizer_params(
   return {leaf: module.param(leaf, one) for leaf in leaves}
 
 
-def _quantized_kernel(module: nn.Module, kernel: jax.Array, levels: Levels) -> jax.Array:
+def _quantized_kernel(
+  module: nn.Module, kernel: jax.Array, levels: Levels
+) -> jax.Array | Quantized:
   method = _method(levels)
   split = levels.quant is not None and levels.quant.per_channel
   params = _quantizer_params(module, method.kernel_leaves, kernel.shape[-1:] if split else ())
@@ -78,7 +89,33 @@ def _quantized_kernel(module: nn.Module, kernel: jax.Array, levels: Levels) -> j
   return apply(kernel, params, levels.weight)
 
 
-def _every(x: jax.Array, count: int) -> jax.Array:
+def _operand(x: jax.Array | Quantized) -> jax.Array:
+  return x.codes if isinstance(x, Quantized) else x
+
+
+def _product(
+  sums: jax.Array, x: jax.Array | Quantized, kernel: jax.Array | Quantized
+) -> jax.Array | Product:
+  """Sums of products, with what belongs to the two operands that gave them."""
+  scales = [each.scale for each in (x, kernel) if isinstance(each, Quantized)]
+  if not scales:
+    return sums
+  shift = None
+  if isinstance(x, Quantized) and x.offset:
+    # The padding has the offset's value, so that every output has all of its kernel.
+    weights = _operand(kernel)
+    shift = x.offset * jnp.sum(weights, axis=tuple(range(weights.ndim - 1)))
+    if isinstance(kernel, Quantized):
+      shift = shift * kernel.scale
+  return Product(sums, functools.reduce(jnp.multiply, scales), shift)
+
+
+def _every(x: Any, count: int) -> Any:
+  """Every `count`-th image, of an array or of what stands for one."""
+  if isinstance(x, Quantized):
+    return dataclasses.replace(x, codes=_every(x.codes, count), source=None)
+  if isinstance(x, Product):
+    return dataclasses.replace(x, sums=_every(x.sums, count))
   # Not `x[::count]`: each device takes its own part's.
   return x.reshape(len(x) // count, count, *x.shape[1:])[:, 0] if count > 1 else x
 
@@ -97,8 +134,6 @@ class QuantConv(nn.Module):
       `[K, K, C_in, features]`.
     pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish
       (paper section 3.3).
-    dtype: in which it multiplies, as bfloat16; None is the input's. The output has the input's
-      dtype.
     sampling_every: the moments are those of every so many-th image of the batch, which it divides.
   """
 
@@ -107,52 +142,49 @@ class QuantConv(nn.Module):
   stride: int = 1
   depthwise: bool = False
   pad_value: float = 0.0
-  dtype: Any = None
   sampling_every: int = 1
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
-    """`[N, H, W, C]` -> `[N, H', W', features]`."""
+  def __call__(self, x: jax.Array | Quantized, levels: Levels) -> jax.Array | Product:
+    """`[N, H, W, C]` -> `[N, H', W', features]`; an array where neither side is quantized."""
     size = self.kernel_size
     channels_in, features = (1, x.shape[-1]) if self.depthwise else (x.shape[-1], self.features)
     kernel = self.param("kernel", _conv_init, (size, size, channels_in, features), jnp.float32)
     quantized = _quantized_kernel(self, kernel, levels)
-
-    # In bfloat16 results are rounded too. Kept in float32 they train no better: the demo's full
-    # precision, at rate 0.03, ends at 99.04 % either way (mean of 3 seeds; float32 99.33). And XLA
-    # on GPUs has no convolution of bfloat16 into float32: it widens the operands.
-    operand = x.astype(self.dtype or x.dtype)
-    y = self._convolve(operand, quantized).astype(x.dtype)
+    if isinstance(x, Quantized) and size > 1 and self.pad_value != x.offset:
+      x = x.value()  # no code stands for the padding
+    if isinstance(x, Quantized) and self.has_variable("previous", "kernel"):
+      x = dataclasses.replace(x, source=None)  # both kernels see the same codes, to the last bit
+    y = self._convolve(x, quantized)
 
     if self.has_variable("previous", "kernel"):
-      sampled, present = (
-        _every(array, self.sampling_every) for array in jax.lax.stop_gradient((operand, y))
+      x, y_now, quantized = jax.lax.stop_gradient((x, y, quantized))
+      one = jnp.ones((), kernel.dtype)
+      previous = Quantized(
+        self.get_variable("previous", "kernel"), self.get_variable("previous", "scale", one)
       )
-      previous = self._convolve(sampled, self.get_variable("previous", "kernel")).astype(x.dtype)
+      x, present = (_every(each, self.sampling_every) for each in (x, y_now))
       _sow(self, "moments", "present", output_moments(present))
-      _sow(self, "moments", "previous", output_moments(previous))
-      _sow(self, "quantized", "kernel", jax.lax.stop_gradient(quantized))
+      _sow(self, "moments", "previous", output_moments(self._convolve(x, previous)))
+      scale = quantized.scale if isinstance(quantized, Quantized) else one
+      _sow(self, "quantized", "kernel", _operand(quantized))
+      _sow(self, "quantized", "scale", jnp.broadcast_to(scale, kernel.shape[-1:]))
     return y
 
-  def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    kernel, margin = kernel.astype(x.dtype), (self.kernel_size - 1) // 2
-    if self.depthwise:
-      return depthwise_conv(x, kernel, self.stride, margin, self.pad_value)
-    if self.kernel_size == 1 and self.stride == 1:
-      # Rows by channels: of three contracted axes, XLA on CPU copies both operands first to make
-      # one. The kernel's gradient at [16, 112, 112, 96] and 24 features takes 6 ms so, and 28 ms as
-      # an einsum of the images.
-      y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
-      return y.reshape(*x.shape[:-1], -1)
-    around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
-    padded = jax.lax.pad(x, jnp.asarray(self.pad_value, x.dtype), around)
-    return jax.lax.conv_general_dilated(
-      padded,
-      kernel,
-      (self.stride, self.stride),
-      "VALID",
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  def _convolve(
+    self, x: jax.Array | Quantized, kernel: jax.Array | Quantized
+  ) -> jax.Array | Product:
+    pad_value = 0.0 if isinstance(x, Quantized) else self.pad_value  # of codes, that of the offset
+    sums = products.conv(
+      _operand(x),
+      _operand(kernel).astype(x.dtype),
+      self.stride,
+      pad_value,
+      depthwise=self.depthwise,
+      exact=isinstance(x, Quantized) and isinstance(kernel, Quantized),
+      source=x.source if isinstance(x, Quantized) else None,
     )
+    return _product(sums, x, kernel)
 
 
 class QuantDense(nn.Module):
@@ -162,24 +194,26 @@ class QuantDense(nn.Module):
   Attributes:
     features: size of the output.
     kernel_init: first values of the kernel.
-    dtype: as `QuantConv`'s.
   """
 
   features: int
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
-  dtype: Any = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
-    """`[N, C]` -> `[N, features]`."""
+  def __call__(self, x: jax.Array | Quantized, levels: Levels) -> jax.Array:
+    """`[N, C]` -> `[N, features]`, in the dtype of x."""
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     kernel = _quantized_kernel(self, kernel, levels)
-    dtype = self.dtype or x.dtype
-    y = x.astype(dtype) @ kernel.astype(dtype)
+    exact = isinstance(x, Quantized) and isinstance(kernel, Quantized)
+    y = _product(
+      products.dot(_operand(x), _operand(kernel).astype(x.dtype), exact=exact), x, kernel
+    )
     # In the bias's precision, and with it the sum over the batch that is its gradient.
-    return (y.astype(bias.dtype) + bias).astype(x.dtype)
+    if isinstance(y, Product):
+      y = dataclasses.replace(y, sums=y.sums.astype(bias.dtype))
+    return (value_of(y).astype(bias.dtype) + bias).astype(x.dtype)
 
 
 class QuantAct(nn.Module):
@@ -196,8 +230,12 @@ class QuantAct(nn.Module):
   largest_interval: float | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array | Normalized, levels: Levels) -> jax.Array:
-    """Any shape, the batch first; or what `BatchNorm.pending` gives."""
+  def __call__(
+    self, x: jax.Array | Normalized | Quantized | Product, levels: Levels
+  ) -> jax.Array | Quantized:
+    """Any shape, the batch first; or what `BatchNorm.pending` gives. An array stays one where
+    activations are not quantized.
+    """
     method = _method(levels)
     params = _quantizer_params(self, method.act_leaves)
     steps = (
@@ -205,11 +243,11 @@ class QuantAct(nn.Module):
       if self.kind == "symmetric" and levels.act is not None
       else levels.act
     )
-    if isinstance(x, Normalized):
-      watched = self.is_mutable_collection("calibration") or self.is_mutable_collection("clip_rate")
-      if levels.act is not None and not watched and method is METHODS["duq"]:
-        return x.quantized(params["quant_a"], params["quant_c"], steps, self.kind)
-      x = x.value()
+    watched = self.is_mutable_collection("calibration") or self.is_mutable_collection("clip_rate")
+    if isinstance(x, Normalized) and levels.act is not None and not watched and method.interval:
+      features = max(1, x.x.size // len(x.x))
+      return x.quantized(method.interval(params, steps, features), steps, self.kind)
+    x = value(x)
     if self.is_mutable_collection("calibration"):
       for leaf, first in method.first_act(x, steps, self.kind, self.largest_interval).items():
         _sow(self, "calibration", leaf, first)
@@ -223,6 +261,28 @@ class QuantAct(nn.Module):
         self, "clip_rate", "act", jnp.mean(beyond, axis=tuple(range(1, x.ndim)), dtype=jnp.float32)
       )
     return method.act(x, params, steps, self.kind)
+
+
+class Dropout(nn.Module):
+  """`nn.Dropout` that keeps codes where 0 is the value of code 0.
+
+  Attributes:
+    rate: share of the elements that become 0.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array | Quantized, train: bool) -> jax.Array | Quantized:
+    """Any shape -> the same; takes the key `dropout` in training, unless the rate is 0."""
+    if not train or not self.rate:
+      return x
+    drop = nn.Dropout(self.rate, deterministic=False, name="dropout")
+    if not isinstance(x, Quantized) or x.offset or self.rate == 1:
+      return drop(value_of(x))
+    # It divides what it keeps by the rate of keeping.
+    kept = drop(jnp.ones_like(x.codes)) > 0
+    return Quantized(jnp.where(kept, x.codes, 0.0), x.scale / (1.0 - self.rate))
 
 
 class BatchNorm(nn.Module):
@@ -240,7 +300,9 @@ class BatchNorm(nn.Module):
   momentum: float = 0.9
   epsilon: float = 1e-5
 
-  def __call__(self, x: jax.Array, train: bool, activation: Activation | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array | Product, train: bool, activation: Activation | None = None
+  ) -> jax.Array:
     """`activation` of x normalized with the batch's statistics if `train`, else with the running
     ones.
     """
@@ -248,7 +310,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def pending(
-    self, x: jax.Array, train: bool, activation: Activation | None = None
+    self, x: jax.Array | Product, train: bool, activation: Activation | None = None
   ) -> jax.Array | Normalized:
     """The same for a `QuantAct` to take, which computes both at once."""
     channels = (x.shape[-1],)
@@ -256,26 +318,29 @@ class BatchNorm(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
     running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+    x = x if isinstance(x, Product) else Product(value_of(x), jnp.ones((), scale.dtype))
+    shift = jnp.zeros_like(bias) if x.shift is None else x.shift
 
     if not train:
       factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-      return activate(
-        ((x.astype(scale.dtype) - running_mean.value) * factor + bias).astype(x.dtype), activation
-      )
+      centred = x.sums.astype(scale.dtype) * x.scale - (running_mean.value - shift)
+      return activate((centred * factor + bias).astype(x.dtype), activation)
 
-    mean, var = moments(jax.lax.stop_gradient(x).astype(scale.dtype))
+    s, shift = jax.lax.stop_gradient((x.scale, shift))
+    near = (running_mean.value - shift) / s
+    mean, var = moments_near(jax.lax.stop_gradient(x.sums), near)
     if self.is_mutable_collection("batch_stats") and not self.is_initializing():
       count = x.size // x.shape[-1]
-      unbiased = var * (count / max(count - 1, 1))
+      unbiased = jnp.square(s) * var * (count / max(count - 1, 1))
       keep = self.momentum
-      running_mean.value = keep * running_mean.value + (1 - keep) * mean
+      running_mean.value = keep * running_mean.value + (1 - keep) * (s * mean + shift)
       running_var.value = keep * running_var.value + (1 - keep) * unbiased
-    return Normalized(x, mean, var, scale, bias, self.epsilon, activation)
+    return Normalized(x.sums, x.scale, mean, var, scale, bias, self.epsilon, activation)
 
 
-def value(x: jax.Array | Normalized) -> jax.Array:
-  """The array, computed where it is pending."""
-  return x.value() if isinstance(x, Normalized) else x
+def value(x: Any) -> jax.Array:
+  """The array, computed where it is pending or only stood for."""
+  return x.value() if isinstance(x, Normalized) else value_of(x)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -283,8 +348,13 @@ def at_least_float32(x: jax.Array) -> jax.Array:
   return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def output_moments(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def output_moments(y: jax.Array | Product) -> tuple[jax.Array, jax.Array]:
   """Per-channel mean and unbiased standard deviation of `[N, H, W, C]`, in at least float32."""
-  mean, var = moments(at_least_float32(y))
+  product = y if isinstance(y, Product) else Product(y, jnp.ones((), at_least_float32(y).dtype))
+  mean, var = moments(at_least_float32(product.sums))
   count = y.size // y.shape[-1]
-  return mean, jnp.sqrt(var * (count / max(count - 1, 1)))
+  std = jnp.sqrt(var * (count / max(count - 1, 1)))
+  # A constant channel has an std of rounding errors of its mean, which the shift may take away.
+  std = jnp.where(std > CONSTANT * jnp.finfo(std.dtype).eps * jnp.abs(mean), std, 0.0)
+  mean, std = mean * product.scale, std * product.scale
+  return (mean if product.shift is None else mean + product.shift), std

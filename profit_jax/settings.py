@@ -142,7 +142,8 @@ class TrainSettings:
   weight_decay: float
   momentum: float
   ema_rate: float
-  dtype: Literal["float32", "bfloat16"]
+  dtype: Literal["auto", "float32", "tfloat32", "bfloat16"]
+  kernels: Literal["tuned", "xla"] = "tuned"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,10 @@ class Settings:
   train: TrainSettings
   checkpoint: CheckpointSettings
   recovery: RecoverySettings
+
+  def with_dtype(self, dtype: str) -> "Settings":
+    """The settings with `train.dtype` decided."""
+    return dataclasses.replace(self, train=dataclasses.replace(self.train, dtype=dtype))
 
   @property
   def from_scratch(self) -> bool:

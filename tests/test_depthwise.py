@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from profit_jax import depthwise
+from profit_jax.kernels.target import Target, platform_of, tracing_for
 
 
 @pytest.mark.parametrize(
@@ -51,12 +52,16 @@ def test_bfloat16_is_summed_in_float32():
   np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8)
 
 
-@pytest.mark.parametrize(("platform", "grouped"), [("cpu", False), ("cuda", True), ("tpu", True)])
-def test_each_platform_has_its_form(platform, grouped):
+@pytest.mark.parametrize(
+  ("platform", "kernels", "grouped"),
+  [("cpu", "tuned", False), ("cpu", "xla", True), ("cuda", "xla", True), ("tpu", "tuned", True)],
+)
+def test_each_platform_has_its_form(platform, kernels, grouped):
   x, k = (
     jax.ShapeDtypeStruct((2, 8, 8, 4), np.float32),
     jax.ShapeDtypeStruct((3, 3, 1, 4), np.float32),
   )
-  traced = jax.jit(lambda x, k: depthwise.depthwise_conv(x, k, 1)).trace(x, k)
+  with tracing_for(Target(platform_of(platform), kernels)):
+    traced = jax.jit(lambda x, k: depthwise.depthwise_conv(x, k, 1)).trace(x, k)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert ("feature_group_count = 4" in text) == grouped

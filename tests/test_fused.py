@@ -2,6 +2,8 @@
 other.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,24 +58,90 @@ def test_value_and_gradients_are_those_of_the_parts(activation, kind, interval, 
     rng = np.random.default_rng(0)
     x, upstream = jnp.asarray(rng.normal(1, 2, shape)), jnp.asarray(rng.normal(size=shape))
     scale, bias = jnp.asarray(rng.normal(2, 1, 4)), jnp.asarray(rng.normal(size=4))
-    raw_a, raw_c = (duq.inverse_softplus(jnp.asarray(value)) for value in (interval, 1.2))
-    steps = jnp.asarray(7.0)
+    a, s, steps = (jnp.asarray(value) for value in (interval, 0.01, 7.0))
 
-    def whole(x, scale, bias, raw_a, raw_c):
-      pending = fused.Normalized(
-        x, *fused.moments(jax.lax.stop_gradient(x)), scale, bias, 1e-5, activation
-      )
-      y = pending.value() if kind is None else pending.quantized(raw_a, raw_c, steps, kind)
+    def whole(x, scale, bias, a, s):
+      mean, var = fused.moments_near(jax.lax.stop_gradient(x), jnp.ones(4))
+      pending = fused.Normalized(x, s, mean, var, scale, bias, 1e-5, activation)
+      if kind is None:
+        y = pending.value()
+      else:
+        y = pending.quantized(duq.Interval(a, jnp.asarray(0.3)), steps, kind).value()
       return jnp.sum(upstream * y), y
 
-    def parts(x, scale, bias, raw_a, raw_c):
-      mean, var = fused.moments(x)
-      y = ACTIVATIONS[activation]((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias)
-      y = y if kind is None else duq.quantize(y, raw_a, raw_c, steps, kind)
+    def parts(x, scale, bias, a, s):
+      mean, var = fused.moments(x * s)
+      y = ACTIVATIONS[activation]((x * s - mean) / jnp.sqrt(var + 1e-5) * scale + bias)
+      if kind is not None:
+        y = duq.Interval(a, jnp.asarray(0.3)).quantized(y, steps, kind).value()
       return jnp.sum(upstream * y), y
 
-    arguments = x, scale, bias, raw_a, raw_c
+    arguments = x, scale, bias, a, s
     both = [jax.grad(f, range(5), has_aux=True) for f in (whole, parts)]
     ours, formula = jax.jit(lambda *arguments: [f(*arguments) for f in both])(*arguments)
     for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(formula), strict=True):
       np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("slope", ["step", "clip"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_other_quantizers_and_scales_of_every_channel(slope, per_channel):
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    x, upstream = (jnp.asarray(rng.normal(1, 2, (4, 3, 3, 4))) for _ in range(2))
+    scale, bias = jnp.asarray(rng.normal(2, 1, 4)), jnp.asarray(rng.normal(size=4))
+    s = jnp.asarray([0.01, 0.02, 0.5, 1.0]) if per_channel else jnp.asarray(0.01)
+
+    def quantized(y, a, of):
+      return jnp.sum(upstream * of(y, duq.Interval(a, a / 15.0, slope)).value())
+
+    def whole(x, s, a):
+      mean, var = fused.moments(jax.lax.stop_gradient(x))
+      pending = fused.Normalized(x, s, mean, var, scale, bias, 1e-5, "relu")
+      return quantized(pending, a, lambda y, by: y.quantized(by, jnp.asarray(15.0), "unsigned"))
+
+    def parts(x, s, a):
+      mean, var = fused.moments(x * s)
+      y = jnp.maximum((x * s - mean) / jnp.sqrt(var + 1e-5) * scale + bias, 0.0)
+      return quantized(y, a, lambda y, by: by.quantized(y, jnp.asarray(15.0), "unsigned"))
+
+    arguments = x, s, jnp.asarray(1.5)
+    for left, right in zip(*(jax.jit(jax.grad(f, range(3)))(*arguments) for f in (whole, parts)),
+                           strict=True):  # fmt: skip
+      np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-11)
+
+
+def test_moments_in_one_pass_are_stable_near_the_mean():
+  x = np.float32(1000 + np.random.default_rng(0).normal(size=(64, 8, 8, 3)))
+  exact = np.float64(x)
+  mean, var = jax.jit(fused.moments_near)(x, np.full(3, 990, np.float32))
+  np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-6)
+  np.testing.assert_allclose(var, exact.var((0, 1, 2)), rtol=1e-4)
+  _, var = jax.jit(fused.moments_near)(np.full((8, 4, 4, 3), 7, np.float32), np.float32([0, 7, 5]))
+  np.testing.assert_array_equal(var, 0)
+
+
+@pytest.mark.parametrize(("activation", "kind"), [("relu6", "unsigned"), ("hard_swish", "hswish")])
+def test_bfloat16_is_rounded_where_it_is_stored_only(activation, kind):
+  rng = np.random.default_rng(0)
+  x, upstream = (jnp.asarray(rng.normal(3, 2, (8, 5, 5, 4)), jnp.bfloat16) for _ in range(2))
+  scale, bias, a = jnp.float32([1, 2, 0.5, 1]), jnp.float32([0, 1, -1, 2]), jnp.float32(2)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def codes_and_gradients(dtype):
+    def quantized(x, scale, bias, a):
+      mean, var = fused.moments_near(jax.lax.stop_gradient(x), jnp.zeros(4))
+      pending = fused.Normalized(x, jnp.float32(0.1), mean, var, scale, bias, 1e-5, activation)
+      return pending.quantized(duq.Interval(a, jnp.float32(1)), jnp.float32(15), kind).codes
+
+    codes, vjp = jax.vjp(quantized, x.astype(dtype), scale, bias, a)
+    return codes, vjp(upstream.astype(dtype))
+
+  (codes, (dx, *small)), (exact, (dx_exact, *small_exact)) = (
+    codes_and_gradients(dtype) for dtype in (jnp.bfloat16, jnp.float32)
+  )
+  assert codes.dtype == dx.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(codes.astype(jnp.float32), exact)
+  np.testing.assert_allclose(dx.astype(jnp.float32), dx_exact, rtol=2**-8, atol=1e-5)
+  for ours, theirs in zip(small, small_exact, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)

@@ -125,17 +125,19 @@ def test_bfloat16_rounds_operands_and_results_and_sums_in_float32(make):
   @functools.partial(jax.jit, static_argnums=0)
   def value_and_gradients(dtype):
     def apply(x, kernel):
-      return make(dtype=dtype).apply(
-        {"params": {**variables["params"], "kernel": kernel}}, x, Levels()
-      )
+      variables_now = {"params": {**variables["params"], "kernel": kernel}}
+      return make().apply(variables_now, x, Levels())
 
-    y, vjp = jax.vjp(apply, x, kernel)
-    return y, *vjp(upstream)
+    y, vjp = jax.vjp(apply, x.astype(dtype), kernel)
+    return y, *vjp(upstream.astype(dtype))
 
-  for ours, exact in zip(value_and_gradients("bfloat16"), value_and_gradients(None), strict=True):
-    assert ours.dtype == jnp.float32
+  ours, exact = value_and_gradients(jnp.bfloat16), value_and_gradients(jnp.float32)
+  assert [each.dtype for each in ours] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+  for rounded, sums in zip(ours, exact, strict=True):
     # Half a unit in the last place of bfloat16, and float32's own error where terms cancel.
-    np.testing.assert_allclose(ours, exact, rtol=2**-8, atol=1e-6 * np.abs(exact).max())
+    np.testing.assert_allclose(
+      rounded.astype(jnp.float32), sums, rtol=2**-8, atol=1e-6 * np.abs(sums).max()
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_authors_aiwq(layer):
 def test_aiwq_of_every_second_image_is_that_of_those_images():
   rng = np.random.default_rng(0)
   x = np.float32(rng.normal(size=(6, 5, 5, 4)))
-  previous = {"kernel": np.float32(rng.normal(size=(3, 3, 4, 8)))}
+  previous = {"kernel": np.float32(rng.normal(size=(3, 3, 4, 8))), "scale": np.ones(8, np.float32)}
 
   @functools.partial(jax.jit, static_argnums=1)
   def moments(x, every):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from configs import digits_w4
 from profit_jax import plan
 from profit_jax.data.digits import FACTS
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.models import REGISTRY
 from profit_jax.models.mobilenet_v3 import Block
 from profit_jax.quant.duq import HSWISH_MINIMUM
@@ -34,15 +34,14 @@ class TwoBlocks(nn.Module):
   bn_epsilon: float = 1e-5
   squeeze_excite: str = "before"
   pad_value: float = HSWISH_MINIMUM
-  dtype: Any = None
   sampling_every: int = 1
   quant: Any = None
 
   @nn.compact
   def __call__(self, x, levels=Levels(), train=False):
     levels = levels._replace(quant=self.quant)
-    conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
-    dense = functools.partial(QuantDense, dtype=self.dtype)
+    conv = functools.partial(QuantConv, sampling_every=self.sampling_every)
+    dense = QuantDense
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     block = functools.partial(
       Block,
@@ -61,7 +60,7 @@ class TwoBlocks(nn.Module):
     x = conv(8, 3, 2, name="stem_conv")(x, levels.first())
     x = norm(name="stem_norm")(x, train, "hard_swish")
     x = second(first(x, levels, train), levels, train)
-    x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
+    x = Dropout(self.dropout, name="dropout")(jnp.mean(x, axis=(1, 2)), train)
     x = QuantAct("symmetric", name="classifier_quant")(x, levels.last())
     return dense(self.num_classes, name="classifier")(x, levels.last())
 

@@ -182,7 +182,8 @@ FIELDS = {
   "train.weight_decay": floats(0, 1, open_high=True),
   "train.momentum": floats(0, 1, open_high=True),
   "train.ema_rate": floats(0, 1, open_high=True),
-  "train.dtype": choice("float32", "bfloat16"),
+  "train.dtype": choice("auto", "float32", "tfloat32", "bfloat16"),
+  "train.kernels": choice("tuned", "xla"),
   "quant.method": choice("duq", "lsq", "pact", "qil"),
   "quant.per_channel": truth(),
   "quant.first_bits": (

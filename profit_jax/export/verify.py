@@ -28,6 +28,7 @@ from profit_jax.export.formats import Runner
 from profit_jax.export.net import Net, Quantizer
 from profit_jax.layers import QuantAct
 from profit_jax.quant.levels import Levels, levels
+from profit_jax.quant.quantized import Quantized
 from profit_jax.settings import Settings
 
 Codes = dict[str, np.ndarray]
@@ -181,22 +182,19 @@ def eval_images(
 def trained_codes(
   net: Net, model: nn.Module, variables: Any, normalization: Normalization
 ) -> Callable[[np.ndarray], Any]:
-  """What the trained model itself computes: images -> logits and codes, from the values that its
-  quantizers give on.
-  """
-  quantizers = {quantizer.name: quantizer for quantizer in net.quantizers}
+  """What the trained model itself computes: images -> logits, and the codes of its quantizers."""
+  names = {quantizer.name for quantizer in net.quantizers}
 
   def run(image):
     bits = levels(net.weight_bits, net.act_bits)
     logits, captured = jax.device_get(_trained_values(model, normalization, variables, image, bits))
-    values = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(captured):
-      values["/".join(part.key for part in path[:-2])] = leaf
-    if values.keys() != quantizers.keys():
-      raise KeyError(
-        f"the net and the model have other quantizers: {sorted(values.keys() ^ quantizers.keys())}"
-      )
-    return logits, {name: _codes(quantizers[name], value) for name, value in values.items()}
+    leaves = jax.tree_util.tree_leaves_with_path(
+      captured, is_leaf=lambda node: isinstance(node, Quantized)
+    )
+    codes = {"/".join(part.key for part in path[:-2]): leaf.codes for path, leaf in leaves}
+    if codes.keys() != names:
+      raise KeyError(f"the net and the model have other quantizers: {sorted(codes.keys() ^ names)}")
+    return logits, codes
 
   return run
 
@@ -206,7 +204,7 @@ def trained_codes(
 def _trained_values(
   model: nn.Module, normalization: Normalization, variables: Any, image: jax.Array, bits: Levels
 ) -> tuple[jax.Array, Any]:
-  """Logits, and the values that the trained model's quantizers return."""
+  """Logits, and what the trained model's quantizers return."""
   logits, state = model.apply(
     variables,
     normalize(image, normalization),
@@ -215,11 +213,6 @@ def _trained_values(
     mutable=["intermediates"],
   )
   return logits, state["intermediates"]
-
-
-def _codes(quantizer, value):
-  # Values are codes times the scale; what rounding did to them is far below half a code.
-  return np.rint((np.float64(value) + quantizer.margin) / quantizer.scale)
 
 
 def file_codes(runner: Runner) -> Callable[[np.ndarray], Any]:

@@ -6,6 +6,7 @@ and differentiate each.
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -40,6 +41,21 @@ class Target(NamedTuple):
   def is_tuned_for(self, platform: Platform) -> bool:
     """Whether operations should have their tuned form for this platform."""
     return self.kernels == "tuned" and self.platform == platform
+
+
+# XLA on GPUs searches the fastest form of every fusion and product, which takes minutes. cuBLAS and
+# cuDNN alone leave it the products and a few convolutions to tune.
+_GPU_OPTIONS = {
+  "xla_gpu_enable_triton_gemm": False,
+  "xla_gpu_experimental_enable_fusion_autotuner": False,
+}
+
+
+def compiler_options(platform: Platform) -> dict[str, bool]:
+  """XLA's options for a platform's programs, but for those that `XLA_FLAGS` sets."""
+  options = _GPU_OPTIONS if platform == "gpu" else {}
+  flags = os.environ.get("XLA_FLAGS", "")
+  return {name: value for name, value in options.items() if f"--{name}=" not in flags}
 
 
 _current: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
 from profit_jax.quant.levels import Levels
 from profit_jax.settings import QuantSettings
@@ -63,7 +63,6 @@ class MobileNetV1(nn.Module):
     dropout: rate before the classifier.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
-    dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
     sampling_every: as `QuantConv`'s.
     quant: which quantizers; None is DuQ, at the levels of every layer.
   """
@@ -75,7 +74,6 @@ class MobileNetV1(nn.Module):
   dropout: float = 0.0
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
-  dtype: Any = None
   sampling_every: int = 1
   quant: QuantSettings | None = None
 
@@ -83,7 +81,7 @@ class MobileNetV1(nn.Module):
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments: `MobileNetV2`'s."""
     levels = levels._replace(quant=self.quant)
-    conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
+    conv = functools.partial(QuantConv, sampling_every=self.sampling_every)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
     x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
@@ -106,5 +104,5 @@ class MobileNetV1(nn.Module):
         index += 1
 
     x = jnp.mean(x, axis=(1, 2))
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels.last())
+    x = Dropout(self.dropout, name="dropout")(x, train)
+    return QuantDense(self.num_classes, name="classifier")(x, levels.last())

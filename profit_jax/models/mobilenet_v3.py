@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from profit_jax.fused import activate
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense, at_least_float32
+from profit_jax.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense, at_least_float32
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
 from profit_jax.quant.duq import HSWISH_MINIMUM
 from profit_jax.quant.levels import Levels
@@ -221,7 +221,6 @@ class MobileNetV3(nn.Module):
     pad_value: what depthwise convolutions after h-swish pad with, -3/8 or 0.
     channel_rounding: of scaled channels to a multiple of 8: nearest (torchvision), or up (the
       authors).
-    dtype: of the products in convolutions and dense layers, as `QuantConv`'s; None is the images'.
     sampling_every: as `QuantConv`'s.
     quant: which quantizers; None is DuQ, at the levels of every layer.
   """
@@ -236,7 +235,6 @@ class MobileNetV3(nn.Module):
   squeeze_excite: Literal["before", "after"] = "after"
   pad_value: float = HSWISH_MINIMUM
   channel_rounding: Literal["nearest", "up"] = "nearest"
-  dtype: Any = None
   sampling_every: int = 1
   quant: QuantSettings | None = None
 
@@ -244,8 +242,8 @@ class MobileNetV3(nn.Module):
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments: `MobileNetV2`'s."""
     levels = levels._replace(quant=self.quant)
-    conv = functools.partial(QuantConv, dtype=self.dtype, sampling_every=self.sampling_every)
-    dense = functools.partial(QuantDense, kernel_init=_dense_init, dtype=self.dtype)
+    conv = functools.partial(QuantConv, sampling_every=self.sampling_every)
+    dense = functools.partial(QuantDense, kernel_init=_dense_init)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     variant = VARIANTS[self.variant]
     strides = self.strides or variant.strides
@@ -282,7 +280,7 @@ class MobileNetV3(nn.Module):
     features = self._channels(variant.pre_classifier)
     x = nn.hard_swish(dense(features, name="pre_classifier")(x, levels))
     x = QuantAct("hswish", name="pre_classifier_quant")(x, levels.last())
-    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    x = Dropout(self.dropout, name="dropout")(x, train)
     return dense(self.num_classes, name="classifier")(x, levels.last())
 
   def _channels(self, channels: int) -> int:

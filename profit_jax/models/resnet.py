@@ -23,10 +23,8 @@ BOTTLENECK_EXPANSION = 4
 _init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _conv(
-  x: jax.Array, features: int, kernel_size: int, stride: int, *, dtype: Any, name: str
-) -> jax.Array:
-  """A convolution without bias, padded by `(k - 1) / 2` on every side; `dtype` as `QuantConv`'s."""
+def _conv(x: jax.Array, features: int, kernel_size: int, stride: int, *, name: str) -> jax.Array:
+  """A convolution without bias, padded by `(k - 1) / 2` on every side."""
   margin = (kernel_size - 1) // 2
   return nn.Conv(
     features,
@@ -34,10 +32,10 @@ def _conv(
     stride,
     padding=margin,
     use_bias=False,
-    dtype=dtype or x.dtype,
+    dtype=x.dtype,
     kernel_init=_init,
     name=name,
-  )(x).astype(x.dtype)
+  )(x)
 
 
 class ResidualBlock(nn.Module):
@@ -47,14 +45,12 @@ class ResidualBlock(nn.Module):
     features: channels of the 3x3 convolutions; a bottleneck gives four times as many.
     stride: of the first (of a bottleneck, its only) 3x3 convolution.
     bottleneck: which of the two.
-    conv: `_conv` with its dtype.
     norm: makes a batch normalization, given its name.
   """
 
   features: int
   stride: int
   bottleneck: bool
-  conv: Any
   norm: Any
 
   @nn.compact
@@ -72,10 +68,10 @@ class ResidualBlock(nn.Module):
     for number, (channels, size, stride) in enumerate(layers, 1):
       activation = "relu" if number < len(layers) else None
       x = self.norm(name=f"norm{number}")(
-        self.conv(x, channels, size, stride, name=f"conv{number}"), train, activation
+        _conv(x, channels, size, stride, name=f"conv{number}"), train, activation
       )
     if shortcut.shape != x.shape:
-      shortcut = self.conv(shortcut, x.shape[-1], 1, self.stride, name="shortcut_conv")
+      shortcut = _conv(shortcut, x.shape[-1], 1, self.stride, name="shortcut_conv")
       shortcut = self.norm(name="shortcut_norm")(shortcut, train)
     return nn.relu(x + shortcut)
 
@@ -90,8 +86,6 @@ class ResNet(nn.Module):
       ones.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
-    dtype: of the products in convolutions, as `QuantConv`'s; None is the images'. The classifier
-      keeps the images'.
   """
 
   depth: Literal[18, 50, 101]
@@ -99,7 +93,6 @@ class ResNet(nn.Module):
   strides: tuple[int, ...] = ()
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
-  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
@@ -110,13 +103,12 @@ class ResNet(nn.Module):
     """
     if levels.weight is not None or levels.act is not None:
       raise ValueError("ResNet is a teacher in full precision: it has no quantizers")
-    conv = functools.partial(_conv, dtype=self.dtype)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     blocks, bottleneck = DEPTHS[self.depth]
     stem_stride, pool_stride, *stage_strides = self.strides or IMAGENET_STRIDES
 
     x = norm(name="stem_norm")(
-      conv(x, STEM_CHANNELS, 7, stem_stride, name="stem_conv"), train, "relu"
+      _conv(x, STEM_CHANNELS, 7, stem_stride, name="stem_conv"), train, "relu"
     )
     if pool_stride != 1:
       x = nn.max_pool(x, (3, 3), (pool_stride, pool_stride), ((1, 1), (1, 1)))
@@ -126,7 +118,6 @@ class ResNet(nn.Module):
           features=STEM_CHANNELS * 2**stage,
           stride=stage_stride if position == 0 else 1,
           bottleneck=bottleneck,
-          conv=conv,
           norm=norm,
           name=f"stage{stage + 1}_block{position:02d}",
         )(x, train)

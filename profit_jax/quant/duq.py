@@ -17,14 +17,16 @@ Rounding is half to even, and its derivative is taken as 1.
 """
 
 import functools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from profit_jax.lowering import total_sums
+from profit_jax.lowering import computed_again, total_sums
+from profit_jax.quant.quantized import Quantized
 
 Kind = Literal["symmetric", "unsigned", "hswish"]
+Slope = Literal["interval", "step", "clip"]
 
 # h-swish has its minimum, -3/8, at x = -3/2. A convolution whose input is quantized after h-swish
 # pads with this value, which is code 0 of its quantizer ("negative padding", paper section 3.3).
@@ -42,11 +44,33 @@ def inverse_softplus(value: jax.Array) -> jax.Array:
   return value + jnp.log(-jnp.expm1(-value))
 
 
+class Interval(NamedTuple):
+  """A uniform quantizer, whose codes are those of `to_codes`.
+
+  Attributes:
+    a: scalar, positive.
+    scale: of the codes, scalar.
+    slope: as `to_codes`'s.
+  """
+
+  a: jax.Array
+  scale: jax.Array
+  slope: Slope = "interval"
+
+  def quantized(self, x: jax.Array, steps: jax.Array, kind: Kind) -> Quantized:
+    """A tensor with these codes; arguments as `quantize`'s."""
+    return Quantized(to_codes(x, self.a, steps, kind, self.slope), self.scale, OFFSET[kind])
+
+
+def interval(raw_a: jax.Array, raw_c: jax.Array, steps: jax.Array) -> Interval:
+  """DuQ's; arguments as `quantize`'s."""
+  return Interval(jax.nn.softplus(raw_a), jax.nn.softplus(raw_c) / steps.astype(raw_c.dtype))
+
+
 def quantize(
   x: jax.Array, raw_a: jax.Array, raw_c: jax.Array, steps: jax.Array, kind: Kind
 ) -> jax.Array:
-  """Fake-quantizes a tensor: values on the grid that `kind` and `steps` define, in the tensor's own
-  dtype.
+  """Fake-quantizes a tensor: the values of its codes.
 
   Args:
     x: any shape, floating point.
@@ -56,9 +80,42 @@ def quantize(
     kind: which row of the table.
 
   Returns:
-    An array of x's shape and dtype. The arithmetic is done in the dtype of `raw_a`.
+    A tensor of x's shape and dtype. The arithmetic is done in the dtype of `raw_a`.
   """
-  return _quantize(x, raw_a, raw_c, steps, kind)
+  return interval(raw_a, raw_c, steps).quantized(x, steps, kind).value()
+
+
+def to_codes(
+  x: jax.Array, a: jax.Array, steps: jax.Array, kind: Kind, slope: Slope = "interval"
+) -> jax.Array:
+  """The codes of a tensor, `round(clip((x - offset)/a) * n)`, in x's dtype; straight-through.
+
+  The gradient of x is `n/a` inside the interval and 0 outside. That of a is, with
+  `v = (x - offset)/a` and k the code:
+
+  | slope    | inside          | outside | what else a decides                               |
+  |----------|-----------------|---------|---------------------------------------------------|
+  | interval | `-v * n/a`      | 0       | nothing, or the scale's gradient adds its part    |
+  | step     | `(k - v * n)/a` | `k/a`   | the scale `a/n`, whose gradient this includes     |
+  | clip     | 0               | `k/a`   | likewise, where inside both parts are to cancel   |
+
+  Args:
+    x: any shape.
+    a: scalar, positive, the interval.
+    steps: scalar, n; carries no gradient.
+    kind: which row of the table above.
+    slope: which row of this table.
+  """
+  return _to_codes(x, a, steps, kind, slope)
+
+
+def moved_by_interval(v: jax.Array, n: jax.Array, kind: Kind, slope: Slope) -> jax.Array:
+  """The gradient of a, times a, element by element: a row of `to_codes`'s table."""
+  within = inside(v, kind)
+  if slope == "interval":
+    return jnp.where(within, -v * n, 0.0)
+  k = nearest(v, n, kind)
+  return jnp.where(within, k - v * n if slope == "step" else 0.0, k)
 
 
 def codes(x: jax.Array, raw_a: jax.Array, steps: jax.Array, kind: Kind) -> jax.Array:
@@ -78,19 +135,9 @@ def clipped(x: jax.Array, raw_a: jax.Array, kind: Kind) -> jax.Array:
   return (ratio > 1.0) | (ratio < LOWER[kind])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _quantize(x, raw_a, raw_c, steps, kind):
-  q, _ = grid(x, raw_a, steps, kind)
-  return (jax.nn.softplus(raw_c) * q + OFFSET[kind]).astype(x.dtype)
-
-
-def grid(
-  x: jax.Array, raw_a: jax.Array, steps: jax.Array, kind: Kind
-) -> tuple[jax.Array, jax.Array]:
-  """The pair `q = round(clip(v) * n) / n` and `v = (x - offset) / a`, in the dtype of `raw_a`."""
-  a, n = jax.nn.softplus(raw_a), steps.astype(raw_a.dtype)
-  v = (x.astype(a.dtype) - OFFSET[kind]) / a
-  return jnp.round(jnp.clip(v, LOWER[kind], 1.0) * n) / n, v
+def ratio(x: jax.Array, a: jax.Array, kind: Kind) -> jax.Array:
+  """`v = (x - offset) / a`, in the dtype of a."""
+  return (x.astype(a.dtype) - OFFSET[kind]) / a
 
 
 def inside(v: jax.Array, kind: Kind) -> jax.Array:
@@ -100,22 +147,29 @@ def inside(v: jax.Array, kind: Kind) -> jax.Array:
   return (v > LOWER[kind]) & (v < 1.0)
 
 
-def _forward(x, raw_a, raw_c, steps, kind):
-  return _quantize(x, raw_a, raw_c, steps, kind), (x, raw_a, raw_c, steps)
+def nearest(v: jax.Array, n: jax.Array, kind: Kind) -> jax.Array:
+  """The code of `v` on a grid of n steps."""
+  return jnp.round(jnp.clip(v, LOWER[kind], 1.0) * n)
 
 
-def _backward(kind, residuals, upstream):
-  # dy/dx = c/a inside,  dy/da = -c*v/a inside,  dy/dc = q,  and d softplus(r)/dr = sigmoid(r).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _to_codes(x, a, steps, kind, slope):
+  return nearest(ratio(x, a, kind), steps.astype(a.dtype), kind).astype(x.dtype)
+
+
+def _forward(x, a, steps, kind, slope):
+  return _to_codes(x, a, steps, kind, slope), (x, a, steps)
+
+
+def _backward(kind, slope, residuals, upstream):
   # Only the input is kept from the forward pass; the rest is cheaper to compute again than to
   # store.
-  x, raw_a, raw_c, steps = residuals
-  q, v = grid(x, raw_a, steps, kind)
-  upstream = upstream.astype(q.dtype)
-  ratio = jax.nn.softplus(raw_c) / jax.nn.softplus(raw_a)
-  through = jnp.where(inside(v, kind), upstream, 0.0)
-  moved, scaled = total_sums([through * v, upstream * q])
-  d_raw_a, d_raw_c = -ratio * jax.nn.sigmoid(raw_a) * moved, jax.nn.sigmoid(raw_c) * scaled
-  return (through * ratio).astype(x.dtype), d_raw_a, d_raw_c, None
+  x, a, steps = residuals
+  x = computed_again(x)
+  v, n, upstream = ratio(x, a, kind), steps.astype(a.dtype), upstream.astype(a.dtype)
+  (moved,) = total_sums([upstream * moved_by_interval(v, n, kind, slope)])
+  dx = jnp.where(inside(v, kind), upstream * (n / a), 0.0)
+  return dx.astype(x.dtype), moved / a, None
 
 
-_quantize.defvjp(_forward, _backward)
+_to_codes.defvjp(_forward, _backward)

@@ -14,29 +14,35 @@ kernels and signed activations: the paper's range has one code more below, which
 After h-swish, offset is -3/8.
 """
 
-import functools
-import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from profit_jax.lowering import total_sums
 from profit_jax.quant import duq
+from profit_jax.quant.quantized import Quantized
 
 Params = Mapping[str, jax.Array]
 
 LEAVES = ("quant_a",)
 
 
-def quantize(x: jax.Array, params: Params, steps: jax.Array, kind: duq.Kind) -> jax.Array:
+def quantize(x: jax.Array, params: Params, steps: jax.Array, kind: duq.Kind) -> Quantized:
   """Fake-quantized activations `[N, ...]`; arguments as `duq.quantize`'s."""
-  return _quantize(x, params["quant_a"], steps, kind, max(1, x.size // len(x)))
+  return interval(params, steps, max(1, x.size // len(x))).quantized(x, steps, kind)
 
 
-def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.Array:
+def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> Quantized:
   """A fake-quantized kernel."""
-  return _quantize(kernel, params["quant_a"], steps, "symmetric", kernel.size)
+  return interval(params, steps, kernel.size).quantized(kernel, steps, "symmetric")
+
+
+def interval(params: Params, steps: jax.Array, count: int) -> duq.Interval:
+  """The quantizer of a kernel of `count` weights, or of activations of so many features."""
+  raw_a = params["quant_a"]
+  n = steps.astype(raw_a.dtype)
+  a = _with_gradient_scaled(jax.nn.softplus(raw_a), 1.0 / jnp.sqrt(count * n))
+  return duq.Interval(a, jax.lax.stop_gradient(a) / n, "step")
 
 
 def first_interval(x: jax.Array, steps: jax.Array, kind: duq.Kind) -> jax.Array:
@@ -45,25 +51,5 @@ def first_interval(x: jax.Array, steps: jax.Array, kind: duq.Kind) -> jax.Array:
   return jnp.maximum(a, 1e-3).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _quantize(x, raw_a, steps, kind, count):
-  q, _ = duq.grid(x, raw_a, steps, kind)
-  return (jax.nn.softplus(raw_a) * q + duq.OFFSET[kind]).astype(x.dtype)
-
-
-def _forward(x, raw_a, steps, kind, count):
-  return _quantize(x, raw_a, steps, kind, count), (x, raw_a, steps)
-
-
-def _backward(kind, count, residuals, upstream):
-  x, raw_a, steps = residuals
-  q, v = duq.grid(x, raw_a, steps, kind)  # both in units of n
-  upstream, inside = upstream.astype(q.dtype), duq.inside(v, kind)
-  # dy/da = (dy/ds) / n, and q and v are codes over n already.
-  (moved,) = total_sums([upstream * jnp.where(inside, q - v, q)])
-  scale = 1.0 / (math.sqrt(count) * jnp.sqrt(steps.astype(q.dtype)))
-  d_raw_a = scale * moved * jax.nn.sigmoid(raw_a)
-  return jnp.where(inside, upstream, 0.0).astype(x.dtype), d_raw_a, None
-
-
-_quantize.defvjp(_forward, _backward)
+def _with_gradient_scaled(x, factor):
+  return jax.lax.stop_gradient(x - x * factor) + x * jax.lax.stop_gradient(factor)

@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from profit_jax.quant import calibration, duq, lsq, pact, qil
 from profit_jax.quant.levels import kernel_steps
+from profit_jax.quant.quantized import Quantized
 from profit_jax.settings import QuantSettings
 
 Params = Mapping[str, jax.Array]
@@ -26,8 +27,10 @@ class Method(NamedTuple):
   Attributes:
     kernel_leaves: scalars of a kernel's quantizer.
     act_leaves: of an activation's.
-    kernel: `(kernel, params, steps) -> values`.
-    act: `(x, params, steps, kind) -> values`.
+    kernel: `(kernel, params, steps) -> Quantized`.
+    act: `(x, params, steps, kind) -> Quantized`.
+    interval: `(params, steps, features of an example) -> Interval`, of activations whose quantizer
+      is one; else None.
     kernel_codes: `(kernel, params, steps) -> integers` of its shape, in any dtype, that fit into 8
       bits.
     kernel_clipped: `(kernel, params) -> bool` of its shape, whether an element lies beyond the
@@ -39,8 +42,9 @@ class Method(NamedTuple):
 
   kernel_leaves: tuple[str, ...]
   act_leaves: tuple[str, ...]
-  kernel: Callable[[jax.Array, Params, jax.Array], jax.Array]
-  act: Callable[[jax.Array, Params, jax.Array, duq.Kind], jax.Array]
+  kernel: Callable[[jax.Array, Params, jax.Array], Quantized]
+  act: Callable[[jax.Array, Params, jax.Array, duq.Kind], Quantized]
+  interval: Callable[[Params, jax.Array, int], duq.Interval] | None
   kernel_codes: Callable[[jax.Array, Params, jax.Array], jax.Array]
   kernel_clipped: Callable[[jax.Array, Params], jax.Array]
   act_clipped: Callable[[jax.Array, Params, duq.Kind], jax.Array]
@@ -61,12 +65,17 @@ def _halves(interval):
   return {"quant_center": interval / 2.0, "quant_width": interval / 2.0}
 
 
+def _duq_interval(params, steps, features=0):
+  del features
+  return duq.interval(params["quant_a"], params["quant_c"], steps)
+
+
 def _duq_kernel(kernel, params, steps):
-  return duq.quantize(kernel, params["quant_a"], params["quant_c"], steps, "symmetric")
+  return _duq_interval(params, steps).quantized(kernel, steps, "symmetric")
 
 
 def _duq_act(x, params, steps, kind):
-  return duq.quantize(x, params["quant_a"], params["quant_c"], steps, kind)
+  return _duq_interval(params, steps).quantized(x, steps, kind)
 
 
 def _both(interval):
@@ -79,6 +88,7 @@ METHODS: dict[str, Method] = {
     act_leaves=("quant_a", "quant_c"),
     kernel=_duq_kernel,
     act=_duq_act,
+    interval=_duq_interval,
     kernel_codes=_interval_codes,
     kernel_clipped=_interval_clipped,
     act_clipped=_interval_clipped,
@@ -90,6 +100,7 @@ METHODS: dict[str, Method] = {
     act_leaves=lsq.LEAVES,
     kernel=lsq.quantize_kernel,
     act=lsq.quantize,
+    interval=lsq.interval,
     kernel_codes=_interval_codes,
     kernel_clipped=_interval_clipped,
     act_clipped=_interval_clipped,
@@ -101,6 +112,7 @@ METHODS: dict[str, Method] = {
     act_leaves=pact.LEAVES,
     kernel=pact.quantize_kernel,
     act=pact.quantize,
+    interval=lambda params, steps, _: pact.interval(params, steps),
     kernel_codes=pact.kernel_codes,
     kernel_clipped=lambda kernel, _: jnp.zeros(kernel.shape, bool),
     act_clipped=_interval_clipped,
@@ -114,6 +126,7 @@ METHODS: dict[str, Method] = {
     act_leaves=qil.LEAVES,
     kernel=qil.quantize_kernel,
     act=qil.quantize,
+    interval=None,
     kernel_codes=qil.kernel_codes,
     kernel_clipped=lambda kernel, params: qil.clipped(kernel, params, "symmetric"),
     act_clipped=qil.clipped,
@@ -127,12 +140,20 @@ METHODS: dict[str, Method] = {
 
 
 def per_channel(
-  function: Callable[..., jax.Array], kernel: jax.Array, params: Params, *rest: jax.Array
-) -> jax.Array:
-  """A function of a kernel and scalars, with scalars of its own for every output channel (the last
-  axis).
+  function: Callable[..., Any], kernel: jax.Array, params: Params, *rest: jax.Array
+) -> Any:
+  """A function of a kernel and scalars, with own scalars for every output channel (the last axis).
+
+  Arrays of the kernel's shape keep it; a `Quantized` has a scale for every channel.
   """
-  return jax.vmap(lambda k, p: function(k, p, *rest), in_axes=(-1, 0), out_axes=-1)(kernel, params)
+
+  def of_channel(k, p):
+    result = function(k, p, *rest)
+    return (result.codes, result.scale) if isinstance(result, Quantized) else (result, ())
+
+  # The channels are the last axis of the arrays, and the only one of their scales.
+  values, scale = jax.vmap(of_channel, in_axes=(-1, 0), out_axes=(-1, 0))(kernel, params)
+  return values if isinstance(scale, tuple) else Quantized(values, scale)
 
 
 def kernel_codes(

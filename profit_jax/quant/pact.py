@@ -19,38 +19,42 @@ A kernel has no scalar:
 so that there are 2^b values in [-1, 1], none of them 0; rounding passes its gradient on.
 """
 
-import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from profit_jax.lowering import total_sums
 from profit_jax.quant import duq
+from profit_jax.quant.quantized import Quantized
 
 Params = Mapping[str, jax.Array]
 
 LEAVES = ("quant_a",)
 
 
-def quantize(x: jax.Array, params: Params, steps: jax.Array, kind: duq.Kind) -> jax.Array:
+def quantize(x: jax.Array, params: Params, steps: jax.Array, kind: duq.Kind) -> Quantized:
   """Fake-quantized activations; arguments as `duq.quantize`'s."""
-  return _quantize(x, params["quant_a"], steps, kind)
+  return interval(params, steps).quantized(x, steps, kind)
 
 
-def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.Array:
-  """A fake-quantized kernel; `params` is empty."""
+def interval(params: Params, steps: jax.Array) -> duq.Interval:
+  """The quantizer of activations."""
+  a = jax.nn.softplus(params["quant_a"])
+  return duq.Interval(a, jax.lax.stop_gradient(a) / steps.astype(a.dtype), "clip")
+
+
+def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> Quantized:
+  """A fake-quantized kernel, whose codes are the odd numbers from -m to m; `params` is empty."""
   del params
   t, most = jnp.tanh(kernel), 2.0 * steps.astype(kernel.dtype) + 1.0
   t = t / jnp.maximum(jnp.max(jnp.abs(t)), jnp.finfo(t.dtype).tiny)
-  return 2.0 * round_through((t / 2.0 + 0.5) * most) / most - 1.0
+  return Quantized(2.0 * round_through((t / 2.0 + 0.5) * most) - most, 1.0 / most)
 
 
 def kernel_codes(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.Array:
   """Which of the 2^b values each element has, from the lowest, `-(n + 1)`, to `n`."""
-  values = quantize_kernel(kernel, params, steps)
-  n = steps.astype(values.dtype)
-  return jnp.round((values + 1.0) / 2.0 * (2.0 * n + 1.0)) - (n + 1.0)
+  # An odd number 2i - m for the i-th value; m is 2n + 1.
+  return (quantize_kernel(kernel, params, steps).codes - 1.0) / 2.0
 
 
 @jax.custom_vjp
@@ -60,28 +64,3 @@ def round_through(x: jax.Array) -> jax.Array:
 
 
 round_through.defvjp(lambda x: (jnp.round(x), None), lambda _, upstream: (upstream,))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _quantize(x, raw_a, steps, kind):
-  q, _ = duq.grid(x, raw_a, steps, kind)
-  return (jax.nn.softplus(raw_a) * q + duq.OFFSET[kind]).astype(x.dtype)
-
-
-def _forward(x, raw_a, steps, kind):
-  return _quantize(x, raw_a, steps, kind), (x, raw_a, steps)
-
-
-def _backward(kind, residuals, upstream):
-  x, raw_a, steps = residuals
-  _, v = duq.grid(x, raw_a, steps, kind)
-  upstream = upstream.astype(v.dtype)
-  beyond = jnp.where(v >= 1.0, 1.0, 0.0) - (
-    jnp.where(v <= -1.0, 1.0, 0.0) if kind == "symmetric" else 0.0
-  )
-  (moved,) = total_sums([upstream * beyond])
-  d_raw_a = moved * jax.nn.sigmoid(raw_a)
-  return jnp.where(duq.inside(v, kind), upstream, 0.0).astype(x.dtype), d_raw_a, None
-
-
-_quantize.defvjp(_forward, _backward)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from profit_jax.quant import duq
 from profit_jax.quant.pact import round_through
+from profit_jax.quant.quantized import Quantized
 
 Params = Mapping[str, jax.Array]
 
@@ -28,22 +29,22 @@ LEAVES = ("quant_center", "quant_width")
 KERNEL_LEAVES = (*LEAVES, "quant_gamma")
 
 
-def quantize(x: jax.Array, params: Params, steps: jax.Array, kind: duq.Kind) -> jax.Array:
+def quantize(x: jax.Array, params: Params, steps: jax.Array, kind: duq.Kind) -> Quantized:
   """Fake-quantized activations; arguments as `duq.quantize`'s."""
   shifted = x.astype(params["quant_center"].dtype) - duq.OFFSET[kind]
-  y = _transformed(shifted, params, steps, None, signed=kind == "symmetric")
-  return (y + duq.OFFSET[kind]).astype(x.dtype)
+  codes = _codes(shifted, params, steps, None, signed=kind == "symmetric")
+  return Quantized(codes.astype(x.dtype), _scale(params, steps), duq.OFFSET[kind])
 
 
-def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.Array:
+def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> Quantized:
   """A fake-quantized kernel."""
-  return _transformed(kernel, params, steps, jax.nn.softplus(params["quant_gamma"]), signed=True)
+  gamma = jax.nn.softplus(params["quant_gamma"])
+  return Quantized(_codes(kernel, params, steps, gamma, signed=True), _scale(params, steps))
 
 
 def kernel_codes(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.Array:
   """The codes of a kernel, -n to n."""
-  largest = jax.nn.softplus(params["quant_center"]) + jax.nn.softplus(params["quant_width"])
-  return jnp.round(quantize_kernel(kernel, params, steps) / largest * steps.astype(kernel.dtype))
+  return quantize_kernel(kernel, params, steps).codes
 
 
 def clipped(x: jax.Array, params: Params, kind: duq.Kind) -> jax.Array:
@@ -55,7 +56,12 @@ def clipped(x: jax.Array, params: Params, kind: duq.Kind) -> jax.Array:
   )
 
 
-def _transformed(x, params, steps, gamma, *, signed):
+def _scale(params, steps):
+  largest = jax.nn.softplus(params["quant_center"]) + jax.nn.softplus(params["quant_width"])
+  return jax.lax.stop_gradient(largest) / steps.astype(largest.dtype)
+
+
+def _codes(x, params, steps, gamma, *, signed):
   center, width = jax.nn.softplus(params["quant_center"]), jax.nn.softplus(params["quant_width"])
   u = ((jnp.abs(x) if signed else x) - center + width) / (2.0 * width)
   inside = (u > 0.0) & (u < 1.0)
@@ -64,6 +70,5 @@ def _transformed(x, params, steps, gamma, *, signed):
     u = jnp.where(inside, jnp.where(inside, u, 0.5) ** gamma, u)
   # Not jnp.clip, which passes half of the gradient at its ends.
   u = jnp.where(inside, u, jax.lax.stop_gradient(jnp.clip(u, 0.0, 1.0)))
-  n = steps.astype(u.dtype)
-  y = jax.lax.stop_gradient(center + width) * round_through(u * n) / n
-  return jnp.sign(x) * y if signed else y
+  codes = round_through(u * steps.astype(u.dtype))
+  return jnp.sign(x) * codes if signed else codes

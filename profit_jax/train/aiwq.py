@@ -23,13 +23,15 @@ class AiwqState(NamedTuple):
 
   Attributes:
     metric: float32 scalars, the running AIWQ.
-    previous: the quantized kernels of the step before.
+    previous: the codes of the quantized kernels of the step before.
+    scale: of these codes, `[C]`.
     has_previous: bool scalar; False in the first step of an epoch, which has nothing to compare
       with.
   """
 
   metric: dict[str, jax.Array]
   previous: dict[str, jax.Array]
+  scale: dict[str, jax.Array]
   has_previous: jax.Array
 
 
@@ -68,6 +70,7 @@ def start(params: Mapping[str, Any]) -> AiwqState:
   return AiwqState(
     metric={layer: np.zeros((), kernel.dtype) for layer, kernel in kernels.items()},
     previous={layer: np.zeros(kernel.shape, kernel.dtype) for layer, kernel in kernels.items()},
+    scale={layer: np.zeros(kernel.shape[-1], kernel.dtype) for layer, kernel in kernels.items()},
     has_previous=np.zeros((), bool),
   )
 
@@ -78,7 +81,8 @@ def update(state: AiwqState, moments: Mapping[str, Any], quantized: Mapping[str,
   Args:
     state: before the step.
     moments: the layers' `moments` collection.
-    quantized: the layers' `quantized` collection, which becomes the next step's `previous`.
+    quantized: the layers' `quantized` collection, which becomes the next step's `previous`. Without
+      a scale, a kernel is its own values.
   """
   flat = traverse_util.flatten_dict(moments)
   metric = {}
@@ -87,7 +91,12 @@ def update(state: AiwqState, moments: Mapping[str, Any], quantized: Mapping[str,
     kl = kl_divergence(flat[*path, "present"], flat[*path, "previous"]).astype(value.dtype)
     counts = state.has_previous & (kl <= LARGEST_KL)  # False for NaN
     metric[layer] = jnp.where(counts, DECAY * value + (1 - DECAY) * kl, value)
-  return AiwqState(metric=metric, previous=conv_kernels(quantized), has_previous=jnp.ones((), bool))
+  flat, previous, scale = traverse_util.flatten_dict(quantized), {}, {}
+  for layer in metric:
+    path = tuple(layer.split("/"))
+    previous[layer] = kernel = flat[*path, "kernel"]
+    scale[layer] = flat.get((*path, "scale"), jnp.ones(kernel.shape[-1], kernel.dtype))
+  return AiwqState(metric, previous, scale, jnp.ones((), bool))
 
 
 def pooled(moments: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +115,11 @@ def pooled(moments: Mapping[str, Any]) -> dict[str, Any]:
 
 def previous_collection(state: AiwqState) -> dict[str, Any]:
   """The `previous` collection that the layers read."""
-  flat = {(*layer.split("/"), "kernel"): kernel for layer, kernel in state.previous.items()}
+  flat = {
+    (*layer.split("/"), name): leaf
+    for name, leaves in (("kernel", state.previous), ("scale", state.scale))
+    for layer, leaf in leaves.items()
+  }
   return traverse_util.unflatten_dict(flat)
 
 

@@ -66,13 +66,31 @@ def make_mesh(settings: Settings, devices: Sequence[jax.Device] | None = None) -
   return Mesh(np.asarray(devices), ("data",))
 
 
-def _for_its_devices(trace: Callable[..., jax.stages.Traced]) -> Callable[..., jax.stages.Traced]:
-  """A method of `Programs` that traces for the devices of its mesh, whatever JAX's default is."""
+_PLATFORM_DTYPES = {"cpu": "float32", "gpu": "tfloat32", "tpu": "bfloat16"}
+
+
+def default_dtype(platform: str) -> str:
+  """The `train.dtype` that auto stands for on devices of a platform, given JAX's name of it."""
+  return _PLATFORM_DTYPES[target.platform_of(platform)]
+
+
+def _traced_for_devices(
+  trace: Callable[..., jax.stages.Traced],
+) -> Callable[..., jax.stages.Traced]:
+  """A method of `Programs` that traces for the devices of its mesh, whatever JAX's default is.
+
+  Products have full precision, but for those of codes and, in training, those of the reduced kinds
+  of arithmetic.
+  """
 
   @functools.wraps(trace)
   def traced(self, *args, **kwargs):
-    platform = target.platform_of(self.mesh.devices.flat[0].platform)
-    with target.tracing_for(target.Target(platform, kernels="tuned", mesh=self.mesh)):
+    training = trace.__name__ == "trace_train_step"
+    reduced = training and self._settings.train.dtype in ("tfloat32", "bfloat16")
+    with (
+      target.tracing_for(self.target),
+      jax.default_matmul_precision("default" if reduced else "highest"),
+    ):
       return trace(self, *args, **kwargs)
 
   return traced
@@ -87,6 +105,7 @@ class Programs:
 
   Attributes:
     mesh: over which batches are split; everything else is replicated.
+    target: what programs are traced for.
     waited_seconds: how long callers have waited for compilation, in all.
   """
 
@@ -98,9 +117,10 @@ class Programs:
     teacher_model: nn.Module | None,
     mesh: Mesh,
     file_model: nn.Module | None = None,
+    platform: target.Platform | None = None,
   ):
     """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none;
-    mesh.
+    mesh; platform: that programs are traced for, None is the mesh's.
     """
     self._settings, self._facts = settings, facts
     self._model, self._teacher_model = model, teacher_model
@@ -119,6 +139,10 @@ class Programs:
       own if settings.teacher.model == "self" else others,
     )
     self.mesh = mesh
+    platform = platform or target.platform_of(mesh.devices.flat[0].platform)
+    self.target = target.Target(platform, settings.train.kernels, mesh)
+    if settings.train.dtype == "auto":
+      settings = self._settings = settings.with_dtype(default_dtype(platform))
     self.waited_seconds = 0.0
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._split = NamedSharding(mesh, PartitionSpec("data"))
@@ -301,7 +325,7 @@ class Programs:
       self._turns.wait(turn)
       if self._closed:
         raise concurrent.futures.CancelledError
-      compiled = lowered.compile()
+      compiled = lowered.compile(target.compiler_options(self.target.platform))
       memory.trim()  # before the next is compiled
       self._turns.end(turn)
       return compiled
@@ -337,7 +361,7 @@ class Programs:
     shapes = variable_shapes(self._models[who], self._settings.data.image_size)
     return jax.eval_shape(pack_variables, shapes)
 
-  @_for_its_devices
+  @_traced_for_devices
   def trace_train_step(self, program: Program, frozen: Frozen) -> jax.stages.Traced:
     """`steps.make_train_step` for the phases of a program, traced and not lowered yet.
 
@@ -354,11 +378,11 @@ class Programs:
         variable_shapes(self._teacher_model, settings.data.image_size), self._replicated
       )
       distillation = steps.Distillation(
-        self._in_training(self._teacher_model),
+        self._teacher_model,
         batch_statistics=settings.teacher.batch_stats == "batch",
         normalization=self._teacher_normalization,
       )
-    student = self._in_training(self._model)
+    student = self._model
     if program.sampling and settings.plan.sampling_every > 1:
       student = student.clone(sampling_every=settings.plan.sampling_every)
     step = steps.make_train_step(
@@ -368,6 +392,7 @@ class Programs:
       ema_rate=settings.train.ema_rate,
       distillation=distillation,
       accumulation_steps=settings.train.accumulation_steps,
+      dtype=jnp.bfloat16 if settings.train.dtype == "bfloat16" else None,
       quant=settings.quant,
       remedy=settings.remedy,
     )
@@ -391,12 +416,7 @@ class Programs:
       else None,
     )
 
-  def _in_training(self, model: nn.Module) -> nn.Module:
-    # Evaluation and calibration take the models as they are: in float32, whatever the training.
-    dtype = self._settings.train.dtype
-    return model if dtype == "float32" else model.clone(dtype=dtype)
-
-  @_for_its_devices
+  @_traced_for_devices
   def trace_eval_step(
     self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
   ) -> jax.stages.Traced:
@@ -419,7 +439,7 @@ class Programs:
   ) -> jax.stages.Traced:
     return self.trace_eval_step(quantized_weights, quantized_acts, who)
 
-  @_for_its_devices
+  @_traced_for_devices
   def _trace_observe(self) -> jax.stages.Traced:
     window = _with_sharding(instability.start(self._params), self._replicated)
     params = _with_sharding(self._variables("student")["params"], self._replicated)
@@ -430,7 +450,7 @@ class Programs:
     jitted = jax.jit(observe, donate_argnums=0, out_shardings=self._replicated)
     return jitted.trace(window, params, jax.ShapeDtypeStruct((), np.float32))
 
-  @_for_its_devices
+  @_traced_for_devices
   def _trace_statistics(self, quantized_weights: bool, quantized_acts: bool) -> jax.stages.Traced:
     settings = self._settings
 
@@ -460,7 +480,7 @@ class Programs:
   def _key_shape(self) -> Any:
     return _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), self._replicated)
 
-  @_for_its_devices
+  @_traced_for_devices
   def _trace_calibration(self, what: str) -> jax.stages.Traced:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)

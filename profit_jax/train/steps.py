@@ -53,7 +53,7 @@ class Distillation:
   normalization: Normalization | None = None
 
 
-def make_train_step(
+def make_train_step(  # noqa: PLR0913  one keyword for each setting
   model: nn.Module,
   tx: optax.GradientTransformationExtraArgs,
   *,
@@ -61,6 +61,7 @@ def make_train_step(
   ema_rate: float,
   distillation: Distillation | None = None,
   accumulation_steps: int = 1,
+  dtype: Any = None,
   quant: QuantSettings = QuantSettings(),
   remedy: RemedySettings = RemedySettings(),
 ) -> Callable[..., tuple[TrainState, Metrics, aiwq.AiwqState | None]]:
@@ -92,6 +93,7 @@ def make_train_step(
     accumulation_steps: number of parts of the batch, computed one after the other. The gradient is
       that of the whole batch's loss. Batch statistics are those of each part; the running ones move
       once, by the parts' mean.
+    dtype: of the activations and their gradients; None is that of the normalized images.
     quant: the student's quantizers, for the remedies.
     remedy: their settings; see `profit_jax/train/remedies.py`.
   """
@@ -103,9 +105,10 @@ def make_train_step(
     params, batch_stats = unpack((state.params, state.batch_stats))
 
     def gradient(part, key):
-      image, teacher_logits = normalize(part["image"], normalization), None
+      image, teacher_logits = _normalized(part["image"], normalization, dtype), None
       if teacher is not None:
-        teacher_logits = _teacher_logits(distillation, teacher, part["image"], normalization, key)
+        seen = _normalized(part["image"], distillation.normalization or normalization, dtype)
+        teacher_logits = _teacher_logits(distillation, teacher, seen, key)
 
       def forward(params):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -135,12 +138,17 @@ def make_train_step(
   return step
 
 
-def _teacher_logits(distillation, variables, image, normalization, key):
-  """The teacher's logits; `normalization` is the student's."""
+def _normalized(image, normalization, dtype):
+  image = normalize(image, normalization)
+  return image if dtype is None else image.astype(dtype)
+
+
+def _teacher_logits(distillation, variables, image, key):
+  """The teacher's logits of normalized images."""
   # The running statistics are its file's: what the batch would make of them is discarded.
   logits, _ = distillation.model.apply(
     variables,
-    normalize(image, distillation.normalization or normalization),
+    image,
     Levels(),
     distillation.batch_statistics,
     mutable=["batch_stats"],

@@ -1,6 +1,7 @@
 """Training in bfloat16 goes where training in float32 goes, and ends where it ends."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,14 +28,15 @@ class Training:
 
   def __init__(self, dtype):
     settings = parse(tiny_config(), REGISTRY)
-    self._source, self._model = data.load(settings), TinyNet(dtype=dtype)
+    self._source, self._model = data.load(settings), TinyNet()
     self._normalization = normalization(settings.data.normalization, self._source.facts)
     sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
     params = pack(init_variables(self._model, jax.random.key(0), 16)["params"])
     labels = optimizer.label_params(params, train_kernels=True, frozen=frozenset())
     self._tx = optimizer.make_optimizer(labels, sgd)
     seen = {"normalization": self._normalization}
-    self._step = jax.jit(steps.make_train_step(self._model, self._tx, ema_rate=0.99, **seen))
+    step = steps.make_train_step(self._model, self._tx, ema_rate=0.99, dtype=dtype, **seen)
+    self._step = jax.jit(step)
     self._evaluate = jax.jit(steps.make_eval_step(self._model, num_classes=10, **seen))
 
   def run(self, seed):
@@ -77,20 +79,21 @@ class Training:
 def test_bfloat16_goes_where_float32_goes(tiny):
   runs = {}
   for dtype in ("float32", "bfloat16"):
-    training = Training(dtype)
+    training = Training(jnp.dtype(dtype))
     runs[dtype] = [training.run(seed) for seed in SEEDS]
   losses, top1 = (
     {dtype: np.array([run[part] for run in found]) for dtype, found in runs.items()}
     for part in (0, 1)
   )
-  # Six seeds differed by at most 0.0006 of the loss after one epoch, and 0.0094 after two. Then the
-  # roundings of so high a rate have taken the two to other weights.
+  # Activations and their gradients are stored in bfloat16. Six seeds differed by at most 0.0018 of
+  # the loss after one epoch, and 0.038 after two. Then the roundings of so high a rate have taken
+  # the two to other weights.
   ratio = losses["bfloat16"][:, :2] / losses["float32"][:, :2]
-  assert np.all(np.abs(ratio - 1) < (0.002, 0.03)), ratio
-  # The top-1 of the six differed by -0.26 points on average, with a standard deviation of 0.77: for
-  # the mean of two seeds, three times the standard error is 1.6.
+  assert np.all(np.abs(ratio - 1) < (0.005, 0.1)), ratio
+  # The top-1 of the six differed by -0.23 points on average, with a standard deviation of 1.11: for
+  # the mean of two seeds, three times the standard error is 2.4.
   assert top1["float32"].mean() > 90
-  assert top1["bfloat16"].mean() > top1["float32"].mean() - 1.6, top1
+  assert top1["bfloat16"].mean() > top1["float32"].mean() - 2.4, top1
 
 
 @pytest.mark.parametrize(("dtype", "halved"), [("float32", False), ("bfloat16", True)])

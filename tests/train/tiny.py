@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.levels import Levels
 
 
@@ -17,7 +17,6 @@ class TinyNet(nn.Module):
   strides: tuple[int, ...] = ()
   activation: str = "relu"
   dropout: float = 0.0
-  dtype: Any = None
   quant: Any = None
 
   @nn.compact
@@ -26,14 +25,14 @@ class TinyNet(nn.Module):
     for index, (features, stride, depthwise) in enumerate(
       [(8, 2, False), (8, 2, True), (16, 1, False)]
     ):
-      x = QuantConv(features, 3, stride, depthwise, dtype=self.dtype, name=f"conv{index}")(
+      x = QuantConv(features, 3, stride, depthwise, name=f"conv{index}")(
         x, levels if index else levels.first()
       )
       x = nn.relu(BatchNorm(name=f"norm{index}")(x, train))
       x = QuantAct("unsigned", 6.0, name=f"quant{index}")(x, levels)
     x = QuantAct("symmetric", name="signed_quant")(x - 0.5, levels)
-    x = nn.Dropout(self.dropout, deterministic=not train)(jnp.mean(x, (1, 2)))
-    return QuantDense(self.num_classes, dtype=self.dtype, name="classifier")(x, levels.last())
+    x = Dropout(self.dropout, name="dropout")(jnp.mean(x, (1, 2)), train)
+    return QuantDense(self.num_classes, name="classifier")(x, levels.last())
 
 
 CONVS = ("conv0", "conv1", "conv2")
