@@ -81,7 +81,6 @@ def compile_ours(settings: Settings, model: nn.Module, stage: str, mesh: Mesh) -
     stage: a key of `PROGRAMS`.
     mesh: of a target's devices.
   """
-  jax.config.update("jax_default_matmul_precision", "highest")  # as main.py does
   programs = Programs(settings, FACTS, model, None, mesh)
   try:
     program = PROGRAMS[stage]
@@ -93,7 +92,6 @@ def compile_ours(settings: Settings, model: nn.Module, stage: str, mesh: Mesh) -
     return programs.train_step(program, aiwq.frozen_layers(layers, program.frozen_fraction))
   finally:
     programs.close()
-    jax.config.update("jax_default_matmul_precision", None)
 
 
 def compile_plain(settings: Settings, stage: str, mesh: Mesh, dtype: str) -> Any:

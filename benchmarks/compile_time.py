@@ -34,7 +34,6 @@ def compile_all(options: argparse.Namespace) -> None:
   from profit_jax.train import aiwq
   from profit_jax.train.programs import Programs, make_mesh
 
-  jax.config.update("jax_default_matmul_precision", "highest")  # as main.py does
   path, _, argument = options.config.partition(":")
   spec = importlib.util.spec_from_file_location("config", path)
   module = importlib.util.module_from_spec(spec)

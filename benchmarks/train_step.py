@@ -43,7 +43,7 @@ from profit_jax.quant.levels import levels
 from profit_jax.settings import parse
 from profit_jax.train import aiwq
 from profit_jax.train.packing import pack_variables, unpack, unpacked_shapes
-from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.state import create_state
 
 _TRAIN = Program(True, True, train_kernels=True, sampling=False, frozen_fraction=0.0, distill=False)
@@ -92,7 +92,7 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
   config.model.activation = "relu"  # the authors' code has no bound at 6
   config.data.image_size = options.image_size
   config.train.batch_size = config.train.eval_batch_size = options.batch_size
-  config.train.dtype = options.dtype
+  config.train.dtype, config.train.kernels = options.dtype, options.kernels
   # weights stay what they are
   config.train.learning_rate = config.train.full_precision_learning_rate = 1e-6
   config.plan.sampling_every = options.sampling_every
@@ -272,8 +272,12 @@ def main() -> None:
   parser.add_argument("--image_size", type=int, default=224, help="pixels")
   parser.add_argument("--batch_size", type=int, default=16, help="images")
   parser.add_argument(
-    "--dtype", default="float32", choices=("float32", "bfloat16"), help="of what is multiplied"
+    "--dtype",
+    default="auto",
+    choices=("auto", "float32", "tfloat32", "bfloat16"),
+    help="config.train.dtype",
   )
+  parser.add_argument("--kernels", default="tuned", choices=("tuned", "xla"))
   parser.add_argument(
     "--teacher", default="none", choices=("none", "self"), help="self: a forward pass more"
   )
@@ -292,6 +296,8 @@ def main() -> None:
   )
   parser.add_argument("--json", metavar="FILE", help="where all figures go as well")
   options = parser.parse_args()
+  if options.dtype == "auto":
+    options.dtype = default_dtype(jax.devices()[0].platform)
   stages, variants = options.stages.split(","), options.torch_variants.split(",")
   if wrong := [name for name in stages if name not in PROGRAMS]:
     parser.error(f"--stages: {', '.join(wrong)}: choose from {', '.join(PROGRAMS)}")
@@ -300,7 +306,6 @@ def main() -> None:
       f"--torch-variants: {', '.join(wrong)}: choose from {', '.join(reference.VARIANTS)}"
     )
 
-  jax.config.update("jax_default_matmul_precision", "highest")  # as main.py does
   print(machine())
   print(
     f"{options.model} {options.width}, {options.image_size} px, batch {options.batch_size}, "
@@ -312,7 +317,7 @@ def main() -> None:
       options.torch_reference,
       options.model,
       options.width,
-      options.dtype,
+      "bfloat16" if options.dtype == "bfloat16" else "float32",
       options.teacher == "self",
       options.seed,
     )
