@@ -26,6 +26,7 @@ SLOW = (
   "export/test_formats.py::test_a_file_computes_the_references_codes",
   "export/test_formats.py::test_onnxruntime_computes_the_references_codes_of_a_whole_net",
   "export/test_formats.py::test_sizes_of_the_published_mobilenet_v2",
+  "kernels/test_depthwise_triton.py::test_codes_are_computed_on_load",
   "models/test_mobilenet_v2.py::test_authors_logits",
   "models/test_mobilenet_v2.py::test_relu6_bounds_what_relu_does_not",
   "models/test_mobilenet_v3.py::test_authors_logits",

@@ -59,7 +59,7 @@ class Evaluation:
   def lower(self):
     return self
 
-  def compile(self):
+  def compile(self, options):
     self._compiled.append(self._who)
     assert self._may_end.wait(60)
     return self._who
