@@ -2,11 +2,11 @@
 
     python benchmarks/compile_time.py [--config configs/digits_w4.py] [--against DIRECTORY]
 
-Each line is a process of its own that makes what a run makes, in the order of the phases and in the
-background, as a run does; a phase's time is what it waits. AIWQ's ranking, which decides what ft2
-and ft3 freeze, is drawn at random; `--other_ranking` adds a run with another one. `--against` is a
-checkout of another commit: both are measured by turns, each with its own cache, and the ratio is
-printed. The cache is JAX's alone, also where another commit would have one of its own.
+A separate process compiles the programs of a run for each line, in the order of the phases and in
+the background, as a run does. A phase's time is the time that it waits. AIWQ's ranking, which
+decides what ft2 and ft3 freeze, is drawn at random; `--other_ranking` adds a run with another one.
+`--against` is a checkout of another commit: both are measured by turns, with a cache each, and the
+ratio is printed. Only JAX's cache is used, even if the other commit has another one.
 """
 
 import argparse

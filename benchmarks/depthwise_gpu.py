@@ -10,10 +10,10 @@ grouped   XLA's grouped convolution, which is cuDNN's, tuned
 shifted   profit_jax.depthwise.sum_of_taps; the filter gradient is one stacked sum
 
 float32 runs at JAX's default precision, which lets cuDNN use TF32. A figure is the median time of
-one convolution of a program that does several, each of arrays of its own, so that no cache holds
-them. GB/s counts every operand and result once. The share is of what `x + 1` reaches in this run.
-`off` is the largest difference to the first form that worked, over the largest value; `!` marks
-more than rounding. Exit code: 0 if all agree, 1 if not, 2 without a GPU.
+one convolution of a program that does several, on different arrays, so that no cache holds them.
+GB/s counts every operand and result once. The share is of what `x + 1` reaches in this run. `off`
+is the largest difference to the first form that worked, over the largest value; `!` marks more than
+rounding. Exit code: 0 if all agree, 1 if not, 2 without a GPU.
 """
 
 import time

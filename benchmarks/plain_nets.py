@@ -91,7 +91,7 @@ class PlainNet(nn.Module):
   dtype: Any = jnp.float32
 
   def channels(self, channels: int) -> int:
-    """Channels of a layer that has so many at width 1."""
+    """Channels of a layer, given those at width 1."""
     return divisible_by_8(channels * self.width)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _OTHERS = ("fusion", "copy", "custom-call", "convolution", "dot", "transpose", "while")
-# Bits an element. Tuples, tokens and opaque values have no size of their own.
+# Bits an element. Tuples, tokens and opaque values have no size.
 _BITS = {"pred": 8, "bf16": 16} | {
   f"{kind}{bits}": bits for kind in "fsuc" for bits in (2, 4, 8, 16, 32, 64, 128)
 }

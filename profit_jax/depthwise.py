@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from profit_jax.kernels import depthwise_triton, target
+from profit_jax.kernels.affine import Affine
 from profit_jax.lowering import channel_sums, own_kernel
-from profit_jax.quant.quantized import Affine
 
 # XLA on CPU is 4-5x slower with `feature_group_count` than with one shifted multiply-add per tap;
-# TPUs have kernels of their own for the grouped form.
+# TPUs have kernels for the grouped form.
 
 
 def depthwise_conv(
@@ -38,8 +38,7 @@ def depthwise_conv(
   """
   to = target.current()
   if to.is_tuned_for("gpu") and depthwise_triton.supports(x):
-    codes = source and depthwise_triton.Codes(*source)
-    return depthwise_triton.depthwise_conv(x, kernel, stride, margin, pad_value, codes=codes)
+    return depthwise_triton.depthwise_conv(x, kernel, stride, margin, pad_value, codes=source)
   if to.is_tuned_for("cpu"):
     return _on_cpu(x, kernel, stride, margin, pad_value)
   return grouped(x, kernel, stride, margin, pad_value)
@@ -58,7 +57,7 @@ def _forward(x, kernel, stride, margin, pad_value):
 
 
 def pad(x: jax.Array, margin: int, value: float) -> jax.Array:
-  """`[N, H, W, C]` with so many rows and columns of `value` around the images."""
+  """`[N, H, W, C]` with a border of `margin` pixels of `value` around the images."""
   around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
   return lax.pad(x, jnp.asarray(value, x.dtype), around)
 
@@ -67,6 +66,18 @@ def grouped(
   x: jax.Array, kernel: jax.Array, stride: int, margin: int = 0, pad_value: float = 0.0
 ) -> jax.Array:
   """The form of plain XLA; arguments as `depthwise_conv`'s."""
+  return convolution(x, kernel, stride, margin, pad_value, groups=x.shape[-1])
+
+
+def convolution(
+  x: jax.Array,
+  kernel: jax.Array,
+  stride: int,
+  margin: int = 0,
+  pad_value: float = 0.0,
+  groups: int = 1,
+) -> jax.Array:
+  """XLA's convolution of `[N, H, W, C]`; `groups` of the channels, the rest as `depthwise_conv`."""
   if pad_value:
     x, margin = pad(x, margin, pad_value), 0
   return lax.conv_general_dilated(
@@ -75,7 +86,7 @@ def grouped(
     (stride, stride),
     [(margin, margin), (margin, margin)],
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    feature_group_count=x.shape[-1],
+    feature_group_count=groups,
   )
 
 

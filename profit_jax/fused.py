@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from profit_jax.kernels import target
+from profit_jax.kernels.affine import Affine
 from profit_jax.lowering import as_rows, channel_sums, computed_again, own_kernel
 from profit_jax.quant import duq
-from profit_jax.quant.quantized import Affine, Quantized
+from profit_jax.quant.quantized import Quantized
 
 Activation = Literal["relu", "relu6", "hard_swish"]
 

@@ -1,8 +1,8 @@
 """Quantized building blocks (linen).
 
 Quantized tensors travel as codes (`quant/quantized.py`): `QuantAct` gives them, `QuantConv` and
-`QuantDense` multiply them and hand on the sums with their scale, and `BatchNorm` takes the scale as
-part of its own. All other operations see values: operators and `jnp` functions convert.
+`QuantDense` multiply them and hand on the sums with their scale, and `BatchNorm` takes the scale
+into its own. All other operations see values: operators and `jnp` functions convert.
 
 Activations have the dtype of the images; parameters, statistics and scales keep their own. The
 precision of products is that of `products.py`.
@@ -42,7 +42,7 @@ from profit_jax.quant.quantized import Product, Quantized, value_of
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-# A deviation of so many units in the last place of the mean is 0.
+# Deviations up to this many units in the last place of the mean count as 0.
 CONSTANT = 8
 
 

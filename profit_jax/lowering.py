@@ -1,6 +1,6 @@
 """Operations in the form that each platform's compiler makes fast.
 
-Programs traced for a CPU (`kernels.target`) get a form of their own, others the plain one. What XLA
+Programs traced for a CPU (`kernels.target`) get special forms, others the plain ones. What XLA
 makes of it on a CPU was measured on 2 cores; the figures stand beside each.
 """
 

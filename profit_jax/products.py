@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from profit_jax.depthwise import depthwise_conv, pad
+from profit_jax.depthwise import convolution, depthwise_conv
 from profit_jax.kernels import target
-from profit_jax.quant.quantized import Affine
+from profit_jax.kernels.affine import Affine
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -98,13 +97,4 @@ def _rows(x, kernel):
 
 
 def _convolution(x, kernel, stride, pad_value):
-  margin = (kernel.shape[0] - 1) // 2
-  if pad_value:
-    x, margin = pad(x, margin, pad_value), 0
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    [(margin, margin), (margin, margin)],
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
+  return convolution(x, kernel, stride, (kernel.shape[0] - 1) // 2, pad_value)

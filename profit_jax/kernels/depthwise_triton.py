@@ -2,7 +2,7 @@
 
 A depthwise convolution does 9 or 25 multiply-adds per number that it reads, so memory bounds it.
 Each kernel reads its operands and writes its result once, and takes the unpadded input: the padding
-value is what a masked load returns. Given `Codes`, a kernel quantizes its input when it loads it:
+value is what a masked load returns. Given `Affine`, a kernel quantizes its input when it loads it:
 the codes are never in memory.
 
 A thread computes a strip of adjacent columns for a few channels and walks down the rows. An input
@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton
 from jax.sharding import Mesh, PartitionSpec
 
 from profit_jax.kernels import target
+from profit_jax.kernels.affine import Affine
 
 _DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 # Offsets into an array are 32-bit integers.
@@ -47,29 +48,6 @@ class Tile(NamedTuple):
   warps: int
 
 
-class Codes(NamedTuple):
-  """An activation that the kernels quantize when they load it.
-
-  Its codes are `round(clip((x - mean) * factor + bias, low, high))` in float32, halves to even.
-  NaN gives NaN.
-
-  Attributes:
-    x: `[N, H, W, C]`, float32 or bfloat16.
-    mean: `[C]`.
-    factor: `[C]`.
-    bias: `[C]`.
-    low: scalar.
-    high: scalar.
-  """
-
-  x: jax.Array
-  mean: jax.Array
-  factor: jax.Array
-  bias: jax.Array
-  low: jax.Array
-  high: jax.Array
-
-
 class _Layout(NamedTuple):
   """Where a call runs: interpreted or compiled, and over which devices the batch is split."""
 
@@ -92,7 +70,7 @@ def depthwise_conv(
   margin: int = 0,
   pad_value: float = 0.0,
   out_dtype: Any = None,
-  codes: Codes | None = None,
+  codes: Affine | None = None,
 ) -> jax.Array:
   """Convolves each channel with its own filter; sums are float32.
 
@@ -174,7 +152,7 @@ _depthwise_conv.defvjp(_forward, _backward)
 def _per_device(
   compute: Callable[..., jax.Array],
   mesh: Mesh | None,
-  *operands: tuple[jax.Array | Codes, str],
+  *operands: tuple[jax.Array | Affine, str],
   result: str,
 ) -> jax.Array:
   # XLA does not know how a Pallas call could be split; it would gather the operands first.
@@ -184,8 +162,8 @@ def _per_device(
   specs = {"s": PartitionSpec("data"), "r": PartitionSpec()}
 
   def spec(array, letter):
-    if isinstance(array, Codes):
-      return Codes(specs[letter], *[specs["r"]] * 5)
+    if isinstance(array, Affine):
+      return Affine(specs[letter], *[specs["r"]] * 5)
     return specs[letter]
 
   split = jax.shard_map(
@@ -198,13 +176,13 @@ def _per_device(
   return split(*arrays)
 
 
-def _pixels_of(x: jax.Array | Codes) -> jax.Array:
-  return x.x if isinstance(x, Codes) else x
+def _pixels_of(x: jax.Array | Affine) -> jax.Array:
+  return x.x if isinstance(x, Affine) else x
 
 
-def _operands_of(x: jax.Array | Codes) -> list[jax.Array]:
+def _operands_of(x: jax.Array | Affine) -> list[jax.Array]:
   # What `_source` takes references to.
-  return [x.x, *(each.astype(jnp.float32) for each in x[1:])] if isinstance(x, Codes) else [x]
+  return [x.x, *(each.astype(jnp.float32) for each in x[1:])] if isinstance(x, Affine) else [x]
 
 
 def choose_tile(shape: tuple[int, int, int, int], size: int, stride: int) -> Tile:
@@ -388,7 +366,7 @@ class _Pixels:
 
 
 class _Quantized(_Pixels):
-  """The codes of an array's elements, see `Codes`; `refs` are of its attributes."""
+  """The codes of an array's elements, see `Affine`; `refs` are of its attributes."""
 
   def __init__(
     self, walk: _Walk, refs: tuple[Any, ...], shape: tuple[int, ...], stride: int, shift: int
@@ -428,7 +406,7 @@ def _both(*masks: jax.Array | None) -> jax.Array | None:
 
 
 def forward(
-  x: jax.Array | Codes,
+  x: jax.Array | Affine,
   kernel: jax.Array,
   stride: int,
   margin: int = 0,
@@ -560,14 +538,14 @@ def _spread(upstream, kernel, out, stride, margin, walk):
 
 def _filter_tile(x, shape, size, stride):
   tile = choose_tile(shape, size, stride)
-  if isinstance(x, Codes) and stride > 1 and tile.warps > 1:
+  if isinstance(x, Affine) and stride > 1 and tile.warps > 1:
     # With 4 warps, the kernel of [128, 28, 28, 192] spills on an H100; with 2, none does.
     return tile._replace(strips=tile.strips // 2, warps=tile.warps // 2)
   return tile
 
 
 def filter_gradient(
-  x: jax.Array | Codes,
+  x: jax.Array | Affine,
   upstream: jax.Array,
   size: int,
   stride: int,

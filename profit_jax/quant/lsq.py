@@ -38,7 +38,7 @@ def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> Quan
 
 
 def interval(params: Params, steps: jax.Array, count: int) -> duq.Interval:
-  """The quantizer of a kernel of `count` weights, or of activations of so many features."""
+  """The quantizer of a kernel of `count` weights, or of activations with `count` features."""
   raw_a = params["quant_a"]
   n = steps.astype(raw_a.dtype)
   a = _with_gradient_scaled(jax.nn.softplus(raw_a), 1.0 / jnp.sqrt(count * n))

@@ -6,22 +6,25 @@ their sums are exact in float32 below 2^24. Scales are applied after a product, 
 nothing.
 """
 
+import abc
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
+from profit_jax.kernels.affine import Affine
 
-class _Deferred:
+
+class _Deferred(abc.ABC):
   """Stands for an array: operators, `jnp` functions and indexing take `value()`."""
 
   __array_priority__ = 100  # NumPy's operators leave it to those below
 
+  @abc.abstractmethod
   def value(self) -> jax.Array:
     """The array."""
-    raise NotImplementedError
 
   def __jax_array__(self) -> jax.Array:
     return self.value()
@@ -70,26 +73,6 @@ class _Deferred:
 
   def __neg__(self) -> jax.Array:
     return -self.value()
-
-
-class Affine(NamedTuple):
-  """What codes are computed from: `round(clip((x - mean) * factor + bias, low, high))`.
-
-  Attributes:
-    x: of the codes' shape.
-    mean: `[C]`.
-    factor: `[C]`.
-    bias: `[C]`.
-    low: scalar.
-    high: scalar.
-  """
-
-  x: jax.Array
-  mean: jax.Array
-  factor: jax.Array
-  bias: jax.Array
-  low: jax.Array
-  high: jax.Array
 
 
 @functools.partial(

@@ -88,7 +88,7 @@ def restore(snapshot: snapshots.Snapshot, shapes: Shapes) -> Moment:
 
 
 def host_copy(tree: Any) -> Any:
-  """A tree on the host, unpacked, in memory of its own: the next step overwrites the devices'."""
+  """A tree on the host, unpacked and copied: the next step overwrites the devices'."""
   return unpack(jax.tree.map(lambda leaf: leaf.copy(), jax.device_get(tree)))
 
 

@@ -1,4 +1,4 @@
-"""Compiles steps of tests' nets for a target, in a process of its own, and prints their figures.
+"""Compiles steps of tests' nets for a target, in a separate process, and prints their figures.
 
 python -m tests.benchmarks.compile_tiny v5e:2x2
 """

@@ -19,7 +19,7 @@ TARGETS = ("v5e:2x2", "h100:4")  # four devices each
 
 @functools.cache
 def compiled(target):
-  """A process of its own: it has one compiler, which ends with it."""
+  """A separate process, with one compiler that ends with it."""
   # The tests' XLA flags are the CPU's.
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   return subprocess.run(

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax import depthwise
 from profit_jax.kernels import depthwise_triton, target
+from profit_jax.kernels.affine import Affine
 
 # Kernel, stride, height and width, channels, margin, pad_value.
 CASES = {
@@ -129,7 +130,7 @@ def test_gpus_use_them_where_they_can(kernels, dtype, images, triton):
 # Few significant bits: float32 computes every sum and product exactly, in any order, with or
 # without fused multiply-adds. Many of the values that are rounded are halves.
 def _exact(case, source=np.float32, carrier=np.float32, images=2):
-  """`Codes` of a case, their values computed in float64, a kernel, and a gradient of the result."""
+  """`Affine` of a case, its codes from float64, a kernel, and a gradient of the result."""
   _, _, extent, channels, _, _ = case
   rng = np.random.default_rng(0)
   x = rng.integers(-32, 32, (images, *extent, channels)) / 8
@@ -139,7 +140,7 @@ def _exact(case, source=np.float32, carrier=np.float32, images=2):
   low, high = -2.0, 5.0
   values = np.round(np.clip((x - mean) * factor + bias, low, high))
   vectors = (jnp.asarray(each, jnp.float32) for each in (mean, factor, bias, low, high))
-  codes = depthwise_triton.Codes(jnp.asarray(x, source), *vectors)
+  codes = Affine(jnp.asarray(x, source), *vectors)
   _, kernel, upstream = (np.round(4 * each) / 4 for each in _drawn(case, images=images))
   return codes, *(jnp.asarray(each, carrier) for each in (values, kernel, upstream))
 
@@ -189,7 +190,7 @@ def test_codes_on_four_devices():
   alone = _from_codes(case)(values, kernel, upstream, codes)
   mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",))
   split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
-  shardings = split, whole, split, depthwise_triton.Codes(split, *[whole] * 5)
+  shardings = split, whole, split, Affine(split, *[whole] * 5)
   arguments = jax.device_put((values, kernel, upstream, codes), shardings)
   with target.tracing_for(target.Target("cpu", mesh=mesh)):
     compiled = _from_codes(case).lower(*arguments).compile()
