@@ -1,9 +1,10 @@
 r"""The training step of every stage: time, images a second, operations, bytes, compilation, memory;
-and the authors'.
+the authors', and another commit's.
 
     python benchmarks/train_step.py [--model mobilenet_v2] [--image_size 224] [--batch_size 16] \
       [--dtype float32] [--stages fp,a,wa,bn,sampling,ft2,ft3,forward] [--turns 7] [--steps 4] \
-      [--json FILE] [--torch-reference DIR [--torch-variants eager,channels_last,compiled]]
+      [--json FILE] [--torch-reference DIR [--torch-variants eager,channels_last,compiled]] \
+      [--against DIRECTORY]
 
 What runs is what a run would run: the programs of `profit_jax.train.programs`, at published widths
 and strides. The frozen layers of ft2 and ft3 are drawn at random, AIWQ's ranking being that of no
@@ -11,7 +12,8 @@ layer in particular; --seed draws others.
 
 DIR is a checkout of the authors' repository (github.com/EunhyeokPark/PROFIT), whose model and
 `train_ts` run by turns with ours in the same process; it needs PyTorch (`pip install torch`).
-Nothing here imports TensorFlow.
+Nothing here imports TensorFlow. `--against` names a checkout of another commit of this project,
+whose steps run by turns with these in a process of their own; both compile at the same time.
 
 On a CPU, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the Makefile does; both sides then have it.
 """
@@ -34,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import jax
 import numpy as np
 
-from benchmarks import reference
+from benchmarks import other_commit, reference
 from configs import base
 from profit_jax import data
 from profit_jax.models import REGISTRY, build, init_variables
@@ -228,8 +230,8 @@ def print_table(contenders: list[Contender], batch_size: int) -> None:
 
 
 def print_ratios(contenders: list[Contender]) -> None:
-  """Stage over stage of our code, then the authors' time over ours; each the median over the turns
-  of the turns' ratio.
+  """Stage over stage of our code, then every other code's time over ours; each the median over the
+  turns of the turns' ratio.
   """
   own = {one.stage: one for one in contenders if one.code == "profit_jax"}
 
@@ -294,6 +296,7 @@ def main() -> None:
     default="eager",
     help=f"of {', '.join(reference.VARIANTS)}, separated by commas",
   )
+  parser.add_argument("--against", metavar="DIRECTORY", help="a checkout of another commit")
   parser.add_argument("--json", metavar="FILE", help="where all figures go as well")
   options = parser.parse_args()
   if options.dtype == "auto":
@@ -305,13 +308,20 @@ def main() -> None:
     parser.error(
       f"--torch-variants: {', '.join(wrong)}: choose from {', '.join(reference.VARIANTS)}"
     )
+  if options.against and not (pathlib.Path(options.against) / "benchmarks/train_step.py").exists():
+    parser.error(f"--against: {options.against} is not a checkout of this project")
 
   print(machine())
   print(
     f"{options.model} {options.width}, {options.image_size} px, batch {options.batch_size}, "
     f"{options.dtype}"
   )
+  other = other_commit.Stages(options.against, options) if options.against else None
   contenders = list(ours(options, stages))
+  if other:
+    contenders += [
+      Contender(stage, "the other commit", *rest) for stage, *rest in other.contenders()
+    ]
   if options.torch_reference:
     job = reference.Job(
       options.torch_reference,
