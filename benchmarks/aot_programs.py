@@ -1,7 +1,6 @@
 """The programs that `benchmarks/aot.py` compiles for a target, and what they need there."""
 
 import argparse
-import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,8 @@ from benchmarks.aot_targets import Target
 from benchmarks.train_step import PROGRAMS
 from configs import mbv2_w4
 from profit_jax import data
-from profit_jax.models import REGISTRY, TEACHERS_ONLY, build, check, variable_shapes
+from profit_jax.models import REGISTRY, TEACHERS_ONLY, build, check
 from profit_jax.settings import ConfigError, Settings, parse
-from profit_jax.train import aiwq
 from profit_jax.train.programs import Programs
 
 MODELS = sorted(REGISTRY.keys() - TEACHERS_ONLY)
@@ -86,10 +84,7 @@ def compile_ours(settings: Settings, model: nn.Module, stage: str, mesh: Mesh) -
     program = PROGRAMS[stage]
     if program is None:
       return programs.eval_step(quantized_weights=True, quantized_acts=True)
-    params = variable_shapes(model, settings.data.image_size)["params"]
-    layers = sorted(aiwq.conv_kernels(params))
-    random.Random(0).shuffle(layers)  # AIWQ's ranking is that of no layer in particular
-    return programs.train_step(program, aiwq.frozen_layers(layers, program.frozen_fraction))
+    return programs.train_step(program)
   finally:
     programs.close()
 

@@ -3,16 +3,15 @@
     python benchmarks/compile_time.py [--config configs/digits_w4.py] [--against DIRECTORY]
 
 A separate process compiles the programs of a run for each line, in the order of the phases and in
-the background, as a run does. A phase's time is the time that it waits. AIWQ's ranking, which
-decides what ft2 and ft3 freeze, is drawn at random; `--other_ranking` adds a run with another one.
-`--against` is a checkout of another commit: both are measured by turns, with a cache each, and the
-ratio is printed. Only JAX's cache is used, even if the other commit has another one.
+the background, as a run does. A phase's time is the time that it waits. `--against` is a checkout
+of another commit: both are measured by turns, with a cache each, and the ratio is printed. Only
+JAX's cache is used, even if the other commit has another one.
 """
 
 import argparse
+import inspect
 import os
 import pathlib
-import random
 import subprocess
 import sys
 import tempfile
@@ -43,10 +42,16 @@ def compile_all(options: argparse.Namespace) -> None:
   facts = data.load(settings).facts
   model = build(settings.model, facts.num_classes)
   programs = Programs(settings, facts, model, model, make_mesh(settings))
-  layers = sorted(aiwq.conv_kernels(variable_shapes(model, settings.data.image_size)["params"]))
-  random.Random(options.seed).shuffle(layers)
   phases, seen, start = plan.plan(settings), 0, time.perf_counter()
-  programs.prefetch(phases, lambda phase: aiwq.frozen_layers(layers, phase.program.frozen_fraction))
+  # In commits where each set of frozen layers has a program, all calls are told which: here the
+  # first of all, AIWQ's ranking being that of no layer in particular.
+  static = "frozen" in inspect.signature(programs.train_step).parameters
+  layers = sorted(aiwq.conv_kernels(variable_shapes(model, settings.data.image_size)["params"]))
+
+  def frozen(phase):
+    return aiwq.frozen_layers(layers, phase.frozen_fraction)
+
+  programs.prefetch(phases, *([frozen] if static else []))
   for phase in phases:
     before = time.perf_counter()
     if phase.calibrate:
@@ -55,7 +60,7 @@ def compile_all(options: argparse.Namespace) -> None:
         "weight": programs.calibrate_weights,
         "fit": programs.fit_weights,
       }[phase.calibrate]()
-    programs.train_step(phase.program, aiwq.frozen_layers(layers, phase.program.frozen_fraction))
+    programs.train_step(phase.program, *([frozen(phase)] if static else []))
     programs.eval_step(phase.program.quantized_weights, phase.program.quantized_acts)
     seconds = time.perf_counter() - before
     if seconds > 0.1:
@@ -67,7 +72,7 @@ def compile_all(options: argparse.Namespace) -> None:
   pathlib.Path(options.result).write_text(str(total))
 
 
-def measure(options: argparse.Namespace, code: pathlib.Path, cache: str, seed: int) -> float:
+def measure(options: argparse.Namespace, code: pathlib.Path, cache: str) -> float:
   """The seconds of a process that compiles everything."""
   with tempfile.NamedTemporaryFile() as result:
     command = [
@@ -77,7 +82,6 @@ def measure(options: argparse.Namespace, code: pathlib.Path, cache: str, seed: i
       f"--code={code}",
       f"--cache={cache}",
       f"--result={result.name}",
-      f"--seed={seed}",
     ]
     subprocess.run(command, check=True, cwd=code, env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ})
     return float(pathlib.Path(result.name).read_text())
@@ -90,25 +94,20 @@ def main() -> None:
   )
   parser.add_argument("--config", default="configs/digits_w4.py")
   parser.add_argument("--against", type=pathlib.Path, help="a checkout of another commit")
-  parser.add_argument("--other_ranking", action="store_true")
   for name in ("code", "cache", "result"):
     parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-  parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
   options = parser.parse_args()
   if options.code:
     return compile_all(options)
   codes = {"here": ROOT}
   if options.against:
     codes = {"there": options.against.resolve(), **codes}
-  runs = {"from nothing": 0, "from the cache": 0}
-  if options.other_ranking:
-    runs["from the cache, another ranking"] = 1
   with tempfile.TemporaryDirectory(prefix="compile_time_") as caches:
-    for what, seed in runs.items():
+    for what in ("from nothing", "from the cache"):
       seconds = {}
       for name, code in codes.items():
         print(f"{what}, {code}", flush=True)
-        seconds[name] = measure(options, code, f"{caches}/{name}", seed)
+        seconds[name] = measure(options, code, f"{caches}/{name}")
       if options.against:
         print(f"{what}: here / there {seconds['here'] / seconds['there']:.2f}", flush=True)
 

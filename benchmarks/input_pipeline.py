@@ -128,7 +128,7 @@ def accelerator_speed() -> float | None:
       "mask": np.ones(size, bool),
     }
   )
-  step, rate = programs.train_step(phase.program, frozenset()), np.float32(0.001)
+  step, rate = programs.train_step(phase.program), np.float32(0.001)
   for i in range(30):
     if i == 10:
       jax.block_until_ready(state)

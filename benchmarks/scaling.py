@@ -153,9 +153,7 @@ def compiled_texts(options: argparse.Namespace) -> dict[str, str]:
   model = build(settings.model, facts.num_classes)
   programs = Programs(settings, facts, model, model if distill else None, make_mesh(settings))
   stages = {stage: PROGRAMS[stage]._replace(distill=distill) for stage in ("wa", "sampling")}
-  texts = {
-    stage: programs.train_step(program, frozenset()).as_text() for stage, program in stages.items()
-  }
+  texts = {stage: programs.train_step(program).as_text() for stage, program in stages.items()}
   programs.close()
   return texts
 

@@ -48,7 +48,7 @@ from profit_jax.train.packing import pack_variables, unpack, unpacked_shapes
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.state import create_state
 
-_TRAIN = Program(True, True, train_kernels=True, sampling=False, frozen_fraction=0.0, distill=False)
+_TRAIN = Program(True, True, train_kernels=True, sampling=False, distill=False)
 # wa is a fine-tuning phase, ft1 included.
 PROGRAMS: dict[str, Program | None] = {
   "fp": _TRAIN._replace(quantized_weights=False, quantized_acts=False),
@@ -56,10 +56,11 @@ PROGRAMS: dict[str, Program | None] = {
   "wa": _TRAIN,
   "bn": _TRAIN._replace(train_kernels=False),
   "sampling": _TRAIN._replace(sampling=True),
-  "ft2": _TRAIN._replace(frozen_fraction=1 / 3),
-  "ft3": _TRAIN._replace(frozen_fraction=2 / 3),
+  "ft2": _TRAIN,
+  "ft3": _TRAIN,
   "forward": None,  # an evaluation, clip rates included
 }
+FROZEN = {"ft2": 1 / 3, "ft3": 2 / 3}  # the share of the layers
 RATIOS = (("wa", "fp"), ("a", "fp"), ("bn", "wa"), ("sampling", "wa"), ("ft2", "wa"), ("ft3", "wa"))
 
 
@@ -122,8 +123,8 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
       yield _forward(programs, programs.replicate(start), arrays, before)
       continue
     program = program._replace(distill=teacher is not None)
-    frozen = aiwq.frozen_layers(layers, program.frozen_fraction)
-    step = programs.train_step(program, frozen)
+    frozen = aiwq.frozen_layers(layers, FROZEN.get(stage, 0.0))
+    step = programs.train_step(program)
     facts_of = compiler_facts(step, time.perf_counter() - before)
     state = programs.replicate(create_state(unpack(start), ema=True))
     state = programs.fresh_optimizer(state, program.train_kernels, frozen)

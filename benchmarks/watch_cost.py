@@ -53,7 +53,7 @@ def main() -> None:
   programs = Programs(settings, source.facts, model, model, make_mesh(settings))
   phase = next(phase for phase in plan.plan(settings) if phase.name == "w4a4 ft1")
   variables = init_variables(model, jax.random.key(0), options.image_size)
-  step = programs.train_step(phase.program, frozenset())
+  step = programs.train_step(phase.program)
   moment = Moment(
     Progress(phase=phase.index), programs.replicate(create_state(variables, ema=True))
   )

@@ -17,15 +17,13 @@ FINAL = 0.001  # multiple that the cosine falls to
 
 
 class Program(NamedTuple):
-  """What makes one compiled training program; phases that agree here, and freeze the same layers,
-  share it.
+  """What makes one compiled training program; phases that agree here share it.
 
   Attributes:
     quantized_weights: kernels go through their quantizers.
     quantized_acts: activations do.
     train_kernels: False where every kernel is fixed.
     sampling: AIWQ is measured.
-    frozen_fraction: share of the convolutions whose kernels are frozen; which ones, AIWQ decides.
     distill: a teacher runs beside the student.
   """
 
@@ -33,7 +31,6 @@ class Program(NamedTuple):
   quantized_acts: bool
   train_kernels: bool
   sampling: bool
-  frozen_fraction: float
   distill: bool
 
 
@@ -78,7 +75,6 @@ class Phase:
       quantized_acts=self.act_bits is not None,
       train_kernels=self.kind != "bn",
       sampling=self.kind == "sampling",
-      frozen_fraction=self.frozen_fraction,
       distill=self.distill,
     )
 
@@ -230,13 +226,7 @@ def format_table(
     steps_per_epoch: of the training data.
     steps_per_second: of training; gives the hours of each phase, evaluation and compilation apart.
   """
-  # Another sampling phase freezes other layers, so that it brings programs of its own.
-  sampled = {
-    p.index: sum(q.kind == "sampling" for q in phases[: p.index]) if p.frozen_fraction else 0
-    for p in phases
-  }
-  keys = {p.index: (p.program, sampled[p.index]) for p in phases}
-  numbers = {key: i for i, key in enumerate(dict.fromkeys(keys.values()), 1)}
+  numbers = {program: i for i, program in enumerate(dict.fromkeys(p.program for p in phases), 1)}
   kinds = {(p.weight_bits is not None, p.act_bits is not None) for p in phases}
   lines = [
     f"{'#':>3}  {'phase':14} {'kind':14} {'bits':5} {'frozen':>6} {'epochs':>6} {'steps':>8} "
@@ -249,7 +239,7 @@ def format_table(
       f"{p.index:>3}  {p.name:14} {p.kind.replace('_', ' '):14} "
       f"{bits_name(p.weight_bits, p.act_bits):5} "
       f"{p.frozen_fraction:>6.0%} {p.epochs:>6} {p.epochs * steps_per_epoch:>8} "
-      f"{numbers[keys[p.index]]:>7}"
+      f"{numbers[p.program]:>7}"
     )
     if steps_per_second:
       lines[-1] += f" {p.epochs * steps_per_epoch / steps_per_second / 3600:>7.2f}"

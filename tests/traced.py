@@ -80,4 +80,4 @@ def deep_check(model, changes):
   mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
   programs = Programs(settings, FACTS, student.model, teacher.model, mesh)
   programs.close()  # nothing is compiled
-  programs.trace_train_step(plan.plan(settings)[-1].program, frozenset())
+  programs.trace_train_step(plan.plan(settings)[-1].program)

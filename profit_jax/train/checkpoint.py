@@ -18,7 +18,9 @@ from profit_jax.train.state import TrainState, from_saved, saved_form
 
 
 class Shapes(NamedTuple):
-  """What the arrays of a moment look like; see `Moment`."""
+  """What the arrays of a moment look like; see `Moment`. The state is one of the beginning of its
+  phase, on the host.
+  """
 
   state: TrainState
   sampling: AiwqState | None
@@ -76,7 +78,7 @@ def progress_of(snapshot: snapshots.Snapshot) -> Progress:
 
 def restore(snapshot: snapshots.Snapshot, shapes: Shapes) -> Moment:
   """The moment of a snapshot, on the host; raises as `Snapshot.restore`."""
-  saved = snapshot.restore("state", jax.eval_shape(saved_form, shapes.state))
+  saved = snapshot.restore("state", saved_form(shapes.state))
   return Moment(
     progress_of(snapshot),
     from_saved(saved, shapes.state),

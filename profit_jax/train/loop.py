@@ -147,7 +147,7 @@ class Loop:
       self._moment = checkpoint.Moment(progress, state, teacher=own)
     else:
       phase = self._phases[progress.phase - 1]
-      state = self._programs.state_shapes(phase.program, stages.frozen(phase, progress))
+      state = self._programs.first_state(phase.program, stages.frozen(phase, progress))
       sampling = aiwq.start(self._shapes["params"]) if phase.kind == "sampling" else None
       window = instability.start(self._shapes["params"])
       self._moment = moment = checkpoint.restore(
@@ -165,9 +165,7 @@ class Loop:
   def _prepare(self, progress: Progress, evaluated_models: Sequence[Who] = ()) -> None:
     """Has the programs of what is to come compiled, and the others dropped."""
     ahead = stages.ahead(self._phases, progress)
-    self._programs.prefetch(
-      ahead, lambda phase: stages.known_frozen(self._phases, phase, progress), evaluated_models
-    )
+    self._programs.prefetch(ahead, evaluated_models)
 
   def _evaluate_start(self) -> None:
     """What came from files is evaluated before anything is spent on it."""
@@ -201,7 +199,7 @@ class Loop:
     if not under_way:
       self._enter(phase, frozen)
     while progress.epoch < phase.epochs:
-      self._train_epoch(phase, frozen)
+      self._train_epoch(phase)
       self._end_epoch(phase, frozen)
 
   def _enter(self, phase: Phase, frozen: Frozen) -> None:
@@ -218,10 +216,10 @@ class Loop:
       moment.sampling = self._programs.replicate(aiwq.start(self._shapes["params"]))
       progress.ranking, progress.metric = [], {}
 
-  def _train_epoch(self, phase: Phase, frozen: Frozen) -> None:
+  def _train_epoch(self, phase: Phase) -> None:
     """The steps of one epoch that are not done yet."""
     moment, progress = self._moment, self._moment.progress
-    step = self._programs.train_step(phase.program, frozen)
+    step = self._programs.train_step(phase.program)
     if moment.sampling is not None and not progress.step:
       moment.sampling = moment.sampling._replace(
         has_previous=self._programs.replicate(np.zeros((), bool))

@@ -1,11 +1,15 @@
 """SGD with Nesterov momentum in four groups, as `optax.multi_transform` labels."""
 
 import dataclasses
+from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from profit_jax.train.packing import NORM, QUANT, Packed
+from profit_jax.train.packing import NORM, QUANT, Packed, split
 
 WEIGHT, FROZEN = "weight", "frozen"
 _KERNEL = "/kernel"
@@ -26,35 +30,46 @@ class SgdSettings:
   quantizer_lr_scale: float
 
 
-def label_params(params: Packed, *, train_kernels: bool, frozen: frozenset[str]) -> Packed:
+class Freezing(flax.struct.PyTreeNode):
+  """Which kernels rest, as values: another set needs no other program.
+
+  Attributes:
+    frozen: bool `[len(kernels)]`.
+    kernels: their arrays' names in `Packed`.
+  """
+
+  frozen: jax.Array
+  kernels: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+  def names(self) -> frozenset[str]:
+    """The frozen kernels, of flags on the host."""
+    return frozenset(name for name, rests in zip(self.kernels, self.frozen, strict=True) if rests)
+
+
+def label_params(params: Packed, *, train_kernels: bool) -> Packed:
   """Names every array's group.
 
-  | array                     | group                                                           |
-  |---------------------------|-----------------------------------------------------------------|
-  | all `quant_...`           | quant                                                           |
-  | all `scale` and `bias`    | norm                                                            |
-  | a `kernel`                | weight; frozen if its layer is in `frozen` or kernels are fixed |
+  | array                     | group                               |
+  |---------------------------|-------------------------------------|
+  | all `quant_...`           | quant                               |
+  | all `scale` and `bias`    | norm                                |
+  | a `kernel`                | weight; frozen if kernels are fixed |
 
   Args:
     params: of a model.
     train_kernels: False in BN phases, where every kernel is fixed.
-    frozen: layers, as `block01/expand_conv`, matched exactly.
 
   Raises:
-    ValueError: an array that no rule covers, or a frozen layer that has no kernel.
+    ValueError: an array that no rule covers.
   """
-  labels, unused = {}, set(frozen)
+  labels = {}
   for name in params.arrays:
-    layer = name.removesuffix(_KERNEL)
     if name in (NORM, QUANT):
       labels[name] = name
     elif name.endswith(_KERNEL):
-      unused.discard(layer)
-      labels[name] = WEIGHT if train_kernels and layer not in frozen else FROZEN
+      labels[name] = WEIGHT if train_kernels else FROZEN
     else:
       raise ValueError(f"no optimizer group for the parameter {name}")
-  if unused:
-    raise ValueError(f"layers to freeze that have no kernel: {', '.join(sorted(unused))}")
   return params.replace(arrays=labels)
 
 
@@ -73,13 +88,56 @@ def scale_by_epoch_learning_rate(multiple: float) -> optax.GradientTransformatio
   return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def make_optimizer(labels: Packed, sgd: SgdSettings) -> optax.GradientTransformationExtraArgs:
+def add_decayed_weights_unless_frozen(
+  weight_decay: float, frozen: frozenset[str]
+) -> optax.GradientTransformation:
+  """As `optax.add_decayed_weights`, but the update of a frozen kernel is 0, and so is its momentum.
+
+  Its gradient is computed all the same, because its a and c need most of it. The update of the
+  frozen set is a value in the state, which `init` makes; `update` never reads `frozen`.
+
+  Args:
+    weight_decay: of the kernels that train.
+    frozen: layers, as `block01/expand_conv`, matched exactly.
+
+  Raises:
+    ValueError: in `init`, for a frozen layer that has no kernel.
+  """
+
+  def init(params: Packed) -> Freezing:
+    kernels = tuple(sorted(n for n, a in params.arrays.items() if not _is_masked(a)))
+    names = {layer + _KERNEL for layer in frozen}
+    # A phase that trains no kernel freezes all of them by their labels.
+    if kernels and (unused := names - set(kernels)):
+      raise ValueError(f"layers to freeze that have no kernel: {', '.join(sorted(unused))}")
+    return Freezing(np.array([name in names for name in kernels], bool), kernels)
+
+  def update(updates: Packed, state: Freezing, params: Packed):
+    if not state.kernels:
+      return updates, state
+    flags = split(state.frozen, [1] * len(state.kernels))
+    arrays = dict(updates.arrays)
+    for name, rests in zip(state.kernels, flags, strict=True):
+      decayed = arrays[name] + weight_decay * params.arrays[name]
+      arrays[name] = jnp.where(rests[0], jnp.zeros_like(decayed), decayed)
+    return updates.replace(arrays=arrays), state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _is_masked(node: Any) -> bool:
+  return isinstance(node, optax.MaskedNode)
+
+
+def make_optimizer(
+  labels: Packed, sgd: SgdSettings, frozen: frozenset[str] = frozenset()
+) -> optax.GradientTransformationExtraArgs:
   """The transformation of one phase; `update` takes `learning_rate`, the epoch's rate of the
   weights.
 
   weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`.
-  frozen: nothing, and no state. XLA drops gradients that nobody reads; of a frozen quantized kernel
-  that is little, since its a and c still train and need the gradient of the quantized kernel.
+  frozen: nothing, and no state. Of the weight group, layers in `frozen` rest too, with a momentum
+  of 0; they are a value in the state, so that all such sets share a program.
   """
 
   def momentum():
@@ -87,7 +145,9 @@ def make_optimizer(labels: Packed, sgd: SgdSettings) -> optax.GradientTransforma
 
   groups = {
     WEIGHT: optax.chain(
-      optax.add_decayed_weights(sgd.weight_decay), momentum(), scale_by_epoch_learning_rate(1.0)
+      add_decayed_weights_unless_frozen(sgd.weight_decay, frozen),
+      momentum(),
+      scale_by_epoch_learning_rate(1.0),
     ),
     NORM: optax.chain(momentum(), scale_by_epoch_learning_rate(1.0)),
     QUANT: optax.chain(momentum(), scale_by_epoch_learning_rate(sgd.quantizer_lr_scale)),

@@ -6,7 +6,7 @@ small. Packed they are a few vectors, and a few kernels instead of a thousand.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -127,12 +127,13 @@ def _unpacked(packed: Packed) -> dict[str, Any]:
     else:
       members.setdefault(leaf.array, []).append(leaf)
   for name, leaves in members.items():
-    parts = _split(packed.arrays[name], [math.prod(leaf.shape) for leaf in leaves])
+    parts = split(packed.arrays[name], [math.prod(leaf.shape) for leaf in leaves])
     flat |= {leaf.path: part.reshape(leaf.shape) for leaf, part in zip(leaves, parts, strict=True)}
   return traverse_util.unflatten_dict(flat)
 
 
-def _split(vector: Any, sizes: list[int]) -> list[Any]:
+def split(vector: Any, sizes: Sequence[int]) -> list[Any]:
+  """The consecutive parts of a vector."""
   if isinstance(vector, np.ndarray):
     return np.split(vector, np.cumsum(sizes)[:-1])
   if not target.current().is_tuned_for("cpu"):

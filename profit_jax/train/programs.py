@@ -1,4 +1,4 @@
-"""Compiled programs: one per `plan.Program` and frozen set, made in the background before need."""
+"""Compiled programs: one per `plan.Program`, made in the background before need."""
 
 import concurrent.futures
 import functools
@@ -192,19 +192,16 @@ class Programs:
   def prefetch(
     self,
     phases: tuple[Phase, ...],
-    frozen: Callable[[Phase], Frozen | None],
     evaluated: Sequence[Who] = (),
   ) -> None:
     """Starts compiling what the rest of a run needs, in order, and drops what it does not need.
 
     Args:
       phases: all those to come.
-      frozen: the frozen set of a phase, or None where it is not known yet: that phase is passed
-        over.
       evaluated: models whose full precision is evaluated before these phases.
     """
     needed = {("eval", who, False, False): self._trace_eval for who in evaluated}
-    needed |= self._needed(phases, frozen)
+    needed |= self._needed(phases)
     for key in self._made.keys() - needed.keys():
       dropped = self._made.pop(key)
       # Of several processes another may be compiling it already, and wait for this one.
@@ -214,26 +211,22 @@ class Programs:
       self._request(key, trace)
 
   def _needed(
-    self, phases: tuple[Phase, ...], frozen: Callable[[Phase], Frozen | None]
+    self, phases: tuple[Phase, ...]
   ) -> Iterator[tuple[Any, Callable[..., jax.stages.Traced]]]:
-    """Keys of programs and what traces them, in the order of their first use; arguments as
-    `prefetch`'s.
-    """
+    """Keys of programs and what traces them, in the order of their first use."""
     for phase in phases:
       if phase.calibrate:
         yield ("calibrate", phase.calibrate), self._trace_calibration
-      layers = frozen(phase)
-      if layers is not None:
-        yield self._train_key(phase.program, layers), self.trace_train_step
-        quantized = phase.program.quantized_weights, phase.program.quantized_acts
-        if any(quantized) and self._settings.remedy.bn_batches:
-          yield ("statistics", *quantized), self._trace_statistics
-        yield ("eval", "student", *quantized), self._trace_eval
-        if phase.trains_codes:  # needed last of these
-          yield ("observe",), self._trace_observe
+      yield ("train", phase.program), self.trace_train_step
+      quantized = phase.program.quantized_weights, phase.program.quantized_acts
+      if any(quantized) and self._settings.remedy.bn_batches:
+        yield ("statistics", *quantized), self._trace_statistics
+      yield ("eval", "student", *quantized), self._trace_eval
+      if phase.trains_codes:  # needed last of these
+        yield ("observe",), self._trace_observe
 
   def optimizer(self, train_kernels: bool, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a phase with these kernels frozen."""
+    """The optimizer of a phase; only its `init` depends on which kernels are frozen."""
     params = self._variables("student")["params"]
     train = self._settings.train
     sgd = optimizer.SgdSettings(
@@ -241,12 +234,12 @@ class Programs:
       momentum=train.momentum,
       quantizer_lr_scale=train.quantizer_lr_scale,
     )
-    labels = optimizer.label_params(params, train_kernels=train_kernels, frozen=frozen)
-    return optimizer.make_optimizer(labels, sgd)
+    labels = optimizer.label_params(params, train_kernels=train_kernels)
+    return optimizer.make_optimizer(labels, sgd, frozen if train_kernels else frozenset())
 
-  def train_step(self, program: Program, frozen: Frozen) -> Callable[..., Any]:
+  def train_step(self, program: Program) -> Callable[..., Any]:
     """The compiled step of `steps.make_train_step`; the state and the AIWQ state are donated."""
-    return self._wait(self._train_key(program, frozen), self.trace_train_step)
+    return self._wait(("train", program), self.trace_train_step)
 
   def eval_step(
     self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
@@ -278,32 +271,24 @@ class Programs:
     """
     return self._wait(("statistics", quantized_weights, quantized_acts), self._trace_statistics)
 
-  def state_shapes(self, program: Program, frozen: Frozen) -> TrainState:
-    """The shapes of the state with a phase's optimizer."""
+  def first_state(self, program: Program, frozen: Frozen) -> TrainState:
+    """A state of a phase's beginning, on the host: all 0 but for what freezes kernels."""
+    return jax.device_get(self._first_state(program, frozen))
+
+  def _first_state(self, program: Program, frozen: Frozen) -> TrainState:
     tx = self.optimizer(program.train_kernels, frozen)
     _, freezes = remedies.active(
       self._settings.remedy, program.quantized_weights, program.train_kernels
     )
-
-    def make():
-      return state.replace(
-        opt_state=tx.init(state.params),
-        oscillation=remedies.start(self._params) if freezes else None,
-      )
 
     zeros = jax.tree.map(
       lambda leaf: np.zeros(leaf.shape, leaf.dtype),
       variable_shapes(self._model, self._settings.data.image_size),
     )
     state = create_state(zeros, ema=self._settings.train.ema_rate > 0)
-    return jax.eval_shape(make)
-
-  def _train_key(self, program: Program, frozen: Frozen) -> Any:
-    # The set itself, not its share of the layers: another ranking freezes others.
-    return (
-      "train",
-      program._replace(frozen_fraction=0.0),
-      frozen if program.train_kernels else frozenset(),
+    return state.replace(
+      opt_state=tx.init(state.params),
+      oscillation=remedies.start(self._params) if freezes else None,
     )
 
   def _request(
@@ -362,14 +347,13 @@ class Programs:
     return jax.eval_shape(pack_variables, shapes)
 
   @_traced_for_devices
-  def trace_train_step(self, program: Program, frozen: Frozen) -> jax.stages.Traced:
+  def trace_train_step(self, program: Program) -> jax.stages.Traced:
     """`steps.make_train_step` for the phases of a program, traced and not lowered yet.
 
     It can be lowered for any platform, and its jaxpr shows what the step computes.
 
     Args:
       program: of the phases that it trains.
-      frozen: the layers whose kernels are frozen.
     """
     settings = self._settings
     teacher = distillation = None
@@ -387,7 +371,7 @@ class Programs:
       student = student.clone(sampling_every=settings.plan.sampling_every)
     step = steps.make_train_step(
       student,
-      self.optimizer(program.train_kernels, frozen),
+      self.optimizer(program.train_kernels, frozenset()),
       normalization=self._normalization,
       ema_rate=settings.train.ema_rate,
       distillation=distillation,
@@ -396,7 +380,8 @@ class Programs:
       quant=settings.quant,
       remedy=settings.remedy,
     )
-    state = _with_sharding(self.state_shapes(program, frozen), self._replicated)
+    state = jax.eval_shape(lambda: self._first_state(program, frozenset()))
+    state = _with_sharding(state, self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)
     applied = remedies.active(settings.remedy, program.quantized_weights, program.train_kernels)
     sampling = None

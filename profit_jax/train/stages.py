@@ -31,15 +31,6 @@ def frozen(phase: Phase, progress: Progress) -> Frozen:
   return aiwq.frozen_layers(progress.ranking, phase.frozen_fraction)
 
 
-def known_frozen(phases: tuple[Phase, ...], phase: Phase, progress: Progress) -> Frozen | None:
-  """The frozen set of a phase to come; None while its sampling phase has not ended."""
-  ranked_by = [p.index for p in phases[: phase.index - 1] if p.kind == "sampling"][-1:]
-  under_way = ranked_by == [progress.phase] and not progress.ranking
-  if phase.frozen_fraction and (under_way or ranked_by > [progress.phase]):
-    return None
-  return frozen(phase, progress)
-
-
 def learning_rates(
   phase: Phase, epoch: int, progress: Progress, settings: Settings
 ) -> dict[str, float]:

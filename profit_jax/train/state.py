@@ -5,7 +5,9 @@ from typing import Any
 import flax.struct
 import jax
 import numpy as np
+import optax
 
+from profit_jax.train.optimizer import Freezing
 from profit_jax.train.packing import Packed, pack, unpack
 
 
@@ -64,8 +66,28 @@ def create_state(variables: dict[str, Any], *, ema: bool) -> TrainState:
 
 
 def saved_form(state: TrainState) -> Any:
-  """A state on the host as checkpoints hold it: every leaf under its path in the model."""
-  return unpack(state)
+  """A state on the host as checkpoints hold it: every leaf under its path in the model, without the
+  frozen kernels' momentum and without the flags that freeze them, which AIWQ's ranking tells.
+  """
+  frozen = frozenset()
+  for node in jax.tree.leaves(state.opt_state, is_leaf=_is_packed_or_flags):
+    if isinstance(node, Freezing):
+      frozen |= node.names()
+
+  def saved(node):
+    if isinstance(node, Freezing):
+      return optax.MaskedNode()
+    if not isinstance(node, Packed):
+      return node
+    masked = dict.fromkeys(frozen & node.arrays.keys(), optax.MaskedNode())
+    return unpack(node.replace(arrays={**node.arrays, **masked}))
+
+  opt_state = jax.tree.map(saved, state.opt_state, is_leaf=_is_packed_or_flags)
+  return unpack(state.replace(opt_state=opt_state))
+
+
+def _is_packed_or_flags(node: Any) -> bool:
+  return isinstance(node, Packed | Freezing)
 
 
 def from_saved(saved: Any, template: TrainState) -> TrainState:
@@ -73,10 +95,13 @@ def from_saved(saved: Any, template: TrainState) -> TrainState:
 
   Args:
     saved: of the structure of `saved_form(template)`.
-    template: a state with the same packing and optimizer, on the host.
+    template: of the beginning of the phase, on the host. It gives the packing, the flags that
+      freeze kernels, and the momentum of those that are frozen.
   """
 
   def packed(node, value):
+    if isinstance(node, Freezing):
+      return node
     return node.filled(value) if isinstance(node, Packed) else value
 
-  return jax.tree.map(packed, template, saved, is_leaf=lambda node: isinstance(node, Packed))
+  return jax.tree.map(packed, template, saved, is_leaf=_is_packed_or_flags)

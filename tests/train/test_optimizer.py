@@ -1,6 +1,10 @@
 """Groups: every leaf in exactly one, and the update formula of each."""
 
+import functools
+
+import jax
 import numpy as np
+import optax
 import pytest
 
 from profit_jax.train import optimizer
@@ -22,36 +26,38 @@ PARAMS = {
 SGD = optimizer.SgdSettings(weight_decay=0.1, momentum=0.9, quantizer_lr_scale=0.01)
 
 
+def label():
+  return optimizer.label_params(pack(PARAMS), train_kernels=True)
+
+
 def test_every_leaf_has_its_group():
-  labels = optimizer.label_params(pack(PARAMS), train_kernels=True, frozen=frozenset({"conv1"}))
+  labels = optimizer.label_params(pack(PARAMS), train_kernels=True)
   assert labels.arrays == {
-    "conv1/kernel": "frozen",
-    "conv10/kernel": "weight",  # not by a common beginning of the name
+    "conv1/kernel": "weight",
+    "conv10/kernel": "weight",
     "norm": "norm",
     "quant": "quant",
   }
-  fixed = optimizer.label_params(pack(PARAMS), train_kernels=False, frozen=frozenset())
+  fixed = optimizer.label_params(pack(PARAMS), train_kernels=False)
   assert sorted(fixed.arrays.values()) == ["frozen", "frozen", "norm", "quant"]
 
 
 def test_unknown_leaves_and_unknown_layers_are_errors_with_their_path():
   with pytest.raises(ValueError, match="conv1/mystery"):
-    optimizer.label_params(
-      pack({"conv1": {"mystery": np.ones(1)}}), train_kernels=True, frozen=frozenset()
-    )
+    optimizer.label_params(pack({"conv1": {"mystery": np.ones(1)}}), train_kernels=True)
   with pytest.raises(ValueError, match="conv2"):
-    optimizer.label_params(pack(PARAMS), train_kernels=True, frozen=frozenset({"conv2"}))
+    optimizer.make_optimizer(label(), SGD, frozenset({"conv2"})).init(pack(PARAMS))
 
 
 def test_two_updates_follow_nesterov_sgd_with_coupled_decay():
   packed = pack(PARAMS)
-  labels = optimizer.label_params(packed, train_kernels=True, frozen=frozenset({"conv1"}))
-  tx = optimizer.make_optimizer(labels, SGD)
+  # Not conv10 by the common beginning of the name.
+  tx = optimizer.make_optimizer(label(), SGD, frozenset({"conv1"}))
   params = packed.arrays
   grads = {name: np.full_like(value, 0.5) for name, value in params.items()}
   state, momentum = tx.init(packed), dict.fromkeys(params, 0.0)
   rates = {"weight": 1.0, "norm": 1.0, "quant": 0.01, "frozen": 0.0}
-  groups = labels.arrays
+  groups = {**label().arrays, "conv1/kernel": "frozen"}
   for learning_rate in (0.2, 0.05):
     updates, state = tx.update(
       packed.replace(arrays=grads),
@@ -61,6 +67,24 @@ def test_two_updates_follow_nesterov_sgd_with_coupled_decay():
     )
     for name, update in updates.arrays.items():
       gradient = grads[name] + (0.1 * params[name] if groups[name] == "weight" else 0.0)
+      if groups[name] == "frozen":
+        assert not np.any(update)
+        continue
       momentum[name] = 0.9 * momentum[name] + gradient
       expected = -learning_rate * rates[groups[name]] * (gradient + 0.9 * momentum[name])
       np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=name)
+
+
+def test_another_frozen_set_needs_no_other_program():
+  params = jax.tree.map(np.float32, pack(PARAMS))
+  first, second = (
+    optimizer.make_optimizer(label(), SGD, frozenset(layers)) for layers in (["conv1"], ["conv10"])
+  )
+  step = jax.jit(functools.partial(first.update, learning_rate=np.float32(0.1)))
+  grads = jax.tree.map(np.ones_like, params)
+  for tx, rests, moves in ((first, "conv1", "conv10"), (second, "conv10", "conv1")):
+    updates, _ = step(grads, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(after.arrays[f"{rests}/kernel"], params.arrays[f"{rests}/kernel"])
+    assert np.all(after.arrays[f"{moves}/kernel"] != params.arrays[f"{moves}/kernel"])
+  assert step._cache_size() == 1

@@ -35,10 +35,9 @@ def traced(step, platform="cpu", dtype="bfloat16"):
     quantized_acts=True,
     train_kernels=True,
     sampling=step == "sampling",
-    frozen_fraction=0.0,
     distill=step == "train",
   )
-  return programs.trace_train_step(program, frozenset())
+  return programs.trace_train_step(program)
 
 
 @pytest.mark.parametrize(("platform", "name"), [("cpu", "cpu"), ("gpu", "cuda"), ("tpu", "tpu")])

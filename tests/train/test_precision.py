@@ -32,7 +32,7 @@ class Training:
     self._normalization = normalization(settings.data.normalization, self._source.facts)
     sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
     params = pack(init_variables(self._model, jax.random.key(0), 16)["params"])
-    labels = optimizer.label_params(params, train_kernels=True, frozen=frozenset())
+    labels = optimizer.label_params(params, train_kernels=True)
     self._tx = optimizer.make_optimizer(labels, sgd)
     seen = {"normalization": self._normalization}
     step = steps.make_train_step(self._model, self._tx, ema_rate=0.99, dtype=dtype, **seen)
@@ -101,7 +101,7 @@ def test_a_run_computes_in_its_data_type(tiny, dtype, halved):
   settings = parse(tiny_config(**{"train.dtype": dtype}), REGISTRY)
   programs = Programs(settings, FACTS, TinyNet(), TinyNet(), make_mesh(settings))
   programs.close()  # nothing is compiled
-  traced = programs.trace_train_step(plan.plan(settings)[-1].program, frozenset())
+  traced = programs.trace_train_step(plan.plan(settings)[-1].program)
   convolutions = [
     line for line in str(traced.jaxpr).splitlines() if "= conv_general_dilated[" in line
   ]

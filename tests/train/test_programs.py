@@ -40,7 +40,7 @@ def test_xla_has_one_program_at_a_time(programs):
 
   jax.monitoring.register_event_time_span_listener(note)
   try:
-    programs.prefetch((), lambda phase: None, ["teacher", "student"])
+    programs.prefetch((), ["teacher", "student"])
     programs.eval_step(False, False, "student")
     programs.eval_step(False, False, "teacher")
   finally:
@@ -74,7 +74,7 @@ def test_programs_are_compiled_in_the_order_of_the_requests(programs, monkeypatc
     return Evaluation(who, order, may_end)
 
   monkeypatch.setattr(programs, "trace_eval_step", trace)
-  programs.prefetch((), lambda phase: None, ["teacher", "student"])
+  programs.prefetch((), ["teacher", "student"])
   assert programs.eval_step(False, False, "student") == "student"
   assert order == ["teacher", "student"]
 
@@ -84,7 +84,7 @@ def test_what_waits_is_not_compiled_once_all_is_closed(programs, monkeypatch):
   monkeypatch.setattr(
     programs, "trace_eval_step", lambda *arguments: Evaluation(arguments[2], compiled, may_end)
   )
-  programs.prefetch((), lambda phase: None, ["teacher", "student"])
+  programs.prefetch((), ["teacher", "student"])
   end = time.monotonic() + 60
   while not compiled:
     assert time.monotonic() < end
@@ -97,9 +97,9 @@ def test_what_waits_is_not_compiled_once_all_is_closed(programs, monkeypatch):
 
 
 def test_what_no_later_phase_needs_is_dropped(programs):
-  programs.prefetch((), lambda phase: None, ["student", "teacher"])
+  programs.prefetch((), ["student", "teacher"])
   held = {who: weakref.ref(programs.eval_step(False, False, who)) for who in ("student", "teacher")}
-  programs.prefetch((), lambda phase: None, ["student"])
+  programs.prefetch((), ["student"])
   gc.collect()
   assert held["student"]() is not None
   assert held["teacher"]() is None

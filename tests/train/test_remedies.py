@@ -185,11 +185,11 @@ def test_what_cannot_be_is_refused(tiny, changes, message):
 def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
   model, quant = TinyNet(), QuantSettings()
   variables = init_variables(model, jax.random.key(0), 16)
-  labels = optimizer.label_params(
-    pack(variables["params"]), train_kernels=True, frozen=frozenset({"conv1"})
-  )
+  labels = optimizer.label_params(pack(variables["params"]), train_kernels=True)
   tx = optimizer.make_optimizer(
-    labels, optimizer.SgdSettings(weight_decay=0.0, momentum=0.0, quantizer_lr_scale=0.01)
+    labels,
+    optimizer.SgdSettings(weight_decay=0.0, momentum=0.0, quantizer_lr_scale=0.01),
+    frozenset({"conv1"}),
   )
   norm = Normalization((0.3,) * 3, (0.35,) * 3)
   step = jax.jit(

@@ -109,10 +109,9 @@ def run(name, stage):
   labels = optimizer.label_params(
     pack(student["params"]),
     train_kernels=train_kernels,
-    frozen=frozenset(layers[layer] for layer in frozen),
   )
   sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
-  tx = optimizer.make_optimizer(labels, sgd)
+  tx = optimizer.make_optimizer(labels, sgd, frozenset(layers[layer] for layer in frozen))
   step = make_step(name, tx)
   with jax.enable_x64(True):
     state = create_state(student, ema=True)
