@@ -17,7 +17,7 @@ from configs import mbv2_w4
 from profit_jax import data
 from profit_jax.models import REGISTRY, TEACHERS_ONLY, build, check
 from profit_jax.settings import ConfigError, Settings, parse
-from profit_jax.train.programs import Programs
+from profit_jax.train.programs import Programs, default_dtype
 
 MODELS = sorted(REGISTRY.keys() - TEACHERS_ONLY)
 FACTS = data.KNOWN["imagenet2012"]
@@ -45,17 +45,10 @@ def settings_of(options: argparse.Namespace, target: Target) -> Settings:
   config.data.image_size = options.image_size
   batch_size = options.per_chip * len(target.devices)
   config.train.batch_size = config.train.eval_batch_size = batch_size
-  config.train.dtype = options.dtype or target.default_dtype
+  config.train.dtype = options.dtype or default_dtype(target.platform)
   if options.kernels is not None:
-    if "kernels" not in config.train:
-      raise ConfigError("--kernels is not allowed: this version has no setting train.kernels.")
     config.train.kernels = options.kernels
-  try:
-    settings = parse(config, REGISTRY)
-  except ConfigError as error:
-    if options.dtype is None and "train.dtype" in str(error):
-      raise ConfigError(f"{error} It is the default of {target.name}: give --dtype.") from error
-    raise
+  settings = parse(config, REGISTRY)
   check(settings)
   return settings
 

@@ -36,11 +36,6 @@ class Target(NamedTuple):
   platform: str
   devices: list[Any]
 
-  @property
-  def default_dtype(self) -> str:
-    """The default of `train.dtype` there."""
-    return "bfloat16" if self.platform == "tpu" else "tfloat32"
-
 
 def gpus() -> list[str]:
   """The names of the GPUs, which have a file each."""

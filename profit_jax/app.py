@@ -97,7 +97,9 @@ def main(
     return
   with _compilation_cache(settings):
     distributed.initialize(*cluster)
-    settings = _with_dtype(settings, directory if workdir else None, hooks.devices)
+    runs = [directory] if workdir else []
+    runs += [paths.opened("--fork_from", fork_from)] if fork_from else []
+    settings = _with_dtype(settings, runs, hooks.devices)
     distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
     if only_file:
       if workdir:
@@ -140,13 +142,16 @@ def _read(config, workdir: str, mode: str, fork_from: str) -> tuple[Settings, ep
 
 
 def _with_dtype(
-  settings: Settings, directory: epath.Path | None, devices: Sequence[jax.Device] | None
+  settings: Settings, runs: Sequence[epath.Path], devices: Sequence[jax.Device] | None
 ) -> Settings:
-  """The settings with a `train.dtype` that is not auto: the run's, or the platform's."""
+  """The settings with a `train.dtype` that is not auto: the first run's that has begun (its own, or
+  the one that it forks), or the platform's.
+  """
   if settings.train.dtype != "auto":
     return settings
-  if directory is not None and files.is_begun(directory):
-    return settings.with_dtype(files.read_settings(directory).train.dtype)
+  for directory in runs:
+    if files.is_begun(directory):
+      return settings.with_dtype(files.read_settings(directory).train.dtype)
   return settings.with_dtype(default_dtype((devices or jax.devices())[0].platform))
 
 

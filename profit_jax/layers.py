@@ -43,7 +43,7 @@ _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 # Deviations up to this many units in the last place of the mean count as 0.
-CONSTANT = 8
+NOISE_UNITS = 8
 
 
 def _keep(_, new):
@@ -355,6 +355,6 @@ def output_moments(y: jax.Array | Product) -> tuple[jax.Array, jax.Array]:
   count = y.size // y.shape[-1]
   std = jnp.sqrt(var * (count / max(count - 1, 1)))
   # A constant channel has an std of rounding errors of its mean, which the shift may take away.
-  std = jnp.where(std > CONSTANT * jnp.finfo(std.dtype).eps * jnp.abs(mean), std, 0.0)
+  std = jnp.where(std > NOISE_UNITS * jnp.finfo(std.dtype).eps * jnp.abs(mean), std, 0.0)
   mean, std = mean * product.scale, std * product.scale
   return (mean if product.shift is None else mean + product.shift), std

@@ -26,6 +26,7 @@ from profit_jax.data.normalize import Normalization, normalize
 from profit_jax.export import reference
 from profit_jax.export.formats import Runner
 from profit_jax.export.net import Net, Quantizer
+from profit_jax.kernels import target
 from profit_jax.layers import QuantAct
 from profit_jax.quant.levels import Levels, levels
 from profit_jax.quant.quantized import Quantized
@@ -205,13 +206,19 @@ def _trained_values(
   model: nn.Module, normalization: Normalization, variables: Any, image: jax.Array, bits: Levels
 ) -> tuple[jax.Array, Any]:
   """Logits, and what the trained model's quantizers return."""
-  logits, state = model.apply(
-    variables,
-    normalize(image, normalization),
-    bits,
-    capture_intermediates=lambda module, _: isinstance(module, QuantAct),
-    mutable=["intermediates"],
-  )
+  platform = target.platform_of(jax.default_backend())
+  # Plain operations where the tuned ones might not run; a reduced precision moves codes.
+  with (
+    target.tracing_for(target.Target(platform, "tuned" if platform == "cpu" else "xla")),
+    jax.default_matmul_precision("highest"),
+  ):
+    logits, state = model.apply(
+      variables,
+      normalize(image, normalization),
+      bits,
+      capture_intermediates=lambda module, _: isinstance(module, QuantAct),
+      mutable=["intermediates"],
+    )
   return logits, state["intermediates"]
 
 

@@ -55,7 +55,8 @@ def compiler_options(platform: Platform) -> dict[str, bool]:
   """XLA's options for a platform's programs, but for those that `XLA_FLAGS` sets."""
   options = _GPU_OPTIONS if platform == "gpu" else {}
   flags = os.environ.get("XLA_FLAGS", "")
-  return {name: value for name, value in options.items() if f"--{name}=" not in flags}
+  given = {flag.removeprefix("--").partition("=")[0] for flag in flags.split()}
+  return {name: value for name, value in options.items() if name not in given}
 
 
 _current: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)

@@ -70,6 +70,12 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
       f"Use an empty directory, or that run's configuration. "
       f"The fields that differ:\n  {listing}"
     )
+  saved = read_config(workdir)["train"]
+  if saved.get("dtype") == "bfloat16" and "kernels" not in saved:
+    raise ConfigError(
+      f"--workdir {workdir} was begun by an earlier release, whose train.dtype=bfloat16 stored "
+      "activations in float32. Finish it with that release, or use an empty directory."
+    )
   # An epoch's order is a function of the number of examples: with another one, a run would not go
   # on but begin anew.
   if found := other_data(workdir, source):

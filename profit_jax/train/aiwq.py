@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from profit_jax.layers import NOISE_UNITS
+
 Moments = tuple[jax.Array, jax.Array]
 
 DECAY = 0.999  # of the running metric
 LARGEST_KL = 1.0  # a step's value above it is dropped
-_NOISE = 8  # a deviation of so many units in the last place of the mean is 0
 
 
 class AiwqState(NamedTuple):
@@ -59,7 +60,7 @@ def _varies(mean: jax.Array, std: jax.Array) -> jax.Array:
   # A constant channel that is not 0 (negative padding makes such) has an s of 1e-17 by rounding,
   # and one of these makes the layer's KL 1e28. The authors' code compares with 0, and drops the
   # layer's value wherever it meets one.
-  return std > _NOISE * jnp.finfo(std.dtype).eps * jnp.abs(mean)
+  return std > NOISE_UNITS * jnp.finfo(std.dtype).eps * jnp.abs(mean)
 
 
 def start(params: Mapping[str, Any]) -> AiwqState:

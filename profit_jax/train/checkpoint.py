@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from profit_jax import snapshots
@@ -77,16 +78,29 @@ def progress_of(snapshot: snapshots.Snapshot) -> Progress:
 
 
 def restore(snapshot: snapshots.Snapshot, shapes: Shapes) -> Moment:
-  """The moment of a snapshot, on the host; raises as `Snapshot.restore`."""
+  """The moment of a snapshot, on the host; raises as `Snapshot.restore`.
+
+  Earlier releases saved the previous kernels' values for AIWQ, not their codes: of such a moment,
+  the first step does not count.
+  """
   saved = snapshot.restore("state", saved_form(shapes.state))
   return Moment(
     progress_of(snapshot),
     from_saved(saved, shapes.state),
-    shapes.sampling and snapshot.restore("sampling", shapes.sampling),
+    shapes.sampling and _sampling(snapshot, shapes.sampling),
     snapshot.restore("best", shapes.variables),
     snapshot.restore("teacher", shapes.variables),
     snapshot.restore("window", shapes.window),
   )
+
+
+def _sampling(snapshot: snapshots.Snapshot, template: AiwqState) -> AiwqState | None:
+  if any(path.startswith("scale/") for path in snapshot.section("sampling")):
+    return snapshot.restore("sampling", template)
+  without_scale = snapshot.restore("sampling", template._replace(scale={}))
+  if without_scale is None:
+    return None
+  return without_scale._replace(scale=template.scale, has_previous=np.zeros((), bool))
 
 
 def host_copy(tree: Any) -> Any:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from profit_jax.layers import NOISE_UNITS
 from profit_jax.quant.methods import kernel_codes
 from profit_jax.settings import QuantSettings
 
 WINDOW = 8  # steps at the end of an epoch whose codes are watched
-_NOISE = 8  # a deviation of so many units in the last place of the mean is 0, as in `aiwq.py`
 _DIGITS = 4  # significant ones that are kept
 
 ByLayer = dict[str, dict[str, float]]
@@ -126,7 +126,7 @@ def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
       (np.float64(new[*layer, name]) - momentum * value) / (1 - momentum)
       for name, value in zip(("mean", "var"), running, strict=True)
     ]
-    noise = _NOISE * np.finfo(np.float32).eps / (1 - momentum)
+    noise = NOISE_UNITS * np.finfo(np.float32).eps / (1 - momentum)
     alive = np.logical_and(
       *(np.sqrt(np.maximum(v, 0)) > noise * np.abs(m) for m, v in (running, batch))
     )

@@ -30,8 +30,8 @@ class SgdSettings:
   quantizer_lr_scale: float
 
 
-class Freezing(flax.struct.PyTreeNode):
-  """Which kernels rest, as values: another set needs no other program.
+class FrozenKernels(flax.struct.PyTreeNode):
+  """Which kernels are frozen, as values: another set needs no other program.
 
   Attributes:
     frozen: bool `[len(kernels)]`.
@@ -43,7 +43,7 @@ class Freezing(flax.struct.PyTreeNode):
 
   def names(self) -> frozenset[str]:
     """The frozen kernels, of flags on the host."""
-    return frozenset(name for name, rests in zip(self.kernels, self.frozen, strict=True) if rests)
+    return frozenset(name for name, flag in zip(self.kernels, self.frozen, strict=True) if flag)
 
 
 def label_params(params: Packed, *, train_kernels: bool) -> Packed:
@@ -93,8 +93,8 @@ def add_decayed_weights_unless_frozen(
 ) -> optax.GradientTransformation:
   """As `optax.add_decayed_weights`, but the update of a frozen kernel is 0, and so is its momentum.
 
-  Its gradient is computed all the same, because its a and c need most of it. The update of the
-  frozen set is a value in the state, which `init` makes; `update` never reads `frozen`.
+  Its gradient is computed all the same, because its a and c need most of it. The frozen set is a
+  value in the state, which `init` makes; `update` never reads the argument.
 
   Args:
     weight_decay: of the kernels that train.
@@ -104,22 +104,22 @@ def add_decayed_weights_unless_frozen(
     ValueError: in `init`, for a frozen layer that has no kernel.
   """
 
-  def init(params: Packed) -> Freezing:
+  def init(params: Packed) -> FrozenKernels:
     kernels = tuple(sorted(n for n, a in params.arrays.items() if not _is_masked(a)))
     names = {layer + _KERNEL for layer in frozen}
     # A phase that trains no kernel freezes all of them by their labels.
     if kernels and (unused := names - set(kernels)):
       raise ValueError(f"layers to freeze that have no kernel: {', '.join(sorted(unused))}")
-    return Freezing(np.array([name in names for name in kernels], bool), kernels)
+    return FrozenKernels(np.array([name in names for name in kernels], bool), kernels)
 
-  def update(updates: Packed, state: Freezing, params: Packed):
+  def update(updates: Packed, state: FrozenKernels, params: Packed):
     if not state.kernels:
       return updates, state
     flags = split(state.frozen, [1] * len(state.kernels))
     arrays = dict(updates.arrays)
-    for name, rests in zip(state.kernels, flags, strict=True):
+    for name, flag in zip(state.kernels, flags, strict=True):
       decayed = arrays[name] + weight_decay * params.arrays[name]
-      arrays[name] = jnp.where(rests[0], jnp.zeros_like(decayed), decayed)
+      arrays[name] = jnp.where(flag[0], jnp.zeros_like(decayed), decayed)
     return updates.replace(arrays=arrays), state
 
   return optax.GradientTransformation(init, update)
@@ -136,8 +136,8 @@ def make_optimizer(
   weights.
 
   weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`.
-  frozen: nothing, and no state. Of the weight group, layers in `frozen` rest too, with a momentum
-  of 0; they are a value in the state, so that all such sets share a program.
+  frozen: nothing, and no state. Of the weight group, layers in `frozen` are too, with a momentum
+  of 0; these are a value in the state, so that all such sets share a program.
   """
 
   def momentum():

@@ -133,7 +133,7 @@ def _unpacked(packed: Packed) -> dict[str, Any]:
 
 
 def split(vector: Any, sizes: Sequence[int]) -> list[Any]:
-  """The consecutive parts of a vector."""
+  """The consecutive parts of a vector `[sum(sizes)]`, each `[size]`."""
   if isinstance(vector, np.ndarray):
     return np.split(vector, np.cumsum(sizes)[:-1])
   if not target.current().is_tuned_for("cpu"):

@@ -75,25 +75,28 @@ def default_dtype(platform: str) -> str:
 
 
 def _traced_for_devices(
-  trace: Callable[..., jax.stages.Traced],
-) -> Callable[..., jax.stages.Traced]:
-  """A method of `Programs` that traces for the devices of its mesh, whatever JAX's default is.
+  *, training: bool = False
+) -> Callable[[Callable[..., jax.stages.Traced]], Callable[..., jax.stages.Traced]]:
+  """Decorates a method of `Programs` that traces for the devices of its mesh, whatever JAX's
+  default is.
 
-  Products have full precision, but for those of codes and, in training, those of the reduced kinds
-  of arithmetic.
+  Products have the highest precision, but for those of codes and, in `training`, those of the
+  reduced kinds of arithmetic.
   """
 
-  @functools.wraps(trace)
-  def traced(self, *args, **kwargs):
-    training = trace.__name__ == "trace_train_step"
-    reduced = training and self._settings.train.dtype in ("tfloat32", "bfloat16")
-    with (
-      target.tracing_for(self.target),
-      jax.default_matmul_precision("default" if reduced else "highest"),
-    ):
-      return trace(self, *args, **kwargs)
+  def decorate(trace):
+    @functools.wraps(trace)
+    def traced(self, *args, **kwargs):
+      reduced = training and self._settings.train.dtype in ("tfloat32", "bfloat16")
+      with (
+        target.tracing_for(self.target),
+        jax.default_matmul_precision("default" if reduced else "highest"),
+      ):
+        return trace(self, *args, **kwargs)
 
-  return traced
+    return traced
+
+  return decorate
 
 
 class Programs:
@@ -346,7 +349,7 @@ class Programs:
     shapes = variable_shapes(self._models[who], self._settings.data.image_size)
     return jax.eval_shape(pack_variables, shapes)
 
-  @_traced_for_devices
+  @_traced_for_devices(training=True)
   def trace_train_step(self, program: Program) -> jax.stages.Traced:
     """`steps.make_train_step` for the phases of a program, traced and not lowered yet.
 
@@ -401,7 +404,7 @@ class Programs:
       else None,
     )
 
-  @_traced_for_devices
+  @_traced_for_devices()
   def trace_eval_step(
     self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
   ) -> jax.stages.Traced:
@@ -424,7 +427,7 @@ class Programs:
   ) -> jax.stages.Traced:
     return self.trace_eval_step(quantized_weights, quantized_acts, who)
 
-  @_traced_for_devices
+  @_traced_for_devices()
   def _trace_observe(self) -> jax.stages.Traced:
     window = _with_sharding(instability.start(self._params), self._replicated)
     params = _with_sharding(self._variables("student")["params"], self._replicated)
@@ -435,7 +438,7 @@ class Programs:
     jitted = jax.jit(observe, donate_argnums=0, out_shardings=self._replicated)
     return jitted.trace(window, params, jax.ShapeDtypeStruct((), np.float32))
 
-  @_traced_for_devices
+  @_traced_for_devices()
   def _trace_statistics(self, quantized_weights: bool, quantized_acts: bool) -> jax.stages.Traced:
     settings = self._settings
 
@@ -465,7 +468,7 @@ class Programs:
   def _key_shape(self) -> Any:
     return _with_sharding(jax.eval_shape(lambda: jax.random.key(0)), self._replicated)
 
-  @_traced_for_devices
+  @_traced_for_devices()
   def _trace_calibration(self, what: str) -> jax.stages.Traced:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)

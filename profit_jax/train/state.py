@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from profit_jax.train.optimizer import Freezing
+from profit_jax.train.optimizer import FrozenKernels
 from profit_jax.train.packing import Packed, pack, unpack
 
 
@@ -71,11 +71,11 @@ def saved_form(state: TrainState) -> Any:
   """
   frozen = frozenset()
   for node in jax.tree.leaves(state.opt_state, is_leaf=_is_packed_or_flags):
-    if isinstance(node, Freezing):
+    if isinstance(node, FrozenKernels):
       frozen |= node.names()
 
   def saved(node):
-    if isinstance(node, Freezing):
+    if isinstance(node, FrozenKernels):
       return optax.MaskedNode()
     if not isinstance(node, Packed):
       return node
@@ -87,7 +87,7 @@ def saved_form(state: TrainState) -> Any:
 
 
 def _is_packed_or_flags(node: Any) -> bool:
-  return isinstance(node, Packed | Freezing)
+  return isinstance(node, Packed | FrozenKernels)
 
 
 def from_saved(saved: Any, template: TrainState) -> TrainState:
@@ -100,7 +100,7 @@ def from_saved(saved: Any, template: TrainState) -> TrainState:
   """
 
   def packed(node, value):
-    if isinstance(node, Freezing):
+    if isinstance(node, FrozenKernels):
       return node
     return node.filled(value) if isinstance(node, Packed) else value
 

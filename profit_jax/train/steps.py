@@ -39,7 +39,7 @@ def distillation_loss(logits: jax.Array, teacher_logits: jax.Array) -> jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-  """The teacher of a training step. It runs in full precision.
+  """The teacher of a training step. It is not quantized, and runs in the student's `dtype`.
 
   Attributes:
     model: the teacher's module.
@@ -257,7 +257,8 @@ def _apply_gradients(
     opt_state=opt_state,
   )
   new = repair(new)
-  # Of the changes, not the gradients: those of frozen kernels are never computed.
+  # Of the changes, not the gradients: those of fixed kernels are not computed, nor
+  # those of frozen ones used.
   # Where a variance overflows, its inverse is 0: loss and gradient stay finite, the running
   # variance does not.
   # Joined first: the sum of an array is two kernels on a CPU.

@@ -29,5 +29,6 @@ def test_the_users_flags_win(monkeypatch):
   options = target.compiler_options("gpu")
   assert options
   name = next(iter(options))
-  monkeypatch.setenv("XLA_FLAGS", f"--xla_other=1 --{name}=true")
-  assert target.compiler_options("gpu") == {k: v for k, v in options.items() if k != name}
+  for flag in (f"--{name}=true", f"--{name}"):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_other=1 {flag} --{name}_2=true")
+    assert target.compiler_options("gpu") == {k: v for k, v in options.items() if k != name}

@@ -142,3 +142,12 @@ def test_a_run_of_a_release_without_later_fields_goes_on(run):
   assert files.read_settings(run) == settings()
   with pytest.raises(ConfigError, match=r"quant\.method: 'duq' there, 'lsq' here"):
     files.claim_workdir(run, settings(**{"quant.method": "lsq"}), source())
+
+
+def test_what_an_earlier_release_called_bfloat16_is_refused(run):
+  config = json.loads((run / "config.json").read_text())
+  del config["train"]["kernels"]
+  config["train"]["dtype"] = "bfloat16"
+  (run / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ConfigError, match=r"earlier release.*train\.dtype=bfloat16"):
+    files.claim_workdir(run, settings(**{"train.dtype": "bfloat16"}), source())

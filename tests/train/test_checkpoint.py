@@ -1,0 +1,35 @@
+"""What a checkpoint of an earlier release gives."""
+
+import jax
+import numpy as np
+
+from profit_jax import snapshots
+from profit_jax.models import variable_shapes
+from profit_jax.train import aiwq, checkpoint, instability
+from profit_jax.train.progress import Progress
+from profit_jax.train.state import create_state, saved_form
+from tests.train.tiny import TinyNet
+
+
+def flat(name, tree):
+  return {
+    f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.full_like(leaf, 1)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def test_aiwq_goes_on_without_the_comparison_with_kernels_that_have_no_codes():
+  shapes = variable_shapes(TinyNet(), 16)
+  variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  state = jax.device_get(create_state(variables, ema=False))
+  sampling = aiwq.start(shapes["params"])
+  window = instability.start(shapes["params"])
+  template = checkpoint.Shapes(state, sampling, variables, window)
+  present = {**flat("state", saved_form(state)), **flat("sampling", sampling)}
+  earlier = {path: leaf for path, leaf in present.items() if not path.startswith("sampling/scale/")}
+  for arrays, compares in ((present, True), (earlier, False)):
+    snapshot = snapshots.Snapshot(1, Progress().to_dict(), arrays)
+    found = checkpoint.restore(snapshot, template).sampling
+    assert bool(found.has_previous) == compares
+    assert set(map(float, found.metric.values())) == {1.0}
+    assert jax.tree.structure(found) == jax.tree.structure(sampling)
