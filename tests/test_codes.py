@@ -252,7 +252,8 @@ def test_a_net_in_float32_has_the_codes_of_float64():
     expected = np.asarray(codes(np.dtype(np.float64), double))
   assert len(np.unique(expected)) > 16
   differing = {dtype: np.mean(each != expected) for dtype, each in found.items()}
-  # Of 73,728 codes; none when this was written. A value on the edge between two codes would fall on either side.
+  # Of 73,728 codes; none when this was written. A value on the edge between two codes would fall on
+  # either side.
   assert differing[jnp.float32] <= 1e-4
   assert differing[jnp.bfloat16] > 1e-3  # 2.5 %: so the bound above says something
 
