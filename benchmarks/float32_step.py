@@ -118,11 +118,11 @@ def _relative(found: Any, expected: Any) -> float:
 
 
 def is_near(figures: dict[str, np.ndarray]) -> bool:
-  """Whether the loss and, in the median, the kernels' gradients are below 1e-6, and every
+  """Whether the loss and, in the median, the kernels' gradients are below 2e-6, and every
   gradient of c below 1e-3.
   """
   return bool(
-    max(figures["loss"].max(), np.median(figures["kernels"])) < 1e-6 and figures["c"].max() < 1e-3
+    max(figures["loss"].max(), np.median(figures["kernels"])) < 2e-6 and figures["c"].max() < 1e-3
   )
 
 

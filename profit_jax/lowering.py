@@ -54,6 +54,7 @@ def computed_again(x: jax.Array) -> jax.Array:
 # 16 and 32 rows: 17, 13, 7 and 30 ms. The sums of `fused.py` (3 long ones) of [16, 112, 112, 96]:
 # 51 ms apart, 38 ms with 16 rows, 8 ms with 8.
 _TOGETHER = 3
+_TERMS = 64  # that are added in turn
 
 
 def channel_sums(operands: Sequence[jax.Array], rows: int = 8) -> list[jax.Array]:
@@ -95,7 +96,14 @@ def _reduce_rows(operands: Sequence[jax.Array], rows: int) -> Sequence[jax.Array
   length, *rest = operands[0].shape
   rows = max(size for size in range(1, rows + 1) if length % size == 0)
   groups = [operand.reshape(length // rows, rows, *rest) for operand in operands]
-  return _reduce(_reduce(groups, (1,)), tuple(range(len(rest))))
+  sums = _reduce(groups, (1,))
+  # In turn, thousands of terms would lose a digit: 3 of 12 nets of
+  # `benchmarks/float32_step.py` kept all their codes so, and 8 do.
+  length = sums[0].shape[0]
+  rows = max(size for size in range(1, _TERMS + 1) if length % size == 0)
+  if rows > 1:
+    sums = _reduce([each.reshape(length // rows, rows, *rest) for each in sums], (1,))
+  return _reduce(sums, tuple(range(len(rest))))
 
 
 def _reduce(operands: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
