@@ -97,9 +97,7 @@ def main(
     return
   with _compilation_cache(settings):
     distributed.initialize(*cluster)
-    runs = [directory] if workdir else []
-    runs += [paths.opened("--fork_from", fork_from)] if fork_from else []
-    settings = _with_dtype(settings, runs, hooks.devices)
+    settings = _with_dtype(settings, directory if workdir else None, fork_from, hooks.devices)
     distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
     if only_file:
       if workdir:
@@ -142,16 +140,22 @@ def _read(config, workdir: str, mode: str, fork_from: str) -> tuple[Settings, ep
 
 
 def _with_dtype(
-  settings: Settings, runs: Sequence[epath.Path], devices: Sequence[jax.Device] | None
+  settings: Settings,
+  workdir: epath.Path | None,
+  fork_from: str,
+  devices: Sequence[jax.Device] | None,
 ) -> Settings:
-  """The settings with a `train.dtype` that is not auto: the first run's that has begun (its own, or
-  the one that it forks), or the platform's.
+  """The settings with a `train.dtype` that is not auto: the run's, where it has begun; that of the
+  run that it begins with; or the platform's.
   """
   if settings.train.dtype != "auto":
     return settings
-  for directory in runs:
-    if files.is_begun(directory):
-      return settings.with_dtype(files.read_settings(directory).train.dtype)
+  if workdir is not None and files.is_begun(workdir):
+    return settings.with_dtype(files.read_settings(workdir).train.dtype)
+  if fork_from:
+    origin = paths.opened("--fork_from", fork_from)
+    if files.is_begun(origin):
+      return settings.with_dtype(files.read_settings(origin, "--fork_from").train.dtype)
   return settings.with_dtype(default_dtype((devices or jax.devices())[0].platform))
 
 
@@ -214,7 +218,7 @@ def train(
   Returns:
     What `result.json` holds, in the first process; None in the others.
   """
-  settings = _with_dtype(settings, workdir, hooks.devices)
+  settings = _with_dtype(settings, workdir, fork_from, hooks.devices)
   phases = plan.plan(settings)
   mesh = make_mesh(settings, hooks.devices)
   source = _load_data(settings)

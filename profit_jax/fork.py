@@ -109,6 +109,7 @@ def _saved(origin: epath.Path) -> list[int]:
 def _allowed(settings: Settings, source: data.Source, origin: epath.Path) -> int:
   """The number of phases in common."""
   other = files.read_settings(origin, "--fork_from")
+  files.require_same_bfloat16(origin, "--fork_from")
   if found := files.differences(_other_than_plan(other), _other_than_plan(settings)):
     listing = "\n  ".join(found)
     raise ConfigError(

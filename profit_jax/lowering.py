@@ -54,7 +54,7 @@ def computed_again(x: jax.Array) -> jax.Array:
 # 16 and 32 rows: 17, 13, 7 and 30 ms. The sums of `fused.py` (3 long ones) of [16, 112, 112, 96]:
 # 51 ms apart, 38 ms with 16 rows, 8 ms with 8.
 _TOGETHER = 3
-_TERMS = 64  # that are added in turn
+_TERMS = 64  # that are added one after the other
 
 
 def channel_sums(operands: Sequence[jax.Array], rows: int = 8) -> list[jax.Array]:
@@ -97,11 +97,11 @@ def _reduce_rows(operands: Sequence[jax.Array], rows: int) -> Sequence[jax.Array
   rows = max(size for size in range(1, rows + 1) if length % size == 0)
   groups = [operand.reshape(length // rows, rows, *rest) for operand in operands]
   sums = _reduce(groups, (1,))
-  # In turn, thousands of terms would lose a digit: 3 of 12 nets of
+  # One after the other, thousands of terms would lose a digit: 3 of 12 nets of
   # `benchmarks/float32_step.py` kept all their codes so, and 8 do.
   length = sums[0].shape[0]
   rows = max(size for size in range(1, _TERMS + 1) if length % size == 0)
-  if rows > 1:
+  if 1 < rows < length:
     sums = _reduce([each.reshape(length // rows, rows, *rest) for each in sums], (1,))
   return _reduce(sums, tuple(range(len(rest))))
 

@@ -70,12 +70,7 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
       f"Use an empty directory, or that run's configuration. "
       f"The fields that differ:\n  {listing}"
     )
-  saved = read_config(workdir)["train"]
-  if saved.get("dtype") == "bfloat16" and "kernels" not in saved:
-    raise ConfigError(
-      f"--workdir {workdir} was begun by an earlier release, whose train.dtype=bfloat16 stored "
-      "activations in float32. Finish it with that release, or use an empty directory."
-    )
+  require_same_bfloat16(workdir)
   # An epoch's order is a function of the number of examples: with another one, a run would not go
   # on but begin anew.
   if found := other_data(workdir, source):
@@ -83,6 +78,25 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
       f"--workdir {workdir} belongs to a run on other data: {'; '.join(found)}. Give the data "
       "back as it was, or use an "
       f"empty directory."
+    )
+
+
+def require_same_bfloat16(workdir: epath.Path, flag: str = "--workdir") -> None:
+  """Checks that a run's `train.dtype=bfloat16` is the arithmetic of this release.
+
+  Args:
+    workdir: of a run whose settings are valid.
+    flag: that named it, for messages.
+
+  Raises:
+    ConfigError: an earlier release began it.
+  """
+  train = read_config(workdir, flag)["train"]
+  # All configurations have `kernels` since bfloat16 is what it is.
+  if train.get("dtype") == "bfloat16" and "kernels" not in train:
+    raise ConfigError(
+      f"{flag} {workdir} was begun by an earlier release, whose train.dtype=bfloat16 stored "
+      "activations in float32. Finish it with that release, or begin another run."
     )
 
 

@@ -136,8 +136,8 @@ def make_optimizer(
   weights.
 
   weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`.
-  frozen: nothing, and no state. Of the weight group, layers in `frozen` are too, with a momentum
-  of 0; these are a value in the state, so that all such sets share a program.
+  frozen: nothing, and no state. Of the weight group, those of layers in `frozen` are too, with
+  a momentum of 0; these are a value in the state, so that all such sets share a program.
   """
 
   def momentum():

@@ -67,7 +67,7 @@ def create_state(variables: dict[str, Any], *, ema: bool) -> TrainState:
 
 def saved_form(state: TrainState) -> Any:
   """A state on the host as checkpoints hold it: every leaf under its path in the model, without the
-  frozen kernels' momentum and without the flags that freeze them, which AIWQ's ranking tells.
+  frozen kernels' momentum and without the flags that freeze them, which follow from AIWQ's ranking.
   """
   frozen = frozenset()
   for node in jax.tree.leaves(state.opt_state, is_leaf=_is_packed_or_flags):

@@ -257,8 +257,8 @@ def _apply_gradients(
     opt_state=opt_state,
   )
   new = repair(new)
-  # Of the changes, not the gradients: those of fixed kernels are not computed, nor
-  # those of frozen ones used.
+  # Of the changes, not the gradients: those of fixed kernels are not computed, nor those of frozen
+  # ones used.
   # Where a variance overflows, its inverse is 0: loss and gradient stay finite, the running
   # variance does not.
   # Joined first: the sum of an array is two kernels on a CPU.

@@ -6,6 +6,8 @@ import pytest
 
 from profit_jax.export import onnx_file, reference, verify
 from profit_jax.export.net import IMAGE, Activation, Layer, Net, Quantizer, Sum, Value
+from profit_jax.models import init_variables
+from profit_jax.quant.levels import levels
 from tests.export.nets import (
   NORMALIZATION,
   changed,
@@ -14,6 +16,7 @@ from tests.export.nets import (
   images,
   small_settings,
 )
+from tests.train.tiny import TinyNet
 
 # XLA's default; the other tests compile without optimizations, to be faster.
 OPTIMIZED = {"xla_backend_optimization_level": 3}
@@ -156,3 +159,18 @@ def test_a_float_fed_quantizer_reads_more_than_one_sum(net):
   assert "block00/depthwise_quant" in fed  # a product
   assert "block02/input_quant" in fed  # a shortcut
   assert not fed & {"block01/expand_quant", "block01/depthwise_quant", "pre_classifier_quant"}
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_the_trained_model_is_run_at_the_highest_precision(monkeypatch, platform):
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  model, bits = TinyNet(), levels(4, None)  # no product of codes with codes
+  variables = init_variables(model, jax.random.key(0), 16)
+  program = verify._trained_values.__wrapped__
+  jaxpr = jax.make_jaxpr(program, static_argnums=(0, 1))(
+    model, NORMALIZATION, variables, np.zeros((1, 16, 16, 3), np.uint8), bits
+  )
+  text = str(jaxpr)
+  assert text.count("Precision.HIGHEST") >= 4
+  assert "Precision.DEFAULT" not in text
+  assert "pallas_call" not in text

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from etils import epath
 
 from profit_jax import app, fork, snapshots
 from profit_jax.models import REGISTRY
@@ -75,6 +76,36 @@ def other(finished_run, tmp_path):
   for phase in (8, 9):
     shutil.rmtree(directory / "checkpoints" / str(ENDS[phase]))
   return directory
+
+
+def begun_in(directory, dtype):
+  config = json.loads((directory / "config.json").read_text())
+  config["train"] = {**config["train"], "dtype": dtype}
+  (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_auto_is_the_arithmetic_of_the_run_or_of_the_one_that_it_begins_with(other, tmp_path):
+  def decided(workdir, fork_from):
+    settings = parse(tiny_config(**{"train.dtype": "auto"}), REGISTRY)
+    return app._with_dtype(settings, workdir, fork_from, None).train.dtype
+
+  run = tmp_path / "run"
+  shutil.copytree(other, run)
+  begun_in(run, "tfloat32")
+  begun_in(other, "bfloat16")
+  assert decided(epath.Path(run), str(other)) == "tfloat32"
+  assert decided(epath.Path(tmp_path / "empty"), str(other)) == "bfloat16"
+  assert decided(None, "") == "float32"
+
+
+def test_what_an_earlier_release_called_bfloat16_is_not_begun_with(other, tmp_path):
+  begun_in(other, "bfloat16")
+  config = json.loads((other / "config.json").read_text())
+  del config["train"]["kernels"]
+  (other / "config.json").write_text(json.dumps(config))
+  settings = parse(tiny_config(**{"train.dtype": "auto"}), REGISTRY)
+  with pytest.raises(ConfigError, match=f"--fork_from {other} .*earlier release"):
+    app.train(settings, epath.Path(tmp_path / "run"), str(other))
 
 
 def test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit(other, tmp_path, capsys):
