@@ -44,23 +44,24 @@ from profit_jax.plan import Program
 from profit_jax.quant.levels import levels
 from profit_jax.settings import parse
 from profit_jax.train import aiwq
+from profit_jax.train.instability import kernel_shapes
 from profit_jax.train.packing import pack_variables, unpack, unpacked_shapes
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.state import create_state
 
 _TRAIN = Program(True, True, train_kernels=True, sampling=False, distill=False)
-# wa is a fine-tuning phase, ft1 included.
+# wa is a fine-tuning phase, ft1 included. Its program runs BN phases and other frozen sets too.
 PROGRAMS: dict[str, Program | None] = {
   "fp": _TRAIN._replace(quantized_weights=False, quantized_acts=False),
   "a": _TRAIN._replace(quantized_weights=False),
   "wa": _TRAIN,
-  "bn": _TRAIN._replace(train_kernels=False),
+  "bn": _TRAIN,
   "sampling": _TRAIN._replace(sampling=True),
   "ft2": _TRAIN,
   "ft3": _TRAIN,
   "forward": None,  # an evaluation, clip rates included
 }
-FROZEN = {"ft2": 1 / 3, "ft3": 2 / 3}  # the share of the layers
+FROZEN = {"ft2": 1 / 3, "ft3": 2 / 3, "bn": 1.0}  # the share of the layers
 RATIOS = (("wa", "fp"), ("a", "fp"), ("bn", "wa"), ("sampling", "wa"), ("ft2", "wa"), ("ft3", "wa"))
 
 
@@ -104,7 +105,7 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
   model = build(settings.model, facts.num_classes)
   batch = host_batch(options.batch_size, options.image_size)
   variables = init_variables(model, jax.random.key(options.seed), options.image_size)
-  layers = sorted(aiwq.conv_kernels(variables["params"]))
+  layers = sorted(kernel_shapes(variables["params"]))
   random.Random(options.seed).shuffle(layers)
 
   teacher_model, teacher = (model, variables) if options.teacher == "self" else (None, None)

@@ -22,7 +22,8 @@ class Program(NamedTuple):
   Attributes:
     quantized_weights: kernels go through their quantizers.
     quantized_acts: activations do.
-    train_kernels: False where every kernel is fixed.
+    train_kernels: False where every kernel is frozen by its label, so that its gradient need not be
+      computed.
     sampling: AIWQ is measured.
     distill: a teacher runs beside the student.
   """
@@ -49,6 +50,7 @@ class Phase:
     learning_rate: its peak.
     constant_rate: no schedule (the sampling phase).
     frozen_fraction: share of the AIWQ ranking whose kernels are frozen.
+    shares_program: of kind bn: it runs the program of finetune, with all kernels frozen by value.
     calibrate: quantizers that get their first a and c just before it: "act", "weight" (the first
       values), "fit" (kernels', fitted to the phase's bits) or None.
     distill: the loss has the teacher's part.
@@ -64,6 +66,7 @@ class Phase:
   learning_rate: float
   constant_rate: bool = False
   frozen_fraction: float = 0.0
+  shares_program: bool = False
   calibrate: Literal["act", "weight", "fit"] | None = None
   distill: bool = False
 
@@ -73,15 +76,20 @@ class Phase:
     return Program(
       quantized_weights=self.weight_bits is not None,
       quantized_acts=self.act_bits is not None,
-      train_kernels=self.kind != "bn",
+      train_kernels=self.trains_kernels or self.shares_program,
       sampling=self.kind == "sampling",
       distill=self.distill,
     )
 
   @property
+  def trains_kernels(self) -> bool:
+    """False in BN phases."""
+    return self.kind != "bn"
+
+  @property
   def trains_codes(self) -> bool:
     """Whether it trains kernels that are quantized, so that weight codes can change."""
-    return self.program.quantized_weights and self.program.train_kernels
+    return self.weight_bits is not None and self.trains_kernels
 
   def learning_rate_at(self, epoch: int) -> float:
     """The learning rate of the weights in an epoch, from 0: warm-up from 0.1, then a cosine to
@@ -183,6 +191,7 @@ class _Builder:
       return
     train = self.settings.train
     full_precision = kind == "full_precision"
+    remedy = self.settings.remedy
     self.phases.append(
       Phase(
         index=len(self.phases) + 1,
@@ -195,6 +204,11 @@ class _Builder:
         learning_rate=train.full_precision_learning_rate if full_precision else train.learning_rate,
         constant_rate=kind == "sampling",
         frozen_fraction=frozen_fraction,
+        # The a and c of a quantized kernel need its gradient anyway, so that a program without the
+        # kernels' update would save nothing. A remedy has programs with and without it.
+        shares_program=kind == "bn"
+        and self.weight_bits is not None
+        and not (remedy.dampening or remedy.freezing_thresholds),
         calibrate=self.calibrate,
         distill=self.settings.teacher.model != "none" if distill is None else distill,
       )

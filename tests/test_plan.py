@@ -98,10 +98,19 @@ def test_warm_up_and_cosine_once_per_epoch():
 
 def test_phases_share_programs():
   phases = plan(settings())
-  assert len({p.program for p in phases}) == 6
-  # w8, w5, ft1 and ft3: which kernels are frozen is a value.
-  assert len({phases[i].program for i in (11, 14, 18, 20)}) == 1
-  assert phases[16].program == phases[21].program  # BN before and after PROFIT
+  assert len({p.program for p in phases}) == 5
+  # w8, w5, ft1, ft3, and BN before and after PROFIT: which kernels are frozen is a value.
+  assert len({phases[i].program for i in (11, 14, 18, 20, 16, 21)}) == 1
+  # Kernels that are not quantized need no gradient in a BN phase.
+  assert not phases[1].program.train_kernels
+
+
+@pytest.mark.parametrize(
+  "remedy", [{"remedy.dampening": 1e-4}, {"remedy.freezing_thresholds": (0.04, 0.01)}]
+)
+def test_bn_phases_are_without_a_remedy(remedy):
+  phases = plan(settings(**remedy))
+  assert {p.program.train_kernels for p in phases if p.kind == "bn"} == {False}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +187,7 @@ def test_table_counts_steps_and_programs():
   lines = format_table(plan(settings()), 5004).split("\n")
   assert len(lines) == 24
   assert "75060" in lines[1]
-  for count in ("22 phases", "200 epochs", "1000800 steps", "6 for training", "3 for evaluation"):
+  for count in ("22 phases", "200 epochs", "1000800 steps", "5 for training", "3 for evaluation"):
     assert count in lines[-1]
 
 

@@ -147,7 +147,8 @@ class Loop:
       self._moment = checkpoint.Moment(progress, state, teacher=own)
     else:
       phase = self._phases[progress.phase - 1]
-      state = self._programs.first_state(phase.program, stages.frozen(phase, progress))
+      untrained = stages.untrained(phase, progress, self._shapes["params"])
+      state = self._programs.first_state(phase.program, untrained)
       sampling = aiwq.start(self._shapes["params"]) if phase.kind == "sampling" else None
       window = instability.start(self._shapes["params"])
       self._moment = moment = checkpoint.restore(
@@ -197,18 +198,19 @@ class Loop:
     self._mark = time.perf_counter(), self._programs.waited_seconds
     frozen = stages.frozen(phase, progress)
     if not under_way:
-      self._enter(phase, frozen)
+      self._enter(phase)
     while progress.epoch < phase.epochs:
       self._train_epoch(phase)
       self._end_epoch(phase, frozen)
 
-  def _enter(self, phase: Phase, frozen: Frozen) -> None:
+  def _enter(self, phase: Phase) -> None:
     moment, progress = self._moment, self._moment.progress
     state = stages.calibrate(
       phase, moment.state, self._programs, self._source, self._settings, self._key
     )
     before = self._phases[progress.phase - 1] if progress.phase else None
-    moment.state = stages.start(phase, before, state, self._programs, self._settings, frozen)
+    untrained = stages.untrained(phase, progress, self._shapes["params"])
+    moment.state = stages.start(phase, before, state, self._programs, self._settings, untrained)
     progress.phase, progress.epoch, progress.step, progress.totals = phase.index, 0, 0, {}
     progress.phase_seconds = progress.phase_compile_seconds = 0.0
     moment.sampling = None

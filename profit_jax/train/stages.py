@@ -3,6 +3,7 @@ calibrated, which rates.
 """
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,13 +32,26 @@ def frozen(phase: Phase, progress: Progress) -> Frozen:
   return aiwq.frozen_layers(progress.ranking, phase.frozen_fraction)
 
 
+def untrained(phase: Phase, progress: Progress, params: Mapping[str, Any]) -> Frozen:
+  """The layers whose kernels do not train: the frozen ones, or all in a BN phase.
+
+  Args:
+    phase: under way.
+    progress: has the ranking.
+    params: nested dictionaries of arrays or shapes.
+  """
+  if phase.trains_kernels:
+    return frozen(phase, progress)
+  return frozenset(instability.kernel_shapes(params))
+
+
 def learning_rates(
   phase: Phase, epoch: int, progress: Progress, settings: Settings
 ) -> dict[str, float]:
   """The rate of each optimizer group in an epoch (from 0) of a phase."""
   rate = phase.learning_rate_at(epoch) * progress.learning_rate_scale
   return {
-    WEIGHT: rate if phase.program.train_kernels else 0.0,
+    WEIGHT: rate if phase.trains_kernels else 0.0,
     NORM: rate,
     QUANT: rate * settings.train.quantizer_lr_scale,
     FROZEN: 0.0,
@@ -77,7 +91,7 @@ def start(
   state: TrainState,
   programs: Programs,
   settings: Settings,
-  frozen: Frozen,
+  untrained: Frozen,
 ) -> TrainState:
   """The state with the optimizer of a phase's beginning. What iterative freezing knows stays from
   one to the next of those that train kernels at the same bits.
@@ -90,7 +104,7 @@ def start(
   elif state.oscillation is None or before is None or before.weight_bits != phase.weight_bits:
     kernels = unpacked_shapes(state.params)
     state = state.replace(oscillation=programs.replicate(remedies.start(kernels)))
-  return programs.fresh_optimizer(state, phase.program.train_kernels, frozen)
+  return programs.fresh_optimizer(state, phase.program.train_kernels, untrained)
 
 
 def strengths(

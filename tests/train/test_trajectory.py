@@ -17,13 +17,13 @@ from profit_jax.train.state import create_state
 from profit_jax.weights import load
 from tests import golden_data
 
-# stage -> weight bits, act bits, kernels train, layers of the golden's list are frozen
+# stage -> weight bits, act bits, kernels that are frozen: none, all, or the golden's list
 STAGES = {
-  "full_precision": (None, None, True, False),
-  "activation_4bit": (None, 4, True, False),
-  "weight_4bit": (4, 4, True, False),
-  "norm_only_4bit": (4, 4, False, False),
-  "frozen_4bit": (4, 4, True, True),
+  "full_precision": (None, None, "none"),
+  "activation_4bit": (None, 4, "none"),
+  "weight_4bit": (4, 4, "none"),
+  "norm_only_4bit": (4, 4, "all"),
+  "frozen_4bit": (4, 4, "golden"),
 }
 V2, V3 = "mobilenet_v2", "mobilenet_v3_large"
 OPTIONS = {
@@ -103,13 +103,14 @@ def run(name, stage):
   """Every step of a stage, `[(state, metrics, AIWQ state), ...]`, the first entry before the first
   step.
   """
-  weight_bits, act_bits, train_kernels, freeze = STAGES[stage]
+  weight_bits, act_bits, freeze = STAGES[stage]
   _, student, teacher, _, layers = setting(name)
-  frozen = golden_data.load(f"trajectory_{name}.json")["frozen"] if freeze else []
-  labels = optimizer.label_params(
-    pack(student["params"]),
-    train_kernels=train_kernels,
-  )
+  frozen = {
+    "none": [],
+    "all": layers,
+    "golden": golden_data.load(f"trajectory_{name}.json")["frozen"],
+  }[freeze]
+  labels = optimizer.label_params(pack(student["params"]), train_kernels=True)
   sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
   tx = optimizer.make_optimizer(labels, sgd, frozenset(layers[layer] for layer in frozen))
   step = make_step(name, tx)
