@@ -4,7 +4,7 @@
 #   TPUs and NVIDIA GPUs, then runs all tests
 # make lint: ruff
 #
-# One test, in one process: .venv/bin/python -m pytest tests/test_plan.py -k cosine
+# One test, in one process: .venv/bin/python -m pytest tests/test_schedule.py -k cosine
 PYTHON ?= python3
 RUN ?= runs/digits_w4
 # Test processes. Each takes whole files, because tests of a file share what they compile.

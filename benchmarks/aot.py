@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import aot_targets
-from profit_jax.settings import ConfigError
+from profit_jax.config import ConfigError
 
 _ROWS = (
   ("GB accessed", "gb", 1),

@@ -15,8 +15,8 @@ from benchmarks.aot_targets import Target
 from benchmarks.train_step import PROGRAMS
 from configs import mbv2_w4
 from profit_jax import data
+from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.models import REGISTRY, TEACHERS_ONLY, build, check
-from profit_jax.settings import ConfigError, Settings, parse
 from profit_jax.train.programs import Programs, default_dtype
 
 MODELS = sorted(REGISTRY.keys() - TEACHERS_ONLY)

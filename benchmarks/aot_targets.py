@@ -5,7 +5,7 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-from profit_jax.settings import ConfigError
+from profit_jax.config import ConfigError
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "targets"
 INSTALL = "pip install -r requirements.txt -r requirements-accelerators.txt"

@@ -27,9 +27,9 @@ def compile_all(options: argparse.Namespace) -> None:
 
   import jax
 
-  from profit_jax import data, plan
+  from profit_jax import data, schedule
+  from profit_jax.config import parse
   from profit_jax.models import REGISTRY, build, variable_shapes
-  from profit_jax.settings import parse
   from profit_jax.train import aiwq
   from profit_jax.train.programs import Programs, make_mesh
 
@@ -42,7 +42,7 @@ def compile_all(options: argparse.Namespace) -> None:
   facts = data.load(settings).facts
   model = build(settings.model, facts.num_classes)
   programs = Programs(settings, facts, model, model, make_mesh(settings))
-  phases, seen, start = plan.plan(settings), 0, time.perf_counter()
+  phases, seen, start = schedule.plan(settings), 0, time.perf_counter()
   # In commits where each set of frozen layers has a program, all calls are told which: here the
   # first of all, AIWQ's ranking being that of no layer in particular.
   static = "frozen" in inspect.signature(programs.train_step).parameters

@@ -7,7 +7,7 @@ Layers are MobileNet-v2's at 224 pixels and one 5x5 of v3, most important first.
 
 pallas    profit_jax.kernels.depthwise_triton; then with other tiles, as far as time allows
 grouped   XLA's grouped convolution, which is cuDNN's, tuned
-shifted   profit_jax.depthwise.sum_of_taps; the filter gradient is one stacked sum
+shifted   profit_jax.kernels.depthwise.sum_of_taps; the filter gradient is one stacked sum
 
 float32 runs at JAX's default precision, which lets cuDNN use TF32. A figure is the median time of
 one convolution of a program that does several, on different arrays, so that no cache holds them.
@@ -41,8 +41,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from profit_jax.depthwise import sum_of_taps
 from profit_jax.kernels import depthwise_triton as triton_form
+from profit_jax.kernels.depthwise import sum_of_taps
 
 PASSES = ("forward", "input gradient", "filter gradient")
 

@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from profit_jax import layers
 from profit_jax.data import Normalization
 from profit_jax.models import REGISTRY, init_variables
-from profit_jax.quant.levels import levels
+from profit_jax.nn import layers
+from profit_jax.quant.bits import levels
 from profit_jax.quant.quantized import value_of
 from profit_jax.train import steps
 

@@ -120,10 +120,10 @@ def random_net(options):
   import numpy as np
 
   from configs import base
+  from profit_jax.config import parse
   from profit_jax.data import NORMALIZATIONS
   from profit_jax.export.build import build_net
   from profit_jax.models import REGISTRY, build, init_variables
-  from profit_jax.settings import parse
   from profit_jax.train.steps import calibrate_weights
 
   config = base.get_config()
@@ -246,9 +246,9 @@ def float_jax(net, path):
   import numpy as np
   import safetensors.numpy
 
-  from profit_jax.depthwise import grouped, sum_of_taps
   from profit_jax.export import reference
   from profit_jax.export.net import IMAGE, Layer, Quantizer, Value
+  from profit_jax.kernels.depthwise import grouped, sum_of_taps
 
   arrays = {}
   for layer in net.layers:

@@ -98,10 +98,10 @@ def accelerator_speed() -> float | None:
   if jax.default_backend() == "cpu":
     return None
   from configs import mbv2_w4
-  from profit_jax import data, plan
+  from profit_jax import data, schedule
+  from profit_jax.config import parse
   from profit_jax.models import REGISTRY, build
-  from profit_jax.quant.levels import levels
-  from profit_jax.settings import parse
+  from profit_jax.quant.bits import levels
   from profit_jax.train import start
   from profit_jax.train.programs import Programs
   from profit_jax.train.state import create_state
@@ -110,7 +110,7 @@ def accelerator_speed() -> float | None:
   config.train.dtype = "bfloat16"
   settings = parse(config, REGISTRY)
   facts = data.facts(settings)
-  phase = plan.plan(settings)[-2]
+  phase = schedule.plan(settings)[-2]
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
   student = start.load_student(settings, facts.num_classes)
   programs = Programs(
@@ -142,8 +142,8 @@ def open_source(directory: str):
   """This package's source for an image folder."""
   from configs import mbv2_w4
   from profit_jax import data
+  from profit_jax.config import parse
   from profit_jax.models import REGISTRY
-  from profit_jax.settings import parse
 
   config = mbv2_w4.get_config()
   config.update_from_flattened_dict(

@@ -22,10 +22,10 @@ import jax
 import numpy as np
 
 from configs import digits_w4
-from profit_jax import data, plan, snapshots
+from profit_jax import data, schedule, snapshots
+from profit_jax.config import parse
 from profit_jax.models import REGISTRY, build, init_variables
-from profit_jax.quant.levels import levels
-from profit_jax.settings import parse
+from profit_jax.quant.bits import levels
 from profit_jax.train import checkpoint
 from profit_jax.train.checkpoint import Moment
 from profit_jax.train.programs import Programs, make_mesh
@@ -51,7 +51,7 @@ def main() -> None:
   source = data.load(settings, data.Host())
   model = build(settings.model, source.facts.num_classes)
   programs = Programs(settings, source.facts, model, model, make_mesh(settings))
-  phase = next(phase for phase in plan.plan(settings) if phase.name == "w4a4 ft1")
+  phase = next(phase for phase in schedule.plan(settings) if phase.name == "w4a4 ft1")
   variables = init_variables(model, jax.random.key(0), options.image_size)
   step = programs.train_step(phase.program)
   moment = Moment(

@@ -25,8 +25,8 @@ import jax
 from benchmarks.train_step import PROGRAMS
 from configs import base
 from profit_jax import data
+from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, build
-from profit_jax.settings import ConfigError, parse
 from profit_jax.train.programs import Programs, make_mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")

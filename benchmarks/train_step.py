@@ -39,10 +39,10 @@ import numpy as np
 from benchmarks import other_commit, reference
 from configs import base
 from profit_jax import data
+from profit_jax.config import parse
 from profit_jax.models import REGISTRY, build, init_variables
-from profit_jax.plan import Program
-from profit_jax.quant.levels import levels
-from profit_jax.settings import parse
+from profit_jax.quant.bits import levels
+from profit_jax.schedule import Program
 from profit_jax.train import aiwq
 from profit_jax.train.instability import kernel_shapes
 from profit_jax.train.packing import pack_variables, unpack, unpacked_shapes

@@ -1,4 +1,4 @@
-"""What it costs to watch a run's instability: epochs with `train/watch.py` around their steps and
+"""What it costs to watch a run's instability: epochs with `train/monitor.py` around their steps and
 without, by turns.
 
     python benchmarks/watch_cost.py [--width 0.25] [--image_size 32] [--batch_size 64] [--steps 21]
@@ -22,15 +22,15 @@ import jax
 import numpy as np
 
 from configs import digits_w4
-from profit_jax import data, plan
+from profit_jax import data, schedule
+from profit_jax.config import parse
 from profit_jax.models import REGISTRY, build, init_variables
-from profit_jax.quant.levels import levels
-from profit_jax.settings import parse
+from profit_jax.quant.bits import levels
 from profit_jax.train.checkpoint import Moment, host_copy
+from profit_jax.train.monitor import Watch
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.progress import Progress
 from profit_jax.train.state import create_state
-from profit_jax.train.watch import Watch
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
   source = data.load(settings, data.Host())
   model = build(settings.model, source.facts.num_classes)
   programs = Programs(settings, source.facts, model, model, make_mesh(settings))
-  phase = next(phase for phase in plan.plan(settings) if phase.name == "w4a4 ft1")
+  phase = next(phase for phase in schedule.plan(settings) if phase.name == "w4a4 ft1")
   variables = init_variables(model, jax.random.key(0), options.image_size)
   step = programs.train_step(phase.program)
   moment = Moment(

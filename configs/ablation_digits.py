@@ -1,6 +1,6 @@
-"""What each part of the method is worth on digits: a grid of runs for `profit_jax.ablate`.
+"""What each part of the method is worth on digits: a grid of runs for `profit ablate`.
 
-Command:  python -m profit_jax.ablate --config configs/ablation_digits.py --workdir runs/ablation
+Command:  profit ablate --config configs/ablation_digits.py --workdir runs/ablation
 Cost and result: docs/ablation.md.
 """
 

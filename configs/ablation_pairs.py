@@ -1,7 +1,7 @@
 """Freezing and progressive bits on images harder than the digits, pairs of them; a grid for
-`profit_jax.ablate`.
+`profit ablate`.
 
-Command:  python -m profit_jax.ablate --config configs/ablation_pairs.py --workdir runs/pairs
+Command:  profit ablate --config configs/ablation_pairs.py --workdir runs/pairs
 Cost and result: docs/ablation.md.
 """
 

@@ -1,7 +1,7 @@
 """CIFAR-10 from random weights to 4 bits: MobileNet-v2 for 32x32 images, its own teacher; 22
 phases, 335 epochs.
 
-Command:  python -m profit_jax.data.prepare cifar10
+Command:  profit prepare cifar10
           python main.py --config configs/cifar10_w4.py --workdir RUN
 Data:     tensorflow-datasets' cifar10: 50,000 training and 10,000 test images, 162 MB to download.
 Cost:     130,650 steps of 128 images at 32 px; not run.

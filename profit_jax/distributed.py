@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from profit_jax.settings import ConfigError, Ending
+from profit_jax.config import ConfigError, Ending
 
 _T = TypeVar("_T")
 # Without the first process, JAX aborts the others: it leaves with them, or some seconds after it

@@ -4,7 +4,7 @@ import os
 
 from etils import epath
 
-from profit_jax.settings import ConfigError
+from profit_jax.config import ConfigError
 
 
 def opened(what: str, path: str) -> epath.Path:

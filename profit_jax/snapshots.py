@@ -29,7 +29,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from profit_jax import distributed
-from profit_jax.settings import ConfigError
+from profit_jax.config import ConfigError
 
 # What goes wrong in a save is raised, and told once; orbax's threads also print a stack each.
 absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)

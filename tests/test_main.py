@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:Depr
     (["--mode=export", "--workdir=r", "--formats=onnx,tflite"], "'tflite'"),
     (["--config=configs/digits_w4.py:vgg", "--mode=plan"], "mobilenet_v3_small"),
     ([*DIGITS, "--mode=plan", "--images_per_second=0"], "--images_per_second=0"),
-    ([*IMAGENET, "--config.data.data_dir=/absent"], "profit_jax.data.prepare imagenet2012"),
+    ([*IMAGENET, "--config.data.data_dir=/absent"], "profit prepare imagenet2012"),
     ([*IMAGENET, "--config.data.name=imagenets"], "imagenets"),
     ([*DIGITS, "--workdir=r", "--num_processes=2"], "--coordinator_address"),
   ],

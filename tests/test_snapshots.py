@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from profit_jax import snapshots
-from profit_jax.settings import ConfigError
+from profit_jax.config import ConfigError
 
 
 def trees(number, size=1000):

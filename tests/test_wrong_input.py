@@ -14,8 +14,8 @@ import safetensors.numpy
 from hypothesis import strategies as st
 
 from configs import base, digits_w4
+from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, build, variable_shapes
-from profit_jax.settings import ConfigError, parse
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import named_tensors

@@ -10,14 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs import digits_w4
-from profit_jax import plan
+from profit_jax import schedule
+from profit_jax.config import parse
 from profit_jax.data.digits import FACTS
-from profit_jax.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.models import REGISTRY
 from profit_jax.models.mobilenet_v3 import Block
+from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
+from profit_jax.quant.bits import Levels
 from profit_jax.quant.duq import HSWISH_MINIMUM
-from profit_jax.quant.levels import Levels
-from profit_jax.settings import parse
 from profit_jax.train import start
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress
@@ -80,4 +80,4 @@ def deep_check(model, changes):
   mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
   programs = Programs(settings, FACTS, student.model, teacher.model, mesh)
   programs.close()  # nothing is compiled
-  programs.trace_train_step(plan.plan(settings)[-1].program)
+  programs.trace_train_step(schedule.plan(settings)[-1].program)

@@ -4,10 +4,10 @@ only.
 
 import re
 
+from profit_jax.config import ConfigError, Settings
 from profit_jax.data import digits, pairs
 from profit_jax.data.base import MEMORY_LIMIT, Facts, Host, Source
 from profit_jax.data.normalize import Normalization
-from profit_jax.settings import ConfigError, Settings
 
 # What pretrained weights expect, by the name that `normalization` takes: torchvision's ImageNet
 # statistics; the halves of Inception, with which some of timm's were trained; pixels in 0..1.

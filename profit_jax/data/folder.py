@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import tensorflow as tf
 
 from profit_jax import paths
+from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data.records import Record, Table
-from profit_jax.settings import ConfigError, DataSettings
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 EVAL_NAMES = ("validation", "val", "test")

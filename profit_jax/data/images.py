@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 import tensorflow as tf
 
+from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data import preprocess
 from profit_jax.data.base import Batch, Facts, Host
 from profit_jax.data.normalize import Normalization
 from profit_jax.data.records import Pass, Records
-from profit_jax.settings import ConfigError, DataSettings
 
 # Batches in the making at once: while the last images of one are decoded, threads that are free
 # begin the next.

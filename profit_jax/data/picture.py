@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from profit_jax.config import ConfigError
 from profit_jax.data.base import LONGEST
-from profit_jax.settings import ConfigError
 
 _KERNELS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 

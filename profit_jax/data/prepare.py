@@ -1,17 +1,8 @@
-"""Writes a tensorflow-datasets set into its directory, where `config.data.data_dir` finds it:
+"""Writes a tensorflow-datasets set into its directory, where `config.data.data_dir` finds it."""
 
-    python -m profit_jax.data.prepare cifar10 --data_dir=/data/tfds
-    python -m profit_jax.data.prepare imagenet2012 --data_dir=/data/tfds --manual_dir=/data/tars
-
-TFDS's own command, `tfds build`, asks for Apache Beam, even where none is needed.
-"""
-
-import argparse
 import os
-import sys
-from collections.abc import Sequence
 
-from profit_jax.settings import ConfigError
+from profit_jax.config import ConfigError
 
 
 def prepare(name: str, data_dir: str, manual_dir: str) -> str:
@@ -45,32 +36,3 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> str:
     ) from error
   splits = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
   return f"{name} is in {builder.data_dir}; examples: {splits}."
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="python -m profit_jax.data.prepare",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument(
-    "name", help="of the data set, with its configuration where it has several: imagenette/320px-v2"
-  )
-  parser.add_argument(
-    "--data_dir",
-    default="",
-    help="where to, local or gs://; else $TFDS_DATA_DIR or ~/tensorflow_datasets",
-  )
-  parser.add_argument("--manual_dir", default="", help="where files lie that were fetched by hand")
-  options = parser.parse_args(arguments)
-  try:
-    print(prepare(options.name, options.data_dir, options.manual_dir))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())

@@ -16,8 +16,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
+from profit_jax.config import ConfigError
 from profit_jax.data.base import Host
-from profit_jax.settings import ConfigError
 
 Record = dict[str, tf.Tensor]
 

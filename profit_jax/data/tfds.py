@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data.base import MEMORY_LIMIT
 from profit_jax.data.records import Record, Shard, Stream, Table
-from profit_jax.settings import ConfigError, DataSettings
 
 
 class Splits:
@@ -72,7 +72,7 @@ class Splits:
       raise ConfigError(
         f"config.data.name = {self._settings.name!r} is not allowed: {info.data_dir} holds "
         f"{info.file_format.value} "
-        "files. Prepare it as TFRecord, in another directory: python -m profit_jax.data.prepare "
+        "files. Prepare it as TFRecord, in another directory: profit prepare "
         f"{self._settings.name}."
       )
     return _Streamed(
@@ -152,7 +152,7 @@ def _require_prepared(builder, settings):
   raise ConfigError(
     f"config.data.name = {settings.name!r} is not prepared: there is no {builder.data_dir}. "
     "Prepare it with "
-    f"python -m profit_jax.data.prepare {settings.name}{where} (docs/data.md).{by_hand}"
+    f"profit prepare {settings.name}{where} (docs/data.md).{by_hand}"
   )
 
 

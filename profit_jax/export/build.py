@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from profit_jax.config import ConfigError, QuantSettings, Settings
 from profit_jax.data.normalize import Normalization
 from profit_jax.export.net import (
   IMAGE,
@@ -29,7 +30,6 @@ from profit_jax.export.net import (
 )
 from profit_jax.models import STRIDES, mobilenet_v1, mobilenet_v2, mobilenet_v3
 from profit_jax.quant import duq
-from profit_jax.settings import ConfigError, QuantSettings, Settings
 
 _SIXTH = 6.0  # where ReLU6 ends
 

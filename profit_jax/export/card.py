@@ -10,14 +10,14 @@ from typing import Any
 
 from etils import epath
 
+from profit_jax.config import ConfigError
 from profit_jax.data import eval_preparation
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
 from profit_jax.export.net import Net
 from profit_jax.export.packing import field_bits
-from profit_jax.plan import bits_name
-from profit_jax.settings import ConfigError
+from profit_jax.schedule import bits_name
 
 _FLOAT_BITS = 32
 

@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from profit_jax.config import ConfigError
 from profit_jax.export.net import Net
-from profit_jax.settings import ConfigError
 
 
 class Runner(Protocol):

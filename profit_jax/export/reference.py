@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from profit_jax.depthwise import grouped, sum_of_taps
 from profit_jax.export.net import (
   IMAGE,
   Activation,
@@ -21,6 +20,7 @@ from profit_jax.export.net import (
   Sum,
   Value,
 )
+from profit_jax.kernels.depthwise import grouped, sum_of_taps
 
 Arrays = dict[str, jax.Array]
 

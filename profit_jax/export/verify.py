@@ -21,16 +21,16 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from profit_jax.config import Settings
 from profit_jax.data import Source
 from profit_jax.data.normalize import Normalization, normalize
 from profit_jax.export import reference
 from profit_jax.export.formats import Runner
 from profit_jax.export.net import Net, Quantizer
 from profit_jax.kernels import target
-from profit_jax.layers import QuantAct
-from profit_jax.quant.levels import Levels, levels
+from profit_jax.nn.layers import QuantAct
+from profit_jax.quant.bits import Levels, levels
 from profit_jax.quant.quantized import Quantized
-from profit_jax.settings import Settings
 
 Codes = dict[str, np.ndarray]
 

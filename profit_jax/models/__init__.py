@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from profit_jax.config import ConfigError, ModelSettings, QuantSettings, Settings
 from profit_jax.models import mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet
-from profit_jax.settings import ConfigError, ModelSettings, QuantSettings, Settings
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
   "mobilenet_v1": mobilenet_v1.MobileNetV1,

@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from profit_jax.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
+from profit_jax.config import QuantSettings
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
-from profit_jax.quant.levels import Levels
-from profit_jax.settings import QuantSettings
+from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
+from profit_jax.quant.bits import Levels
 
 # Per stage: output channels at width 1, number of blocks.
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))

@@ -26,12 +26,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from profit_jax.fused import activate
-from profit_jax.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense, at_least_float32
+from profit_jax.config import QuantSettings
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
+from profit_jax.nn.fused import activate
+from profit_jax.nn.layers import (
+  BatchNorm,
+  Dropout,
+  QuantAct,
+  QuantConv,
+  QuantDense,
+  at_least_float32,
+)
+from profit_jax.quant.bits import Levels
 from profit_jax.quant.duq import HSWISH_MINIMUM
-from profit_jax.quant.levels import Levels
-from profit_jax.settings import QuantSettings
 
 # torch's kaiming_uniform_(mode="fan_out") with gain 1, which the authors start their dense layers
 # from.

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from profit_jax.layers import BatchNorm
-from profit_jax.quant.levels import Levels
+from profit_jax.nn.layers import BatchNorm
+from profit_jax.quant.bits import Levels
 
 # Blocks per stage, and whether they are bottlenecks.
 DEPTHS = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True), 101: ((3, 4, 23, 3), True)}

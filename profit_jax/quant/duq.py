@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from profit_jax.lowering import computed_again, total_sums
+from profit_jax.kernels.lowering import computed_again, total_sums
 from profit_jax.quant.quantized import Quantized
 
 Kind = Literal["symmetric", "unsigned", "hswish"]

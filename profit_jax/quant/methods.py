@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from profit_jax.config import QuantSettings
 from profit_jax.quant import calibration, duq, lsq, pact, qil
-from profit_jax.quant.levels import kernel_steps
+from profit_jax.quant.bits import kernel_steps
 from profit_jax.quant.quantized import Quantized
-from profit_jax.settings import QuantSettings
 
 Params = Mapping[str, jax.Array]
 PREFIX = "quant_"

@@ -8,11 +8,11 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from profit_jax.plan import Phase, bits_name
+from profit_jax.schedule import Phase, bits_name
 from profit_jax.train.observer import EpochReport, Observer
+from profit_jax.train.phases import place
 from profit_jax.train.progress import PhaseRecord, Start
 from profit_jax.train.progress import Progress as RunProgress
-from profit_jax.train.stages import place
 
 
 class ConsoleObserver(Observer):

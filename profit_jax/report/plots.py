@@ -16,10 +16,10 @@ from etils import epath
 from flax import traverse_util
 from matplotlib.colors import CenteredNorm, LogNorm
 
-from profit_jax.plan import Phase
 from profit_jax.quant import duq
-from profit_jax.quant.levels import levels
+from profit_jax.quant.bits import levels
 from profit_jax.quant.methods import PREFIX
+from profit_jax.schedule import Phase
 from profit_jax.train.progress import EpochRecord, Progress
 
 # Names of layers in the order of the network: around the blocks (1), and within one.

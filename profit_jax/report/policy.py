@@ -9,9 +9,9 @@ from typing import Any
 
 from flax import traverse_util
 
-from profit_jax.plan import Phase, bits_name, summary_line
+from profit_jax.config import Settings
 from profit_jax.quant.methods import PREFIX
-from profit_jax.settings import Settings
+from profit_jax.schedule import Phase, bits_name, summary_line
 
 
 @functools.cache

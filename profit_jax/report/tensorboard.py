@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from clu import metric_writers
 
-from profit_jax.plan import Phase
 from profit_jax.report import plots
+from profit_jax.schedule import Phase
+from profit_jax.train.nonfinite import quantizer_scalars
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress, Start
-from profit_jax.train.sanity import quantizer_scalars
 
 # Summaries are written one by one: with all of the demo's quantizers an epoch's took 1.2 s and a
 # step's loss 18 ms (under the profiler, beside compilation).

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.layers import NOISE_UNITS
+from profit_jax.nn.layers import NOISE_UNITS
 
 Moments = tuple[jax.Array, jax.Array]
 

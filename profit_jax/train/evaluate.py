@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
+from profit_jax.config import ConfigError, Settings
 from profit_jax.data import Source
-from profit_jax.quant.levels import levels
-from profit_jax.settings import ConfigError, Settings
+from profit_jax.quant.bits import levels
 from profit_jax.train import interrupt
 from profit_jax.train.programs import Programs, Who
 

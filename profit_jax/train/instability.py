@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.layers import NOISE_UNITS
+from profit_jax.config import QuantSettings
+from profit_jax.nn.layers import NOISE_UNITS
 from profit_jax.quant.methods import kernel_codes
-from profit_jax.settings import QuantSettings
 
 WINDOW = 8  # steps at the end of an epoch whose codes are watched
 _DIGITS = 4  # significant ones that are kept

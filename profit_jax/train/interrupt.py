@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-from profit_jax.settings import Ending
+from profit_jax.config import Ending
 
 PREEMPTED = signal.SIGTERM  # what clusters send before they take a machine away
 

@@ -10,20 +10,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from profit_jax import distributed, snapshots
+from profit_jax.config import Settings
 from profit_jax.data import Source
 from profit_jax.models import variable_shapes
-from profit_jax.plan import Phase, plan, target_phases
-from profit_jax.quant.levels import levels
-from profit_jax.settings import Settings
-from profit_jax.train import aiwq, checkpoint, instability, interrupt, sanity, stages
+from profit_jax.quant.bits import levels
+from profit_jax.schedule import Phase, plan, target_phases
+from profit_jax.train import aiwq, checkpoint, instability, interrupt, nonfinite, phases
 from profit_jax.train.evaluate import evaluate
+from profit_jax.train.monitor import Watch
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.packing import unpack
 from profit_jax.train.programs import Frozen, Programs, Who
 from profit_jax.train.progress import Progress
 from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, evaluated
 from profit_jax.train.state import create_state
-from profit_jax.train.watch import Watch
 
 # How many steps may be under way before the loop waits for the oldest one's numbers: enough that no
 # device runs dry, few enough that the progress bar tells the present. On a CPU they take long, and
@@ -102,7 +102,7 @@ class Loop:
         self._writer.wait()
       except interrupt.Stopped as stopped:
         raise stopped.told(self._save_at_last()) from None
-      except sanity.NotFinite:
+      except nonfinite.NotFinite:
         self._writer.wait()  # for a moment before it that is under way
         raise
     self._observer.run_done(self._moment.progress, self._moment.best["params"])
@@ -111,13 +111,13 @@ class Loop:
   def _to_the_end(self) -> bool:
     """False if a number was not finite and the run may go back."""
     try:
-      for phase in stages.ahead(self._phases, self._moment.progress):
+      for phase in phases.ahead(self._phases, self._moment.progress):
         self._run_phase(phase)
       return True
-    except sanity.NotFinite as error:
+    except nonfinite.NotFinite as error:
       retries, recovery = self._moment.progress.retries, self._settings.recovery
       if retries >= recovery.retries:
-        raise sanity.gives_up(error, retries, recovery.learning_rate_factor) from None
+        raise nonfinite.gives_up(error, retries, recovery.learning_rate_factor) from None
       self._observer.warned(
         f"{error} The run goes back to its last checkpoint, retry {retries + 1} of "
         f"{recovery.retries}."
@@ -147,7 +147,7 @@ class Loop:
       self._moment = checkpoint.Moment(progress, state, teacher=own)
     else:
       phase = self._phases[progress.phase - 1]
-      untrained = stages.untrained(phase, progress, self._shapes["params"])
+      untrained = phases.untrained(phase, progress, self._shapes["params"])
       state = self._programs.first_state(phase.program, untrained)
       sampling = aiwq.start(self._shapes["params"]) if phase.kind == "sampling" else None
       window = instability.start(self._shapes["params"])
@@ -165,7 +165,7 @@ class Loop:
 
   def _prepare(self, progress: Progress, evaluated_models: Sequence[Who] = ()) -> None:
     """Has the programs of what is to come compiled, and the others dropped."""
-    ahead = stages.ahead(self._phases, progress)
+    ahead = phases.ahead(self._phases, progress)
     self._programs.prefetch(ahead, evaluated_models)
 
   def _evaluate_start(self) -> None:
@@ -196,7 +196,7 @@ class Loop:
       phase, progress.epoch * self._steps_per_epoch + progress.step if under_way else 0
     )
     self._mark = time.perf_counter(), self._programs.waited_seconds
-    frozen = stages.frozen(phase, progress)
+    frozen = phases.frozen(phase, progress)
     if not under_way:
       self._enter(phase)
     while progress.epoch < phase.epochs:
@@ -205,12 +205,12 @@ class Loop:
 
   def _enter(self, phase: Phase) -> None:
     moment, progress = self._moment, self._moment.progress
-    state = stages.calibrate(
+    state = phases.calibrate(
       phase, moment.state, self._programs, self._source, self._settings, self._key
     )
     before = self._phases[progress.phase - 1] if progress.phase else None
-    untrained = stages.untrained(phase, progress, self._shapes["params"])
-    moment.state = stages.start(phase, before, state, self._programs, self._settings, untrained)
+    untrained = phases.untrained(phase, progress, self._shapes["params"])
+    moment.state = phases.start(phase, before, state, self._programs, self._settings, untrained)
     progress.phase, progress.epoch, progress.step, progress.totals = phase.index, 0, 0, {}
     progress.phase_seconds = progress.phase_compile_seconds = 0.0
     moment.sampling = None
@@ -234,7 +234,7 @@ class Loop:
     ):
       self._stop_point()
       self._watch.before_step(moment)
-      strengths = stages.strengths(
+      strengths = phases.strengths(
         self._phases, phase, progress, self._steps_per_epoch, self._settings
       )
       given = (
@@ -280,11 +280,13 @@ class Loop:
       where += f"step {step}"
       state, rates = (
         self._moment.state,
-        stages.learning_rates(phase, progress.epoch, progress, self._settings),
+        phases.learning_rates(phase, progress.epoch, progress, self._settings),
       )
       params, batch_stats = unpack(jax.device_get((state.params, state.batch_stats)))
       quantized = params if phase.weight_bits or phase.act_bits else {}
-      raise sanity.NotFinite(sanity.describe(where, metrics["loss"], rates, quantized, batch_stats))
+      raise nonfinite.NotFinite(
+        nonfinite.describe(where, metrics["loss"], rates, quantized, batch_stats)
+      )
     metrics["top1"] = 100.0 * metrics.pop("correct") / metrics.pop("examples")
     for name, value in metrics.items():
       progress.totals[name] = progress.totals.get(name, 0.0) + value
@@ -322,10 +324,10 @@ class Loop:
       return "before its first step; the same command begins again"
     try:
       self._save()
-    except sanity.NotFinite as error:
+    except nonfinite.NotFinite as error:
       return f"at a bad moment: {error} The same command goes on from the last checkpoint"
     self._writer.wait()
-    place = stages.place(self._phases, progress, self._steps_per_epoch)
+    place = phases.place(self._phases, progress, self._steps_per_epoch)
     return f"{place}; everything is saved, and the same command goes on from there"
 
   def _end_epoch(self, phase: Phase, frozen: Frozen) -> None:
@@ -340,7 +342,7 @@ class Loop:
         layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()
       }
     params = unpack(jax.device_get(moment.state.params))
-    record = stages.epoch_record(progress, phase, raw, average, clip_rate, params)
+    record = phases.epoch_record(progress, phase, raw, average, clip_rate, params)
     train, measured = (
       {name: total / progress.step for name, total in progress.totals.items()},
       progress.instability,
@@ -358,7 +360,7 @@ class Loop:
         train=train,
         evaluation=raw,
         evaluation_ema=average,
-        learning_rates=stages.learning_rates(phase, progress.epoch - 1, progress, self._settings),
+        learning_rates=phases.learning_rates(phase, progress.epoch - 1, progress, self._settings),
         clip_rate=clip_rate,
         aiwq=dict(progress.metric) if phase.kind == "sampling" else {},
         instability=measured,
@@ -377,7 +379,7 @@ class Loop:
       (self._programs, self._source, self._settings),
       self._moment.progress.total_epochs,
     )
-    variables = stages.for_evaluation(phase, epoch, variables, *given, self._key)
+    variables = phases.for_evaluation(phase, epoch, variables, *given, self._key)
     return variables, *evaluate(
       *given, variables, weight_bits=phase.weight_bits, act_bits=phase.act_bits
     )
@@ -397,7 +399,7 @@ class Loop:
     """The first of equals stays; variables are those that were evaluated."""
     moment, progress = self._moment, self._moment.progress
     full_precision, target = phase.kind == "full_precision", phase.index in self._targets
-    found = stages.better(phase, progress, raw, average)
+    found = phases.better(phase, progress, raw, average)
     if full_precision and (
       progress.full_precision is None or found.top1 > progress.full_precision.top1
     ):
@@ -422,6 +424,6 @@ class Loop:
         moment.state.ema_variables if better_ema else moment.state.variables
       )
       self._teacher = self._programs.replicate(moment.teacher)
-    record = stages.phase_record(phase, progress, self._steps_per_epoch, frozen)
+    record = phases.phase_record(phase, progress, self._steps_per_epoch, frozen)
     progress.records.append(record)
     self._observer.phase_done(record)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from profit_jax.plan import Phase
+from profit_jax.schedule import Phase
 from profit_jax.train.progress import PhaseRecord, Progress, Start
 
 
@@ -25,7 +25,7 @@ class EpochReport:
     clip_rate: by quantizer, the share of its input it clips.
     aiwq: by convolution, in the sampling phase; else empty.
     instability: `flip_rate`, `oscillation_rate`, `fixed` by kernel, `bn_distance` by normalization;
-      see `train/watch.py`.
+      see `train/monitor.py`.
     params: the student's, on the host.
   """
 

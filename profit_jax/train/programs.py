@@ -16,13 +16,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax import memory
+from profit_jax.config import ConfigError, Settings
 from profit_jax.data import Facts, normalization
 from profit_jax.kernels import target
 from profit_jax.models import variable_shapes
-from profit_jax.plan import Phase, Program
-from profit_jax.quant.levels import Levels
-from profit_jax.settings import ConfigError, Settings
-from profit_jax.train import aiwq, instability, interrupt, optimizer, remedies, steps
+from profit_jax.quant.bits import Levels
+from profit_jax.schedule import Phase, Program
+from profit_jax.train import aiwq, instability, interrupt, optimizer, oscillation, steps
 from profit_jax.train.packing import Packed, pack_variables, unpack
 from profit_jax.train.state import TrainState, create_state
 
@@ -280,7 +280,7 @@ class Programs:
 
   def _first_state(self, program: Program, frozen: Frozen) -> TrainState:
     tx = self.optimizer(program.train_kernels, frozen)
-    _, freezes = remedies.active(
+    _, freezes = oscillation.active(
       self._settings.remedy, program.quantized_weights, program.train_kernels
     )
 
@@ -291,7 +291,7 @@ class Programs:
     state = create_state(zeros, ema=self._settings.train.ema_rate > 0)
     return state.replace(
       opt_state=tx.init(state.params),
-      oscillation=remedies.start(self._params) if freezes else None,
+      oscillation=oscillation.start(self._params) if freezes else None,
     )
 
   def _request(
@@ -386,7 +386,7 @@ class Programs:
     state = jax.eval_shape(lambda: self._first_state(program, frozenset()))
     state = _with_sharding(state, self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)
-    applied = remedies.active(settings.remedy, program.quantized_weights, program.train_kernels)
+    applied = oscillation.active(settings.remedy, program.quantized_weights, program.train_kernels)
     sampling = None
     if program.sampling:
       sampling = _with_sharding(aiwq.start(self._params), self._replicated)
@@ -399,7 +399,7 @@ class Programs:
       self._key_shape,
       teacher,
       sampling,
-      remedies.Strengths(*(scalar if remedy else None for remedy in applied))
+      oscillation.Strengths(*(scalar if remedy else None for remedy in applied))
       if any(applied)
       else None,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from profit_jax.plan import Phase
+from profit_jax.schedule import Phase
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from profit_jax.config import Settings
 from profit_jax.data import Source
 from profit_jax.models import build, init_variables, variable_shapes
-from profit_jax.settings import Settings
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
+from profit_jax.config import QuantSettings, RemedySettings
 from profit_jax.data.normalize import Normalization, normalize
-from profit_jax.layers import at_least_float32
+from profit_jax.nn.layers import at_least_float32
 from profit_jax.quant import calibration, duq
-from profit_jax.quant.levels import Levels, kernel_steps
+from profit_jax.quant.bits import Levels, kernel_steps
 from profit_jax.quant.methods import METHODS
-from profit_jax.settings import QuantSettings, RemedySettings
-from profit_jax.train import aiwq, remedies
+from profit_jax.train import aiwq, oscillation
 from profit_jax.train.packing import unpack
 from profit_jax.train.state import TrainState
 
@@ -95,7 +95,7 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
       once, by the parts' mean.
     dtype: of the activations and their gradients; None is that of the normalized images.
     quant: the student's quantizers, for the remedies.
-    remedy: their settings; see `profit_jax/train/remedies.py`.
+    remedy: their settings; see `profit_jax/train/oscillation.py`.
   """
 
   def step(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None):
@@ -210,7 +210,7 @@ def _dampening(params, strengths, levels, quant):
   """The weighted dampening loss and its gradient."""
 
   def dampening(params):
-    return strengths.dampening * remedies.dampening_loss(params, levels.weight, quant)
+    return strengths.dampening * oscillation.dampening_loss(params, levels.weight, quant)
 
   return jax.value_and_grad(dampening)(params)
 
@@ -219,7 +219,7 @@ def _fix_codes(state, strengths, levels, remedy, quant):
   """The state after iterative freezing, where that is on."""
   if strengths is None or strengths.threshold is None:
     return state
-  params, oscillation = remedies.fix_codes(
+  params, oscillating = oscillation.fix_codes(
     state.oscillation,
     unpack(state.params),
     levels.weight,
@@ -227,7 +227,7 @@ def _fix_codes(state, strengths, levels, remedy, quant):
     remedy.freezing_momentum,
     quant,
   )
-  return state.replace(params=state.params.with_kernels(params), oscillation=oscillation)
+  return state.replace(params=state.params.with_kernels(params), oscillation=oscillating)
 
 
 def _forward(model, variables, step, image, levels, key, sampling):

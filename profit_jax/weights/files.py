@@ -13,7 +13,7 @@ import safetensors
 from etils import epath
 
 from profit_jax import paths, snapshots
-from profit_jax.settings import ConfigError
+from profit_jax.config import ConfigError
 from profit_jax.weights import torch_file
 
 _TORCH = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")

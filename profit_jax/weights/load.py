@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from profit_jax.config import ConfigError, ModelSettings
 from profit_jax.models import REGISTRY, STRIDES, options, variable_shapes
-from profit_jax.settings import ConfigError, ModelSettings
 from profit_jax.weights import authors, timm, torchvision
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.naming import QUANTIZER_LEAVES, Naming, OwnNaming, Path

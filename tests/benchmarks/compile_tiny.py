@@ -13,8 +13,8 @@ os.environ.update(aot_targets.ENVIRONMENT)  # before JAX is imported
 
 from benchmarks import aot_programs
 from configs import mbv2_w4
+from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY
-from profit_jax.settings import ConfigError, parse
 from tests.traced import TwoBlocks
 from tests.train.tiny import TinyNet
 

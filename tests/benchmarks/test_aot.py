@@ -10,8 +10,8 @@ import pytest
 from jax.experimental import topologies
 
 from benchmarks import aot, aot_programs, aot_targets, plain_nets, program_text
-from profit_jax.layers import QuantConv
 from profit_jax.models import REGISTRY
+from profit_jax.nn.layers import QuantConv
 from tests.wrong_input import assert_refused
 
 RESULTS = pathlib.Path(aot.__file__).parent / "RESULTS.md"

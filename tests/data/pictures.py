@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from configs import base
+from profit_jax.config import parse
 from profit_jax.models import REGISTRY
-from profit_jax.settings import parse
 
 TRAIN, EVAL = 24, 10  # images
 SIZE = 16  # pixels that a batch has of them

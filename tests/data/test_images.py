@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 
 from profit_jax import data
+from profit_jax.config import ConfigError
 from profit_jax.data import Host, preprocess
 from profit_jax.data.records import Pass, table_rows
-from profit_jax.settings import ConfigError
 from tests.data import pictures
 from tests.data.pictures import EVAL, SIZE, TRAIN, settings
 

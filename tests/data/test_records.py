@@ -5,11 +5,11 @@ import functools
 import numpy as np
 import pytest
 
+from profit_jax.config import ConfigError
 from profit_jax.data import Host
 from profit_jax.data.folder import Folder
 from profit_jax.data.records import Pass, Shard, reader_plan, table_rows
 from profit_jax.data.tfds import Splits, cut
-from profit_jax.settings import ConfigError
 from tests.data.pictures import EVAL, TRAIN, settings
 
 BATCH = 8

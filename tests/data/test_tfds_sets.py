@@ -5,9 +5,9 @@ import pytest
 
 from configs import cifar10_w4, mbv2_w4
 from profit_jax import data
-from profit_jax.data import prepare
+from profit_jax.cli import prepare
+from profit_jax.config import parse
 from profit_jax.models import REGISTRY, check
-from profit_jax.settings import parse
 from tests.data import pictures
 
 # Synsets by their place in the list of classes, which TFDS and torchvision share.

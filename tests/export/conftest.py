@@ -6,7 +6,7 @@ from etils import epath
 from profit_jax import data, snapshots
 from profit_jax.export.build import NETWORKS
 from profit_jax.models import REGISTRY
-from profit_jax.report import files
+from profit_jax.train import run_directory
 from profit_jax.train.progress import Best, PhaseRecord, Progress
 from tests.export import tiny
 from tests.export.nets import random_variables, small_settings
@@ -29,7 +29,7 @@ def tiny_settings(**changes):
 def write_run(workdir, best, **changes):
   settings = tiny_settings(**changes)
   workdir = epath.Path(workdir)
-  files.claim_workdir(workdir, settings, data.load(settings))
+  run_directory.claim_workdir(workdir, settings, data.load(settings))
   phase = {
     "index": 1,
     "name": "w4a4 ft1",

@@ -9,6 +9,7 @@ import numpy as np
 
 from configs import digits_w4
 from profit_jax import data
+from profit_jax.config import parse
 from profit_jax.export.build import build_net
 from profit_jax.export.net import (
   IMAGE,
@@ -22,7 +23,6 @@ from profit_jax.export.net import (
   Value,
 )
 from profit_jax.models import REGISTRY, build, variable_shapes
-from profit_jax.settings import parse
 
 NORMALIZATION = data.KNOWN["digits"].normalization
 SIZE = 16  # pixels

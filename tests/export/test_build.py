@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from profit_jax.config import ConfigError
 from profit_jax.export import verify
 from profit_jax.export.build import build_net, kernel_codes
 from profit_jax.export.costs import costs
 from profit_jax.export.net import Activation
 from profit_jax.models import build
 from profit_jax.quant import duq
-from profit_jax.settings import ConfigError
 from tests.export.nets import (
   NORMALIZATION,
   full_net,

@@ -9,9 +9,9 @@ import onnx
 import pytest
 import safetensors
 
+from profit_jax.config import ConfigError
 from profit_jax.export import formats, onnx_file, safetensors_file, verify
 from profit_jax.export.packing import unpack
-from profit_jax.settings import ConfigError
 from tests.export.nets import every_operation, full_net, images, random_net
 
 

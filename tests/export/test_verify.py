@@ -7,7 +7,7 @@ import pytest
 from profit_jax.export import onnx_file, reference, verify
 from profit_jax.export.net import IMAGE, Activation, Layer, Net, Quantizer, Sum, Value
 from profit_jax.models import init_variables
-from profit_jax.quant.levels import levels
+from profit_jax.quant.bits import levels
 from tests.export.nets import (
   NORMALIZATION,
   changed,

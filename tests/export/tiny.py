@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from profit_jax.export.net import IMAGE
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.models.mobilenet_v1 import DepthwiseSeparable
-from profit_jax.quant.levels import Levels
+from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.quant.bits import Levels
 
 
 class TinyV1(nn.Module):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from profit_jax import depthwise
-from profit_jax.kernels import depthwise_triton, target
+from profit_jax.kernels import depthwise, depthwise_triton, target
 from profit_jax.kernels.affine import Affine
 
 # Kernel, stride, height and width, channels, margin, pad_value.

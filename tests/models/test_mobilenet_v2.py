@@ -8,7 +8,7 @@ import pytest
 
 from profit_jax.models import REGISTRY, variable_shapes
 from profit_jax.models.common import divisible_by_8
-from profit_jax.quant.levels import levels
+from profit_jax.quant.bits import levels
 from profit_jax.weights.load import import_variables
 from tests import golden_data
 

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from profit_jax.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.models import REGISTRY, variable_shapes
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
 from profit_jax.models.mobilenet_v3 import Block
-from profit_jax.quant.levels import Levels, levels
+from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
+from profit_jax.quant.bits import Levels, levels
 from profit_jax.weights.load import import_variables
 from tests import golden_data
 

@@ -8,9 +8,9 @@ import pytest
 from flax import traverse_util
 
 from configs import base
+from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, STRIDES, TEACHERS_ONLY, build, check, variable_shapes
-from profit_jax.quant.levels import levels
-from profit_jax.settings import ConfigError, parse
+from profit_jax.quant.bits import levels
 from profit_jax.weights.load import import_variables
 from tests import golden_data
 

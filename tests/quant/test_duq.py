@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from profit_jax.quant import duq
-from profit_jax.quant.levels import levels, symmetric_steps
+from profit_jax.quant.bits import levels, symmetric_steps
 from tests import golden_data
 
 BITS = [2, 3, 4, 5, 6, 7, 8]

@@ -2,7 +2,7 @@
 
 import jax
 
-from profit_jax import app
+from profit_jax.cli import app
 from profit_jax.models import REGISTRY
 from tests.train.conftest import tiny_config
 from tests.train.forked import redirect

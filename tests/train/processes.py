@@ -6,9 +6,10 @@ import sys
 import jax
 
 import main
-from profit_jax import app, distributed
+from profit_jax import distributed
+from profit_jax.cli import app
+from profit_jax.config import Ending
 from profit_jax.models import REGISTRY
-from profit_jax.settings import Ending
 from tests.train.conftest import tiny_config
 from tests.train.forked import redirect
 from tests.train.runs import WITHOUT_PLOTS, SignalAt

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from profit_jax import snapshots
-from profit_jax.app import Hooks
+from profit_jax.cli.app import Hooks
 from profit_jax.train.observer import Observer
 
 # Of runs whose pictures no test looks at.

@@ -6,9 +6,11 @@ import shutil
 import pytest
 from etils import epath
 
-from profit_jax import app, fork, snapshots
+from profit_jax import snapshots
+from profit_jax.cli import app
+from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY
-from profit_jax.settings import ConfigError, parse
+from profit_jax.train import fork
 from tests.train.conftest import tiny_config
 from tests.train.runs import (
   WITHOUT_PLOTS,

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from configs import mbv2_w4
-from profit_jax import app
+from profit_jax.cli import app
 from tests.data import pictures
 from tests.train.runs import WITHOUT_PLOTS, result_of
 from tests.wrong_input import command

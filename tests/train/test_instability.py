@@ -8,12 +8,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from profit_jax import snapshots
+from profit_jax.config import QuantSettings
 from profit_jax.quant import duq
-from profit_jax.quant.levels import levels
+from profit_jax.quant.bits import levels
 from profit_jax.quant.methods import METHODS, kernel_codes
 from profit_jax.quant.methods import per_channel as per_channel_of
 from profit_jax.report import plots
-from profit_jax.settings import QuantSettings
 from profit_jax.train import instability
 from profit_jax.train.checkpoint import progress_of
 from profit_jax.train.progress import EpochRecord, Progress

@@ -5,8 +5,9 @@ import time
 import jax
 import pytest
 
-from profit_jax import app, snapshots
-from profit_jax.settings import ConfigError
+from profit_jax import snapshots
+from profit_jax.cli import app
+from profit_jax.config import ConfigError
 from tests.train import forked, killed
 from tests.train.conftest import tiny_config
 from tests.train.runs import assert_same_run, number

@@ -10,13 +10,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from profit_jax import app, snapshots
+from profit_jax import snapshots
+from profit_jax.cli import app
+from profit_jax.config import ConfigError
 from profit_jax.models import variable_shapes
-from profit_jax.settings import ConfigError
 from profit_jax.train.interrupt import Stopped
+from profit_jax.train.nonfinite import NotFinite
 from profit_jax.train.observer import Observer
 from profit_jax.train.programs import Programs
-from profit_jax.train.sanity import NotFinite
 from profit_jax.train.state import create_state, saved_form
 from tests.train.conftest import PHASES, tiny_config
 from tests.train.runs import (

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from profit_jax import app, compare, to_torch
+from profit_jax.cli import app, compare, to_torch
+from profit_jax.config import ConfigError, QuantSettings, parse
 from profit_jax.export import build as export_build
-from profit_jax.layers import QuantAct, QuantConv, QuantDense
 from profit_jax.models import REGISTRY, build, init_variables
-from profit_jax.quant.levels import levels
-from profit_jax.settings import ConfigError, QuantSettings, parse
+from profit_jax.nn.layers import QuantAct, QuantConv, QuantDense
+from profit_jax.quant.bits import levels
 from profit_jax.train import steps
 from tests.export.nets import settings_of
 from tests.train.conftest import tiny_config

@@ -9,10 +9,10 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 
 from configs import digits_w4
+from profit_jax.config import parse
 from profit_jax.data.digits import FACTS
 from profit_jax.models import REGISTRY
-from profit_jax.plan import Program
-from profit_jax.settings import parse
+from profit_jax.schedule import Program
 from profit_jax.train.programs import Programs, default_dtype
 from tests.traced import TwoBlocks
 

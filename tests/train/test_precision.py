@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from profit_jax import data, plan
+from profit_jax import data, schedule
+from profit_jax.config import parse
 from profit_jax.data import normalization
 from profit_jax.data.digits import FACTS
 from profit_jax.models import REGISTRY, init_variables
-from profit_jax.quant.levels import levels
-from profit_jax.settings import parse
+from profit_jax.quant.bits import levels
 from profit_jax.train import optimizer, steps
 from profit_jax.train.packing import pack, unpack
 from profit_jax.train.programs import Programs, make_mesh
@@ -101,7 +101,7 @@ def test_a_run_computes_in_its_data_type(tiny, dtype, halved):
   settings = parse(tiny_config(**{"train.dtype": dtype}), REGISTRY)
   programs = Programs(settings, FACTS, TinyNet(), TinyNet(), make_mesh(settings))
   programs.close()  # nothing is compiled
-  traced = programs.trace_train_step(plan.plan(settings)[-1].program)
+  traced = programs.trace_train_step(schedule.plan(settings)[-1].program)
   convolutions = [
     line for line in str(traced.jaxpr).splitlines() if "= conv_general_dilated[" in line
   ]

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from profit_jax import app, distributed
-from profit_jax.settings import ConfigError
+from profit_jax import distributed
+from profit_jax.cli import app
+from profit_jax.config import ConfigError
 from tests.data import pictures
 from tests.train import forked
 from tests.train.processes import config, printed, run_main, train

@@ -12,9 +12,9 @@ import weakref
 import jax
 import pytest
 
+from profit_jax.config import parse
 from profit_jax.data.digits import FACTS
 from profit_jax.models import REGISTRY
-from profit_jax.settings import parse
 from profit_jax.train.programs import Programs, make_mesh
 from tests.train.conftest import tiny_config
 from tests.train.tiny import TinyNet

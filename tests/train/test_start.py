@@ -12,11 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from configs import base, digits_w4
-from profit_jax import app, snapshots, to_torch
+from profit_jax import snapshots
+from profit_jax.cli import app, to_torch
+from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, build, init_variables, variable_shapes
-from profit_jax.plan import plan
 from profit_jax.report.console import near_chance
-from profit_jax.settings import ConfigError, parse
+from profit_jax.schedule import plan
 from profit_jax.train import start
 from profit_jax.weights.save import named_tensors, write_safetensors
 from tests import golden_data

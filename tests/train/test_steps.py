@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from profit_jax.data import Normalization
 from profit_jax.data.normalize import normalize
 from profit_jax.models import init_variables
-from profit_jax.quant.levels import Levels, levels
-from profit_jax.train import aiwq, optimizer, sanity, steps
+from profit_jax.quant.bits import Levels, levels
+from profit_jax.train import aiwq, nonfinite, optimizer, steps
 from profit_jax.train.packing import pack, unpack
 from profit_jax.train.state import create_state
 from tests.train.tiny import CONVS, TinyNet
@@ -229,12 +229,12 @@ def test_the_message_about_numbers_that_are_not_finite_names_layers():
     "norm0": {"mean": np.zeros(2), "var": np.asarray([1.0, 2e30])},
     "norm1": {"var": np.ones(2)},
   }
-  told = sanity.describe("phase 1", 2.3, {"weight": 0.1}, {}, statistics)
+  told = nonfinite.describe("phase 1", 2.3, {"weight": 0.1}, {}, statistics)
   for part in ("phase 1", "2.3", "gradient", "weight 0.1", "norm0 2e+30"):
     assert part in told
   assert "norm1" not in told
   statistics = {"norm0": {"var": np.ones(2)}}
-  told = sanity.describe("phase 1", float("nan"), {"weight": 0.1}, {}, statistics)
+  told = nonfinite.describe("phase 1", float("nan"), {"weight": 0.1}, {}, statistics)
   assert "nan" in told
   assert "norm0" not in told
 

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from profit_jax.data import Normalization
 from profit_jax.models import REGISTRY, variable_shapes
-from profit_jax.quant.levels import levels
+from profit_jax.quant.bits import levels
 from profit_jax.train import aiwq, optimizer, steps
 from profit_jax.train.packing import pack, unpack
 from profit_jax.train.state import create_state

@@ -5,8 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from profit_jax.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
-from profit_jax.quant.levels import Levels
+from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
+from profit_jax.quant.bits import Levels
 
 
 class TinyNet(nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from profit_jax.settings import ConfigError
+from profit_jax.config import ConfigError
 from profit_jax.weights.files import read_contents
 from tests import golden_data
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY, variable_shapes
-from profit_jax.settings import ConfigError
 from profit_jax.weights.load import load_variables, namings
 from profit_jax.weights.naming import QUANTIZER_LEAVES
 from profit_jax.weights.save import named_tensors, write_safetensors

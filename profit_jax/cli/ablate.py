@@ -1,0 +1,259 @@
+"""Trains a grid of runs and compares them: profit ablate --config
+configs/ablation_digits.py --workdir DIR.
+
+Every cell is an ordinary run of `profit train`, in a separate directory, with as many seeds as the
+grid says; the same command goes on where it was stopped. Phases that two runs have in common are
+trained once, and the second run forks from there. Writes DIR/ablation.md, ablation.json and
+ablation.png.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from etils import epath
+
+from profit_jax import paths, snapshots
+from profit_jax.config import ConfigError, Settings
+from profit_jax.report import ablation
+from profit_jax.train import fork, run_directory
+
+# Checkpoints that a run keeps which others begin with: one of every end of a phase, and those
+# between.
+_ALL = 1000
+_DEVICES = "import jax; print(jax.default_backend(), jax.local_device_count())"
+
+
+def one_per_gpu(jobs: int | None) -> list[dict[str, str]]:
+  """The variables that select the GPU of each run that is trained at once.
+
+  Args:
+    jobs: number of runs at once; None is one for each GPU, or one in all without GPUs.
+  """
+  # In a process of its own: this one must not take the devices' memory.
+  found = subprocess.run(
+    [sys.executable, "-c", _DEVICES], capture_output=True, text=True, check=False
+  )
+  backend, count = (
+    found.stdout.split()[-2:] if found.returncode == 0 and found.stdout else ("cpu", "1")
+  )
+  if backend in ("gpu", "cuda"):
+    return [
+      {"CUDA_VISIBLE_DEVICES": str(index % int(count))} for index in range(jobs or int(count))
+    ]
+  return [{}] * (jobs or 1)
+
+
+class Launcher(NamedTuple):
+  """How the runs of a grid are started.
+
+  Attributes:
+    command: starts one run; the arguments of `profit train` follow it.
+    environments: takes `--jobs`, or None. Gives the variables that each of the runs that are
+      trained at once adds to the environment.
+    poll: seconds between two looks for the checkpoints that waiting runs begin with.
+  """
+
+  command: Sequence[str] = (sys.executable, "-m", "profit_jax", "train")
+  environments: Callable[[int | None], Sequence[Mapping[str, str]]] = one_per_gpu
+  poll: float = 2.0
+
+
+def main(arguments: Sequence[str] | None = None, launcher: Launcher = Launcher()) -> int:
+  """The command line.
+
+  Args:
+    arguments: without the program's name; None is those of this process.
+    launcher: starts the runs.
+
+  Returns:
+    The exit code: 1 where a run failed, 2 for wrong input.
+  """
+  parser = argparse.ArgumentParser(
+    prog="profit ablate",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    "--config", required=True, help="a file with a function get_grid, as configs/ablation_digits.py"
+  )
+  parser.add_argument(
+    "--workdir", required=True, help="where the runs and the table go, local or remote"
+  )
+  parser.add_argument(
+    "--only",
+    action="append",
+    default=[],
+    metavar="AXIS=LABEL",
+    help="a part of the grid; repeatable",
+  )
+  parser.add_argument("--seeds", type=int, help="runs of every cell, instead of the grid's number")
+  parser.add_argument("--jobs", type=int, help="runs at once; by default one on every GPU, or one")
+  parser.add_argument(
+    "--alone",
+    action="store_true",
+    help="every run trains all its phases, those in common with others too",
+  )
+  parser.add_argument("--plan", action="store_true", help="print the commands and train nothing")
+  options = parser.parse_args(arguments)
+  try:
+    grid = ablation.narrowed(ablation.read_grid(options.config), options.only, options.seeds)
+    if options.jobs is not None and options.jobs < 1:
+      raise ConfigError(f"--jobs={options.jobs} is not allowed: it must be 1 or more.")
+    root = paths.opened("--workdir", options.workdir)
+    runs = [(labels, seed) for seed in range(grid.seeds) for labels in grid.cells()]
+    if not runs:
+      raise ConfigError("The grid has no cell: --only, or the grid's keep, leaves nothing.")
+    settings = {run: ablation.settings_of(grid, run) for run in runs}
+    trunks = {} if options.alone else ablation.trunks(settings)
+    if options.plan:
+      for run in runs:
+        print(shlex.join(_command(launcher, grid, root, run, trunks, fork=run in trunks)))
+      return 0
+    failed = train(grid, root, settings, trunks, options.jobs, launcher)
+    report(grid, root)
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  for labels, seed, log in failed:
+    print(f"FAILED: {', '.join(labels)}, seed {seed}: see {log}", file=sys.stderr)
+  return 1 if failed else 0
+
+
+def _command(launcher, grid, root, run, trunks, *, fork):
+  command = [
+    *launcher.command,
+    *grid.arguments(*run),
+    f"--workdir={ablation.directory_of(root, *run)}",
+  ]
+  if fork:
+    command.append(f"--fork_from={ablation.directory_of(root, *trunks[run].run)}")
+  if any(trunk.run == run for trunk in trunks.values()):
+    command.append(f"--config.checkpoint.keep={_ALL}")
+  return command
+
+
+def train(
+  grid: ablation.Grid,
+  root: epath.Path,
+  settings: Mapping[ablation.Run, Settings],
+  trunks: Mapping[ablation.Run, ablation.Trunk],
+  jobs: int | None,
+  launcher: Launcher = Launcher(),
+) -> list[tuple[ablation.Labels, int, pathlib.Path]]:
+  """Trains the runs that have no result yet; returns those that failed, and their logs.
+
+  A run with a trunk begins when that has trained what both have in common. What can begin does so
+  in the order given, seed by seed: a grid that is stopped has whole ones. `jobs` is the number of
+  runs at once, as `--jobs`.
+  """
+  waiting = [
+    run for run in settings if not (ablation.directory_of(root, *run) / "result.json").exists()
+  ]
+  count = len(waiting)
+  print(f"{len(settings)} runs, {count} of them to be trained.", flush=True)
+  if not waiting:
+    return []
+  logs = pathlib.Path(root if "://" not in os.fspath(root) else ".") / "logs"
+  try:
+    logs.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"{logs} cannot be written: {error}. Give another --workdir.") from error
+  devices, failed, done = list(launcher.environments(jobs)), [], 0
+  running: dict[concurrent.futures.Future, tuple[ablation.Run, Mapping[str, str]]] = {}
+  with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+    while waiting or running:
+      for run in list(waiting):
+        if not devices:
+          break
+        trunk = trunks.get(run)
+        saved = trunk is not None and _is_saved(root, settings, trunk)
+        # A trunk that has ended, well or not, will save no more.
+        ended = trunk is not None and trunk.run not in (
+          *waiting,
+          *(other for other, _ in running.values()),
+        )
+        if trunk is None or saved or ended:
+          waiting.remove(run)
+          command = _command(launcher, grid, root, run, trunks, fork=saved)
+          device = devices.pop(0)
+          running[pool.submit(_run, command, device, _log(logs, run))] = run, device
+      done_now, _ = concurrent.futures.wait(
+        running, timeout=launcher.poll, return_when=concurrent.futures.FIRST_COMPLETED
+      )
+      for future in done_now:
+        run, device = running.pop(future)
+        devices.append(device)
+        code, seconds = future.result()
+        done += 1
+        told = "failed" if code else _top1(root, *run)
+        print(
+          f"{done:>4}/{count}  {', '.join(run[0])}, seed {run[1]}: {told}, {seconds:.0f} s",
+          flush=True,
+        )
+        if code:
+          failed.append((*run, _log(logs, run)))
+  return failed
+
+
+def _run(command, environment, log):
+  """The exit code and the seconds that it took."""
+  start = time.perf_counter()
+  with log.open("a") as opened:
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+      command, env=environment, stdout=opened, stderr=subprocess.STDOUT, check=False
+    )
+  return done.returncode, time.perf_counter() - start
+
+
+def _log(logs, run):
+  return logs / f"{ablation.directory_of(epath.Path('.'), *run).name}.log"
+
+
+def _is_saved(root, settings, trunk):
+  """Whether the trunk has a checkpoint at the end of what it has in common."""
+  directory = ablation.directory_of(root, *trunk.run)
+  try:
+    ends = fork.ends(
+      settings[trunk.run], trunk.phases, run_directory.read_data(directory)["train_examples"]
+    )
+    return ends[-1] in snapshots.saved_numbers(directory / "checkpoints")
+  # It has not begun, or what is there cannot be read: then nobody begins with it.
+  except ConfigError:
+    return False
+
+
+def _top1(root, labels, seed):
+  final = json.loads((ablation.directory_of(root, labels, seed) / "result.json").read_text())[
+    "final"
+  ]
+  return f"{final['top1']:.2f} %"
+
+
+def report(grid: ablation.Grid, root: epath.Path) -> None:
+  """Writes and prints the table of what has ended."""
+  cells = ablation.read_cells(grid, root)
+  compared = ablation.differences(grid, cells)
+  text = ablation.markdown(grid, cells, compared)
+  try:
+    (root / "ablation.md").write_text(text)
+    (root / "ablation.json").write_text(
+      json.dumps(ablation.to_json(grid, cells, compared), indent=1) + "\n"
+    )
+    with (root / "ablation.png").open("wb") as file:
+      ablation.plot(grid, cells, file)
+  except OSError as error:
+    raise ConfigError(
+      f"--workdir {root} cannot be written: {error}. The runs are kept; make room and repeat."
+    ) from error
+  print(text, end="")
+  print(f"Table and plot: {root}/ablation.md, ablation.json, ablation.png")

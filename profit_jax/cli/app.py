@@ -1,0 +1,478 @@
+"""Puts a run together: settings -> plan -> data, model, teacher -> loop -> reports. `main.py` reads
+the flags.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import ml_collections
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+
+from profit_jax import data, distributed, paths, schedule, snapshots
+from profit_jax.cli import export
+from profit_jax.config import ConfigError, Settings, parse
+from profit_jax.export import formats, verify
+from profit_jax.models import REGISTRY, build, check, variable_shapes
+from profit_jax.report import console
+from profit_jax.report import result as result_files
+from profit_jax.train import fork, run_directory, start
+from profit_jax.train.checkpoint import best_variables, progress_of
+from profit_jax.train.evaluate import evaluate
+from profit_jax.train.loop import Loop
+from profit_jax.train.observer import Observer, Observers
+from profit_jax.train.packing import pack_variables
+from profit_jax.train.programs import Programs, default_dtype, make_mesh
+from profit_jax.train.progress import Progress, summary
+
+MODES = ("train", "eval", "plan", "export")
+
+
+class Cluster(NamedTuple):
+  """How several processes find each other, where nothing tells by itself; see
+  `distributed.initialize`.
+  """
+
+  coordinator_address: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  heartbeat_seconds: int = 100
+
+
+class Hooks(NamedTuple):
+  """What a caller from Python adds to a run in mode train.
+
+  Attributes:
+    callbacks: told of every event, in every process.
+    clock: in seconds; decides when `checkpoint.minutes` are over.
+    devices: that the run uses, or None for all.
+    plots: whether pictures are drawn at the end, for the report and for TensorBoard. It takes some
+      seconds, which many short runs may want to save.
+  """
+
+  callbacks: Sequence[Observer] = ()
+  clock: Callable[[], float] = time.monotonic
+  devices: Sequence[jax.Device] | None = None
+  plots: bool = True
+
+
+def main(
+  config: ml_collections.ConfigDict | None,
+  workdir: str,
+  mode: str,
+  images_per_second: float | None = None,
+  cluster: Cluster = Cluster(),
+  export_formats: Sequence[str] = formats.DEFAULT,
+  fork_from: str = "",
+  hooks: Hooks = Hooks(),
+) -> None:
+  """Runs one mode.
+
+  Args:
+    config: from `--config`; in modes eval and export None takes the run's own `config.json`.
+    workdir: the run's directory; mode plan needs none, nor does mode eval with `init.weights`,
+      which it evaluates where there is no run.
+    mode: one of `MODES`.
+    images_per_second: of training; mode plan then prints hours.
+    cluster: where the processes meet.
+    export_formats: what mode export writes.
+    fork_from: the directory of a run whose first phases a new run in mode train begins with; see
+      `fork`.
+    hooks: callbacks and more for mode train.
+
+  Raises:
+    ConfigError: anything that the user can mend.
+  """
+  names = formats.named(list(export_formats))
+  settings, directory, only_file = _read(config, workdir, mode, fork_from)
+  phases = schedule.plan(settings)
+  if mode == "plan":
+    print_plan(settings, phases, images_per_second)
+    return
+  with _compilation_cache(settings):
+    distributed.initialize(*cluster)
+    settings = _with_dtype(settings, directory if workdir else None, fork_from, hooks.devices)
+    distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
+    if only_file:
+      if workdir:
+        _say(f"{directory} holds no run: this evaluates {settings.init.weights}.")
+      evaluate_file(settings, phases)
+    elif mode == "eval":
+      run_eval(settings, phases, directory)
+    elif mode == "export":
+      run_export(settings, phases, directory, names)
+    else:
+      with distributed.peers_needed():
+        train(settings, directory, fork_from, hooks)
+
+
+def _read(config, workdir: str, mode: str, fork_from: str) -> tuple[Settings, epath.Path, bool]:
+  """The settings, the run's directory, and whether only the file in `init.weights` is evaluated."""
+  if mode not in MODES:
+    raise ConfigError(f"--mode={mode} is not allowed: it must be one of {', '.join(MODES)}.")
+  if fork_from and mode != "train":
+    raise ConfigError(
+      f"--fork_from={fork_from} is not allowed with --mode={mode}: only training begins with "
+      "another run."
+    )
+  directory = paths.opened("--workdir", workdir) if workdir else epath.Path()
+  if config is None and mode not in ("eval", "export"):
+    raise ConfigError(
+      "--config is missing: give a configuration file, as --config configs/digits_w4.py."
+    )
+  if config is None:
+    _require_workdir(workdir, mode)
+    settings, only_file = run_directory.read_settings(directory), False
+  else:
+    settings = parse(config, REGISTRY)
+    has_run = workdir and run_directory.is_begun(directory)
+    only_file = mode == "eval" and bool(settings.init.weights) and not has_run
+  if mode != "plan" and not only_file:
+    _require_workdir(workdir, mode)
+  check(settings)
+  return settings, directory, only_file
+
+
+def _with_dtype(
+  settings: Settings,
+  workdir: epath.Path | None,
+  fork_from: str,
+  devices: Sequence[jax.Device] | None,
+) -> Settings:
+  """The settings with a `train.dtype` that is not auto: the run's, where it has begun; that of the
+  run that it begins with; or the platform's.
+  """
+  if settings.train.dtype != "auto":
+    return settings
+  if workdir is not None and run_directory.is_begun(workdir):
+    return settings.with_dtype(run_directory.read_settings(workdir).train.dtype)
+  if fork_from:
+    origin = paths.opened("--fork_from", fork_from)
+    if run_directory.is_begun(origin):
+      return settings.with_dtype(run_directory.read_settings(origin, "--fork_from").train.dtype)
+  return settings.with_dtype(default_dtype((devices or jax.devices())[0].platform))
+
+
+def identity(settings: Settings, mode: str, workdir: str, fork_from: str) -> str:
+  """The text in which all processes of a run must agree; where data and programs lie may differ."""
+  numbers = json.dumps(run_directory.of_all_processes(settings.to_dict()), sort_keys=True)
+  return f"{mode} {workdir} {fork_from} {numbers}"
+
+
+def print_plan(
+  settings: Settings, phases: tuple[schedule.Phase, ...], images_per_second: float | None
+) -> None:
+  """Prints the phases; reads the data only where its size is not known otherwise."""
+  if images_per_second is not None and not 0 < images_per_second < float("inf"):
+    raise ConfigError(
+      f"--images_per_second={images_per_second} is not allowed: it must be above 0 and finite."
+    )
+  batch, facts = settings.train.batch_size, data.facts(settings)
+  print(
+    schedule.format_table(
+      phases, facts.train_examples // batch, images_per_second and images_per_second / batch
+    )
+  )
+
+
+def _say(line: str) -> None:
+  if distributed.is_first():
+    print(line)
+
+
+def _load_data(settings: Settings) -> data.Source:
+  source = distributed.together(
+    lambda: data.load(settings, data.Host(jax.process_index(), jax.process_count()))
+  )
+  distributed.require_equal("data", source.fingerprint())
+  return source
+
+
+def _require_workdir(workdir: str, mode: str) -> None:
+  if not workdir:
+    either = (
+      " (or --config and --config.init.weights=FILE, to evaluate that)" if mode == "eval" else ""
+    )
+    raise ConfigError(
+      f"--workdir is missing: --mode={mode} needs the directory of a run, local or gs://{either}."
+    )
+
+
+def train(
+  settings: Settings, workdir: epath.Path, fork_from: str = "", hooks: Hooks = Hooks()
+) -> dict[str, Any] | None:
+  """Trains the run in `workdir`, or resumes it.
+
+  Args:
+    settings: validated.
+    workdir: the run's directory.
+    fork_from: the run whose first phases a new run begins with, or "".
+    hooks: callbacks and more.
+
+  Returns:
+    What `result.json` holds, in the first process; None in the others.
+  """
+  settings = _with_dtype(settings, workdir, fork_from, hooks.devices)
+  phases = schedule.plan(settings)
+  mesh = make_mesh(settings, hooks.devices)
+  source = _load_data(settings)
+  facts = source.facts
+  screen = Console(highlight=False, quiet=not distributed.is_first())
+  # Closes in reverse order: the last checkpoints are written whatever else fails.
+  with contextlib.ExitStack() as closing:
+    # A fresh directory is claimed only when what the run starts from has been read: files of
+    # weights, or another run.
+    begun = distributed.from_first(run_directory.is_begun(workdir))
+    writer = _claim(workdir, settings, source, closing) if begun else None
+    snapshot = writer and writer.read_newest(lambda text: _warn(screen, text))
+    if snapshot is None and fork_from:
+      origin = distributed.together(lambda: paths.opened("--fork_from", fork_from))
+      snapshot = fork.snapshot(settings, source, origin, lambda text: _warn(screen, text))
+      writer = writer or _claim_fresh(workdir, settings, source, closing)
+      # A run of its own from here on.
+      writer.save(snapshot.number, snapshot.arrays, snapshot.values)
+      writer.wait()
+      screen.print(
+        f"Up to the end of phase {snapshot.values['forked_phases']}, this is the run in "
+        f"{fork_from}."
+      )
+    progress = snapshot and progress_of(snapshot)
+    student = distributed.together(
+      lambda: start.load_student(settings, facts.num_classes, progress)
+    )
+    teacher = distributed.together(
+      lambda: start.load_teacher(settings, student, facts.num_classes, progress)
+    )
+    writer = writer or _claim_fresh(workdir, settings, source, closing)
+    screen.print(f"{schedule.summary_line(phases)}; {workdir}")
+    if settings.from_scratch:
+      screen.print("The student starts from random weights (config.init.weights is empty).")
+    for doubt in start.doubts(settings, student, teacher):
+      _warn(screen, doubt)
+    programs = Programs(
+      settings,
+      facts,
+      student.model,
+      teacher.model,
+      mesh,
+      student.file_model,
+    )
+    closing.callback(programs.close)
+    watchers = _watchers(screen, facts, workdir, hooks.plots) if distributed.is_first() else []
+    observer = Observers([*hooks.callbacks, *watchers])
+    closing.callback(observer.close)
+    loop = Loop(
+      settings=settings,
+      source=source,
+      programs=programs,
+      writer=writer,
+      observer=observer,
+      student=student,
+      teacher=teacher,
+      clock=hooks.clock,
+    )
+    end = loop.run(snapshot)
+    if not distributed.is_first():
+      return None
+    result = result_files.write_report(
+      workdir, settings, phases, end.progress, end.best["params"], plots=hooks.plots
+    )
+  console.print_table(screen, result)
+  screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
+  return result
+
+
+def _claim_fresh(
+  workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
+) -> snapshots.Writer:
+  """`_claim`, of a directory in which no run was a moment ago."""
+  writer = _claim(workdir, settings, source, closing)
+  if snapshots.saved_numbers(workdir / "checkpoints"):
+    raise ConfigError(
+      f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its "
+      "end."
+    )
+  return writer
+
+
+def _claim(
+  workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
+) -> snapshots.Writer:
+  """Makes the directory this run's, until `closing`; gives the writer of its checkpoints."""
+
+  def claim():
+    # In this order: of two that start together, the second must not find the first one's files half
+    # written.
+    closing.enter_context(run_directory.hold(workdir))
+    run_directory.claim_workdir(workdir, settings, source)
+
+  distributed.first_does(claim)
+  # A directory that only the first process sees.
+  distributed.together(lambda: run_directory.read_data(workdir))
+  writer = snapshots.Writer(workdir / "checkpoints", keep=settings.checkpoint.keep)
+
+  def close(error, *_):
+    # After an error in this process alone, closing would wait for the others; and the first error
+    # is the one to tell.
+    if error is None:
+      writer.close()
+    elif jax.process_count() == 1:
+      with contextlib.suppress(Exception):
+        writer.close()
+
+  closing.push(close)
+  return writer
+
+
+def _warn(screen: Console, text: str) -> None:
+  # Whole in a log file, where a path is not cut in two.
+  screen.print(f"WARNING: {text}", style="yellow", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _compilation_cache(settings: Settings) -> Iterator[None]:
+  """Inside, JAX keeps compiled programs in `compilation_cache`; afterwards where it did before."""
+  before = jax.config.jax_compilation_cache_dir
+  directory = before
+  if settings.compilation_cache:
+    given = os.path.expanduser(settings.compilation_cache)
+    directory = os.fspath(paths.opened("config.compilation_cache =", given))
+  _set_cache_directory(directory)
+  try:
+    yield
+  finally:
+    _set_cache_directory(before)
+
+
+def _set_cache_directory(directory: str | None) -> None:
+  if directory != jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    compilation_cache.reset_cache()  # JAX reads the setting at its first compilation only
+
+
+def _watchers(screen, facts, workdir, pictures):
+  # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
+  from profit_jax.report.tensorboard import TensorBoardObserver
+
+  warn = functools.partial(_warn, screen)
+  events = TensorBoardObserver(os.fspath(workdir), warn, pictures=pictures)
+  return [console.ConsoleObserver(screen, facts.num_classes), events]
+
+
+class Trained(NamedTuple):
+  """A run's best checkpoint at the plan's last bits, its model and data, and the compiled steps."""
+
+  source: data.Source
+  model: nn.Module
+  programs: Programs
+  progress: Progress
+  variables: Any
+
+
+@contextlib.contextmanager
+def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
+  run_directory.read_config(workdir)  # before the data, which takes longer
+  mesh, source = make_mesh(settings), _load_data(settings)
+  distributed.first_does(lambda: run_directory.require_same_run(workdir, settings, source))
+  model = build(settings.model, source.facts.num_classes, settings.quant)
+  programs = Programs(settings, source.facts, model, None, mesh)
+  try:
+    screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
+    shapes = variable_shapes(model, settings.data.image_size)
+    found = best_variables(workdir / "checkpoints", shapes, lambda text: _warn(screen, text))
+    if found is None:
+      raise ConfigError(
+        f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first."
+      )
+    yield Trained(source, model, programs, *found)
+  finally:
+    programs.close()
+
+
+def run_eval(
+  settings: Settings, phases: tuple[schedule.Phase, ...], workdir: epath.Path
+) -> dict[str, float]:
+  """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
+  with _trained(settings, workdir) as best:
+    return _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
+
+
+def run_export(
+  settings: Settings, phases: tuple[schedule.Phase, ...], workdir: epath.Path, names: Sequence[str]
+) -> None:
+  """Writes a run's best checkpoint at the plan's last bits as integer model files; raises as
+  `export.export`.
+  """
+  if jax.process_count() > 1:
+    raise ConfigError(
+      f"--mode=export runs in one process, not in {jax.process_count()}. Start it on one machine "
+      "alone."
+    )
+  if None in (phases[-1].weight_bits, phases[-1].act_bits):
+    bits = schedule.bits_name(phases[-1].weight_bits, phases[-1].act_bits)
+    raise ConfigError(
+      f"--workdir {workdir}: the plan ends with {bits}, and only a run whose weights and "
+      "activations are both quantized "
+      f"can be exported. Train with config.plan.weight_bits and config.plan.act_bits."
+    )
+  with _trained(settings, workdir) as best:
+    evaluated = _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
+    trained = verify.TrainedModel(
+      settings=settings,
+      source=best.source,
+      model=best.model,
+      variables=best.variables,
+      result=summary(best.progress, phases),
+      top1=evaluated["top1"],
+    )
+    export.export(trained, names, workdir / "export", Console(highlight=False))
+
+
+def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> None:
+  """Evaluates `init.weights`: in full precision, and at the plan's last bits if it has the
+  quantizers' scalars.
+  """
+  mesh, source = make_mesh(settings), _load_data(settings)
+  classes = source.facts.num_classes
+  student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
+  screen = Console(highlight=False, quiet=not distributed.is_first())
+  for doubt in start.doubts(settings, student, teacher):
+    _warn(screen, doubt)
+  programs = Programs(
+    settings,
+    source.facts,
+    student.model,
+    None,
+    mesh,
+    student.file_model,
+  )
+  try:
+    variables = programs.replicate(pack_variables(student.make()))
+    scores = start.evaluate_start(programs, source, settings, student, teacher, variables)
+    console.print_start(screen, scores, classes)
+    if student.loaded.quantizers:
+      _evaluate_quantized(settings, phases, programs, source, student.make())
+  finally:
+    programs.close()
+
+
+def _evaluate_quantized(settings, phases, programs, source, variables) -> dict[str, float]:
+  """Evaluates variables at the plan's last bits and prints a line."""
+  bits = {"weight_bits": phases[-1].weight_bits, "act_bits": phases[-1].act_bits}
+  scores, _ = evaluate(
+    programs, source, settings, programs.replicate(pack_variables(variables)), **bits
+  )
+  name = schedule.bits_name(**bits)
+  _say(
+    f"{name}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on "
+    f"{scores['examples']:.0f} images"
+  )
+  return scores

@@ -1,0 +1,195 @@
+"""The command line: `profit COMMAND`, `python -m profit_jax COMMAND`, and `main.py`.
+
+    profit train --config configs/digits_w4.py --workdir RUN
+    profit compare RUN RUN
+
+`main.py` takes the command as `--mode`, `train` by default, and is otherwise the same.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+
+# TensorFlow only writes events and reads data here, and greets in five lines.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from profit_jax.config import ConfigError, Ending
+
+# With a configuration file or a run; the others have a module each, with a `main`.
+MODES = ("train", "eval", "plan", "export")
+COMMANDS = {
+  "compare": "print runs side by side",
+  "ablate": "train a grid of runs and compare them",
+  "predict": "classify pictures with an exported file",
+  "prepare": "download and prepare a tensorflow-datasets set",
+  "to-torch": "write a run's best weights for PyTorch",
+}
+_USAGE = "usage: profit COMMAND [OPTIONS]; profit COMMAND --help lists the options."
+
+
+def define(values, argv=None):
+  """Defines the options.
+
+  Args:
+    values: the `flags.FlagValues` that get them.
+    argv: the command line with the overrides of single fields; None is that of this process.
+  """
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Configuration file; fields: --config.train.batch_size=64.",
+    flag_values=values,
+    sys_argv=argv,
+  )
+  for define_flag, name, default, text in (
+    (flags.DEFINE_string, "workdir", "", "Directory of the run, local or gs://; resumes its run."),
+    (flags.DEFINE_string, "mode", "train", "train, eval, plan or export."),
+    (
+      flags.DEFINE_string,
+      "fork_from",
+      "",
+      "Run whose first phases a new run takes over, if alike.",
+    ),
+    (flags.DEFINE_float, "images_per_second", None, "Training speed; mode plan then prints hours."),
+    (flags.DEFINE_list, "formats", "onnx,jax,safetensors", "Of mode export; also qonnx, litert."),
+    (flags.DEFINE_string, "coordinator_address", None, "HOST:PORT of the first of the processes."),
+    (flags.DEFINE_integer, "num_processes", None, "Number of processes, if there are several."),
+    (flags.DEFINE_integer, "process_id", None, "Number of this process, from 0."),
+  ):
+    define_flag(name, default, text, flag_values=values)
+
+
+def run(argv):
+  """Runs a command line in this process.
+
+  Args:
+    argv: the program's name, then the options.
+
+  Returns:
+    The exit code, and whether all processes of the run leave for the same reason.
+  """
+  values = flags.FlagValues()
+  define(values, argv)
+  try:
+    return _execute(values, _parse(values, argv))
+  except ConfigError as error:
+    return _report(error)
+
+
+def _parse(values, argv):
+  """Reads the options and the configuration file; gives the arguments that are no options."""
+  try:
+    rest = values(argv)
+    # A file that could not be loaded says so only when it is used.
+    getattr(values.config, "keys", None)
+    return rest
+  except Exception as error:  # a configuration file is code: it can raise anything
+    raise ConfigError(f"Wrong command line or configuration file: {_in_short(error)}") from error
+
+
+def _in_short(error):
+  """An error of absl or ml_collections in one line."""
+  text = str(error)
+  if isinstance(error, (KeyError, AttributeError)):
+    text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
+    return f"unknown name in the configuration: {' '.join(text.split())}"
+  lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
+  # Where a traceback or a list of attempts is inside, the last line says what is wrong.
+  return lines[-1] if "Traceback" in text or "Attempted" in text else " ".join(lines)
+
+
+def _execute(values, rest):
+  """Runs the mode; returns what `run` does."""
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  try:
+    if len(rest) > 1:
+      raise ConfigError(
+        f"Wrong command line: unknown arguments {rest[1:]}; every option starts with --."
+      )
+    from profit_jax.cli import app as profit
+
+    profit.main(
+      values.config,
+      values.workdir,
+      values.mode,
+      values.images_per_second,
+      profit.Cluster(values.coordinator_address, values.num_processes, values.process_id),
+      values.formats,
+      values.fork_from,
+    )
+    return 0, False
+  except Ending as ending:
+    return _report(ending)
+  except KeyboardInterrupt:
+    print("error: stopped; the same command resumes from the last checkpoint.", file=sys.stderr)
+    return 130, False  # what shells give a program that was interrupted
+  except Exception:
+    traceback.print_exc()
+    return 1, False
+
+
+def _report(ending):
+  print(f"{ending.label}: {ending}", file=sys.stderr)
+  return ending.code, ending.everywhere
+
+
+def _parse_or_exit(argv):
+  try:
+    return _parse(flags.FLAGS, argv)
+  except ConfigError as error:
+    sys.exit(_report(error)[0])
+
+
+def _run_and_leave(rest):
+  ended = _execute(flags.FLAGS, rest)
+  from profit_jax import distributed
+
+  return distributed.leave(*ended)
+
+
+def main() -> None:
+  """Runs `main.py`'s command line, and ends the process."""
+  define(flags.FLAGS)
+  app.run(_run_and_leave, flags_parser=_parse_or_exit)
+
+
+def profit() -> int | None:
+  """Runs a command line that begins with a command; returns its exit code."""
+  program, *rest = sys.argv
+  # Configuration files import others beside them, as `configs/base.py`; so does `python -m`.
+  if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
+  command = rest[0] if rest else "--help"
+  if command in MODES:
+    sys.argv = [program, f"--mode={command}", *rest[1:]]
+    return main()
+  if command in COMMANDS:
+    return importlib.import_module(f"profit_jax.cli.{command.replace('-', '_')}").main(rest[1:])
+  if command in ("--help", "-h", "help"):
+    print(_help())
+    return 0
+  if command == "--version":
+    from profit_jax import __version__
+
+    print(__version__)
+    return 0
+  allowed = ", ".join((*MODES, *COMMANDS))
+  print(f"error: {command!r} is not a command: it must be one of {allowed}.", file=sys.stderr)
+  return 2
+
+
+def _help() -> str:
+  modes = {
+    "train": "train or resume a run",
+    "eval": "evaluate a run's best checkpoint, or a weights file",
+    "plan": "print the phases of a configuration",
+    "export": "write a run's best checkpoint as verified integer model files",
+  }
+  lines = [f"  {name:9} {text}" for name, text in (modes | COMMANDS).items()]
+  return "\n".join([_USAGE, "", *lines])

@@ -1,0 +1,88 @@
+"""Writes a run's best weights for PyTorch: profit to-torch RUN FILE.safetensors
+[--names=authors].
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from profit_jax import paths, schedule
+from profit_jax.config import ConfigError, QuantSettings
+from profit_jax.models import build, variable_shapes
+from profit_jax.train.run_directory import read_data, read_settings
+from profit_jax.weights.load import differing_settings, load_variables, namings
+from profit_jax.weights.save import (
+  leaves_quantizers_out,
+  named_tensors,
+  settings_metadata,
+  write_safetensors,
+)
+
+
+def write(run: str, file: str, names: str | None) -> str:
+  """Writes the file; returns what to tell the user.
+
+  Args:
+    run: the `--workdir` of a run that has reached its plan's last bits.
+    file: where to, a `.safetensors`.
+    names: `authors`, `torchvision`, `timm` or `profit_jax`; None takes the first of these that the
+      model has.
+
+  Raises:
+    ConfigError: anything that the user can mend.
+  """
+  directory = paths.opened("The run", run)
+  settings = read_settings(directory)
+  model = settings.model.name
+  if names is None:
+    names = next(
+      source
+      for source in ("authors", "torchvision", "timm", "profit_jax")
+      if source in namings(model)
+    )
+  module = build(settings.model, read_data(directory)["num_classes"], settings.quant)
+  if names == "authors" and settings.quant != QuantSettings():
+    raise ConfigError(
+      "--names=authors is not allowed: their quantizers are DuQ's, and this run has config.quant "
+      "= "
+      f"{dataclasses.asdict(settings.quant)}. Use --names=profit_jax."
+    )
+  loaded = load_variables(run, model, variable_shapes(module, settings.data.image_size))
+  tensors = named_tensors(model, loaded.variables, names)
+  last = schedule.plan(settings)[-1]
+  bits = schedule.bits_name(last.weight_bits, last.act_bits)
+  write_safetensors(file, tensors, {"bits": bits, **settings_metadata(settings.model)})
+  told = [f"Wrote {file}: {model}, {len(tensors)} float32 tensors under {names} names."]
+  if leaves_quantizers_out(tensors, loaded.variables) and bits != "fp":
+    told.append(
+      f"WARNING: {names} names have no place for the quantizers' a and c, so that they are not in "
+      "the file; the weights "
+      f"were trained for {bits} and lose accuracy without them."
+    )
+  for name, (theirs, ours) in differing_settings(
+    namings(model)[names].settings, settings.model
+  ).items():
+    told.append(
+      f"WARNING: the code behind {names} names computes with {name} = {theirs!r}, these weights "
+      "were trained with "
+      f"{ours!r}: change it there, or they lose accuracy although every tensor fits."
+    )
+  return "\n".join(told)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """The command line; returns the exit code."""
+  parser = argparse.ArgumentParser(prog="profit to-torch", description=__doc__)
+  parser.add_argument("run", help="the --workdir of a run")
+  parser.add_argument("file", help="to be written: a .safetensors")
+  parser.add_argument(
+    "--names", help="authors, torchvision, timm or profit_jax; the first that the model has"
+  )
+  options = parser.parse_args(arguments)
+  try:
+    print(write(options.run, options.file, options.names))
+  except ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0

@@ -1,0 +1,1 @@
+"""Layers (Flax linen) of which models are made."""

@@ -1,0 +1,360 @@
+"""Quantized building blocks (linen).
+
+Quantized tensors travel as codes (`quant/quantized.py`): `QuantAct` gives them, `QuantConv` and
+`QuantDense` multiply them and hand on the sums with their scale, and `BatchNorm` takes the scale
+into its own. All other operations see values: operators and `jnp` functions convert.
+
+Activations have the dtype of the images; parameters, statistics and scales keep their own. The
+precision of products is that of `products.py`.
+
+A layer's kernel and its quantizer's scalars live side by side:
+`{kernel, [bias,] quant_a, quant_c}`. Leaf names that begin with `quant_` are reserved for
+quantizers: the optimizer groups find them by name.
+
+Besides `params` and `batch_stats`, the layers know three collections, each used only when the
+caller asks for it:
+
+- `previous` (given): per convolution, the quantized kernel of the step before, its codes as
+  `kernel` and their `scale` `[C]`. Convolutions then convolve twice and write to `moments` the
+  per-channel moments of both outputs, from which `train/aiwq.py` computes AIWQ, and to `quantized`
+  the present quantized kernel in the same form.
+- `calibration` (mutable): activation quantizers write the first values of their scalars to it, and
+  quantize nothing.
+- `clip_rate` (mutable): every active quantizer writes which share of its input it clips.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from profit_jax.kernels import products
+from profit_jax.nn.fused import Activation, Normalized, activate, moments, moments_near
+from profit_jax.quant import duq
+from profit_jax.quant.bits import Levels, symmetric_steps
+from profit_jax.quant.methods import METHODS, Method, per_channel
+from profit_jax.quant.quantized import Product, Quantized, value_of
+
+# torch's kaiming_normal_(mode="fan_out"), which the authors start from.
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+# Deviations up to this many units in the last place of the mean count as 0.
+NOISE_UNITS = 8
+
+
+def _keep(_, new):
+  """A sow reducer that overwrites: one value per layer and call."""
+  return new
+
+
+def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
+  module.sow(collection, name, value, reduce_fn=_keep, init_fn=lambda: None)
+
+
+def _method(levels: Levels) -> Method:
+  return METHODS["duq" if levels.quant is None else levels.quant.method]
+
+
+def _quantizer_params(
+  module: nn.Module, leaves: tuple[str, ...], shape: tuple[int, ...] = ()
+) -> dict[str, jax.Array]:
+  """The raw scalars of a quantizer; 1 (the value, not the raw) until calibrated or loaded."""
+
+  def one(_):
+    return duq.inverse_softplus(jnp.ones(shape, jnp.float32))
+
+  return {leaf: module.param(leaf, one) for leaf in leaves}
+
+
+def _quantized_kernel(
+  module: nn.Module, kernel: jax.Array, levels: Levels
+) -> jax.Array | Quantized:
+  method = _method(levels)
+  split = levels.quant is not None and levels.quant.per_channel
+  params = _quantizer_params(module, method.kernel_leaves, kernel.shape[-1:] if split else ())
+  if levels.weight is None:
+    return kernel
+  apply = functools.partial(per_channel, method.kernel) if split else method.kernel
+  if module.is_mutable_collection("clip_rate"):
+    clipped = (
+      per_channel(method.kernel_clipped, kernel, params)
+      if split
+      else method.kernel_clipped(kernel, params)
+    )
+    _sow(module, "clip_rate", "kernel", jnp.mean(clipped, dtype=jnp.float32))
+  return apply(kernel, params, levels.weight)
+
+
+def _operand(x: jax.Array | Quantized) -> jax.Array:
+  return x.codes if isinstance(x, Quantized) else x
+
+
+def _product(
+  sums: jax.Array, x: jax.Array | Quantized, kernel: jax.Array | Quantized
+) -> jax.Array | Product:
+  """Sums of products, with what belongs to the two operands that gave them."""
+  scales = [each.scale for each in (x, kernel) if isinstance(each, Quantized)]
+  if not scales:
+    return sums
+  shift = None
+  if isinstance(x, Quantized) and x.offset:
+    # The padding has the offset's value, so that every output has all of its kernel.
+    weights = _operand(kernel)
+    shift = x.offset * jnp.sum(weights, axis=tuple(range(weights.ndim - 1)))
+    if isinstance(kernel, Quantized):
+      shift = shift * kernel.scale
+  return Product(sums, functools.reduce(jnp.multiply, scales), shift)
+
+
+def _every(x: Any, count: int) -> Any:
+  """Every `count`-th image, of an array or of what stands for one."""
+  if isinstance(x, Quantized):
+    return dataclasses.replace(x, codes=_every(x.codes, count), source=None)
+  if isinstance(x, Product):
+    return dataclasses.replace(x, sums=_every(x.sums, count))
+  # Not `x[::count]`: each device takes its own part's.
+  return x.reshape(len(x) // count, count, *x.shape[1:])[:, 0] if count > 1 else x
+
+
+class QuantConv(nn.Module):
+  """A convolution without bias whose kernel is quantized when `levels.weight` is given.
+
+  Pads `(k - 1) / 2` on every side, as torch does (`SAME` differs for strides above 1).
+
+  Attributes:
+    features: number of output channels; ignored by a depthwise convolution, which keeps its
+      input's.
+    kernel_size: odd, in both directions.
+    stride: in both directions.
+    depthwise: one filter per channel; the kernel is `[K, K, 1, C]`, otherwise
+      `[K, K, C_in, features]`.
+    pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish
+      (paper section 3.3).
+    sampling_every: the moments are those of every so many-th image of the batch, which it divides.
+  """
+
+  features: int
+  kernel_size: int = 1
+  stride: int = 1
+  depthwise: bool = False
+  pad_value: float = 0.0
+  sampling_every: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array | Quantized, levels: Levels) -> jax.Array | Product:
+    """`[N, H, W, C]` -> `[N, H', W', features]`; an array where neither side is quantized."""
+    size = self.kernel_size
+    channels_in, features = (1, x.shape[-1]) if self.depthwise else (x.shape[-1], self.features)
+    kernel = self.param("kernel", _conv_init, (size, size, channels_in, features), jnp.float32)
+    quantized = _quantized_kernel(self, kernel, levels)
+    if isinstance(x, Quantized) and size > 1 and self.pad_value != x.offset:
+      x = x.value()  # no code stands for the padding
+    if isinstance(x, Quantized) and self.has_variable("previous", "kernel"):
+      x = dataclasses.replace(x, source=None)  # both kernels see the same codes, to the last bit
+    y = self._convolve(x, quantized)
+
+    if self.has_variable("previous", "kernel"):
+      x, y_now, quantized = jax.lax.stop_gradient((x, y, quantized))
+      one = jnp.ones((), kernel.dtype)
+      previous = Quantized(
+        self.get_variable("previous", "kernel"), self.get_variable("previous", "scale", one)
+      )
+      x, present = (_every(each, self.sampling_every) for each in (x, y_now))
+      _sow(self, "moments", "present", output_moments(present))
+      _sow(self, "moments", "previous", output_moments(self._convolve(x, previous)))
+      scale = quantized.scale if isinstance(quantized, Quantized) else one
+      _sow(self, "quantized", "kernel", _operand(quantized))
+      _sow(self, "quantized", "scale", jnp.broadcast_to(scale, kernel.shape[-1:]))
+    return y
+
+  def _convolve(
+    self, x: jax.Array | Quantized, kernel: jax.Array | Quantized
+  ) -> jax.Array | Product:
+    pad_value = 0.0 if isinstance(x, Quantized) else self.pad_value  # of codes, that of the offset
+    sums = products.conv(
+      _operand(x),
+      _operand(kernel).astype(x.dtype),
+      self.stride,
+      pad_value,
+      depthwise=self.depthwise,
+      exact=isinstance(x, Quantized) and isinstance(kernel, Quantized),
+      source=x.source if isinstance(x, Quantized) else None,
+    )
+    return _product(sums, x, kernel)
+
+
+class QuantDense(nn.Module):
+  """A dense layer with bias whose kernel `[C, features]` is quantized when `levels.weight` is
+  given.
+
+  Attributes:
+    features: size of the output.
+    kernel_init: first values of the kernel.
+  """
+
+  features: int
+  kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
+
+  @nn.compact
+  def __call__(self, x: jax.Array | Quantized, levels: Levels) -> jax.Array:
+    """`[N, C]` -> `[N, features]`, in the dtype of x."""
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    kernel = _quantized_kernel(self, kernel, levels)
+    exact = isinstance(x, Quantized) and isinstance(kernel, Quantized)
+    y = _product(
+      products.dot(_operand(x), _operand(kernel).astype(x.dtype), exact=exact), x, kernel
+    )
+    # In the bias's precision, and with it the sum over the batch that is its gradient.
+    if isinstance(y, Product):
+      y = dataclasses.replace(y, sums=y.sums.astype(bias.dtype))
+    return (value_of(y).astype(bias.dtype) + bias).astype(x.dtype)
+
+
+class QuantAct(nn.Module):
+  """Quantizes activations when `levels.act` is given; the non-linearity comes before, see
+  `BatchNorm.pending`.
+
+  Attributes:
+    kind: which quantizer: unsigned (after ReLU), symmetric (signed inputs), hswish.
+    largest_interval: upper bound of the calibrated interval (6 in the authors' MobileNet-v2), or
+      None.
+  """
+
+  kind: duq.Kind
+  largest_interval: float | None = None
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array | Normalized | Quantized | Product, levels: Levels
+  ) -> jax.Array | Quantized:
+    """Any shape, the batch first; or what `BatchNorm.pending` gives. An array stays one where
+    activations are not quantized.
+    """
+    method = _method(levels)
+    params = _quantizer_params(self, method.act_leaves)
+    steps = (
+      symmetric_steps(levels.act)
+      if self.kind == "symmetric" and levels.act is not None
+      else levels.act
+    )
+    watched = self.is_mutable_collection("calibration") or self.is_mutable_collection("clip_rate")
+    if isinstance(x, Normalized) and levels.act is not None and not watched and method.interval:
+      features = max(1, x.x.size // len(x.x))
+      return x.quantized(method.interval(params, steps, features), steps, self.kind)
+    x = value(x)
+    if self.is_mutable_collection("calibration"):
+      for leaf, first in method.first_act(x, steps, self.kind, self.largest_interval).items():
+        _sow(self, "calibration", leaf, first)
+      return x
+    if levels.act is None:
+      return x
+    if self.is_mutable_collection("clip_rate"):
+      # Per example, so that the caller can leave out the examples that only pad a batch.
+      beyond = method.act_clipped(x, params, self.kind)
+      _sow(
+        self, "clip_rate", "act", jnp.mean(beyond, axis=tuple(range(1, x.ndim)), dtype=jnp.float32)
+      )
+    return method.act(x, params, steps, self.kind)
+
+
+class Dropout(nn.Module):
+  """`nn.Dropout` that keeps codes where 0 is the value of code 0.
+
+  Attributes:
+    rate: share of the elements that become 0.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array | Quantized, train: bool) -> jax.Array | Quantized:
+    """Any shape -> the same; takes the key `dropout` in training, unless the rate is 0."""
+    if not train or not self.rate:
+      return x
+    drop = nn.Dropout(self.rate, deterministic=False, name="dropout")
+    if not isinstance(x, Quantized) or x.offset or self.rate == 1:
+      return drop(value_of(x))
+    # It divides what it keeps by the rate of keeping.
+    kept = drop(jnp.ones_like(x.codes)) > 0
+    return Quantized(jnp.where(kept, x.codes, 0.0), x.scale / (1.0 - self.rate))
+
+
+class BatchNorm(nn.Module):
+  """Batch normalization over all axes but the last, with torch's running statistics.
+
+  flax's own keeps the biased running variance; this keeps the unbiased one, n/(n-1), as torch does.
+  Under jit over a mesh the statistics are those of the global batch.
+
+  Attributes:
+    momentum: share of the old running value that an update keeps (torch's momentum 0.1 is 0.9
+      here).
+    epsilon: added to the variance.
+  """
+
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+
+  def __call__(
+    self, x: jax.Array | Product, train: bool, activation: Activation | None = None
+  ) -> jax.Array:
+    """`activation` of x normalized with the batch's statistics if `train`, else with the running
+    ones.
+    """
+    return value(self.pending(x, train, activation))
+
+  @nn.compact
+  def pending(
+    self, x: jax.Array | Product, train: bool, activation: Activation | None = None
+  ) -> jax.Array | Normalized:
+    """The same for a `QuantAct` to take, which computes both at once."""
+    channels = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+    x = x if isinstance(x, Product) else Product(value_of(x), jnp.ones((), scale.dtype))
+    shift = jnp.zeros_like(bias) if x.shift is None else x.shift
+
+    if not train:
+      factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+      centred = x.sums.astype(scale.dtype) * x.scale - (running_mean.value - shift)
+      return activate((centred * factor + bias).astype(x.dtype), activation)
+
+    s, shift = jax.lax.stop_gradient((x.scale, shift))
+    near = (running_mean.value - shift) / s
+    mean, var = moments_near(jax.lax.stop_gradient(x.sums), near)
+    if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+      count = x.size // x.shape[-1]
+      unbiased = jnp.square(s) * var * (count / max(count - 1, 1))
+      keep = self.momentum
+      running_mean.value = keep * running_mean.value + (1 - keep) * (s * mean + shift)
+      running_var.value = keep * running_var.value + (1 - keep) * unbiased
+    return Normalized(x.sums, x.scale, mean, var, scale, bias, self.epsilon, activation)
+
+
+def value(x: Any) -> jax.Array:
+  """The array, computed where it is pending or only stood for."""
+  return x.value() if isinstance(x, Normalized) else value_of(x)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+  """Statistics and losses are in float32 (float64 stays), whatever the network's precision."""
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def output_moments(y: jax.Array | Product) -> tuple[jax.Array, jax.Array]:
+  """Per-channel mean and unbiased standard deviation of `[N, H, W, C]`, in at least float32."""
+  product = y if isinstance(y, Product) else Product(y, jnp.ones((), at_least_float32(y).dtype))
+  mean, var = moments(at_least_float32(product.sums))
+  count = y.size // y.shape[-1]
+  std = jnp.sqrt(var * (count / max(count - 1, 1)))
+  # A constant channel has an std of rounding errors of its mean, which the shift may take away.
+  std = jnp.where(std > NOISE_UNITS * jnp.finfo(std.dtype).eps * jnp.abs(mean), std, 0.0)
+  mean, std = mean * product.scale, std * product.scale
+  return (mean if product.shift is None else mean + product.shift), std

@@ -1,0 +1,237 @@
+"""`--mode export`: verified files with cards, and no file if something differs; then their use."""
+
+import hashlib
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+from rich.console import Console
+from sklearn.datasets import load_sample_image
+
+from profit_jax.cli import app, export, predict
+from profit_jax.config import ConfigError
+from profit_jax.data import preprocess
+from profit_jax.data.picture import read_picture
+from profit_jax.export import formats, onnx_file, verify
+from profit_jax.models import build
+from tests.export.conftest import MODEL, tiny_settings, write_run
+from tests.export.nets import changed, digits, random_variables
+from tests.wrong_input import command as run_command
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+STEM = f"{MODEL}_w4a4"
+
+
+@pytest.fixture(scope="module")
+def exported(random_run):
+  """Its directory `export`, with all formats."""
+  code, printed, err = run_command("--mode=export", f"--workdir={random_run}")
+  assert code == 0, err
+  lines = [line for line in printed.splitlines() if STEM in line]
+  assert len(lines) == len(formats.DEFAULT)
+  assert all("top-1 equal" in line for line in lines), lines
+  return random_run / "export"
+
+
+def test_a_run_is_evaluated_from_the_command_line(random_run):
+  code, printed, err = run_command("--mode=eval", f"--workdir={random_run}")
+  assert code == 0, err
+  assert re.match(r"w4a4: top-1 [\d.]+ %, top-5 [\d.]+ % on 450 images", printed)
+
+
+@pytest.mark.parametrize("name", formats.DEFAULT)
+def test_every_file_has_a_card_that_is_true(exported, name):
+  path = exported / f"{STEM}{formats.FORMATS[name].suffix}"
+  card = json.loads((exported / f"{path.name}.json").read_text())
+  assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+  assert card["size"]["bytes"] == path.stat().st_size
+  assert (card["weight_bits"], card["act_bits"], card["class_names"]) == (4, 4, list("0123456789"))
+  assert card["top1"]["equal"]
+  assert card["top1"]["examples"] == 450
+  assert card["verification"]["file"]["codes"] > 100_000
+  assert card["cost"]["bops"] == sum(
+    layer["macs"] * layer["weight_bits"] * layer["input_bits"] for layer in card["layers"]
+  )
+  assert [phase["name"] for phase in card["training"]["phases"]] == ["w4a4 ft1"]
+  assert set(formats.FORMATS[name].packages) <= set(card["versions"])
+  text = (exported / f"{path.name}.md").read_text()
+  assert card["sha256"] in text
+  assert all(f"| {layer['layer']} |" in text for layer in card["layers"])
+
+
+def test_nothing_else_lies_there(exported):
+  assert len(list(exported.iterdir())) == 3 * len(formats.DEFAULT)
+
+
+def trained_model(top1, **model_changes):
+  """What `exported` was made of, with another model if there are changes."""
+  settings = tiny_settings()
+  model = build(tiny_settings(**model_changes).model, 10)
+  final = {"weight_bits": 4, "act_bits": 4, "full_precision_top1": 99.0, "weights": "raw"}
+  result = {"phases": [], "final": final}
+  return verify.TrainedModel(settings, digits(), model, random_variables(settings), result, top1)
+
+
+class OneCodeChanged:
+  """The format onnx, but one code of one kernel is wrong."""
+
+  open_file = staticmethod(onnx_file.open_file)
+
+  def write(self, net, path):
+    (layer,) = (layer for layer in net.layers if layer.name == "block00/pointwise_conv")
+    codes = layer.kernel.copy()
+    # Neither channel is all zeros.
+    codes[0, 0, 1, 1] += -1 if codes[0, 0, 1, 1] > 0 else 1
+    onnx_file.write(changed(net, layer.name, kernel=codes), path)
+
+
+def test_a_file_that_is_not_what_was_trained_is_not_kept(exported, tmp_path):
+  top1 = json.loads((exported / f"{STEM}.onnx.json").read_text())["top1"]["trained"]
+  for suffix in ("", ".json", ".md"):  # of an earlier export
+    (tmp_path / f"{STEM}.onnx{suffix}").touch()
+  screen = Console(file=io.StringIO(), width=100)
+  # The second file is a right one; its format does not matter, and onnx needs no compilation.
+  modules = {"onnx": OneCodeChanged(), "jax": onnx_file}
+  with pytest.raises(export.NotEqual, match=r"^onnx: ") as caught:
+    export.export(
+      trained_model(top1), list(modules), epath.Path(tmp_path), screen, load=modules.get
+    )
+  assert caught.value.code == 1
+  printed = screen.file.getvalue()
+  row = next(line.split() for line in printed.splitlines() if "block00/pointwise_quant" in line)
+  assert int(row[2].replace(",", "")) > 0
+  assert "NOT EQUAL" in printed
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {f"{STEM}.jax{suffix}" for suffix in ("", ".json", ".md")}
+
+
+def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path):
+  screen = Console(file=io.StringIO(), width=100)
+  other = trained_model(100.0, **{"model.bn_epsilon": 0.1})
+  with pytest.raises(export.NotEqual, match="nothing was written"):
+    export.export(other, ["onnx"], epath.Path(tmp_path) / "export", screen)
+  assert "stem_quant" in screen.file.getvalue()
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_has_not_reached_its_last_bits(tiny_v1, tmp_path):
+  write_run(tmp_path / "early", best=False)
+  with pytest.raises(ConfigError, match="no checkpoint"):
+    app.main(None, str(tmp_path / "early"), "export")
+
+
+def test_a_run_whose_weights_stay_in_full_precision(tiny_v1, tmp_path):
+  write_run(tmp_path / "half", best=True, **{"plan.weight_bits": ()})
+  with pytest.raises(ConfigError, match="ends with a4"):
+    app.main(None, str(tmp_path / "half"), "export")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+  path = tmp_path_factory.mktemp("pictures") / "flower.png"
+  Image.fromarray(load_sample_image("flower.jpg")).save(path)
+  return path
+
+
+def test_all_formats_predict_the_same(exported, picture):
+  found = [
+    next(iter(predict.predict(exported / f"{STEM}{formats.FORMATS[name].suffix}", [picture])))
+    for name in formats.DEFAULT
+  ]
+  assert len(found[0]) == 5
+  assert all([name for name, _ in best] == [name for name, _ in found[0]] for best in found)
+  np.testing.assert_allclose(
+    [[p for _, p in best] for best in found], [[p for _, p in found[0]]] * len(found), rtol=1e-5
+  )
+
+
+def test_the_command_prints_the_classes_of_every_picture(exported, picture, capsys):
+  file = exported / f"{STEM}.onnx"
+  assert predict.main([str(file), str(picture), str(picture)]) == 0
+  (best,) = predict.predict(file, [picture])
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[:6] == lines[6:]
+  assert lines[0] == str(picture)
+  assert [line.split()[-1] for line in lines[1:6]] == [name for name, _ in best]
+
+
+def test_the_example_computes_the_same(exported, picture):
+  file = exported / f"{STEM}.onnx"
+  done = subprocess.run(
+    [sys.executable, "-I", ROOT / "examples" / "classify_onnx.py", file, picture],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  names, logits = zip(*map(str.split, done.stdout.splitlines()), strict=True)
+  expected, probabilities = zip(*next(iter(predict.predict(file, [picture]))), strict=True)
+  assert names == expected
+  # Of the logarithms of probabilities, only the differences are those of logits.
+  np.testing.assert_allclose(np.diff(np.float64(logits)), np.diff(np.log(probabilities)), rtol=1e-4)
+
+
+def test_more_pictures_than_fit_at_once(exported, picture):
+  file = exported / f"{STEM}.onnx"
+  alone = next(iter(predict.predict(file, [picture])))
+  many = list(predict.predict(file, [picture] * 17))
+  assert len(many) == 17
+  assert all([name for name, _ in best] == [name for name, _ in alone] for best in many)
+
+
+@pytest.mark.parametrize(
+  ("make", "named"),
+  [
+    (lambda file, picture: (file.with_suffix(".pth"), picture), ".onnx, "),
+    (lambda file, picture: (file.parent / "absent.onnx", picture), "absent.onnx"),
+    (lambda file, picture: (file, ROOT / "main.py"), "main.py"),
+    (lambda file, picture: (file, ROOT), str(ROOT)),
+    (lambda file, picture: (file, file.parent / "absent.png"), "absent.png"),
+  ],
+)
+def test_wrong_input_of_predict(exported, picture, capsys, make, named):
+  assert predict.main(list(map(str, make(exported / f"{STEM}.onnx", picture)))) == 2
+  errors = capsys.readouterr().err
+  assert named in errors
+  assert errors.count("error: ") == 1
+
+
+def test_a_file_that_was_changed_after_its_verification(exported, picture, tmp_path, capsys):
+  file = tmp_path / "net.onnx"
+  content = bytearray((exported / f"{STEM}.onnx").read_bytes())
+  content[-1] ^= 1
+  file.write_bytes(content)
+  assert predict.main([str(file), str(picture)]) == 2
+  assert "net.onnx.json" in capsys.readouterr().err
+  (tmp_path / "net.onnx.json").write_text((exported / f"{STEM}.onnx.json").read_text())
+  assert predict.main([str(file), str(picture)]) == 2
+  assert "other bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+  ("size", "share"), [((640, 427), 0.875), ((300, 1000), 0.875), ((700, 100), 1.0), ((32, 32), 1.0)]
+)
+def test_pictures_are_prepared_as_in_the_evaluation(tmp_path, interpolation, size, share):
+  path = tmp_path / "picture.png"
+  Image.fromarray(load_sample_image("china.jpg")).resize(size).save(path)
+  ours = read_picture(path, 64, share, interpolation)
+  theirs = preprocess.center_crop(path.read_bytes(), 64, share, interpolation).numpy()
+  # Between the two axes PIL rounds to bytes, and cuts off what bicubic scaling swings beyond 0 and
+  # 255, which is most where it enlarges; TensorFlow does neither.
+  difference = np.abs(np.int32(ours) - np.int32(theirs))
+  assert difference.max() <= (2 if min(size) > 64 else 4)
+  assert difference.mean() < 0.3
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
+  path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+  Image.fromarray(load_sample_image("china.jpg")).resize((64, 64)).convert(mode).save(path)
+  assert read_picture(path, 64, 1.0, "bicubic").shape == (64, 64, 3)
