@@ -117,24 +117,22 @@ def take_turns(ours, theirs, seconds) -> tuple[float, float]:
 def random_net(options):
   """A net with random weights."""
   import jax
-  import numpy as np
 
   from configs import base
   from profit_jax.config import parse
   from profit_jax.data import NORMALIZATIONS
   from profit_jax.export.build import build_net
-  from profit_jax.models import REGISTRY, build, init_variables
+  from profit_jax.models import REGISTRY, student_spec
+  from profit_jax.quant.bits import Bits
   from profit_jax.train.steps import calibrate_weights
 
   config = base.get_config()
   config.model.name, config.data.image_size = options.model, options.image_size
   settings = parse(config, REGISTRY)
-  variables = dict(
-    init_variables(build(settings.model, 1000), jax.random.key(0), options.image_size)
-  )
-  variables["params"] = calibrate_weights(
-    variables["params"], np.float32(2 ** (options.bits - 1) - 1)
-  )
+  spec = student_spec(settings, 1000)
+  variables = dict(spec.init(jax.random.key(0)))
+  bits = Bits(weight=options.bits)
+  variables["params"] = calibrate_weights(variables["params"], bits, spec)
   return build_net(
     settings, jax.device_get(variables), NORMALIZATIONS["imagenet"], options.bits, options.bits
   )

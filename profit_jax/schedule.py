@@ -156,7 +156,7 @@ class _Builder:
       self._stable("finetune")
     for bits in self._ladder(options.weight_bits):
       self.calibrate = (
-        "fit" if bits in options.fitted_bits else "weight" if self.weight_bits is None else None
+        "fit" if bits in options.refit_bits else "weight" if self.weight_bits is None else None
       )
       self.weight_bits = bits
       self._stable("profit" if options.profit and bits in options.profit_bits else "finetune")
@@ -191,7 +191,7 @@ class _Builder:
       return
     train = self.settings.train
     full_precision = kind == "full_precision"
-    remedy = self.settings.remedy
+    oscillation = self.settings.oscillation
     self.phases.append(
       Phase(
         index=len(self.phases) + 1,
@@ -208,7 +208,7 @@ class _Builder:
         # kernels' update would save nothing. A remedy has programs with and without it.
         shares_program=kind == "bn"
         and self.weight_bits is not None
-        and not (remedy.dampening or remedy.freezing_thresholds),
+        and not (oscillation.dampening or oscillation.freeze_thresholds),
         calibrate=self.calibrate,
         distill=self.settings.teacher.model != "none" if distill is None else distill,
       )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import ml_collections
 from etils import epath
@@ -21,7 +20,8 @@ from profit_jax import data, distributed, paths, schedule, snapshots
 from profit_jax.cli import export
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.export import formats, verify
-from profit_jax.models import REGISTRY, build, check, variable_shapes
+from profit_jax.models import REGISTRY, check, student_spec
+from profit_jax.nn.spec import ModelSpec
 from profit_jax.report import console
 from profit_jax.report import result as result_files
 from profit_jax.train import fork, run_directory, start
@@ -260,10 +260,10 @@ def train(
     programs = Programs(
       settings,
       facts,
-      student.model,
-      teacher.model,
+      student.spec,
+      teacher.spec,
       mesh,
-      student.file_model,
+      student.file_spec,
     )
     closing.callback(programs.close)
     watchers = _watchers(screen, facts, workdir, hooks.plots) if distributed.is_first() else []
@@ -371,7 +371,7 @@ class Trained(NamedTuple):
   """A run's best checkpoint at the plan's last bits, its model and data, and the compiled steps."""
 
   source: data.Source
-  model: nn.Module
+  spec: ModelSpec
   programs: Programs
   progress: Progress
   variables: Any
@@ -382,17 +382,16 @@ def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   run_directory.read_config(workdir)  # before the data, which takes longer
   mesh, source = make_mesh(settings), _load_data(settings)
   distributed.first_does(lambda: run_directory.require_same_run(workdir, settings, source))
-  model = build(settings.model, source.facts.num_classes, settings.quant)
-  programs = Programs(settings, source.facts, model, None, mesh)
+  spec = student_spec(settings, source.facts.num_classes)
+  programs = Programs(settings, source.facts, spec, None, mesh)
   try:
     screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
-    shapes = variable_shapes(model, settings.data.image_size)
-    found = best_variables(workdir / "checkpoints", shapes, lambda text: _warn(screen, text))
+    found = best_variables(workdir / "checkpoints", spec.shapes, lambda text: _warn(screen, text))
     if found is None:
       raise ConfigError(
         f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first."
       )
-    yield Trained(source, model, programs, *found)
+    yield Trained(source, spec, programs, *found)
   finally:
     programs.close()
 
@@ -428,7 +427,7 @@ def run_export(
     trained = verify.TrainedModel(
       settings=settings,
       source=best.source,
-      model=best.model,
+      spec=best.spec,
       variables=best.variables,
       result=summary(best.progress, phases),
       top1=evaluated["top1"],
@@ -449,13 +448,13 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
   programs = Programs(
     settings,
     source.facts,
-    student.model,
+    student.spec,
     None,
     mesh,
-    student.file_model,
+    student.file_spec,
   )
   try:
-    variables = programs.replicate(pack_variables(student.make()))
+    variables = programs.replicate(pack_variables(student.make(), student.spec))
     scores = start.evaluate_start(programs, source, settings, student, teacher, variables)
     console.print_start(screen, scores, classes)
     if student.loaded.quantizers:
@@ -468,7 +467,11 @@ def _evaluate_quantized(settings, phases, programs, source, variables) -> dict[s
   """Evaluates variables at the plan's last bits and prints a line."""
   bits = {"weight_bits": phases[-1].weight_bits, "act_bits": phases[-1].act_bits}
   scores, _ = evaluate(
-    programs, source, settings, programs.replicate(pack_variables(variables)), **bits
+    programs,
+    source,
+    settings,
+    programs.replicate(pack_variables(variables, programs.student)),
+    **bits,
   )
   name = schedule.bits_name(**bits)
   _say(

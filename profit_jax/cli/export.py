@@ -79,7 +79,7 @@ class _Exporter:
       NotEqual: they differ other than by rounding.
     """
     net, trained = self._net, self._trained
-    codes = verify.trained_codes(net, trained.model, trained.variables, self._pixels)
+    codes = verify.trained_codes(net, trained.spec, trained.variables, self._pixels)
     self._reference = verify.compare(net, self._images, codes)
     self._screen.print(
       f"{net.model} {net.bits_name} in the code domain, {self._reference.images} images: "

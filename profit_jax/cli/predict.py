@@ -50,7 +50,7 @@ def predict(
     content["class_names"] or list(map(str, range(content["num_classes"]))),
   )
   pictures = [
-    read_picture(image, pixels["image_size"], pixels["eval_share"], pixels["interpolation"])
+    read_picture(image, pixels["image_size"], pixels["crop_pct"], pixels["interpolation"])
     for image in images
   ]
   runner = formats.load(name).open_file(file)

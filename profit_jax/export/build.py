@@ -30,6 +30,7 @@ from profit_jax.export.net import (
 )
 from profit_jax.models import STRIDES, mobilenet_v1, mobilenet_v2, mobilenet_v3
 from profit_jax.quant import duq
+from profit_jax.quant.base import HSWISH_MINIMUM
 
 _SIXTH = 6.0  # where ReLU6 ends
 
@@ -59,9 +60,9 @@ def build_net(
     raise ConfigError(
       f"config.quant = {dataclasses.asdict(settings.quant)} cannot be exported: only DuQ "
       "quantizers with one interval per "
-      f"kernel and the same bits in all layers can be. Train with the defaults of configs/base.py."
+      f"kernel and the same bits in all layers can be. Train with the defaults."
     )
-  if model.name.startswith("mobilenet_v3") and model.pad_value != duq.HSWISH_MINIMUM:
+  if model.name.startswith("mobilenet_v3") and model.pad_value != HSWISH_MINIMUM:
     raise ConfigError(
       f"config.model.pad_value = {model.pad_value} cannot be exported: h-swish quantizers begin "
       "at -3/8, and a border "

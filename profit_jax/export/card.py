@@ -63,7 +63,7 @@ def make(
       "type": "uint8",
       "layout": "NHWC, RGB",
       "image_size": net.image_size,
-      "eval_share": share,
+      "crop_pct": share,
       "interpolation": interpolation,
     },
     "num_classes": net.num_classes,
@@ -162,7 +162,7 @@ def markdown(card: dict[str, Any]) -> str:
     f"| input | `{pixels['name']}`, uint8 `[N, {pixels['image_size']}, {pixels['image_size']}, "
     "3]`, RGB, 0 to 255; "
     f"normalized by the file |",
-    f"| preparing an image | shorter side to {pixels['image_size']} / {pixels['eval_share']:g} "
+    f"| preparing an image | shorter side to {pixels['image_size']} / {pixels['crop_pct']:g} "
     "pixels "
     f"({pixels['interpolation']}), centre cut out |",
     f"| sha256 | `{card['sha256']}` |",
@@ -237,7 +237,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
   place = epath.Path(f"{os.fspath(path)}.json")
   try:
     card = json.loads(place.read_text())
-    for field in ("image_size", "eval_share", "interpolation"):
+    if "eval_share" in card["input"]:  # before version 0.2
+      card["input"]["crop_pct"] = card["input"].pop("eval_share")
+    for field in ("image_size", "crop_pct", "interpolation"):
       card["input"][field]
     card["class_names"]
     return card

@@ -29,7 +29,8 @@ from profit_jax.export.formats import Runner
 from profit_jax.export.net import Net, Quantizer
 from profit_jax.kernels import target
 from profit_jax.nn.layers import QuantAct
-from profit_jax.quant.bits import Levels, levels
+from profit_jax.nn.spec import ModelSpec
+from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import Quantized
 
 Codes = dict[str, np.ndarray]
@@ -56,7 +57,7 @@ class TrainedModel:
   Attributes:
     settings: of the run.
     source: the run's data.
-    model: the module that was trained.
+    spec: of the model that was trained.
     variables: the checkpoint's `params` and `batch_stats`, on the host.
     result: `phases` and `final` as in the run's `result.json`.
     top1: of these variables on the whole evaluation set, in percent.
@@ -64,7 +65,7 @@ class TrainedModel:
 
   settings: Settings
   source: Source
-  model: nn.Module
+  spec: ModelSpec
   variables: Any
   result: dict[str, Any]
   top1: float
@@ -181,14 +182,16 @@ def eval_images(
 
 
 def trained_codes(
-  net: Net, model: nn.Module, variables: Any, normalization: Normalization
+  net: Net, spec: ModelSpec, variables: Any, normalization: Normalization
 ) -> Callable[[np.ndarray], Any]:
   """What the trained model itself computes: images -> logits, and the codes of its quantizers."""
   names = {quantizer.name for quantizer in net.quantizers}
 
   def run(image):
-    bits = levels(net.weight_bits, net.act_bits)
-    logits, captured = jax.device_get(_trained_values(model, normalization, variables, image, bits))
+    bits = spec.bits.at(np.int32(net.weight_bits), np.int32(net.act_bits))
+    logits, captured = jax.device_get(
+      _trained_values(spec.model, normalization, variables, image, bits)
+    )
     leaves = jax.tree_util.tree_leaves_with_path(
       captured, is_leaf=lambda node: isinstance(node, Quantized)
     )
@@ -203,7 +206,7 @@ def trained_codes(
 # One program per model, not per call: two exports in one process share it.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _trained_values(
-  model: nn.Module, normalization: Normalization, variables: Any, image: jax.Array, bits: Levels
+  model: nn.Module, normalization: Normalization, variables: Any, image: jax.Array, bits: Bits
 ) -> tuple[jax.Array, Any]:
   """Logits, and what the trained model's quantizers return."""
   platform = target.platform_of(jax.default_backend())

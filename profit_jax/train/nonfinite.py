@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from profit_jax.config import Ending
-from profit_jax.quant.methods import PREFIX
+from profit_jax.quant.base import PREFIX
 
 # Of a and c, after softplus. Inputs of quantizers are of the order of 1 behind batch normalization,
 # kernels of 0.01 to 1.

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from profit_jax.train.packing import NORM, QUANT, Packed, split
+from profit_jax.nn.spec import NORM, QUANT, WEIGHT
+from profit_jax.train.packing import Packed, split
 
-WEIGHT, FROZEN = "weight", "frozen"
-_KERNEL = "/kernel"
+FROZEN = "frozen"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class SgdSettings:
 
 
 class FrozenKernels(flax.struct.PyTreeNode):
-  """Which kernels are frozen, as values: another set needs no other program.
+  """Which weights are frozen, as values: another set needs no other program.
 
   Attributes:
     frozen: bool `[len(kernels)]`.
-    kernels: their arrays' names in `Packed`.
+    kernels: their arrays' names in `Packed`, `block01/expand_conv/kernel`.
   """
 
   frozen: jax.Array
@@ -49,28 +49,19 @@ class FrozenKernels(flax.struct.PyTreeNode):
 def label_params(params: Packed, *, train_kernels: bool) -> Packed:
   """Names every array's group.
 
-  | array                     | group                               |
-  |---------------------------|-------------------------------------|
-  | all `quant_...`           | quant                               |
-  | all `scale` and `bias`    | norm                                |
-  | a `kernel`                | weight; frozen if kernels are fixed |
+  | array                                        | group                               |
+  |----------------------------------------------|-------------------------------------|
+  | the quantizers' scalars                      | quant                               |
+  | scales and biases                            | norm                                |
+  | a kernel, or another parameter of two axes   | weight; frozen if kernels are fixed |
 
   Args:
     params: of a model.
     train_kernels: False in BN phases, where every kernel is fixed.
-
-  Raises:
-    ValueError: an array that no rule covers.
   """
-  labels = {}
-  for name in params.arrays:
-    if name in (NORM, QUANT):
-      labels[name] = name
-    elif name.endswith(_KERNEL):
-      labels[name] = WEIGHT if train_kernels else FROZEN
-    else:
-      raise ValueError(f"no optimizer group for the parameter {name}")
-  return params.replace(arrays=labels)
+  weight = WEIGHT if train_kernels else FROZEN
+  vectors = (NORM, QUANT)
+  return params.replace(arrays={n: n if n in vectors else weight for n in params.arrays})
 
 
 def scale_by_epoch_learning_rate(multiple: float) -> optax.GradientTransformationExtraArgs:
@@ -98,19 +89,18 @@ def add_decayed_weights_unless_frozen(
 
   Args:
     weight_decay: of the kernels that train.
-    frozen: layers, as `block01/expand_conv`, matched exactly.
+    frozen: arrays, as `block01/expand_conv/kernel`, matched exactly.
 
   Raises:
-    ValueError: in `init`, for a frozen layer that has no kernel.
+    ValueError: in `init`, for a frozen array that there is not.
   """
 
   def init(params: Packed) -> FrozenKernels:
     kernels = tuple(sorted(n for n, a in params.arrays.items() if not _is_masked(a)))
-    names = {layer + _KERNEL for layer in frozen}
     # A phase that trains no kernel freezes all of them by their labels.
-    if kernels and (unused := names - set(kernels)):
-      raise ValueError(f"layers to freeze that have no kernel: {', '.join(sorted(unused))}")
-    return FrozenKernels(np.array([name in names for name in kernels], bool), kernels)
+    if kernels and (unused := frozen - set(kernels)):
+      raise ValueError(f"no weights to freeze have the names {', '.join(sorted(unused))}")
+    return FrozenKernels(np.array([name in frozen for name in kernels], bool), kernels)
 
   def update(updates: Packed, state: FrozenKernels, params: Packed):
     if not state.kernels:
@@ -136,7 +126,7 @@ def make_optimizer(
   weights.
 
   weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`.
-  frozen: nothing, and no state. Of the weight group, those of layers in `frozen` are too, with
+  frozen: nothing, and no state. Of the weight group, the arrays in `frozen` are too, with
   a momentum of 0; these are a value in the state, so that all such sets share a program.
   """
 

@@ -16,7 +16,7 @@ import ml_collections
 from etils import epath
 
 from profit_jax import snapshots
-from profit_jax.config import ConfigError, Settings, parse
+from profit_jax.config import ConfigError, Settings, parse, with_new_names
 from profit_jax.data import Source
 from profit_jax.models import REGISTRY
 
@@ -230,7 +230,7 @@ def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
   """
   config = read_config(workdir, flag)
   try:
-    return parse(ml_collections.ConfigDict(config), REGISTRY)
+    return parse(ml_collections.ConfigDict(with_new_names(config)), REGISTRY)
   # ConfigDict refuses dots, and names of its methods.
   except (
     ValueError,

@@ -23,6 +23,7 @@ from profit_jax.export import formats, onnx_file, verify
 from profit_jax.models import build
 from tests.export.conftest import MODEL, tiny_settings, write_run
 from tests.export.nets import changed, digits, random_variables
+from tests.specs import spec_of
 from tests.wrong_input import command as run_command
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -73,10 +74,10 @@ def test_nothing_else_lies_there(exported):
 def trained_model(top1, **model_changes):
   """What `exported` was made of, with another model if there are changes."""
   settings = tiny_settings()
-  model = build(tiny_settings(**model_changes).model, 10)
+  spec = spec_of(build(tiny_settings(**model_changes).model, 10), settings.data.image_size)
   final = {"weight_bits": 4, "act_bits": 4, "full_precision_top1": 99.0, "weights": "raw"}
   result = {"phases": [], "final": final}
-  return verify.TrainedModel(settings, digits(), model, random_variables(settings), result, top1)
+  return verify.TrainedModel(settings, digits(), spec, random_variables(settings), result, top1)
 
 
 class OneCodeChanged:

@@ -22,7 +22,8 @@ from profit_jax.export.net import (
   Sum,
   Value,
 )
-from profit_jax.models import REGISTRY, build, variable_shapes
+from profit_jax.models import REGISTRY, build
+from tests.specs import variable_shapes
 
 NORMALIZATION = data.KNOWN["digits"].normalization
 SIZE = 16  # pixels

@@ -20,6 +20,7 @@ from tests.export.nets import (
   raw,
   small_settings,
 )
+from tests.specs import spec_of
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,9 @@ from tests.export.nets import (
 )
 def test_its_codes_are_the_trained_models(name, weight_bits, act_bits, changes):
   settings, variables, net = random_net(name, weight_bits, act_bits, **changes)
-  run = verify.trained_codes(net, build(settings.model, 10), variables, NORMALIZATION)
+  run = verify.trained_codes(
+    net, spec_of(build(settings.model, 10), settings.data.image_size), variables, NORMALIZATION
+  )
   logits, codes = run(images())
   compared = verify.compare(net, [images()], lambda _: (logits, codes))
   assert compared.at_ties, [row for row in compared.rows if row.apart]
