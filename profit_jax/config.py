@@ -14,7 +14,7 @@ from typing import Any, Literal
 import ml_collections
 
 from profit_jax.fields import ConfigError as ConfigError  # every package takes both from here
-from profit_jax.fields import Ending as Ending
+from profit_jax.fields import ProfitError as ProfitError
 from profit_jax.fields import as_lists, build, listed, require
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -356,7 +356,7 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   settings = build(Settings, plain, "config", _LATER_FIELDS)
   _check_model(settings, models)
   _check_data(settings.data)
-  _check_plan(settings.plan)
+  check_plan(settings.plan)
   for name in ("first_bits", "last_bits"):
     bits = getattr(settings.quant, name)
     allowed = f"0 (as all layers), or {MIN_BITS} to {MAX_BITS}"
@@ -474,7 +474,8 @@ def _check_data(data: DataSettings) -> None:
   require(1 <= data.num_readers <= 1024, "data.num_readers", data.num_readers, "1 to 1024")
 
 
-def _check_plan(plan: PlanSettings) -> None:
+def check_plan(plan: PlanSettings) -> None:
+  """Checks section `plan`; raises as `parse`."""
   for name in ("weight_bits", "act_bits"):
     bits = getattr(plan, name)
     require(

@@ -9,15 +9,19 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 
-class Ending(Exception):
-  """Ends the command with one message, behind the label, and the exit code; `everywhere`: in all
-  processes alike.
+class ProfitError(Exception):
+  """An error with one clear message.
+
+  Attributes:
+    label: before the message, where the command line prints it.
+    code: the command line's exit code.
+    everywhere: all processes of a run end with it alike.
   """
 
   label, code, everywhere = "error", 1, False
 
 
-class ConfigError(Ending, ValueError):
+class ConfigError(ProfitError, ValueError):
   """Something the user can mend: what is wrong, the value, what is allowed, what to do."""
 
   code = 2

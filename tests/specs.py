@@ -41,4 +41,4 @@ def hand_made(params, bits=Bits(), first=()):
 
   visit(params, ())
   shapes = jax.eval_shape(lambda: params)
-  return ModelSpec(None, (), bits, {"params": shapes, "batch_stats": {}}, layers)
+  return ModelSpec(None, (), bits, {"params": shapes, "batch_stats": {}}, layers, 0)

@@ -24,14 +24,14 @@ from profit_jax.models import REGISTRY, check, student_spec
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.report import console
 from profit_jax.report import result as result_files
-from profit_jax.train import fork, run_directory, start
+from profit_jax.train import fork, run_directory, start, trainer
 from profit_jax.train.checkpoint import best_variables, progress_of
 from profit_jax.train.evaluate import evaluate
-from profit_jax.train.loop import Loop
-from profit_jax.train.observer import Observer, Observers
+from profit_jax.train.observer import Observer
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.progress import Progress, summary
+from profit_jax.train.run import Run
 
 MODES = ("train", "eval", "plan", "export")
 
@@ -257,29 +257,15 @@ def train(
       screen.print("The student starts from random weights (config.init.weights is empty).")
     for doubt in start.doubts(settings, student, teacher):
       _warn(screen, doubt)
-    programs = Programs(
-      settings,
-      facts,
-      student.spec,
-      teacher.spec,
-      mesh,
-      student.file_spec,
-    )
-    closing.callback(programs.close)
     watchers = _watchers(screen, facts, workdir, hooks.plots) if distributed.is_first() else []
-    observer = Observers([*hooks.callbacks, *watchers])
-    closing.callback(observer.close)
-    loop = Loop(
-      settings=settings,
-      source=source,
-      programs=programs,
-      writer=writer,
-      observer=observer,
-      student=student,
-      teacher=teacher,
-      clock=hooks.clock,
+    end = trainer.train(
+      Run(settings, phases, source, student, teacher),
+      writer,
+      snapshot,
+      mesh,
+      [*hooks.callbacks, *watchers],
+      hooks.clock,
     )
-    end = loop.run(snapshot)
     if not distributed.is_first():
       return None
     result = result_files.write_report(
@@ -307,29 +293,8 @@ def _claim(
   workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
 ) -> snapshots.Writer:
   """Makes the directory this run's, until `closing`; gives the writer of its checkpoints."""
-
-  def claim():
-    # In this order: of two that start together, the second must not find the first one's files half
-    # written.
-    closing.enter_context(run_directory.hold(workdir))
-    run_directory.claim_workdir(workdir, settings, source)
-
-  distributed.first_does(claim)
-  # A directory that only the first process sees.
-  distributed.together(lambda: run_directory.read_data(workdir))
-  writer = snapshots.Writer(workdir / "checkpoints", keep=settings.checkpoint.keep)
-
-  def close(error, *_):
-    # After an error in this process alone, closing would wait for the others; and the first error
-    # is the one to tell.
-    if error is None:
-      writer.close()
-    elif jax.process_count() == 1:
-      with contextlib.suppress(Exception):
-        writer.close()
-
-  closing.push(close)
-  return writer
+  identity = run_directory.identity_of(settings, source)
+  return trainer.claim(workdir, identity, settings.checkpoint.keep, closing)
 
 
 def _warn(screen: Console, text: str) -> None:
@@ -381,7 +346,9 @@ class Trained(NamedTuple):
 def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   run_directory.read_config(workdir)  # before the data, which takes longer
   mesh, source = make_mesh(settings), _load_data(settings)
-  distributed.first_does(lambda: run_directory.require_same_run(workdir, settings, source))
+  distributed.first_does(
+    lambda: run_directory.require_same_run(workdir, run_directory.identity_of(settings, source))
+  )
   spec = student_spec(settings, source.facts.num_classes)
   programs = Programs(settings, source.facts, spec, None, mesh)
   try:

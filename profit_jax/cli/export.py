@@ -11,13 +11,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax.config import ConfigError, Ending
+from profit_jax.config import ConfigError, ProfitError
 from profit_jax.data import normalization
 from profit_jax.export import card, formats, verify
 from profit_jax.export.build import build_net
 
 
-class NotEqual(Ending):
+class NotEqual(ProfitError):
   """An exported file is not what was trained."""
 
   label = "export failed"

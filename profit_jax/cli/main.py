@@ -19,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from profit_jax.config import RENAMED_FIELDS, ConfigError, Ending, renamed_field
+from profit_jax.config import RENAMED_FIELDS, ConfigError, ProfitError, renamed_field
 
 # With a configuration file or a run; the others have a module each, with a `main`.
 MODES = ("train", "eval", "plan", "export")
@@ -130,8 +130,8 @@ def _execute(values, rest):
       values.fork_from,
     )
     return 0, False
-  except Ending as ending:
-    return _report(ending)
+  except ProfitError as error:
+    return _report(error)
   except KeyboardInterrupt:
     print("error: stopped; the same command resumes from the last checkpoint.", file=sys.stderr)
     return 130, False  # what shells give a program that was interrupted

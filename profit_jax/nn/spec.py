@@ -8,6 +8,7 @@ trained, calibrated and watched alike. Parameters of other layers are plain.
 import contextvars
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,10 +16,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
+from flax.core.scope import DenyList
 
 from profit_jax.config import ConfigError
 from profit_jax.quant.base import PREFIX
 from profit_jax.quant.bits import Bits
+from profit_jax.quant.quantized import value_of
 
 LayerKind = Literal["conv", "dense", "act", "norm"]
 # Optimizer groups. Plain parameters with two axes or more are weights, all others norms.
@@ -67,6 +70,7 @@ class ModelSpec:
     bits: full precision, with the quantizer that the model's layers use.
     shapes: of its `params` and `batch_stats`.
     layers: those of `profit_jax.nn`, by path, in the order of their calls.
+    outputs: how many numbers the model gives for an image.
   """
 
   model: nn.Module
@@ -74,10 +78,11 @@ class ModelSpec:
   bits: Bits
   shapes: dict[str, Any]
   layers: Mapping[str, Layer]
+  outputs: int
 
   def init(self, key: jax.Array) -> dict[str, Any]:
     """First `params` and `batch_stats`, drawn from `key`."""
-    return _initializer(self.model, self.input_shape, self.bits)(key)
+    return {"batch_stats": {}, **_initializer(self.model, self.input_shape, self.bits)(key)}
 
   @functools.cached_property
   def kernels(self) -> dict[str, tuple[int, ...]]:
@@ -142,15 +147,37 @@ def describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits = Bits()
   """Traces a model once, without computing anything.
 
   Args:
-    model: `model(x, bits, train)`: float images `[N, H, W, C]` to one array.
+    model: `model(x, bits, train)`: float images `[N, H, W, C]` to one array `[N, outputs]`.
     input_shape: `(H, W, C)` of its images.
     bits: with its quantizer and least bits; the widths do not matter.
 
   Raises:
-    ConfigError: a layer that is called twice, or a model that keeps other variables than `params`
-      and `batch_stats`.
+    ConfigError: not such a model; a layer that is called twice; variables besides `params` and
+      `batch_stats`.
   """
+  _check_module(model)
   return _describe(model, tuple(input_shape), bits.at(None, None))
+
+
+def _check_module(model: Any) -> None:
+  kind = type(model)
+  if any(base.__module__.startswith("flax.nnx") for base in kind.__mro__):
+    raise ConfigError(
+      f"The model is a {kind.__name__} of flax.nnx, but profit_jax takes Flax linen modules. Wrap "
+      "it with flax.nnx.bridge.to_linen, or write it as flax.linen.Module."
+    )
+  if not isinstance(model, nn.Module):
+    raise ConfigError(
+      f"The model is a {kind.__name__}: it must be an instance of flax.linen.Module."
+      + (" Give Net(), not Net." if isinstance(model, type) else "")
+    )
+  try:
+    inspect.signature(type(model).__call__).bind(model, None, None, False)
+  except TypeError as error:
+    raise ConfigError(
+      f"{kind.__name__}.__call__ cannot be called as model(x, bits, train): {error}. It takes one "
+      "array of images, the bits, and whether it trains, and returns one array."
+    ) from None
 
 
 def split_path(path: str) -> Path:
@@ -164,7 +191,7 @@ def _describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> Mod
   token = _recorded.set(recorded)
   try:
     # Not the cached program of `_initializer`: it would not call the layers again.
-    shapes = jax.eval_shape(_init(model, input_shape, bits), jax.random.key(0))
+    output, shapes = jax.eval_shape(_init(model, input_shape, bits), jax.random.key(0))
   finally:
     _recorded.reset(token)
   layers: dict[str, Layer] = {}
@@ -175,20 +202,37 @@ def _describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> Mod
         "quantizer and can be called once: make another layer, with another name."
       )
     layers[layer.path] = layer
-  return ModelSpec(model, input_shape, bits, {"batch_stats": {}, **shapes}, layers)
+  leaves = jax.tree.leaves(output)
+  if len(leaves) != 1 or leaves[0].ndim != 2 or leaves[0].shape[0] != 1:
+    found = ", ".join(str(("N", *leaf.shape[1:])) for leaf in leaves)
+    raise ConfigError(
+      f"{type(model).__name__} returns {len(leaves)} arrays, of the shapes {found}: it must return "
+      "one array [N, classes]."
+    )
+  if others := sorted(shapes.keys() - {"params", "batch_stats"}):
+    raise ConfigError(
+      f"{type(model).__name__} has variables in the collections {', '.join(others)}: only params "
+      "and batch_stats are trained and saved."
+    )
+  shapes = {"batch_stats": {}, **shapes}
+  return ModelSpec(model, input_shape, bits, shapes, layers, leaves[0].shape[-1])
 
 
 def _init(model, input_shape, bits):
-  image = jax.ShapeDtypeStruct((1, *input_shape), np.float32)
-
   def init(key):
-    zeros = np.zeros(image.shape, image.dtype)
-    return model.init(key, zeros, bits, False, mutable=["params", "batch_stats"])
+    zeros = np.zeros((1, *input_shape), np.float32)
+    output, variables = model.init_with_output(key, zeros, bits, False, mutable=_collections())
+    return value_of(output), variables
 
   return init
+
+
+def _collections() -> DenyList:
+  # What layers write only when they are asked to; see `nn/layers.py`.
+  return DenyList(["intermediates", "moments", "quantized", "calibration", "clip_rate"])
 
 
 @functools.cache
 def _initializer(model, input_shape, bits):
   # Kept, so that a process compiles it once: 11 s of CPU time for MobileNet-v2 (720 small kernels).
-  return jax.jit(_init(model, input_shape, bits))
+  return jax.jit(lambda key: _init(model, input_shape, bits)(key)[1])

@@ -119,7 +119,7 @@ def _allowed(settings: Settings, source: data.Source, origin: epath.Path) -> int
       "The fields that differ:\n"
       f"  {listing}"
     )
-  if found := run_directory.other_data(origin, source, "--fork_from"):
+  if found := run_directory.other_data(origin, run_directory.data_identity(source), "--fork_from"):
     raise ConfigError(
       f"--fork_from {origin}: that run has other data: {'; '.join(found)}. It must be the same."
     )

@@ -10,9 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from profit_jax import distributed, snapshots
-from profit_jax.config import Settings
-from profit_jax.data import Source
-from profit_jax.schedule import Phase, plan, target_phases
+from profit_jax.schedule import Phase, target_phases
 from profit_jax.train import aiwq, checkpoint, instability, interrupt, nonfinite, phases
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.monitor import InstabilityMonitor
@@ -20,7 +18,8 @@ from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.packing import unpack
 from profit_jax.train.programs import Frozen, Programs, Who
 from profit_jax.train.progress import Progress
-from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, evaluated
+from profit_jax.train.run import Run
+from profit_jax.train.start import baseline, evaluate_start, evaluated
 from profit_jax.train.state import create_state
 
 # How many steps may be under way before the loop waits for the oldest one's numbers: enough that no
@@ -44,29 +43,23 @@ class Loop:
 
   def __init__(
     self,
-    *,
-    settings: Settings,
-    source: Source,
+    run: Run,
     programs: Programs,
     writer: snapshots.Writer,
     observer: Observer,
-    student: Student,
-    teacher: Teacher,
     clock: Callable[[], float] = time.monotonic,
   ):
     """Args:
-    settings: validated.
-    source: the data.
+    run: what is trained.
     programs: compiled steps.
     writer: of checkpoints.
     observer: told of everything.
-    student: its module and first weights.
-    teacher: its module and weights, as far as they exist.
     clock: in seconds; decides when `checkpoint.minutes` are over.
     """
-    self._settings, self._phases, self._source = settings, plan(settings), source
+    settings, source = run.settings, run.source
+    self._settings, self._phases, self._source = settings, run.phases, source
     self._programs, self._writer, self._observer = programs, writer, observer
-    self._student, self._first_teacher = student, teacher
+    self._student, self._first_teacher = run.student, run.teacher
     self._spec = programs.student
     self._targets = {phase.index for phase in target_phases(self._phases)}
     self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
@@ -141,7 +134,7 @@ class Loop:
       )
       # A teacher of its own goes into every checkpoint: a run that goes on does not read the file
       # again.
-      own = given if self._settings.teacher.model == "self" else None
+      own = given if self._first_teacher.is_student else None
       self._moment = checkpoint.Moment(progress, state, teacher=own)
     else:
       phase = self._phases[progress.phase - 1]

@@ -1,6 +1,7 @@
 """SGD with Nesterov momentum in four groups, as `optax.multi_transform` labels."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -28,6 +29,10 @@ class SgdSettings:
   weight_decay: float
   momentum: float
   quantizer_lr_scale: float
+
+
+# `learning_rate -> transformation`, as `optax.adamw`.
+OptimizerFactory = Callable[[Any], optax.GradientTransformation]
 
 
 class FrozenKernels(flax.struct.PyTreeNode):
@@ -119,8 +124,23 @@ def _is_masked(node: Any) -> bool:
   return isinstance(node, optax.MaskedNode)
 
 
+def scaled_by_epoch(factory: OptimizerFactory) -> optax.GradientTransformationExtraArgs:
+  """A transformation whose learning rate is an argument of `update`, as ours."""
+  inner = optax.inject_hyperparams(factory)(learning_rate=0.0)
+
+  def update(updates, state, params=None, *, learning_rate, **_):
+    rate = jnp.asarray(learning_rate, jnp.asarray(state.hyperparams["learning_rate"]).dtype)
+    state = state._replace(hyperparams={**state.hyperparams, "learning_rate": rate})
+    return inner.update(updates, state, params)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def make_optimizer(
-  labels: Packed, sgd: SgdSettings, frozen: frozenset[str] = frozenset()
+  labels: Packed,
+  sgd: SgdSettings,
+  frozen: frozenset[str] = frozenset(),
+  factory: OptimizerFactory | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation of one phase; `update` takes `learning_rate`, the epoch's rate of the
   weights.
@@ -128,18 +148,32 @@ def make_optimizer(
   weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`.
   frozen: nothing, and no state. Of the weight group, the arrays in `frozen` are too, with
   a momentum of 0; these are a value in the state, so that all such sets share a program.
+
+  Args:
+    labels: of `label_params`.
+    sgd: the constants.
+    frozen: arrays that are frozen by value, as `block01/expand_conv/kernel`.
+    factory: replaces decay, momentum and rate of the groups weight and norm.
   """
 
   def momentum():
     return optax.trace(sgd.momentum, nesterov=True)
 
-  groups = {
-    WEIGHT: optax.chain(
+  if factory is None:
+    weight = optax.chain(
       add_decayed_weights_unless_frozen(sgd.weight_decay, frozen),
       momentum(),
       scale_by_epoch_learning_rate(1.0),
-    ),
-    NORM: optax.chain(momentum(), scale_by_epoch_learning_rate(1.0)),
+    )
+    norm = optax.chain(momentum(), scale_by_epoch_learning_rate(1.0))
+  else:
+    # Its own decay moves kernels whose gradient is 0: they are held at both ends.
+    hold = add_decayed_weights_unless_frozen(0.0, frozen)
+    weight = optax.chain(hold, scaled_by_epoch(factory), hold)
+    norm = scaled_by_epoch(factory)
+  groups = {
+    WEIGHT: weight,
+    NORM: norm,
     QUANT: optax.chain(momentum(), scale_by_epoch_learning_rate(sgd.quantizer_lr_scale)),
     FROZEN: optax.set_to_zero(),
   }

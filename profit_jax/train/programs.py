@@ -112,7 +112,7 @@ class Programs:
     waited_seconds: how long callers have waited for compilation, in all.
   """
 
-  def __init__(
+  def __init__(  # noqa: PLR0913  one for each part
     self,
     settings: Settings,
     facts: Facts,
@@ -121,10 +121,24 @@ class Programs:
     mesh: Mesh,
     file: ModelSpec | None = None,
     platform: target.Platform | None = None,
+    *,
+    image_dtype: Any = np.uint8,
+    loss: steps.LossFunction | None = None,
+    optimizer_factory: optimizer.OptimizerFactory | None = None,
   ):
-    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none;
-    mesh; platform: that programs are traced for, None is the mesh's.
+    """Args:
+    settings: validated.
+    facts: of the data.
+    student: the model that is trained.
+    teacher: its teacher; None without one.
+    mesh: of the devices.
+    file: the student as its weights file's own code computes, where that is another.
+    platform: that programs are traced for; None is the mesh's.
+    image_dtype: of the batches: uint8, which is normalized, or float32.
+    loss: of the labels; None is the cross-entropy.
+    optimizer_factory: replaces SGD; see `optimizer.make_optimizer`.
     """
+    self._image_dtype, self._loss, self._factory = image_dtype, loss, optimizer_factory
     self._settings, self._facts = settings, facts
     self.student = student
     self._specs: dict[Who, ModelSpec | None] = {
@@ -237,7 +251,8 @@ class Programs:
       quantizer_lr_scale=train.quantizer_lr_scale,
     )
     labels = optimizer.label_params(params, train_kernels=train_kernels)
-    return optimizer.make_optimizer(labels, sgd, frozen if train_kernels else frozenset())
+    frozen = frozen if train_kernels else frozenset()
+    return optimizer.make_optimizer(labels, sgd, frozen, self._factory)
 
   def train_step(self, program: Program) -> Callable[..., Any]:
     """The compiled step of `steps.make_train_step`; the state and the AIWQ state are donated."""
@@ -329,9 +344,9 @@ class Programs:
     return compiled
 
   def _batch_shapes(self, size: int) -> dict[str, Any]:
-    pixels = self._settings.data.image_size
+    image = (size, *self.student.input_shape)
     shapes = {
-      "image": jax.ShapeDtypeStruct((size, pixels, pixels, 3), np.uint8),
+      "image": jax.ShapeDtypeStruct(image, self._image_dtype),
       "label": jax.ShapeDtypeStruct((size,), np.int32),
       "mask": jax.ShapeDtypeStruct((size,), bool),
     }
@@ -374,6 +389,7 @@ class Programs:
       distillation=distillation,
       accumulation_steps=settings.train.accumulation_steps,
       dtype=jnp.bfloat16 if settings.train.dtype == "bfloat16" else None,
+      loss=self._loss,
       spec=self.student,
       oscillation_settings=settings.oscillation,
     )

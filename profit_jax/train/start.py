@@ -45,11 +45,13 @@ class Teacher(NamedTuple):
     variables: its weights; None without one, or where a checkpoint has them, or will have (a
       student with a random classifier is its own teacher once the full-precision phase is over).
     loaded: what the file of another model gave; else None.
+    is_student: whether it is the student before quantization, which every checkpoint keeps.
   """
 
   spec: ModelSpec | None
   variables: Variables | None
   loaded: Loaded | None
+  is_student: bool = False
 
 
 def load_student(settings: Settings, num_classes: int, progress: Progress | None = None) -> Student:
@@ -110,7 +112,7 @@ def load_teacher(
     own = dataclasses.replace(settings.model, dropout=0.0, pad_value=padding)
     later = settings.new_classifier or progress is not None
     spec = describe(build(own, num_classes), student.spec.input_shape, student.spec.bits)
-    return Teacher(spec, None if later else student.make(), None)
+    return Teacher(spec, None if later else student.make(), None, is_student=True)
   spec = describe(build(teacher.as_model(), num_classes), student.spec.input_shape)
   loaded = load_variables(teacher.weights, teacher.model, spec.shapes, role="teacher")
   return Teacher(spec, loaded.variables, loaded)

@@ -25,6 +25,8 @@ from profit_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# `(logits [N, classes], labels [N]) -> losses [N]`.
+LossFunction = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -63,6 +65,7 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
   distillation: Distillation | None = None,
   accumulation_steps: int = 1,
   dtype: Any = None,
+  loss: LossFunction | None = None,
   spec: ModelSpec | None = None,
   oscillation_settings: OscillationSettings = OscillationSettings(),
 ) -> Callable[..., tuple[TrainState, Metrics, aiwq.AiwqState | None]]:
@@ -95,6 +98,7 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
       that of the whole batch's loss. Batch statistics are those of each part; the running ones move
       once, by the parts' mean.
     dtype: of the activations and their gradients; None is that of the normalized images.
+    loss: of the labels; None is `cross_entropy`.
     spec: the student's, for the remedies.
     oscillation_settings: theirs; see `profit_jax/train/oscillation.py`.
   """
@@ -116,7 +120,9 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
         return _forward(model, variables, state.step, image, bits, key, sampling)
 
       # With respect to the leaves: the transpose of a slice is a padded vector, one a leaf.
-      return _share_of_gradient(forward, params, part, teacher_logits, examples)
+      return _share_of_gradient(
+        forward, params, part, teacher_logits, examples, loss or cross_entropy
+      )
 
     grads, metrics, updates = _accumulate(gradient, batch, key, accumulation_steps)
     metrics["examples"] = examples
@@ -158,7 +164,7 @@ def _teacher_logits(distillation, variables, image, key):
   return value_of(logits)
 
 
-def _share_of_gradient(forward, params, batch, teacher_logits, examples):
+def _share_of_gradient(forward, params, batch, teacher_logits, examples, loss):
   """The share that a part of the batch has in the gradient and the metrics, and the collections
   that `forward(params) -> (logits, collections)` updates.
   """
@@ -169,7 +175,7 @@ def _share_of_gradient(forward, params, batch, teacher_logits, examples):
   def loss_fn(params):
     logits, updates = forward(params)
     logits = value_of(logits)
-    parts = {"ce": share(cross_entropy(logits, batch["label"]))}
+    parts = {"ce": share(loss(logits, batch["label"]))}
     if teacher_logits is not None:
       parts["kd"] = share(distillation_loss(logits, teacher_logits))
     return sum(parts.values()), (parts, logits, updates)

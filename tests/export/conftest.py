@@ -29,7 +29,7 @@ def tiny_settings(**changes):
 def write_run(workdir, best, **changes):
   settings = tiny_settings(**changes)
   workdir = epath.Path(workdir)
-  run_directory.claim_workdir(workdir, settings, data.load(settings))
+  run_directory.claim_workdir(workdir, run_directory.identity_of(settings, data.load(settings)))
   phase = {
     "index": 1,
     "name": "w4a4 ft1",

@@ -55,7 +55,7 @@ def test_from_random_weights_the_student_has_no_teacher_yet():
   assert student.loaded is None
   assert teacher.spec.model.dropout == 0.0
   assert teacher.variables is None
-  assert first(**{"teacher.model": "none"})[2] == (None, None, None)
+  assert first(**{"teacher.model": "none"})[2].spec is None
 
 
 def test_from_a_file_the_student_teaches_itself_from_the_start(weights_file):
