@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from profit_jax.config import QuantSettings
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
+from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Levels
 
@@ -103,6 +103,6 @@ class MobileNetV1(nn.Module):
         )(x, levels, train)
         index += 1
 
-    x = jnp.mean(x, axis=(1, 2))
+    x = spatial_mean(x)
     x = Dropout(self.dropout, name="dropout")(x, train)
     return QuantDense(self.num_classes, name="classifier")(x, levels.last())

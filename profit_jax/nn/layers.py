@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from profit_jax.kernels import products
+from profit_jax.nn import tracing
 from profit_jax.nn.fused import Activation, Normalized, activate, moments, moments_near
 from profit_jax.quant import duq
 from profit_jax.quant.bits import Levels, symmetric_steps
@@ -147,6 +148,8 @@ class QuantConv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array | Quantized, levels: Levels) -> jax.Array | Product:
     """`[N, H, W, C]` -> `[N, H', W', features]`; an array where neither side is quantized."""
+    if tracing.active():
+      return tracing.conv(self, x, levels)
     size = self.kernel_size
     channels_in, features = (1, x.shape[-1]) if self.depthwise else (x.shape[-1], self.features)
     kernel = self.param("kernel", _conv_init, (size, size, channels_in, features), jnp.float32)
@@ -202,6 +205,8 @@ class QuantDense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array | Quantized, levels: Levels) -> jax.Array:
     """`[N, C]` -> `[N, features]`, in the dtype of x."""
+    if tracing.active():
+      return tracing.dense(self, x, levels)
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -236,6 +241,8 @@ class QuantAct(nn.Module):
     """Any shape, the batch first; or what `BatchNorm.pending` gives. An array stays one where
     activations are not quantized.
     """
+    if tracing.active():
+      return tracing.quantizer(self, x, levels)
     method = _method(levels)
     params = _quantizer_params(self, method.act_leaves)
     steps = (
@@ -313,6 +320,8 @@ class BatchNorm(nn.Module):
     self, x: jax.Array | Product, train: bool, activation: Activation | None = None
   ) -> jax.Array | Normalized:
     """The same for a `QuantAct` to take, which computes both at once."""
+    if tracing.active():
+      return tracing.norm(self, x, activation)
     channels = (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)

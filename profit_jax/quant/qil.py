@@ -42,6 +42,18 @@ def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> Quan
   return Quantized(_codes(kernel, params, steps, gamma, signed=True), _scale(params, steps))
 
 
+def line(
+  params: Params, steps: jax.Array, kind: duq.Kind
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Activations that are not negative as an affine map: where code 0 ends, the width of all codes,
+  and their scale.
+
+  `round(clip((x - begin) / width, 0, 1) * n)` are the codes of `quantize`.
+  """
+  center, width = jax.nn.softplus(params["quant_center"]), jax.nn.softplus(params["quant_width"])
+  return duq.OFFSET[kind] + center - width, 2.0 * width, _scale(params, steps)
+
+
 def kernel_codes(kernel: jax.Array, params: Params, steps: jax.Array) -> jax.Array:
   """The codes of a kernel, -n to n."""
   return quantize_kernel(kernel, params, steps).codes

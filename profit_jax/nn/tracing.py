@@ -1,0 +1,110 @@
+"""Trace mode: every layer and non-linearity is one opaque operation of the traced program.
+
+Export reads a model's graph from its jaxpr. There, a quantizer would be a dozen operations that
+nothing names. In trace mode each layer binds `operation_p` instead, with its path and attributes,
+and returns a plain array of the output's shape. Its parameters are no operands: who reads the
+jaxpr has them by path.
+
+    with tracing.traced():
+      jaxpr = jax.make_jaxpr(lambda x: model.apply(variables, x, bits, False))(x)
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+_traced = contextvars.ContextVar("profit_jax_traced", default=False)
+
+# Operands: the input and, of a quantizer that is on, its levels (a scalar). Parameters: `kind`
+# (conv, dense, quantizer, norm, activation or mean), `path` of the layer (empty for functions),
+# `shape` of the output, and the layer's own attributes.
+operation_p = core.Primitive("profit_operation")
+
+
+@operation_p.def_abstract_eval
+def _abstract(x, *levels, shape, **attributes):
+  del levels, attributes
+  return jax.core.ShapedArray(shape, x.dtype)
+
+
+def active() -> bool:
+  """Whether layers bind opaque operations."""
+  return _traced.get()
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+  """Inside, layers and functions of `nn/` bind opaque operations, and `jit` is off.
+
+  Functions under `jit` are cached by their arguments, not by this mode: one that ran before would
+  give its operations instead of ours.
+  """
+  token = _traced.set(True)
+  try:
+    with jax.disable_jit():
+      yield
+  finally:
+    _traced.reset(token)
+
+
+def conv(layer: nn.Module, x: jax.Array, levels: Any) -> jax.Array:
+  """A `QuantConv`."""
+  size, stride = layer.kernel_size, layer.stride
+  height, width = ((n + 2 * ((size - 1) // 2) - size) // stride + 1 for n in x.shape[1:3])
+  features = x.shape[-1] if layer.depthwise else layer.features
+  return _bind(
+    layer,
+    x,
+    levels.weight,
+    kind="conv",
+    shape=(x.shape[0], height, width, features),
+    stride=stride,
+    depthwise=layer.depthwise,
+    pad_value=layer.pad_value,
+    quant=levels.quant,
+  )
+
+
+def dense(layer: nn.Module, x: jax.Array, levels: Any) -> jax.Array:
+  """A `QuantDense`."""
+  shape = (*x.shape[:-1], layer.features)
+  return _bind(layer, x, levels.weight, kind="dense", shape=shape, quant=levels.quant)
+
+
+def quantizer(layer: nn.Module, x: jax.Array, levels: Any) -> jax.Array:
+  """A `QuantAct`."""
+  return _bind(
+    layer, x, levels.act, kind="quantizer", shape=x.shape, codes=layer.kind, quant=levels.quant
+  )
+
+
+def norm(layer: nn.Module, x: jax.Array, function: str | None) -> jax.Array:
+  """A `BatchNorm` with its running statistics, and the non-linearity after it."""
+  x = _bind(layer, x, None, kind="norm", shape=x.shape, epsilon=layer.epsilon)
+  return activation(x, function)
+
+
+def activation(x: jax.Array, function: str | None) -> jax.Array:
+  """A non-linearity, one of `export.net.Activation`'s; None is none."""
+  if function is None:
+    return x
+  return _bind(None, x, None, kind="activation", shape=x.shape, function=function)
+
+
+def mean(x: jax.Array) -> jax.Array:
+  """The mean over space, `[N, H, W, C]` -> `[N, C]`."""
+  return _bind(None, x, None, kind="mean", shape=(x.shape[0], x.shape[-1]))
+
+
+def _bind(
+  layer: nn.Module | None, x: jax.Array, levels: jax.Array | None, **attributes: Any
+) -> jax.Array:
+  operands = [x] if levels is None else [x, jnp.asarray(levels, jnp.float32)]
+  path = () if layer is None else layer.path
+  return operation_p.bind(*operands, path=path, **attributes)
