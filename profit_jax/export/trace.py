@@ -229,7 +229,10 @@ class _Walk:
     return self.add("affine", [x], x.shape, place, **values)
 
   def _per_channel(self, x: Operation, constant: Any, place: str) -> np.ndarray:
-    array = np.broadcast_to(np.float64(constant), (_BATCH, *x.shape)).reshape(-1, x.shape[-1])
+    shape = (_BATCH, *x.shape)
+    if np.broadcast_shapes(np.shape(constant), shape) != shape:
+      raise self.refused(place, "a constant of more elements than the tensor", [x])
+    array = np.broadcast_to(np.float64(constant), shape).reshape(-1, x.shape[-1])
     if (array != array[0]).any():
       raise self.refused(place, "a constant that varies over height, width or the batch", [x])
     return array[0].copy()
@@ -272,15 +275,19 @@ def _shape(equation: Any) -> tuple[int, ...]:
 
 def _pair(kind: str, walk: _Walk, read: list[Any], equation: Any, place: str) -> Operation:
   """An operation on two tensors, neither a constant."""
-  return walk.add(kind, list(map(_unspread, read)), _shape(equation)[1:], place)
+  shape = _shape(equation)[1:]
+  return walk.add(kind, [_repeated(x, shape) for x in read], shape, place)
 
 
-def _unspread(x: Operation) -> Operation:
-  """What is repeated over space, as `(C,)` where it was that."""
-  if x.kind != "spread":
-    return x
-  (x,) = x.inputs
-  return x.inputs[0] if x.kind == "reshape" and x.inputs[0].shape == x.shape[-1:] else x
+def _repeated(x: Operation, shape: tuple[int, ...]) -> Operation:
+  """An operand of a pair whose result has this shape: without repetition, and `(C,)` where it was
+  that.
+  """
+  (source,) = x.inputs if x.kind == "spread" else [x]
+  if source.kind == "reshape" and source.shape != shape:
+    (before,) = source.inputs
+    return before if before.shape == source.shape[-1:] else source
+  return source
 
 
 def _split(read: list[Any]) -> tuple[Operation, Any]:
@@ -301,7 +308,7 @@ def _add(walk, read, equation, place):
 
 def _subtract(walk, read, equation, place):
   if _both(read):
-    negative = walk.affine(_unspread(read[1]), -1.0, 0.0, place)
+    negative = walk.affine(_repeated(read[1], _shape(equation)[1:]), -1.0, 0.0, place)
     return _pair("sum", walk, [read[0], negative], equation, place)
   if isinstance(read[0], Operation):
     return walk.affine(read[0], 1.0, -np.float64(read[1]), place)

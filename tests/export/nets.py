@@ -93,14 +93,28 @@ def random_net(name, weight_bits, act_bits, **changes):
   """Settings, variables and the code-domain net of a small model."""
   settings = small_settings(name, **changes)
   variables = random_variables(settings)
-  return settings, variables, build_net(settings, variables, NORMALIZATION, weight_bits, act_bits)
+  return settings, variables, net_of(settings, variables, weight_bits, act_bits)
+
+
+def net_of(settings, variables, weight_bits, act_bits, classes=10):
+  """The code-domain net of a registered model."""
+  size = settings.data.image_size
+  return build_net(
+    build(settings.model, classes, settings.quant),
+    variables,
+    name=settings.model.name,
+    image_shape=(size, size, 3),
+    normalization=NORMALIZATION,
+    weight_bits=weight_bits,
+    act_bits=act_bits,
+  )
 
 
 @functools.cache
 def full_net(name, bits):
   """The published size, 1000 classes."""
   settings = settings_of(name, **{"model.width": 1.0, "model.strides": (), "data.image_size": 224})
-  return build_net(settings, random_variables(settings, 1000), NORMALIZATION, bits, bits)
+  return net_of(settings, random_variables(settings, 1000), bits, bits, 1000)
 
 
 @functools.cache
@@ -157,7 +171,7 @@ def every_operation(weight_bits, act_bits):
   x = net.activation(net.layer(x, "pre_classifier", (16, 24)), "hard_swish")
   x = net.quantizer(x, "pre_classifier_quant", "hswish")
   net.layer(x, "classifier", (24, 10))
-  return Net("every_operation", tuple(net.nodes), SIZE, NORMALIZATION, weight_bits, act_bits)
+  return Net("every_operation", tuple(net.nodes), (SIZE, SIZE, 3), NORMALIZATION, weight_bits, act_bits)
 
 
 class _Maker:
