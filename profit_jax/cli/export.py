@@ -67,8 +67,15 @@ class _Exporter:
     settings, final = trained.settings, trained.result["final"]
     self._trained, self._directory, self._screen = trained, directory, screen
     self._pixels = normalization(settings.data.normalization, trained.source.facts)
+    size = settings.data.image_size
     self._net = build_net(
-      settings, trained.variables, self._pixels, final["weight_bits"], final["act_bits"]
+      trained.model,
+      trained.variables,
+      name=settings.model.name,
+      image_shape=(size, size, 3),
+      normalization=self._pixels,
+      weight_bits=final["weight_bits"],
+      act_bits=final["act_bits"],
     )
     self._images = verify.eval_images(self._net, trained.source, settings.train.eval_batch_size)
 

@@ -20,6 +20,7 @@ from profit_jax.config import ConfigError
 from profit_jax.data import preprocess
 from profit_jax.data.picture import read_picture
 from profit_jax.export import formats, onnx_file, verify
+from profit_jax.export.build import build_net
 from profit_jax.models import build
 from tests.export.conftest import MODEL, tiny_settings, write_run
 from tests.export.nets import changed, digits, random_variables
@@ -70,10 +71,10 @@ def test_nothing_else_lies_there(exported):
   assert len(list(exported.iterdir())) == 3 * len(formats.DEFAULT)
 
 
-def trained_model(top1, **model_changes):
-  """What `exported` was made of, with another model if there are changes."""
+def trained_model(top1):
+  """What `exported` was made of."""
   settings = tiny_settings()
-  model = build(tiny_settings(**model_changes).model, 10)
+  model = build(settings.model, 10)
   final = {"weight_bits": 4, "act_bits": 4, "full_precision_top1": 99.0, "weights": "raw"}
   result = {"phases": [], "final": final}
   return verify.TrainedModel(settings, digits(), model, random_variables(settings), result, top1)
@@ -112,11 +113,16 @@ def test_a_file_that_is_not_what_was_trained_is_not_kept(exported, tmp_path):
   assert names == {f"{STEM}.jax{suffix}" for suffix in ("", ".json", ".md")}
 
 
-def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path):
+def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path, monkeypatch):
+  def another_net(*arguments, **options):
+    net = build_net(*arguments, **options)
+    stem = net.layers[0]
+    return changed(net, stem.name, multiplier=np.float32(0.9) * stem.multiplier)
+
+  monkeypatch.setattr(export, "build_net", another_net)
   screen = Console(file=io.StringIO(), width=100)
-  other = trained_model(100.0, **{"model.bn_epsilon": 0.1})
   with pytest.raises(export.NotEqual, match="nothing was written"):
-    export.export(other, ["onnx"], epath.Path(tmp_path) / "export", screen)
+    export.export(trained_model(100.0), ["onnx"], epath.Path(tmp_path) / "export", screen)
   assert "stem_quant" in screen.file.getvalue()
   assert not list(tmp_path.iterdir())
 

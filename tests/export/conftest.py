@@ -4,7 +4,6 @@ import pytest
 from etils import epath
 
 from profit_jax import data, snapshots
-from profit_jax.export.build import NETWORKS
 from profit_jax.models import REGISTRY
 from profit_jax.train import run_directory
 from profit_jax.train.progress import Best, PhaseRecord, Progress
@@ -16,10 +15,10 @@ MODEL = "tiny_v1"
 
 @pytest.fixture(scope="session")
 def tiny_v1():
-  """Registers the tiny net and its topology."""
-  REGISTRY[MODEL], NETWORKS[MODEL] = tiny.TinyV1, tiny.topology
+  """Registers the tiny net."""
+  REGISTRY[MODEL] = tiny.TinyV1
   yield
-  del REGISTRY[MODEL], NETWORKS[MODEL]
+  del REGISTRY[MODEL]
 
 
 def tiny_settings(**changes):

@@ -171,7 +171,9 @@ def every_operation(weight_bits, act_bits):
   x = net.activation(net.layer(x, "pre_classifier", (16, 24)), "hard_swish")
   x = net.quantizer(x, "pre_classifier_quant", "hswish")
   net.layer(x, "classifier", (24, 10))
-  return Net("every_operation", tuple(net.nodes), (SIZE, SIZE, 3), NORMALIZATION, weight_bits, act_bits)
+  return Net(
+    "every_operation", tuple(net.nodes), (SIZE, SIZE, 3), NORMALIZATION, weight_bits, act_bits
+  )
 
 
 class _Maker:
@@ -219,6 +221,7 @@ class _Maker:
         high=high,
         bits=bits,
         scale=float(np.float32(1.1 * interval / high)),
+        offset=-0.375 if kind == "hswish" else 0.0,
       )
     )
 

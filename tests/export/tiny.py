@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from profit_jax.export.net import IMAGE
 from profit_jax.models.mobilenet_v1 import DepthwiseSeparable
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Levels
@@ -32,13 +31,3 @@ class TinyV1(nn.Module):
       x, levels, train
     )
     return QuantDense(self.num_classes, name="classifier")(jnp.mean(x, (1, 2)), levels.last())
-
-
-def topology(net, model, strides):
-  """The same for `profit_jax.export.build`."""
-  x = net.conv(IMAGE, "stem_conv", "stem_norm", 2)
-  x = net.quantize(x, "stem_quant", "unsigned", model.activation)
-  for part, options in (("depthwise", {"stride": 2, "depthwise": True}), ("pointwise", {})):
-    x = net.conv(x, f"block00/{part}_conv", f"block00/{part}_norm", **options)
-    x = net.quantize(x, f"block00/{part}_quant", "unsigned", model.activation)
-  net.dense(net.mean(x, "mean"), "classifier")

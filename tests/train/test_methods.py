@@ -136,9 +136,3 @@ def test_bits_are_values_for_every_method(tiny):
 def test_what_cannot_be_combined(tiny, changes, named):
   with pytest.raises(ConfigError, match=named):
     parse(tiny_config(**changes), REGISTRY)
-
-
-def test_only_duq_can_be_exported(tiny):
-  settings = parse(tiny_config(**{"quant.method": "lsq"}), REGISTRY)
-  with pytest.raises(ConfigError, match="DuQ"):
-    export_build.build_net(settings, {}, None, 4, 4)
