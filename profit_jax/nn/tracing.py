@@ -2,8 +2,8 @@
 
 Export reads a model's graph from its jaxpr. There, a quantizer would be a dozen operations that
 nothing names. In trace mode each layer binds `operation_p` instead, with its path and attributes,
-and returns a plain array of the output's shape. Its parameters are no operands: who reads the
-jaxpr has them by path.
+and returns what it always returns, of that operation's result. Its parameters are no operands: who
+reads the jaxpr has them by path.
 
     with tracing.traced():
       jaxpr = jax.make_jaxpr(lambda x: model.apply(variables, x, bits, False))(x)
@@ -17,8 +17,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
+from profit_jax.quant.quantized import Product, Quantized, value_of
+
+_ONE = np.float32(1.0)
 _traced = contextvars.ContextVar("profit_jax_traced", default=False)
 
 # Operands: the input and, of a quantizer that is on, its levels (a scalar). Parameters: `kind`
@@ -53,12 +57,12 @@ def traced() -> Iterator[None]:
     _traced.reset(token)
 
 
-def conv(layer: nn.Module, x: jax.Array, levels: Any) -> jax.Array:
+def conv(layer: nn.Module, x: Any, levels: Any) -> Product:
   """A `QuantConv`."""
   size, stride = layer.kernel_size, layer.stride
   height, width = ((n + 2 * ((size - 1) // 2) - size) // stride + 1 for n in x.shape[1:3])
   features = x.shape[-1] if layer.depthwise else layer.features
-  return _bind(
+  y = _bind(
     layer,
     x,
     levels.weight,
@@ -69,42 +73,45 @@ def conv(layer: nn.Module, x: jax.Array, levels: Any) -> jax.Array:
     pad_value=layer.pad_value,
     quant=levels.quant,
   )
+  return Product(y, _ONE)
 
 
-def dense(layer: nn.Module, x: jax.Array, levels: Any) -> jax.Array:
+def dense(layer: nn.Module, x: Any, levels: Any) -> jax.Array:
   """A `QuantDense`."""
   shape = (*x.shape[:-1], layer.features)
   return _bind(layer, x, levels.weight, kind="dense", shape=shape, quant=levels.quant)
 
 
-def quantizer(layer: nn.Module, x: jax.Array, levels: Any) -> jax.Array:
+def quantizer(layer: nn.Module, x: Any, levels: Any) -> Quantized:
   """A `QuantAct`."""
-  return _bind(
+  y = _bind(
     layer, x, levels.act, kind="quantizer", shape=x.shape, codes=layer.kind, quant=levels.quant
   )
+  return Quantized(y, _ONE)
 
 
-def norm(layer: nn.Module, x: jax.Array, function: str | None) -> jax.Array:
+def norm(layer: nn.Module, x: Any, function: str | None) -> jax.Array:
   """A `BatchNorm` with its running statistics, and the non-linearity after it."""
   x = _bind(layer, x, None, kind="norm", shape=x.shape, epsilon=layer.epsilon)
   return activation(x, function)
 
 
-def activation(x: jax.Array, function: str | None) -> jax.Array:
+def activation(x: Any, function: str | None) -> jax.Array:
   """A non-linearity, one of `export.net.Activation`'s; None is none."""
   if function is None:
     return x
   return _bind(None, x, None, kind="activation", shape=x.shape, function=function)
 
 
-def mean(x: jax.Array) -> jax.Array:
+def mean(x: Any) -> jax.Array:
   """The mean over space, `[N, H, W, C]` -> `[N, C]`."""
   return _bind(None, x, None, kind="mean", shape=(x.shape[0], x.shape[-1]))
 
 
 def _bind(
-  layer: nn.Module | None, x: jax.Array, levels: jax.Array | None, **attributes: Any
+  layer: nn.Module | None, x: Any, levels: jax.Array | None, **attributes: Any
 ) -> jax.Array:
+  x = value_of(x)
   operands = [x] if levels is None else [x, jnp.asarray(levels, jnp.float32)]
   path = () if layer is None else layer.path
   return operation_p.bind(*operands, path=path, **attributes)

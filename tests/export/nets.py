@@ -36,6 +36,23 @@ STRIDES = {
 }
 
 
+# Ranges of the scalars of activations' quantizers, and what those of kernels are of the largest
+# weight.
+QUANTIZERS = {
+  "quant_a": (1.5, 3.0),
+  "quant_c": (1.5, 3.0),
+  "quant_center": (1.0, 1.5),
+  "quant_width": (0.7, 1.0),
+  "quant_gamma": (0.8, 1.2),
+}
+KERNEL_QUANTIZERS = {
+  "quant_a": 0.6,
+  "quant_c": 0.8,
+  "quant_center": 0.4,
+  "quant_width": 0.3,
+}
+
+
 def config(name, **changes):
   result = digits_w4.get_config(name)
   result.compilation_cache = ""
@@ -53,6 +70,12 @@ def small_settings(name, **changes):
 
 
 def random_variables(settings, classes=10, seed=0):
+  module = build(settings.model, classes, settings.quant)
+  return random_values(variable_shapes(module, settings.data.image_size), seed)
+
+
+def random_values(shapes, seed=0):
+  """Numbers for the variables of any model."""
   rng = np.random.default_rng(seed)
 
   def leaf(path, shape):
@@ -60,27 +83,26 @@ def random_variables(settings, classes=10, seed=0):
     if kind == "kernel":
       fan_in = np.prod(size[:-1])
       return np.float32(rng.normal(0.0, fan_in**-0.5, size))
-    if kind in ("quant_a", "quant_c"):
-      return raw(rng.uniform(1.5, 3.0))
+    if kind.startswith("quant_"):
+      return raw(rng.uniform(*QUANTIZERS[kind], size))
     # Some negative, as training makes some of batch normalization's.
     spread = {"scale": (1.0, 0.5), "bias": (0.2, 0.5), "mean": (0.0, 0.1), "var": (1.0, 0.1)}[kind]
     value = rng.normal(*spread, size)
     return np.float32(np.abs(value) if kind == "var" else value)
 
-  variables = jax.tree_util.tree_map_with_path(
-    leaf, variable_shapes(build(settings.model, classes), settings.data.image_size)
-  )
+  variables = jax.tree_util.tree_map_with_path(leaf, shapes)
 
   def of_kernels(tree):
     if "kernel" in tree:  # a kernel's interval is of its own size
-      largest = np.abs(tree["kernel"]).max()
-      for name, share in (("quant_a", 0.6), ("quant_c", 0.8)):
-        tree[name] = raw(share * largest)
+      channels = tree["kernel"].reshape(-1, tree["kernel"].shape[-1])
+      for name in tree.keys() & KERNEL_QUANTIZERS.keys():
+        largest = np.abs(channels).max(0 if tree[name].ndim else None)
+        tree[name] = raw(KERNEL_QUANTIZERS[name] * largest)
     return {
       name: of_kernels(part) if isinstance(part, dict) else part for name, part in tree.items()
     }
 
-  return {"params": of_kernels(variables["params"]), "batch_stats": variables["batch_stats"]}
+  return {**variables, "params": of_kernels(variables["params"])}
 
 
 def raw(value):

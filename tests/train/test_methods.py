@@ -12,7 +12,6 @@ import pytest
 
 from profit_jax.cli import app, compare, to_torch
 from profit_jax.config import ConfigError, QuantSettings, parse
-from profit_jax.export import build as export_build
 from profit_jax.models import REGISTRY, build, init_variables
 from profit_jax.nn.layers import QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import levels
