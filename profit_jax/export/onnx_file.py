@@ -25,6 +25,8 @@ What looks odd is deliberate (measured with onnxruntime 1.32):
 - Activation codes are carried in bytes: a Clip before a QuantizeLinear to INT4 does not load, and
   INT4 activations are slower.
 - Initializers are raw bytes: as lists of numbers, INT4 files are a third larger.
+- Signed codes that are pooled or reshaped pass a Clip that changes nothing: onnxruntime would move
+  the DequantizeLinear behind these operations, and fails at its own QuantizeLinear of int8.
 - A multiplication by n/a, and no QuantizeLinear with scale a/n, so that JAX computes the same at
   ties.
 """
@@ -107,6 +109,7 @@ class Graph:
     self.initializers: list[onnx.TensorProto] = []
     self._known: dict[tuple[float, str], str] = {}
     self._shapes = net.shapes()
+    self._moved_codes = {node.input for node in net.nodes if isinstance(node, (Pool, Reshape))}
     x = IMAGE if net.normalization is None else self._normalized(net)
     self._names = {IMAGE: self._moved(x, f"{IMAGE}/nchw", self._shapes[IMAGE], [0, 3, 1, 2])}
     for node in net.nodes:
@@ -131,15 +134,16 @@ class Graph:
   def quantizer(self, node: Quantizer, result: str) -> str:
     """The codes of what `_scaled` gives."""
     x, dtype = self._scaled(node), "int8" if node.signed else "uint8"
-    x = self._op(
-      "Clip",
-      [x, self._constant(float(node.low)), self._constant(float(node.high))],
-      f"{node.name}/clipped",
-    )
+    ends = [self._constant(float(node.low)), self._constant(float(node.high))]
+    x = self._op("Clip", [x, *ends], f"{node.name}/clipped")
     x = self._op(
       "QuantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], codes_of(node)
     )
-    return self._op("DequantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], result)
+    scale = [self._constant(1.0), self._constant(0, dtype)]
+    if not (node.signed and node.name in self._moved_codes):
+      return self._op("DequantizeLinear", [x, *scale], result)
+    x = self._op("DequantizeLinear", [x, *scale], f"{node.name}/unclipped")
+    return self._op("Clip", [x, *ends], result)
 
   def _op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
     self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))

@@ -51,9 +51,9 @@ class Plain(nn.Module):
     x = QuantAct("hswish", name="stem_quant")(nn.hard_swish(x) * gate, bits)
     deep = QuantConv(8, 3, pad_value=-0.375, depthwise=True, name="deep")(x, bits)
     deep = nn.relu6(nn.BatchNorm(use_running_average=not train, name="deep_norm")(value_of(deep)))
-    shallow = nn.avg_pool(value_of(x), (3, 3), (1, 1), ((1, 1), (1, 1)))
+    shallow = nn.pool(value_of(x), 0.0, jax.lax.add, (3, 3), (1, 1), ((1, 1), (1, 1))) / 9.0
     x = jnp.maximum(deep, shallow) - jnp.minimum(shallow, 0.5) / 4.0
-    x = QuantAct("symmetric", name="deep_quant")(jnp.clip(x, -0.7, 1.1), bits)
+    x = QuantAct("symmetric", name="deep_quant")(jnp.clip(x - 0.75, -1.1, 1.6), bits)
     x = nn.max_pool(value_of(x), (2, 2), (2, 2))
     x = QuantConv(6, 5, 2, name="last")(x, bits)
     x = QuantAct("unsigned", name="last_quant")(nn.relu(value_of(x)), bits)

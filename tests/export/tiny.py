@@ -23,6 +23,7 @@ class TinyV1(nn.Module):
 
   @nn.compact
   def __call__(self, x, levels=Levels(), train=False):
+    levels = levels._replace(quant=self.quant)
     norm = functools.partial(BatchNorm, epsilon=self.bn_epsilon)
     x = QuantConv(8, 3, 2, name="stem_conv")(x, levels.first())
     x = norm(name="stem_norm").pending(x, train, self.activation)
