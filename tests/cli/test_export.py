@@ -22,7 +22,7 @@ from profit_jax.data.picture import read_picture
 from profit_jax.export import formats, onnx_file, verify
 from profit_jax.export.build import build_net
 from profit_jax.models import build
-from tests.export.conftest import MODEL, tiny_settings, write_run
+from tests.cli.conftest import MODEL, tiny_settings, write_run
 from tests.export.nets import changed, digits, random_variables
 from tests.wrong_input import command as run_command
 
