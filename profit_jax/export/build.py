@@ -35,7 +35,7 @@ from profit_jax.export.net import (
   Value,
 )
 from profit_jax.export.simplify import simplified, users
-from profit_jax.export.trace import Operation, trace
+from profit_jax.export.trace import RESERVED, Operation, trace
 
 _LARGEST = float(np.finfo(np.float32).max)
 _BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
@@ -78,6 +78,7 @@ class _Builder:
   def __init__(self, operations: list[Operation], variables: dict[str, Any]):
     self._operations, self._variables = operations, variables
     self._users = users(operations)
+    self._paths = {*RESERVED, *(operation.path for operation in operations)}
     self._nodes: dict[str, Node] = {}
     self._names: dict[Operation, str] = {}
     # Of every tensor of codes, and of means of codes: what 1 is worth, and the value of 0.
@@ -95,12 +96,20 @@ class _Builder:
     return tuple(self._nodes.values())
 
   def _append(self, kind: type[Node], name: str, **fields: Any) -> str:
-    """A node under this name, or under one with a number where the name is taken."""
-    number, unique = 2, name
-    while unique in self._nodes:
-      number, unique = number + 1, f"{name}_{number}"
-    self._nodes[unique] = kind(name=unique, **fields)
-    return unique
+    self._nodes[name] = kind(name=name, **fields)
+    return name
+
+  def _plain(self, kind: type[Node], name: str, **fields: Any) -> str:
+    """A node that is no layer, under this name, or with a number where it is taken."""
+    number, free = 2, name
+    while free in self._nodes or free in self._paths:
+      number, free = number + 1, f"{name}_{number}"
+    return self._append(kind, free, **fields)
+
+  def _beside(self, kind: type[Node], x: str, what: str, **fields: Any) -> str:
+    """A node of the module in which its input is computed."""
+    module = x.rpartition("/")[0]
+    return self._plain(kind, f"{module}/{what}" if module else what, input=x, **fields)
 
   def _params(self, operation: Operation, collection: str = "params") -> Any:
     return functools.reduce(
@@ -115,7 +124,7 @@ class _Builder:
     name = f"{x}/value"
     if name in self._nodes:
       return name
-    return self._append(Value, name, input=x, scale=float(np.float32(scale)), offset=offset)
+    return self._plain(Value, name, input=x, scale=float(np.float32(scale)), offset=offset)
 
   def _keep_scale(self, name: str, x: str) -> str:
     if x in self._scales:
@@ -188,9 +197,12 @@ class _Builder:
   def _affine(self, operation: Operation, x: str) -> str:
     gain, shift = self._line(operation)
     scale, offset = self._scales.get(x, (1.0, 0.0))
-    return self._append(
+    append, name = (
+      (self._append, operation.path) if operation.path else (self._plain, f"{x}/affine")
+    )
+    return append(
       Affine,
-      operation.path or f"{x}/affine",
+      name,
       input=x,
       multiplier=np.float32(gain * scale),
       bias=np.float32(shift + gain * offset),
@@ -218,7 +230,7 @@ class _Builder:
     function, x = operation.values["function"], self._values(x)
     if function in _BOUNDS and self._is_clipped_anyway(operation, *_BOUNDS[function]):
       return x
-    return self._append(Activation, f"{x}/{function}", input=x, function=function)
+    return self._plain(Activation, f"{x}/{function}", input=x, function=function)
 
   def _clip(self, operation: Operation, x: str) -> str:
     low, high = operation.values["low"], operation.values["high"]
@@ -229,7 +241,7 @@ class _Builder:
     x = self._values(x)
     if self._is_clipped_anyway(operation, low, high):
       return x
-    return self._append(
+    return self._plain(
       Clip, f"{x}/clip", input=x, low=max(low, -_LARGEST), high=min(high, _LARGEST)
     )
 
@@ -243,19 +255,17 @@ class _Builder:
 
   def _mean(self, operation: Operation, x: str) -> str:
     del operation
-    return self._keep_scale(self._append(Mean, f"{x}/mean", input=x), x)
+    return self._keep_scale(self._beside(Mean, x, "mean"), x)
 
   def _pool(self, operation: Operation, x: str) -> str:
     function = operation.kind.removesuffix("_pool")
     if function == "mean":
       x = self._values(x)
-    name = self._append(
-      Pool, f"{x}/{operation.kind}", input=x, function=function, **operation.values
-    )
+    name = self._beside(Pool, x, operation.kind, function=function, **operation.values)
     return self._keep_scale(name, x)
 
   def _reshape(self, operation: Operation, x: str) -> str:
-    name = self._append(Reshape, f"{x}/reshape", input=x, shape=operation.shape)
+    name = self._beside(Reshape, x, "reshape", shape=operation.shape)
     return self._keep_scale(name, x)
 
   def _concat(self, operation: Operation, *read: str) -> str:
@@ -263,7 +273,7 @@ class _Builder:
     if len({self._scales.get(x) for x in read}) != 1:
       read = tuple(map(self._values, read))
     first, *others = read
-    name = self._append(Concat, f"{first}/concat", input=first, others=tuple(others))
+    name = self._beside(Concat, first, "concat", others=tuple(others))
     return self._keep_scale(name, first)
 
   def _pair(self, operation: Operation, *read: str) -> str:
@@ -271,7 +281,7 @@ class _Builder:
     x, other = map(self._values, read)
     if len(shapes[0]) < len(shapes[1]):
       x, other = other, x
-    return self._append(_PAIRS[operation.kind], f"{x}/{operation.kind}", input=x, other=other)
+    return self._beside(_PAIRS[operation.kind], x, operation.kind, other=other)
 
 
 def _steps(operation: Operation, what: str) -> float:

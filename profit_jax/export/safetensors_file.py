@@ -14,9 +14,9 @@ Tensors, of every layer:
 `mean`, `std` (of pixels / 255, per channel; null where float32 images are taken as they are),
 `weight_bits`, `act_bits`, and `nodes`, in order of execution: `[kind, name, input, ...]` with
 
-    ["Layer", name, input, shape, field, bits, code_bits, stride, depthwise]
+    ["Layer", name, input, shape, field, bits, stride = 1, depthwise = false, code_bits = null]
         shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]; a code takes `field` bits here
-    ["Quantizer", name, input, inverse, margin, low, high, bits, scale, offset]
+    ["Quantizer", name, input, inverse, margin, low, high, bits, scale, offset = 0]
         code = clip(round((x + margin) * inverse), low, high), worth code * scale + offset
     ["Activation", name, input, function]
         relu, relu6, hard_swish, hard_sigmoid
@@ -35,6 +35,8 @@ Tensors, of every layer:
         of channels
     ["Sum", name, input, other], also Product, Maximum, Minimum
         element by element; a [N, C] over space
+
+What ends a row and has the value given here is left out.
 
 Images and activations are NHWC, kernels HWIO; every border is zeros, `(K - 1) / 2` wide. Round half
 to even.
@@ -58,7 +60,8 @@ from profit_jax.export.net import Affine, Layer, Net, Node
 from profit_jax.export.packing import pack, unpack
 
 _KINDS = {kind.__name__: kind for kind in typing.get_args(Node)}
-_LAYER_FIELDS = ("bits", "code_bits", "stride", "depthwise")
+_NO_DEFAULT = object()
+_LAYER_FIELDS = ("bits", "stride", "depthwise", "code_bits")
 
 
 def write(net: Net, path: str | os.PathLike) -> None:
@@ -96,8 +99,10 @@ def _fields(kind: str) -> tuple[str, ...]:
 def _row(node: Node) -> list[Any]:
   kind = type(node).__name__
   stored = [node.kernel.shape, node.field_bits] if isinstance(node, Layer) else []
-  values = (_short(getattr(node, field)) for field in _fields(kind))
-  return [kind, node.name, node.input, *stored, *values]
+  fields = list(_fields(kind))
+  while fields and getattr(node, fields[-1]) == getattr(type(node), fields[-1], _NO_DEFAULT):
+    fields.pop()
+  return [kind, node.name, node.input, *stored, *(_short(getattr(node, field)) for field in fields)]
 
 
 def _short(value: Any) -> Any:
@@ -129,7 +134,7 @@ def _node(row: list[Any], tensor: Any) -> Node:
   if kind == "Layer":
     shape, field, *values = values
     given["kernel"] = unpack(tensor(f"{name}.codes"), field, tuple(shape))
-  for field, value in zip(_fields(kind), values, strict=True):
+  for field, value in zip(_fields(kind), values, strict=False):
     given[field] = _long(value)
   return _KINDS[kind](**given)
 

@@ -34,9 +34,10 @@ _CALLS = (
   "custom_vjp_call",
   "custom_vjp_call_jaxpr",
   "remat",
+  "remat2",
   "checkpoint",
 )
-_RESERVED = (IMAGE, "logits")
+RESERVED = (IMAGE, "logits")  # names of tensors that every file has
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # Frames of these files are not the user's.
 _LIBRARIES = tuple(str(pathlib.Path(module.__file__).parent) for module in (jax, flax, our_layers))
@@ -90,8 +91,14 @@ def trace(
   """
   image = jax.ShapeDtypeStruct((_BATCH, *image_shape), np.float32)
   bits = levels(weight_bits, act_bits)
-  with tracing.traced():
-    closed = jax.make_jaxpr(lambda x: model.apply(variables, x, bits, False))(image)
+  try:
+    with tracing.traced():
+      closed = jax.make_jaxpr(lambda x: model.apply(variables, x, bits, False))(image)
+  except NotImplementedError as error:
+    raise ConfigError(
+      f"The model cannot be exported: a layer of profit_jax.nn is called inside a transformation "
+      f"such as vmap or grad ({error}). Call it outside."
+    ) from error
   walk = _Walk()
   start = walk.add("input", [], image_shape)
   outputs = walk.run(closed.jaxpr, closed.consts, [start], "")
@@ -173,7 +180,7 @@ class _Walk:
       return atom.val if isinstance(atom, core.Literal) else known[atom]
 
     for equation in jaxpr.eqns:
-      results = self._apply(equation, list(map(read, equation.invars)), place or _place(equation))
+      results = self._apply(equation, list(map(read, equation.invars)), _place(equation) or place)
       known.update(zip(equation.outvars, results, strict=True))
     return list(map(read, jaxpr.outvars))
 
@@ -198,7 +205,7 @@ class _Walk:
   ) -> Operation:
     x, *steps = read
     name = "/".join(path)
-    if name in _RESERVED:
+    if name in RESERVED:
       raise ConfigError(
         f"{place}: the layer {name!r} cannot be exported under this name, which files use for "
         "their own tensors. Choose another."
