@@ -124,19 +124,19 @@ def test_codes_that_are_moved_stay_codes():
 
 # PACT's kernels take one bit more; QIL prunes, so that signed activations have no affine map.
 @pytest.mark.parametrize(
-  ("settings", "bits", "kernel_bits"),
+  ("method", "options", "bits", "kernel_bits"),
   [
-    (QuantSettings(method="lsq"), 3, 3),
-    (QuantSettings(method="pact"), 7, 8),
-    (QuantSettings(method="pact", per_channel=True), 3, 4),
-    (QuantSettings(method="qil"), 4, 4),
-    (QuantSettings(method="qil", per_channel=True, first_bits=8, last_bits=6), 4, 4),
-    (QuantSettings(per_channel=True), 4, 4),
-    (QuantSettings(first_bits=8, last_bits=6), 2, 2),
+    ("lsq", {}, 3, 3),
+    ("pact", {}, 7, 8),
+    ("pact", {"per_channel": True}, 3, 4),
+    ("qil", {}, 4, 4),
+    ("qil", {"per_channel": True, "first_bits": 8, "last_bits": 6}, 4, 4),
+    ("duq", {"per_channel": True}, 4, 4),
+    ("duq", {"first_bits": 8, "last_bits": 6}, 2, 2),
   ],
-  ids=str,
 )
-def test_every_quantizer_is_exported(tmp_path, settings, bits, kernel_bits):
+def test_every_quantizer_is_exported(tmp_path, method, options, bits, kernel_bits):
+  settings = QuantSettings(method=method, **options)
   model = tiny.TinyV1(quant=settings)
   variables = variables_of(model, (16, 16, 3))
   net = build_net(
@@ -152,10 +152,8 @@ def test_every_quantizer_is_exported(tmp_path, settings, bits, kernel_bits):
   compared = verify.compare(net, [images()], lambda _: outputs)
   assert compared.at_ties, [row for row in compared.rows if row.apart]
   assert compared.logits < 1e-5
-  ends = settings.first_bits, settings.last_bits
-  wanted = [max(end, bits) if place else bits for place, end in ((1, ends[0]), (0, 0), (0, 0))]
-  found = [layer.bits for layer in net.layers]
-  assert found == [*wanted, max(ends[1], bits)]
+  first, last = max(settings.first_bits, bits), max(settings.last_bits, bits)
+  assert [layer.bits for layer in net.layers] == [first, bits, bits, last]
   assert (net.layers[1].code_bits or net.layers[1].bits) == kernel_bits
   onnx_file.write(net, tmp_path / "net.onnx")
   runner = onnx_file.open_file(tmp_path / "net.onnx")
