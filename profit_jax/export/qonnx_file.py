@@ -18,6 +18,7 @@ The input is float32, with the values of the type `UINT8` if the net normalizes;
 qonnx wants every shape known.
 """
 
+import math
 import os
 from typing import Any
 
@@ -122,7 +123,7 @@ class Runner:
   ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The logits, and if asked for every quantizer's codes, NHWC."""
     names = [onnx_file.LOGITS, *(self._names if with_codes else [])]
-    size = max(1, _AT_ONCE // (image.shape[1] * image.shape[2]))
+    size = max(1, _AT_ONCE // math.prod(image.shape[1:-1]))
     parts = [
       self._execute(image[start : start + size], names) for start in range(0, len(image), size)
     ]

@@ -127,6 +127,15 @@ def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path, m
   assert not list(tmp_path.iterdir())
 
 
+def test_a_run_with_another_quantizer_is_exported(tiny_v1, tmp_path):
+  quant = {"quant.method": "lsq", "quant.per_channel": True, "quant.first_bits": 8}
+  write_run(tmp_path / "lsq", best=True, **quant)
+  app.main(None, str(tmp_path / "lsq"), "export", export_formats=["onnx"])
+  card = json.loads((tmp_path / "lsq" / "export" / f"{STEM}.onnx.json").read_text())
+  assert [layer["weight_bits"] for layer in card["layers"]] == [8, 4, 4, 4]
+  assert "4 to 8 bits symmetric; 4 to 8 bits of the file" in card["policy"]["weights"]
+
+
 def test_a_run_that_has_not_reached_its_last_bits(tiny_v1, tmp_path):
   write_run(tmp_path / "early", best=False)
   with pytest.raises(ConfigError, match="no checkpoint"):

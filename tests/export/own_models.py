@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from profit_jax.nn.functions import hard_swish, spatial_mean
+from profit_jax.nn.functions import hard_sigmoid, hard_swish, spatial_mean
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Levels, levels
 from profit_jax.quant.quantized import value_of
@@ -60,6 +60,23 @@ class Plain(nn.Module):
     x = QuantDense(16, name="hidden")(value_of(x).reshape(len(x), -1), bits)
     x = QuantAct("hswish", name="hidden_quant")(x * nn.relu6(x + 3.0) / 6.0, bits)
     return QuantDense(5, name="head")(x, bits)
+
+
+class Vectors(nn.Module):
+  """Without convolutions; at every place of an image, or of vectors."""
+
+  @nn.compact
+  def __call__(self, x, bits=Levels(), train=False):
+    x = QuantAct("symmetric", name="input_quant")(x, bits)
+    x = QuantDense(16, name="wide")(x, bits)
+    x = BatchNorm(name="wide_norm")(x, train, "relu6")
+    gate = hard_sigmoid(
+      QuantDense(16, name="gate")(QuantAct("unsigned", name="quant")(x, bits), bits)
+    )
+    x = jnp.maximum(x * gate, 0.1 - x) * 4.0 - 1.5
+    x = spatial_mean(x) if x.ndim == 4 else x
+    x = QuantAct("symmetric", name="head_quant")(x, bits)
+    return QuantDense(5, name="head")(x, bits) - 0.5
 
 
 @jax.jit

@@ -14,6 +14,7 @@ from profit_jax.export import formats, onnx_file, quantizers, reference, verify
 from profit_jax.export.build import build_net
 from profit_jax.export.costs import costs
 from profit_jax.nn import tracing
+from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Levels, levels, symmetric_steps
 from profit_jax.quant.methods import METHODS
@@ -21,7 +22,7 @@ from profit_jax.quant.quantized import value_of
 from tests.export import own_models, tiny
 from tests.export.nets import NORMALIZATION, images, random_values, raw
 
-OWN = (own_models.Branches, own_models.Plain, own_models.Codes)
+OWN = (own_models.Branches, own_models.Plain, own_models.Codes, own_models.Vectors)
 
 
 def variables_of(model, shape=own_models.IMAGE_SHAPE):
@@ -44,8 +45,8 @@ def own_net(model, bits=4, shape=own_models.IMAGE_SHAPE, variables=None):
   )
 
 
-def float_images(count=24):
-  return np.float32(np.random.default_rng(0).normal(0.3, 1.0, (count, *own_models.IMAGE_SHAPE)))
+def float_images(count=24, shape=own_models.IMAGE_SHAPE):
+  return np.float32(np.random.default_rng(0).normal(0.3, 1.0, (count, *shape)))
 
 
 @pytest.mark.parametrize("bits", [3, 8])
@@ -70,6 +71,17 @@ def test_a_file_computes_an_own_models_codes(tmp_path, name, make):
   module = formats.load(name)
   module.write(net, path)
   compared = verify.compare(net, [float_images()], verify.file_codes(module.open_file(path)))
+  assert compared.exact, [row for row in compared.rows if row.differing]
+  assert compared.logits < 1e-5
+
+
+@pytest.mark.parametrize("name", ["onnx", "safetensors"])
+def test_a_file_takes_vectors(tmp_path, name):
+  net = own_net(own_models.Vectors(), shape=(20,))
+  path = tmp_path / f"net{formats.FORMATS[name].suffix}"
+  module, inputs = formats.load(name), float_images(shape=(20,))
+  module.write(net, path)
+  compared = verify.compare(net, [inputs], verify.file_codes(module.open_file(path)))
   assert compared.exact, [row for row in compared.rows if row.differing]
   assert compared.logits < 1e-5
 
@@ -120,6 +132,22 @@ def test_codes_that_are_moved_stay_codes():
     (8, "unsigned", 8),
   ]
   assert not net.float_fed() & {"deep_quant"}
+
+
+class Names(nn.Module):
+  """Its layers have names that plain operations would get."""
+
+  @nn.compact
+  def __call__(self, x, bits=Levels(), train=False):
+    x = value_of(QuantConv(4, name="product")(x, bits))
+    x = spatial_mean(x * nn.relu(x))
+    x = QuantAct("symmetric", name="sum")(x, bits)
+    return QuantDense(5, name="mean")(x, bits)
+
+
+def test_layers_keep_their_names():
+  names = [node.name for node in own_net(Names()).nodes]
+  assert names == ["product", "product/relu", "product_2", "mean_2", "sum", "mean"]
 
 
 # PACT's kernels take one bit more; QIL prunes, so that signed activations have no affine map.
