@@ -1,7 +1,6 @@
-"""Trained model -> the code-domain net, by way of the operations that the model's jaxpr has.
+"""Trained model -> code-domain net: traces the model, simplifies, folds norms into layers.
 
-That the net is the model is not believed but measured, with every export: each quantizer's codes
-are compared with those of the trained network (`verify.py`).
+Every export compares each quantizer's codes with those of the trained network (`verify.py`).
 """
 
 import functools

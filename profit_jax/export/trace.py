@@ -1,8 +1,8 @@
 """A model -> the operations that it computes in evaluation, read from its jaxpr.
 
-In trace mode (`nn/tracing.py`) every layer is one operation. Between layers, a list of plain
-operations is known (`_RULES`); whatever depends on constants alone is evaluated. Anything else is
-refused with its line in the model's source and the layer before it.
+In trace mode (`nn/tracing.py`) every layer is one operation. `_RULES` lists the plain operations
+that may stand between layers. What depends on constants alone is evaluated. Anything else is an
+error that names the line in the model's source and the layer before it.
 """
 
 import dataclasses

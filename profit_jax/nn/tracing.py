@@ -1,9 +1,8 @@
 """Trace mode: every layer and non-linearity is one opaque operation of the traced program.
 
-Export reads a model's graph from its jaxpr. There, a quantizer would be a dozen operations that
-nothing names. In trace mode each layer binds `operation_p` instead, with its path and attributes,
-and returns what it always returns, of that operation's result. Its parameters are no operands: who
-reads the jaxpr has them by path.
+Export reads a model's graph from its jaxpr. In a plain jaxpr a quantizer is a dozen unnamed
+operations. In trace mode each layer binds `operation_p` instead, with its path and attributes, and
+returns its usual type. Its parameters are not operands: export looks them up by path.
 
     with tracing.traced():
       jaxpr = jax.make_jaxpr(lambda x: model.apply(variables, x, bits, False))(x)
@@ -46,8 +45,8 @@ def active() -> bool:
 def traced() -> Iterator[None]:
   """Inside, layers and functions of `nn/` bind opaque operations, and `jit` is off.
 
-  Functions under `jit` are cached by their arguments, not by this mode: one that ran before would
-  give its operations instead of ours.
+  JAX caches functions under `jit` by their arguments, not by this mode: one that ran before would
+  give its plain operations.
   """
   token = _traced.set(True)
   try:
