@@ -64,14 +64,12 @@ def measure(options) -> None:
   from profit_jax.export import formats, safetensors_file
 
   net = safetensors_file.read(options.net) if options.net else random_net(options)
-  images = np.random.default_rng(0).integers(
-    0, 256, (max(BATCHES), net.image_size, net.image_size, 3), np.uint8
-  )
+  images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *net.image_shape), np.uint8)
   first = options.cores == CORES[0]
   if first:
     print(
-      f"{net.model} {net.bits_name}, {net.image_size} pixels, {net.num_classes} classes; JAX on "
-      f"{jax.devices()[0]}"
+      f"{net.model} {net.bits_name}, {net.image_shape[0]} pixels, {net.num_classes} classes; "
+      f"JAX on {jax.devices()[0]}"
     )
     print(
       f"{'format':12}{'cores':>6}{'batch':>6}{'file ms':>10}{'float ms':>10}{'ratio':>7}"
@@ -134,7 +132,12 @@ def random_net(options):
   bits = Bits(weight=options.bits)
   variables["params"] = calibrate_weights(variables["params"], bits, spec)
   return build_net(
-    settings, jax.device_get(variables), NORMALIZATIONS["imagenet"], options.bits, options.bits
+    spec,
+    jax.device_get(variables),
+    name=options.model,
+    normalization=NORMALIZATIONS["imagenet"],
+    weight_bits=options.bits,
+    act_bits=options.bits,
   )
 
 
@@ -185,7 +188,7 @@ def float_onnx(net, path):
       return self._names[node.input]
 
   graph = Graph(net)
-  shape = ["N", net.image_size, net.image_size, 3]
+  shape = ["N", *net.image_shape]
   model = helper.make_model(
     helper.make_graph(
       graph.nodes,

@@ -68,7 +68,12 @@ class _Exporter:
     self._trained, self._directory, self._screen = trained, directory, screen
     self._pixels = normalization(settings.data.normalization, trained.source.facts)
     self._net = build_net(
-      settings, trained.variables, self._pixels, final["weight_bits"], final["act_bits"]
+      trained.spec,
+      trained.variables,
+      name=settings.model.name,
+      normalization=self._pixels,
+      weight_bits=final["weight_bits"],
+      act_bits=final["act_bits"],
     )
     self._images = verify.eval_images(self._net, trained.source, settings.train.eval_batch_size)
 

@@ -157,7 +157,7 @@ class FileCheck:
 def eval_images(
   net: Net, source: Source, batch_size: int, max_codes: int = CODES
 ) -> list[np.ndarray]:
-  """The first evaluation images, uint8, in equal parts to be compared at once.
+  """The first evaluation images in equal parts, to be compared at once.
 
   Args:
     net: whose codes will be compared.
@@ -167,7 +167,7 @@ def eval_images(
   """
   shapes = jax.eval_shape(
     functools.partial(reference.run_with_codes, net),
-    np.zeros((1, net.image_size, net.image_size, 3), np.uint8),
+    np.zeros((1, *net.image_shape), net.image_dtype),
   )
   codes = sum(math.prod(shape.shape) for shape in shapes[1].values())
   wanted, found = -(-max_codes // codes), []
@@ -182,7 +182,7 @@ def eval_images(
 
 
 def trained_codes(
-  net: Net, spec: ModelSpec, variables: Any, normalization: Normalization
+  net: Net, spec: ModelSpec, variables: Any, normalization: Normalization | None
 ) -> Callable[[np.ndarray], Any]:
   """What the trained model itself computes: images -> logits, and the codes of its quantizers."""
   names = {quantizer.name for quantizer in net.quantizers}
@@ -206,7 +206,11 @@ def trained_codes(
 # One program per model, not per call: two exports in one process share it.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _trained_values(
-  model: nn.Module, normalization: Normalization, variables: Any, image: jax.Array, bits: Bits
+  model: nn.Module,
+  normalization: Normalization | None,
+  variables: Any,
+  image: jax.Array,
+  bits: Bits,
 ) -> tuple[jax.Array, Any]:
   """Logits, and what the trained model's quantizers return."""
   platform = target.platform_of(jax.default_backend())
@@ -255,7 +259,7 @@ def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]
 
   Args:
     net: the reference.
-    images: parts uint8 `[N, H, W, 3]`.
+    images: parts `[N, H, W, C]`.
     run: images -> logits and codes by quantizer.
 
   Raises:
@@ -313,7 +317,7 @@ def check_file(
 
   Args:
     net: the reference, which the file was written from.
-    images: whose codes are compared, in parts uint8 `[N, H, W, 3]`.
+    images: whose codes are compared, in parts `[N, H, W, C]`.
     runner: the file, read back.
     trained: the model, its data and its top-1.
   """
@@ -341,7 +345,7 @@ def count_correct(
   """How many evaluation images get the right class, and how many there are.
 
   Args:
-    run: uint8 images `[batch_size, H, W, 3]` -> logits.
+    run: images `[batch_size, H, W, C]` -> logits.
     source: the data.
     batch_size: of all calls, the last one padded.
   """

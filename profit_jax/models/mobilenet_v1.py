@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
+from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Bits
 
@@ -93,6 +93,6 @@ class MobileNetV1(nn.Module):
         )(x, bits, train)
         index += 1
 
-    x = jnp.mean(x, axis=(1, 2))
+    x = spatial_mean(x)
     x = Dropout(self.dropout, name="dropout")(x, train)
     return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
+from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Bits
 
@@ -119,7 +119,7 @@ class MobileNetV2(nn.Module):
     x = QuantAct("symmetric", name="head_input_quant")(x, bits)
     x = QuantConv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, bits)
     x = norm(name="head_norm")(x, train, self.activation)
-    x = jnp.mean(x, axis=(1, 2))
+    x = spatial_mean(x)
     x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits.of_last())
     x = Dropout(self.dropout, name="dropout")(x, train)
     return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())

@@ -24,9 +24,9 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
+from profit_jax.nn.functions import hard_sigmoid, hard_swish, relu, spatial_mean
 from profit_jax.nn.fused import activate
 from profit_jax.nn.layers import (
   BatchNorm,
@@ -135,11 +135,11 @@ class SqueezeExcite(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, bits: Bits) -> jax.Array:
     """`[N, H, W, C]` -> the same."""
-    scale = jnp.mean(x, axis=(1, 2))
+    scale = spatial_mean(x)
     scale = QuantAct("symmetric", name="input_quant")(scale, bits)
-    scale = nn.relu(self.dense(self.squeezed, name="reduce")(scale, bits))
+    scale = relu(self.dense(self.squeezed, name="reduce")(scale, bits))
     scale = QuantAct("unsigned", name="reduce_quant")(scale, bits)
-    scale = nn.hard_sigmoid(self.dense(x.shape[-1], name="expand")(scale, bits))
+    scale = hard_sigmoid(self.dense(x.shape[-1], name="expand")(scale, bits))
     # In float32 at least, for the sake of the sum over space that is the scale's gradient.
     return (at_least_float32(x) * at_least_float32(scale)[:, None, None, :]).astype(x.dtype)
 
@@ -274,10 +274,10 @@ class MobileNetV3(nn.Module):
     x = QuantAct("symmetric", name="head_input_quant")(x, bits)
     x = QuantConv(self._head_channels(variant), name="head_conv")(x, bits)
     x = norm(name="head_norm")(x, train, "hard_swish")
-    x = jnp.mean(x, axis=(1, 2))
+    x = spatial_mean(x)
     x = QuantAct("hswish", name="head_quant")(x, bits)
     features = self._channels(variant.pre_classifier)
-    x = nn.hard_swish(dense(features, name="pre_classifier")(x, bits))
+    x = hard_swish(dense(features, name="pre_classifier")(x, bits))
     x = QuantAct("hswish", name="pre_classifier_quant")(x, bits.of_last())
     x = Dropout(self.dropout, name="dropout")(x, train)
     return dense(self.num_classes, name="classifier")(x, bits.of_last())

@@ -21,6 +21,7 @@ from jax import lax
 from profit_jax.kernels import target
 from profit_jax.kernels.affine import Affine
 from profit_jax.kernels.lowering import as_rows, channel_sums, computed_again, own_kernel
+from profit_jax.nn import tracing
 from profit_jax.quant import duq
 from profit_jax.quant.quantized import Quantized
 
@@ -76,6 +77,8 @@ class _Rule(NamedTuple):
 
 def activate(x: jax.Array, activation: Activation | None) -> jax.Array:
   """The non-linearity; h-swish is `x * relu6(x + 3) / 6`."""
+  if tracing.active():
+    return tracing.activation(x, activation)
   if activation is None:
     return x
   if activation == "hard_swish":

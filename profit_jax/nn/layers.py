@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from profit_jax.kernels import products
+from profit_jax.nn import tracing
 from profit_jax.nn.fused import Activation, Normalized, activate, moments, moments_near
 from profit_jax.nn.pending import parts_of, remember
 from profit_jax.nn.spec import record
@@ -145,6 +146,8 @@ class QuantConv(nn.Module):
   def __call__(self, x: jax.Array | Quantized, bits: Bits = Bits()) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H', W', features]`, in the dtype of x."""
     record(self, "conv", bits)
+    if tracing.active():
+      return tracing.conv(self, x, bits)
     x, size = _input(x), self.kernel_size
     channels_in, features = (1, x.shape[-1]) if self.depthwise else (x.shape[-1], self.features)
     kernel = self.param("kernel", _conv_init, (size, size, channels_in, features), jnp.float32)
@@ -202,6 +205,8 @@ class QuantDense(nn.Module):
   def __call__(self, x: jax.Array | Quantized, bits: Bits = Bits()) -> jax.Array:
     """`[N, C]` -> `[N, features]`, in the dtype of x."""
     record(self, "dense", bits)
+    if tracing.active():
+      return tracing.dense(self, x, bits)
     x = _input(x)
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
@@ -239,6 +244,8 @@ class QuantAct(nn.Module):
     Directly behind a `BatchNorm` both are computed at once.
     """
     record(self, "act", bits)
+    if tracing.active():
+      return tracing.quantizer(self, x, bits)
     quantizer, qmax = bits.quantizer, bits.act_qmax(self.kind)
     scalars = _quantizer_params(self, quantizer.act_scalars)
     watched = self.is_mutable_collection("calibration") or self.is_mutable_collection("clip_rate")
@@ -316,6 +323,8 @@ class BatchNorm(nn.Module):
       An array of x's shape and dtype.
     """
     record(self, "norm", Bits())
+    if tracing.active():
+      return tracing.norm(self, x, activation)
     made_of = parts_of(x)
     x = made_of if isinstance(made_of, Product) else x
     channels = (x.shape[-1],)

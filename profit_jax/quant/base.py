@@ -92,6 +92,18 @@ class Quantizer(abc.ABC):
     del scalars, qmax, features
     return None
 
+  def act_line(
+    self, scalars: Scalars, qmax: jax.Array, kind: Kind
+  ) -> tuple[Any, jax.Array, jax.Array] | None:
+    """Activations as an affine map, for export: `(begin, width, scale)`.
+
+    The codes are `round(clip((x - begin) / width, low, 1) * qmax)`, low being -1 for symmetric ones
+    and 0 for others; their values are `codes * scale` plus the kind's offset. None where a method's
+    codes are no such function.
+    """
+    interval = self.act_interval(scalars, qmax, 1)
+    return None if interval is None else (OFFSET[kind], interval.a, interval.scale)
+
   def fit_kernel(self, kernel: jax.Array, qmax: jax.Array) -> dict[str, jax.Array] | None:
     """Scalars with which the quantized kernel is nearest to the kernel; None where not offered."""
     del kernel, qmax

@@ -62,6 +62,15 @@ class QIL(Quantizer):
     magnitude = jnp.abs(shifted) if kind == "symmetric" else shifted
     return magnitude > _largest(scalars)
 
+  def act_line(
+    self, scalars: Scalars, qmax: jax.Array, kind: Kind
+  ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+    """See `Quantizer`; signed values near 0 have the code 0, whatever the step."""
+    if kind == "symmetric":
+      return None
+    center, width = (jax.nn.softplus(scalars[name]) for name in self.act_scalars)
+    return OFFSET[kind] + center - width, 2.0 * width, _scale(scalars, qmax)
+
   def first_kernel(self, kernel: jax.Array, qmax: jax.Array) -> dict[str, jax.Array]:
     """From 0 to DuQ's first interval: nothing is pruned at first."""
     del qmax

@@ -73,7 +73,7 @@ def test_a_compiled_product_is_rounded_before_it_is_added_to():
       Value(name="quant/value", input="quant", scale=scale, offset=offset),
       Sum(name="sum", input="conv/hard_swish", other="quant/value"),
     ),
-    images().shape[1],
+    images().shape[1:],
     NORMALIZATION,
     4,
     4,
@@ -101,7 +101,7 @@ def test_the_first_images_are_compared_in_equal_parts(net, runner):
   everything = np.concatenate(verify.eval_images(net, source, 232))
   np.testing.assert_array_equal(everything, next(source.eval_batches(450))["image"])
   # As codes of images of this size, 450 are too many for one part.
-  parts = verify.eval_images(net._replace(image_size=64), source, 232)
+  parts = verify.eval_images(net._replace(image_shape=(64, 64, 3)), source, 232)
   assert len(parts) > 1
   assert len({len(part) for part in parts}) == 1
   np.testing.assert_array_equal(np.concatenate(parts), everything[: len(parts) * len(parts[0])])

@@ -7,7 +7,6 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
-from profit_jax.export.net import IMAGE
 from profit_jax.models.mobilenet_v1 import DepthwiseSeparable
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Bits
@@ -28,13 +27,3 @@ class TinyV1(nn.Module):
     x = QuantAct("unsigned", 6.0, name="stem_quant")(x, bits)
     x = DepthwiseSeparable(16, 2, self.activation, norm, name="block00")(x, bits, train)
     return QuantDense(self.num_classes, name="classifier")(jnp.mean(x, (1, 2)), bits.of_last())
-
-
-def topology(net, model, strides):
-  """The same for `profit_jax.export.build`."""
-  x = net.conv(IMAGE, "stem_conv", "stem_norm", 2)
-  x = net.quantize(x, "stem_quant", "unsigned", model.activation)
-  for part, options in (("depthwise", {"stride": 2, "depthwise": True}), ("pointwise", {})):
-    x = net.conv(x, f"block00/{part}_conv", f"block00/{part}_norm", **options)
-    x = net.quantize(x, f"block00/{part}_quant", "unsigned", model.activation)
-  net.dense(net.mean(x, "mean"), "classifier")

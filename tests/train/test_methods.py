@@ -12,7 +12,6 @@ import pytest
 
 from profit_jax.cli import app, compare, to_torch
 from profit_jax.config import ConfigError, parse
-from profit_jax.export import build as export_build
 from profit_jax.models import REGISTRY, build, check
 from profit_jax.nn.layers import QuantAct, QuantConv, QuantDense
 from profit_jax.quant import Bits, DuQ, bits_of
@@ -139,9 +138,3 @@ def test_bits_are_values_for_every_method(tiny):
 def test_what_cannot_be_combined(tiny, changes, named):
   with pytest.raises(ConfigError, match=named):
     check(parse(tiny_config(**changes), REGISTRY))
-
-
-def test_only_duq_can_be_exported(tiny):
-  settings = parse(tiny_config(**{"quant.method": "lsq"}), REGISTRY)
-  with pytest.raises(ConfigError, match="DuQ"):
-    export_build.build_net(settings, {}, None, 4, 4)

@@ -14,7 +14,7 @@ from profit_jax import data, snapshots
 from profit_jax.cli import app
 from profit_jax.config import ConfigError, OscillationSettings, parse
 from profit_jax.data.normalize import Normalization
-from profit_jax.export.build import kernel_codes as exported_codes
+from profit_jax.export.quantizers import quantized_kernel
 from profit_jax.models import REGISTRY, build, check
 from profit_jax.nn.layers import BatchNorm
 from profit_jax.quant import DuQ, duq
@@ -136,10 +136,8 @@ def test_fixed_codes_of_channels_with_intervals_of_their_own():
 
 
 def exported_code(layer, bits):
-  found = exported_codes(
-    np.float32(layer["kernel"]), np.float32(layer["quant_a"]), 2 ** (bits - 1) - 1
-  )
-  return int(np.ravel(found)[0])
+  found = quantized_kernel("conv", layer, 2 ** (bits - 1) - 1, DuQ())
+  return int(np.ravel(found.codes)[0])
 
 
 def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
