@@ -27,9 +27,10 @@ class Branches(nn.Module):
     x = QuantAct("unsigned", name="stem_quant")(x, bits)
     left = QuantConv(8, 5, 1, depthwise=True, name="left")(x, bits)
     left = BatchNorm(name="left_norm")(left, train)
-    right = QuantConv(8, 3, name="right")(x, bits)  # without a norm
+    right = QuantConv(8, 3, name="right")(x, bits)  # read with and without its norm
+    left = left + BatchNorm(name="right_norm")(right, train)
     pooled = nn.max_pool(value_of(x), (3, 3), (1, 1), ((1, 1), (1, 1)))
-    x = jnp.concatenate([left + right, pooled], axis=-1)
+    x = jnp.concatenate([left + right, value_of(right), pooled], axis=-1)
     x = QuantAct("symmetric", name="joined_quant")(x, bits)
     x = QuantConv(12, 3, 2, name="join")(x, bits)
     x = BatchNorm(name="join_norm")(x, train, "hard_swish")

@@ -274,6 +274,10 @@ def bounds(x, bits, conv):
   return jnp.minimum(jnp.concatenate([x, x], axis=-1), jnp.arange(2.0))
 
 
+def across_images(x, bits, conv):
+  return x.reshape(-1, 4, 1, 1)
+
+
 def inside_vmap(x, bits, conv):
   return jax.vmap(lambda x: nn.relu(x) ** 3)(x)
 
@@ -301,6 +305,7 @@ def over_time(x, bits, conv):
     (full_precision_weights, r"the weights of the layer 'float' are in full precision"),
     (full_precision_activations, r"the activations of the layer 'float' are in full precision"),
     (bounds, r"a bound that differs by element"),
+    (across_images, r"a reshape to \(90, 4, 1, 1\) for a batch of 2"),
     (inside_vmap, r"the operation integer_pow \(after layer 'conv_quant'\)"),
     (spread_alone, r"repeating a tensor along an axis"),
     (over_time, r"the operation (integer_pow|square) \(after layer 'conv_quant'\)"),
