@@ -1,12 +1,16 @@
 """TensorBoard through clu: scalars per epoch, and the training loss per step."""
 
 import contextlib
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from clu import metric_writers
+from etils import epath
 
+from profit_jax import distributed
 from profit_jax.report import plots
 from profit_jax.schedule import Phase
 from profit_jax.train.nonfinite import quantizer_scalars
@@ -132,3 +136,20 @@ class TensorBoardObserver(Observer):
     if self._writer is not None:
       with contextlib.suppress(Exception):  # what it still had to write, and could not
         self._writer.close()
+
+
+class TensorBoard(TensorBoardObserver):
+  """A callback of `Trainer`: writes what `TensorBoardObserver` lists, from the first process."""
+
+  def __init__(self, logdir: str | None = None, pictures: bool = True):
+    """Args:
+    logdir: where to; None is the run's directory.
+    pictures: whether the heat map is drawn at the end.
+    """
+    self._logdir, self._pictures = logdir, pictures
+    self._writer, self._step = None, 0
+
+  def opened(self, workdir: epath.Path) -> None:
+    """See `Observer`."""
+    if distributed.is_first():
+      super().__init__(self._logdir or os.fspath(workdir), warnings.warn, self._pictures)
