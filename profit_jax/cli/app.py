@@ -17,7 +17,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from profit_jax import data, distributed, paths, schedule, snapshots
+from profit_jax import data, distributed, optional, paths, schedule, snapshots
 from profit_jax.cli import export
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.export import formats, verify
@@ -286,7 +286,9 @@ def train(
       workdir, settings, phases, end.progress, end.best["params"], plots=hooks.plots
     )
   console.print_table(screen, result)
-  screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
+  events = f"   TensorBoard: tensorboard --logdir {workdir}"
+  without_events = optional.missing("tensorboard", "Writing TensorBoard events")
+  screen.print(f"Report: {workdir / 'report.md'}{'' if without_events else events}")
   return result
 
 
@@ -363,8 +365,14 @@ def _watchers(screen, facts, workdir, pictures):
   from profit_jax.report.tensorboard import TensorBoardObserver
 
   warn = functools.partial(_warn, screen)
-  events = TensorBoardObserver(os.fspath(workdir), warn, pictures=pictures)
-  return [console.ConsoleObserver(screen, facts.num_classes), events]
+  watchers = [console.ConsoleObserver(screen, facts.num_classes)]
+  without_plots = optional.missing("plots", "Drawing plots") if pictures else ""
+  without_events = optional.missing("tensorboard", "Writing TensorBoard events")
+  for text in filter(None, (without_plots, without_events)):
+    warn(f"{text}. Training continues without.")
+  if not without_events:
+    watchers.append(TensorBoardObserver(os.fspath(workdir), warn, pictures=pictures))
+  return watchers
 
 
 class Trained(NamedTuple):
@@ -423,6 +431,8 @@ def run_export(
       "activations are both quantized "
       f"can be exported. Train with config.plan.weight_bits and config.plan.act_bits."
     )
+  for name in names:
+    formats.load(name)  # now, not after the evaluation: a package may be missing
   with _trained(settings, workdir) as best:
     evaluated = _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
     trained = verify.TrainedModel(
