@@ -5,8 +5,8 @@
     python tools/try_versions.py lowest DIR -- tests/quant    # these tests only
 
 Makes a virtual environment in DIR with the Python that runs this script. `lowest` installs every
-requirement of pyproject.toml at its lower bound; what these require in turn is the newest that fits.
-The options behind `--` are pytest's.
+requirement of pyproject.toml at its lower bound; what these require in turn is the newest that
+fits. The options behind `--` are pytest's.
 """
 
 import argparse
