@@ -15,7 +15,7 @@ PACKAGES = {
   "digits": ("sklearn",),
   "onnx": ("onnx", "onnxruntime"),
   "qonnx": ("onnx", "onnxruntime", "qonnx"),
-  "litert": ("flatbuffers", "ai_edge_litert"),
+  "litert": ("ai_edge_litert",),
 }
 
 

@@ -22,6 +22,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What the fast tests need.
 EXTRAS = ("digits", "onnx", "plots", "tensorboard", "tfds", "dev")
 FAST = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow")
+# Of packages among themselves: an older one may use what a newer one has deprecated.
+WARNINGS = ("-o", "filterwarnings=", "-W", "ignore")
 
 
 def requirements(versions: str) -> list[str]:
@@ -54,7 +56,7 @@ def main() -> int:
   subprocess.run([python, "-m", "pip", "list", "--disable-pip-version-check"], check=True)
   # Other runs' variables must not choose other packages or programs.
   environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-  command = [python, "-m", "pytest", *(options.pytest or FAST)]
+  command = [python, "-m", "pytest", *WARNINGS, *(options.pytest or FAST)]
   return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

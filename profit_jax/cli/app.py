@@ -225,7 +225,7 @@ def train(
   mesh = make_mesh(settings, hooks.devices)
   source = _load_data(settings)
   facts = source.facts
-  screen = Console(highlight=False, quiet=not distributed.is_first())
+  screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())
   # Closes in reverse order: the last checkpoints are written whatever else fails.
   with contextlib.ExitStack() as closing:
     # A fresh directory is claimed only when what the run starts from has been read: files of
@@ -393,7 +393,7 @@ def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   model = build(settings.model, source.facts.num_classes, settings.quant)
   programs = Programs(settings, source.facts, model, None, mesh)
   try:
-    screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
+    screen = Console(highlight=False, markup=False, quiet=not distributed.is_first(), stderr=True)
     shapes = variable_shapes(model, settings.data.image_size)
     found = best_variables(workdir / "checkpoints", shapes, lambda text: _warn(screen, text))
     if found is None:
@@ -443,7 +443,7 @@ def run_export(
       result=summary(best.progress, phases),
       top1=evaluated["top1"],
     )
-    export.export(trained, names, workdir / "export", Console(highlight=False))
+    export.export(trained, names, workdir / "export", Console(highlight=False, markup=False))
 
 
 def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> None:
@@ -453,7 +453,7 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
   mesh, source = make_mesh(settings), _load_data(settings)
   classes = source.facts.num_classes
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
-  screen = Console(highlight=False, quiet=not distributed.is_first())
+  screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())
   for doubt in start.doubts(settings, student, teacher):
     _warn(screen, doubt)
   programs = Programs(

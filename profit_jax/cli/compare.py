@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "runs", nargs="+", metavar="RUN", help="the --workdir of a run that has ended"
   )
   parser.add_argument("--plot", metavar="FILE.png", help="draw them over the epochs")
-  options, screen = parser.parse_args(arguments), Console(highlight=False)
+  options, screen = parser.parse_args(arguments), Console(highlight=False, markup=False)
   try:
     print_runs(options.runs, screen)
     if options.plot:
