@@ -3,7 +3,7 @@
 # make test: installs into .venv, then runs the fast tests (about five minutes on two cores)
 # make test-all: also installs what the export formats qonnx and litert need and the compilers for
 #   TPUs and NVIDIA GPUs, then runs all tests
-# make lint: ruff
+# make lint: ruff, mypy (half a minute)
 # make wheel: builds the package into dist/
 #
 # One test, in one process: .venv/bin/python -m pytest tests/test_schedule.py -k cosine
@@ -37,6 +37,7 @@ test-all: $(VENV)/extras
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation \
@@ -57,4 +58,4 @@ $(VENV)/extras: $(VENV)/installed $(EXTRAS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache

@@ -17,6 +17,7 @@ from profit_jax.fields import Ending as Ending
 from profit_jax.fields import as_lists, build, listed, require
 
 MIN_BITS, MAX_BITS = 2, 8
+Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ class TrainSettings:
   weight_decay: float
   momentum: float
   ema_rate: float
-  dtype: Literal["auto", "float32", "tfloat32", "bfloat16"]
+  dtype: Dtype
   kernels: Literal["tuned", "xla"] = "tuned"
 
 
@@ -179,7 +180,7 @@ class Settings:
   checkpoint: CheckpointSettings
   recovery: RecoverySettings
 
-  def with_dtype(self, dtype: str) -> "Settings":
+  def with_dtype(self, dtype: Dtype) -> "Settings":
     """The settings with `train.dtype` decided."""
     return dataclasses.replace(self, train=dataclasses.replace(self.train, dtype=dtype))
 

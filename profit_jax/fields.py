@@ -51,7 +51,7 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
   field = where.removeprefix("config.")
-  if dataclasses.is_dataclass(hint):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     if not isinstance(value, dict):
       raise ConfigError(f"{where} = {value!r} must be a section of fields.")
     return build(hint, value, where)

@@ -136,8 +136,9 @@ class _Builder:
   def __init__(self, settings: Settings):
     self.settings, self.options = settings, settings.plan
     self.phases: list[Phase] = []
-    self.weight_bits = self.act_bits = None
-    self.calibrate = None
+    self.weight_bits: int | None = None
+    self.act_bits: int | None = None
+    self.calibrate: Literal["act", "weight", "fit"] | None = None
 
   def build(self) -> tuple[Phase, ...]:
     options, settings = self.options, self.settings
