@@ -111,9 +111,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     document["plain_dtype"] = plain_dtype
     document |= {f"plain_{name}": value for name, value in plain.items()}
   if options.only != "plain":
-    model = aot_programs.model_of(settings)
+    spec = aot_programs.spec_of(settings)
     ours, text = aot_programs.measured(
-      lambda: aot_programs.compile_ours(settings, model, options.stage, mesh), target.platform
+      lambda: aot_programs.compile_ours(settings, spec, options.stage, mesh), target.platform
     )
     document |= ours
     if options.text:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,7 +15,8 @@ from benchmarks.train_step import PROGRAMS
 from configs import mbv2_w4
 from profit_jax import data
 from profit_jax.config import ConfigError, Settings, parse
-from profit_jax.models import REGISTRY, TEACHERS_ONLY, build, check
+from profit_jax.models import REGISTRY, TEACHERS_ONLY, check, student_spec
+from profit_jax.nn.spec import ModelSpec
 from profit_jax.train.programs import Programs, default_dtype
 
 MODELS = sorted(REGISTRY.keys() - TEACHERS_ONLY)
@@ -53,9 +53,9 @@ def settings_of(options: argparse.Namespace, target: Target) -> Settings:
   return settings
 
 
-def model_of(settings: Settings) -> nn.Module:
+def spec_of(settings: Settings) -> ModelSpec:
   """The model of a run."""
-  return build(settings.model, FACTS.num_classes, settings.quant)
+  return student_spec(settings, FACTS.num_classes)
 
 
 def mesh_of(target: Target) -> Mesh:
@@ -63,16 +63,16 @@ def mesh_of(target: Target) -> Mesh:
   return Mesh(np.asarray(target.devices), ("data",))
 
 
-def compile_ours(settings: Settings, model: nn.Module, stage: str, mesh: Mesh) -> Any:
+def compile_ours(settings: Settings, spec: ModelSpec, stage: str, mesh: Mesh) -> Any:
   """The program of a run, compiled.
 
   Args:
     settings: validated.
-    model: which need not be the settings' model.
+    spec: of a model, which need not be the settings'.
     stage: a key of `PROGRAMS`.
     mesh: of a target's devices.
   """
-  programs = Programs(settings, FACTS, model, None, mesh)
+  programs = Programs(settings, FACTS, spec, None, mesh)
   try:
     program = PROGRAMS[stage]
     if program is None:

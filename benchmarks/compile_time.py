@@ -9,7 +9,6 @@ JAX's cache is used, even if the other commit has another one.
 """
 
 import argparse
-import inspect
 import os
 import pathlib
 import subprocess
@@ -29,8 +28,7 @@ def compile_all(options: argparse.Namespace) -> None:
 
   from profit_jax import data, schedule
   from profit_jax.config import parse
-  from profit_jax.models import REGISTRY, build, variable_shapes
-  from profit_jax.train import aiwq
+  from profit_jax.models import REGISTRY, student_spec
   from profit_jax.train.programs import Programs, make_mesh
 
   path, _, argument = options.config.partition(":")
@@ -40,18 +38,10 @@ def compile_all(options: argparse.Namespace) -> None:
   settings = parse(module.get_config(argument) if argument else module.get_config(), REGISTRY)
   jax.config.update("jax_compilation_cache_dir", options.cache)
   facts = data.load(settings).facts
-  model = build(settings.model, facts.num_classes)
-  programs = Programs(settings, facts, model, model, make_mesh(settings))
+  spec = student_spec(settings, facts.num_classes)
+  programs = Programs(settings, facts, spec, spec, make_mesh(settings))
   phases, seen, start = schedule.plan(settings), 0, time.perf_counter()
-  # In commits where each set of frozen layers has a program, all calls are told which: here the
-  # first of all, AIWQ's ranking being that of no layer in particular.
-  static = "frozen" in inspect.signature(programs.train_step).parameters
-  layers = sorted(aiwq.conv_kernels(variable_shapes(model, settings.data.image_size)["params"]))
-
-  def frozen(phase):
-    return aiwq.frozen_layers(layers, phase.frozen_fraction)
-
-  programs.prefetch(phases, *([frozen] if static else []))
+  programs.prefetch(phases)
   for phase in phases:
     before = time.perf_counter()
     if phase.calibrate:
@@ -60,7 +50,7 @@ def compile_all(options: argparse.Namespace) -> None:
         "weight": programs.calibrate_weights,
         "fit": programs.fit_weights,
       }[phase.calibrate]()
-    programs.train_step(phase.program, *([frozen(phase)] if static else []))
+    programs.train_step(phase.program)
     programs.eval_step(phase.program.quantized_weights, phase.program.quantized_acts)
     seconds = time.perf_counter() - before
     if seconds > 0.1:
@@ -77,7 +67,7 @@ def measure(options: argparse.Namespace, code: pathlib.Path, cache: str) -> floa
   with tempfile.NamedTemporaryFile() as result:
     command = [
       sys.executable,
-      __file__,
+      str(code / "benchmarks" / "compile_time.py"),  # it knows its own commit's modules
       f"--config={options.config}",
       f"--code={code}",
       f"--cache={cache}",

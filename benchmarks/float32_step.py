@@ -26,9 +26,10 @@ import numpy as np
 from flax import traverse_util
 
 from profit_jax.data import Normalization
-from profit_jax.models import REGISTRY, init_variables
+from profit_jax.models import REGISTRY
 from profit_jax.nn import layers
-from profit_jax.quant.bits import levels
+from profit_jax.nn.spec import describe
+from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import value_of
 from profit_jax.train import steps
 
@@ -67,7 +68,7 @@ def make_gradient(model: nn.Module, form: contextlib.AbstractContextManager) -> 
       logits, _ = model.apply(
         {"params": params, "batch_stats": batch_stats},
         image,
-        levels(4, 4),
+        Bits(4, 4),
         True,
         mutable=["batch_stats"],
         rngs={"dropout": jax.random.key(0)},
@@ -81,20 +82,20 @@ def draw(model: nn.Module, seed: int, size: int, pixels: int) -> tuple[Any, ...]
   """The arguments of a gradient, in float32: a net's variables, images and labels."""
   draws = np.random.default_rng(seed)
   image = jnp.asarray(draws.normal(size=(size, pixels, pixels, 3)), jnp.float32)
-  variables = init_variables(model, jax.random.key(seed), pixels)
-  params = calibrate(model)(variables, image)
+  variables = describe(model, (pixels, pixels, 3)).init(jax.random.key(seed))
+  params = calibrate(model, pixels)(variables, image)
   label = draws.integers(0, model.num_classes, size).astype(np.int32)
   return params, variables["batch_stats"], image, label
 
 
 @functools.cache
-def calibrate(model: nn.Module) -> Any:
+def calibrate(model: nn.Module, pixels: int) -> Any:
   """The compiled `(variables, image) -> params` with the first a and c of both kinds."""
 
   def params(variables, image):
-    key, bits = jax.random.key(0), levels(4, 4)
-    acts = steps.calibrate_acts(model, variables, image, NORMALIZATION, key, bits.act)
-    return steps.calibrate_weights(acts, bits.weight)
+    key, spec = jax.random.key(0), describe(model, (pixels, pixels, 3))
+    acts = steps.calibrate_acts(model, variables, image, NORMALIZATION, key, Bits(act=4))
+    return steps.calibrate_weights(acts, Bits(weight=4), spec)
 
   return jax.jit(params)
 

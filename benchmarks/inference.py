@@ -64,14 +64,12 @@ def measure(options) -> None:
   from profit_jax.export import formats, safetensors_file
 
   net = safetensors_file.read(options.net) if options.net else random_net(options)
-  images = np.random.default_rng(0).integers(
-    0, 256, (max(BATCHES), net.image_size, net.image_size, 3), np.uint8
-  )
+  images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *net.image_shape), np.uint8)
   first = options.cores == CORES[0]
   if first:
     print(
-      f"{net.model} {net.bits_name}, {net.image_size} pixels, {net.num_classes} classes; JAX on "
-      f"{jax.devices()[0]}"
+      f"{net.model} {net.bits_name}, {net.image_shape[0]} pixels, {net.num_classes} classes; "
+      f"JAX on {jax.devices()[0]}"
     )
     print(
       f"{'format':12}{'cores':>6}{'batch':>6}{'file ms':>10}{'float ms':>10}{'ratio':>7}"
@@ -117,26 +115,29 @@ def take_turns(ours, theirs, seconds) -> tuple[float, float]:
 def random_net(options):
   """A net with random weights."""
   import jax
-  import numpy as np
 
   from configs import base
   from profit_jax.config import parse
   from profit_jax.data import NORMALIZATIONS
   from profit_jax.export.build import build_net
-  from profit_jax.models import REGISTRY, build, init_variables
+  from profit_jax.models import REGISTRY, student_spec
+  from profit_jax.quant.bits import Bits
   from profit_jax.train.steps import calibrate_weights
 
   config = base.get_config()
   config.model.name, config.data.image_size = options.model, options.image_size
   settings = parse(config, REGISTRY)
-  variables = dict(
-    init_variables(build(settings.model, 1000), jax.random.key(0), options.image_size)
-  )
-  variables["params"] = calibrate_weights(
-    variables["params"], np.float32(2 ** (options.bits - 1) - 1)
-  )
+  spec = student_spec(settings, 1000)
+  variables = dict(spec.init(jax.random.key(0)))
+  bits = Bits(weight=options.bits)
+  variables["params"] = calibrate_weights(variables["params"], bits, spec)
   return build_net(
-    settings, jax.device_get(variables), NORMALIZATIONS["imagenet"], options.bits, options.bits
+    spec,
+    jax.device_get(variables),
+    name=options.model,
+    normalization=NORMALIZATIONS["imagenet"],
+    weight_bits=options.bits,
+    act_bits=options.bits,
   )
 
 
@@ -187,7 +188,7 @@ def float_onnx(net, path):
       return self._names[node.input]
 
   graph = Graph(net)
-  shape = ["N", net.image_size, net.image_size, 3]
+  shape = ["N", *net.image_shape]
   model = helper.make_model(
     helper.make_graph(
       graph.nodes,

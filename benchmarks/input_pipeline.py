@@ -100,8 +100,7 @@ def accelerator_speed() -> float | None:
   from configs import mbv2_w4
   from profit_jax import data, schedule
   from profit_jax.config import parse
-  from profit_jax.models import REGISTRY, build
-  from profit_jax.quant.bits import levels
+  from profit_jax.models import REGISTRY
   from profit_jax.train import start
   from profit_jax.train.programs import Programs
   from profit_jax.train.state import create_state
@@ -113,11 +112,9 @@ def accelerator_speed() -> float | None:
   phase = schedule.plan(settings)[-2]
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
   student = start.load_student(settings, facts.num_classes)
-  programs = Programs(
-    settings, facts, student.model, build(settings.model, facts.num_classes), mesh
-  )
+  programs = Programs(settings, facts, student.spec, student.spec, mesh)
   state = programs.fresh_optimizer(
-    programs.replicate(create_state(student.make(), ema=True)), True, frozenset()
+    programs.replicate(create_state(student.make(), student.spec, ema=True)), True, frozenset()
   )
   teacher, key = programs.replicate((student.make(), jax.random.key(0)))
   size = settings.train.batch_size
@@ -133,7 +130,7 @@ def accelerator_speed() -> float | None:
     if i == 10:
       jax.block_until_ready(state)
       begun = time.perf_counter()
-    state, _, _ = step(state, batch, levels(4, 4), rate, key, teacher, None, None)
+    state, _, _ = step(state, batch, programs.bits(phase), rate, key, teacher, None, None)
   jax.block_until_ready(state)
   return 20 * size / (time.perf_counter() - begun)
 

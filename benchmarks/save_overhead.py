@@ -24,8 +24,7 @@ import numpy as np
 from configs import digits_w4
 from profit_jax import data, schedule, snapshots
 from profit_jax.config import parse
-from profit_jax.models import REGISTRY, build, init_variables
-from profit_jax.quant.bits import levels
+from profit_jax.models import REGISTRY, student_spec
 from profit_jax.train import checkpoint
 from profit_jax.train.checkpoint import Moment
 from profit_jax.train.programs import Programs, make_mesh
@@ -49,13 +48,13 @@ def main() -> None:
   config.train.batch_size = options.batch_size
   settings = parse(config, REGISTRY)
   source = data.load(settings, data.Host())
-  model = build(settings.model, source.facts.num_classes)
-  programs = Programs(settings, source.facts, model, model, make_mesh(settings))
+  spec = student_spec(settings, source.facts.num_classes)
+  programs = Programs(settings, source.facts, spec, spec, make_mesh(settings))
   phase = next(phase for phase in schedule.plan(settings) if phase.name == "w4a4 ft1")
-  variables = init_variables(model, jax.random.key(0), options.image_size)
+  variables = spec.init(jax.random.key(0))
   step = programs.train_step(phase.program)
   moment = Moment(
-    Progress(phase=phase.index), programs.replicate(create_state(variables, ema=True))
+    Progress(phase=phase.index), programs.replicate(create_state(variables, spec, ema=True))
   )
   moment.state = programs.fresh_optimizer(moment.state, True, frozenset())
   moment.best = moment.teacher = checkpoint.host_copy(moment.state.variables)
@@ -65,7 +64,15 @@ def main() -> None:
   def turn() -> float:
     start = time.perf_counter()
     for _ in range(options.steps):
-      arguments = programs.split(batch), levels(4, 4), np.float32(1e-3), key, teacher, None, None
+      arguments = (
+        programs.split(batch),
+        programs.bits(phase),
+        np.float32(1e-3),
+        key,
+        teacher,
+        None,
+        None,
+      )
       moment.state, metrics, _ = step(moment.state, *arguments)
       jax.block_until_ready(metrics)
     return time.perf_counter() - start

@@ -26,7 +26,7 @@ from benchmarks.train_step import PROGRAMS
 from configs import base
 from profit_jax import data
 from profit_jax.config import ConfigError, parse
-from profit_jax.models import REGISTRY, build
+from profit_jax.models import REGISTRY, student_spec
 from profit_jax.train.programs import Programs, make_mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -150,8 +150,8 @@ def compiled_texts(options: argparse.Namespace) -> dict[str, str]:
     data.KNOWN["imagenet2012"],
     options.teacher == "self",
   )
-  model = build(settings.model, facts.num_classes)
-  programs = Programs(settings, facts, model, model if distill else None, make_mesh(settings))
+  spec = student_spec(settings, facts.num_classes)
+  programs = Programs(settings, facts, spec, spec if distill else None, make_mesh(settings))
   stages = {stage: PROGRAMS[stage]._replace(distill=distill) for stage in ("wa", "sampling")}
   texts = {stage: programs.train_step(program).as_text() for stage, program in stages.items()}
   programs.close()

@@ -40,15 +40,14 @@ from benchmarks import other_commit, reference
 from configs import base
 from profit_jax import data
 from profit_jax.config import parse
-from profit_jax.models import REGISTRY, build, init_variables
-from profit_jax.quant.bits import levels
+from profit_jax.models import REGISTRY, student_spec
 from profit_jax.schedule import Program
 from profit_jax.train import aiwq
-from profit_jax.train.instability import kernel_shapes
-from profit_jax.train.packing import pack_variables, unpack, unpacked_shapes
+from profit_jax.train.packing import pack_variables, unpack
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.state import create_state
 
+_FOUR = np.int32(4)  # bits
 _TRAIN = Program(True, True, train_kernels=True, sampling=False, distill=False)
 # wa is a fine-tuning phase, ft1 included. Its program runs BN phases and other frozen sets too.
 PROGRAMS: dict[str, Program | None] = {
@@ -102,19 +101,21 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
   config.plan.sampling_every = options.sampling_every
   settings = parse(config, REGISTRY)
   facts = data.KNOWN["imagenet2012"]
-  model = build(settings.model, facts.num_classes)
+  spec = student_spec(settings, facts.num_classes)
   batch = host_batch(options.batch_size, options.image_size)
-  variables = init_variables(model, jax.random.key(options.seed), options.image_size)
-  layers = sorted(kernel_shapes(variables["params"]))
+  variables = spec.init(jax.random.key(options.seed))
+  layers = sorted(spec.kernels)
   random.Random(options.seed).shuffle(layers)
 
-  teacher_model, teacher = (model, variables) if options.teacher == "self" else (None, None)
-  programs = Programs(settings, facts, model, teacher_model, make_mesh(settings))
-  variables = programs.replicate(pack_variables(jax.device_get(variables)))
+  teacher_spec, teacher = (spec, variables) if options.teacher == "self" else (None, None)
+  programs = Programs(settings, facts, spec, teacher_spec, make_mesh(settings))
+  variables = programs.replicate(pack_variables(jax.device_get(variables), spec))
   teacher, key = programs.replicate(teacher), programs.replicate(jax.random.key(0))
   arrays = programs.split(batch)
-  variables["params"] = programs.calibrate_acts()(variables, arrays["image"], key, levels(4, 4).act)
-  variables["params"] = programs.calibrate_weights()(variables["params"], levels(4, 4).weight)
+  bits = spec.bits.at(None, _FOUR)
+  variables["params"] = programs.calibrate_acts()(variables, arrays["image"], key, bits)
+  bits = spec.bits.at(_FOUR, None)
+  variables["params"] = programs.calibrate_weights()(variables["params"], bits)
   start = jax.device_get(variables)
   for stage in stages:
     program = PROGRAMS[stage]
@@ -124,10 +125,11 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
       yield _forward(programs, programs.replicate(start), arrays, before)
       continue
     program = program._replace(distill=teacher is not None)
-    frozen = aiwq.frozen_layers(layers, FROZEN.get(stage, 0.0))
+    layers_now = aiwq.frozen_layers(layers, FROZEN.get(stage, 0.0))
+    frozen = frozenset(f"{layer}/kernel" for layer in layers_now)
     step = programs.train_step(program)
     facts_of = compiler_facts(step, time.perf_counter() - before)
-    state = programs.replicate(create_state(unpack(start), ema=True))
+    state = programs.replicate(create_state(unpack(start), spec, ema=True))
     state = programs.fresh_optimizer(state, program.train_kernels, frozen)
     yield Contender(
       stage, "profit_jax", _train(programs, program, step, state, arrays, key, teacher), facts_of
@@ -136,16 +138,16 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
 
 
 def _train(programs, program, step, state, arrays, key, teacher) -> Callable[[int], None]:
-  sampling = (
-    programs.replicate(aiwq.start(unpacked_shapes(state.params))) if program.sampling else None
+  sampling = programs.replicate(aiwq.start(programs.student.convs)) if program.sampling else None
+  bits = programs.student.bits.at(
+    _FOUR if program.quantized_weights else None, _FOUR if program.quantized_acts else None
   )
-  steps = levels(4 if program.quantized_weights else None, 4 if program.quantized_acts else None)
   held = [state, sampling]
 
   def run(count: int) -> None:
     for _ in range(count):
       held[0], metrics, held[1] = step(
-        held[0], arrays, steps, np.float32(1e-6), key, teacher, held[1], None
+        held[0], arrays, bits, np.float32(1e-6), key, teacher, held[1], None
       )
     jax.block_until_ready((held, metrics))
     if not bool(metrics["finite"]):
@@ -160,7 +162,7 @@ def _forward(programs, variables, arrays, before) -> Contender:
 
   def run(count: int) -> None:
     for _ in range(count):
-      sums = step(variables, arrays, levels(4, 4))
+      sums = step(variables, arrays, programs.student.bits.at(_FOUR, _FOUR))
     jax.block_until_ready(sums)
 
   return Contender("forward", "profit_jax", run, facts)

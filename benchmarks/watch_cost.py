@@ -24,10 +24,9 @@ import numpy as np
 from configs import digits_w4
 from profit_jax import data, schedule
 from profit_jax.config import parse
-from profit_jax.models import REGISTRY, build, init_variables
-from profit_jax.quant.bits import levels
+from profit_jax.models import REGISTRY, student_spec
 from profit_jax.train.checkpoint import Moment, host_copy
-from profit_jax.train.monitor import Watch
+from profit_jax.train.monitor import InstabilityMonitor
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.progress import Progress
 from profit_jax.train.state import create_state
@@ -49,13 +48,13 @@ def main() -> None:
   config.train.batch_size = options.batch_size
   settings = parse(config, REGISTRY)
   source = data.load(settings, data.Host())
-  model = build(settings.model, source.facts.num_classes)
-  programs = Programs(settings, source.facts, model, model, make_mesh(settings))
+  spec = student_spec(settings, source.facts.num_classes)
+  programs = Programs(settings, source.facts, spec, spec, make_mesh(settings))
   phase = next(phase for phase in schedule.plan(settings) if phase.name == "w4a4 ft1")
-  variables = init_variables(model, jax.random.key(0), options.image_size)
+  variables = spec.init(jax.random.key(0))
   step = programs.train_step(phase.program)
   moment = Moment(
-    Progress(phase=phase.index), programs.replicate(create_state(variables, ema=True))
+    Progress(phase=phase.index), programs.replicate(create_state(variables, spec, ema=True))
   )
   moment.state = programs.fresh_optimizer(moment.state, True, frozenset())
   teacher, key = (
@@ -64,7 +63,7 @@ def main() -> None:
   )
   batch, watch = (
     next(iter(source.train_batches(0, options.batch_size))),
-    Watch(programs, settings, options.steps),
+    InstabilityMonitor(programs, options.steps),
   )
 
   def epoch(watched: bool) -> float:
@@ -72,7 +71,15 @@ def main() -> None:
     for _ in range(options.steps):
       if watched:
         watch.before_step(moment)
-      arguments = programs.split(batch), levels(4, 4), np.float32(1e-3), key, teacher, None, None
+      arguments = (
+        programs.split(batch),
+        programs.bits(phase),
+        np.float32(1e-3),
+        key,
+        teacher,
+        None,
+        None,
+      )
       moment.state, metrics, _ = step(moment.state, *arguments)
       moment.progress.step += 1
       if watched:

@@ -39,7 +39,7 @@ def get_grid():
           "plan.weight_bits": (8, 4, 2),
           "plan.act_bits": (8, 4, 2),
           "plan.profit_bits": (2,),
-          "plan.fitted_bits": (2,),
+          "plan.refit_bits": (2,),
         },
       },
       # Off: the same three fine-tunings with nothing frozen, so that both sides train for as many

@@ -19,8 +19,8 @@ def get_config():
   with config.unlocked():
     config.data.name = "cifar10"
     config.data.image_size = 32
-    config.data.train_crop = "padded"  # a random 8 % of the area would be 9x9 pixels
-    config.data.eval_share = 1.0
+    config.data.train_crop = "pad_crop"  # a random 8 % of the area would be 9x9 pixels
+    config.data.crop_pct = 1.0
     # 32 -> 4. The published strides end at 1x1 after five halvings, where batch statistics are
     # those of single pixels.
     config.model.strides = (1, 1, 1, 2, 2, 1, 2, 1)

@@ -15,6 +15,6 @@ def get_config(model: str = "mobilenet_v2"):
   config = digits_w4.get_config(model)
   config.plan.weight_bits = (8, 4, 2)
   config.plan.act_bits = (8, 4, 2)
-  config.plan.profit_bits = config.plan.fitted_bits = (2,)
+  config.plan.profit_bits = config.plan.refit_bits = (2,)
   config.plan.finetune_epochs = 8
   return config

@@ -12,7 +12,7 @@ from PIL import Image
 file, picture = sys.argv[1:]
 with open(f"{file}.json") as opened:
   card = json.load(opened)
-size, share = card["input"]["image_size"], card["input"]["eval_share"]
+size, share = card["input"]["image_size"], card["input"]["crop_pct"]
 image = Image.open(picture).convert("RGB")
 shorter = round(size / share)  # the shorter side is scaled to this, then the centre is cut out
 image = image.resize(

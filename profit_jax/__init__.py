@@ -1,3 +1,108 @@
-"""PROFIT (Park & Yoo, ECCV 2020, arXiv 2008.04693) in JAX and Flax."""
+"""PROFIT (Park & Yoo, ECCV 2020, arXiv 2008.04693) in JAX and Flax.
+
+    import profit_jax as pj
+
+Layers and quantizers make a model, `profit_schedule` its phases, `Data` takes batches, `Trainer`
+trains, and `export` writes integer model files. See the README for a whole example.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
+
+if TYPE_CHECKING:
+  from profit_jax.config import (
+    CheckpointSettings,
+    OscillationSettings,
+    RecoverySettings,
+    TrainSettings,
+  )
+  from profit_jax.data.batches import Data
+  from profit_jax.data.normalize import Normalization
+  from profit_jax.fields import ConfigError, ProfitError
+  from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
+  from profit_jax.quant import HSWISH_MINIMUM, LSQ, PACT, QIL, Bits, DuQ, Quantized, Quantizer
+  from profit_jax.schedule import Phase, profit_schedule
+  from profit_jax.train.interrupt import Stopped
+  from profit_jax.train.nonfinite import NotFinite
+  from profit_jax.train.observer import EpochReport, Observer
+  from profit_jax.train.trainer import Options, Result, Trainer
+
+# Imported when first used: the schedule and `--help` need no JAX.
+_MODULES = {
+  "BatchNorm": "profit_jax.nn.layers",
+  "Bits": "profit_jax.quant",
+  "CheckpointSettings": "profit_jax.config",
+  "ConfigError": "profit_jax.fields",
+  "Data": "profit_jax.data.batches",
+  "Dropout": "profit_jax.nn.layers",
+  "DuQ": "profit_jax.quant",
+  "EpochReport": "profit_jax.train.observer",
+  "HSWISH_MINIMUM": "profit_jax.quant",
+  "LSQ": "profit_jax.quant",
+  "Normalization": "profit_jax.data.normalize",
+  "NotFinite": "profit_jax.train.nonfinite",
+  "Observer": "profit_jax.train.observer",
+  "Options": "profit_jax.train.trainer",
+  "OscillationSettings": "profit_jax.config",
+  "PACT": "profit_jax.quant",
+  "Phase": "profit_jax.schedule",
+  "ProfitError": "profit_jax.fields",
+  "QIL": "profit_jax.quant",
+  "QuantAct": "profit_jax.nn.layers",
+  "QuantConv": "profit_jax.nn.layers",
+  "QuantDense": "profit_jax.nn.layers",
+  "Quantized": "profit_jax.quant",
+  "Quantizer": "profit_jax.quant",
+  "RecoverySettings": "profit_jax.config",
+  "Result": "profit_jax.train.trainer",
+  "Stopped": "profit_jax.train.interrupt",
+  "TrainSettings": "profit_jax.config",
+  "Trainer": "profit_jax.train.trainer",
+  "profit_schedule": "profit_jax.schedule",
+}
+
+__all__ = [
+  "HSWISH_MINIMUM",
+  "LSQ",
+  "PACT",
+  "QIL",
+  "BatchNorm",
+  "Bits",
+  "CheckpointSettings",
+  "ConfigError",
+  "Data",
+  "Dropout",
+  "DuQ",
+  "EpochReport",
+  "Normalization",
+  "NotFinite",
+  "Observer",
+  "Options",
+  "OscillationSettings",
+  "Phase",
+  "ProfitError",
+  "QuantAct",
+  "QuantConv",
+  "QuantDense",
+  "Quantized",
+  "Quantizer",
+  "RecoverySettings",
+  "Result",
+  "Stopped",
+  "TrainSettings",
+  "Trainer",
+  "__version__",
+  "profit_schedule",
+]
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _MODULES:
+    raise AttributeError(f"module 'profit_jax' has no attribute {name!r}")
+  return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+  return __all__

@@ -1,64 +1,107 @@
-"""What a run is: `ConfigDict` -> frozen, validated `Settings`. Every later module trusts these and
-checks nothing again.
+"""What a run is: each setting once, with its meaning, unit, type, allowed values and default.
 
-`configs/base.py` documents each field's meaning and unit; here stand the types and the allowed
-values.
+The defaults are the published values of PROFIT (arXiv 2008.04693 and the authors' code): the 4-bit
+recipe of MobileNet-v2 on ImageNet, without weights files. A configuration file changes what
+`default_config` gives, the command line overrides single fields, and `parse` turns the result into
+frozen `Settings`. Every later module trusts these.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import ml_collections
 
 from profit_jax.fields import ConfigError as ConfigError  # every package takes both from here
-from profit_jax.fields import Ending as Ending
+from profit_jax.fields import ProfitError as ProfitError
 from profit_jax.fields import as_lists, build, listed, require
 
 MIN_BITS, MAX_BITS = 2, 8
 Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
+
+# Runs of earlier versions do not have these.
+_LATER_FIELDS = frozenset(
+  {"config.plan.refit_bits", "config.quant", "config.oscillation", "config.train.kernels"}
+)
+# What fields, sections and values were called before version 0.2.
+RENAMED_FIELDS = {
+  "data.eval_share": "data.crop_pct",
+  "data.readers": "data.num_readers",
+  "plan.fitted_bits": "plan.refit_bits",
+  "remedy.dampening": "oscillation.dampening",
+  "remedy.freezing_thresholds": "oscillation.freeze_thresholds",
+  "remedy.freezing_momentum": "oscillation.freeze_momentum",
+  "remedy.bn_batches": "oscillation.bn_reestimation_batches",
+}
+RENAMED_VALUES = {
+  ("data.train_crop", "resized"): "random_resized_crop",
+  ("data.train_crop", "padded"): "pad_crop",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
   """Section `model`."""
 
-  name: str
-  width: float
-  activation: Literal["relu", "relu6"]
-  dropout: float
-  strides: tuple[int, ...]
-  bn_momentum: float
-  bn_epsilon: float
-  squeeze_excite: Literal["before", "after"]
-  pad_value: float
-  channel_rounding: Literal["nearest", "up"]
+  # A key of profit_jax.models.REGISTRY.
+  name: str = "mobilenet_v2"
+  # Multiplies every layer's channels; above 0, at most 4.
+  width: float = 1.0
+  # MobileNet-v1 and v2. relu6: what torchvision's and timm's weights were trained with; relu: what
+  # the authors' code computes (there 6 only bounds intervals).
+  activation: Literal["relu", "relu6"] = "relu6"
+  # Rate before the classifier.
+  dropout: float = 0.2
+  # Of the stem and of each stage (v1 6 numbers, v2 8, v3 large 7, v3 small 6; ResNet 6, the second
+  # its max-pooling's), each 1 or 2. () is the published ones. Small images need fewer 2s.
+  strides: tuple[int, ...] = ()
+  # Share of the old running statistics that a step keeps; the authors' v3: 0.9997.
+  bn_momentum: float = 0.9
+  # Added to variances; torchvision's v3: 1e-3.
+  bn_epsilon: float = 1e-5
+  # MobileNet-v3 only. Squeeze-excite after the depthwise convolution's non-linearity (torchvision,
+  # timm), or before it (the authors' code).
+  squeeze_excite: Literal["before", "after"] = "after"
+  # What depthwise convolutions after h-swish pad with: -0.375 (negative padding), or 0.0
+  # (torchvision, timm).
+  pad_value: float = -0.375
+  # Rounding to multiples of 8, at other widths: nearest (torchvision), up (the authors).
+  channel_rounding: Literal["nearest", "up"] = "nearest"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitSettings:
   """Section `init`."""
 
-  weights: str
-  reset_head: bool
+  # A file of weights under torchvision's, timm's, the authors' or our names, which are recognised:
+  # .safetensors, .npz, .pth, .pt or .ckpt; or the workdir of another run. "" starts from random
+  # weights.
+  weights: str = ""
+  # The classifier starts at random, whatever the file has (another number of classes).
+  reset_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
   """Section `teacher`."""
 
-  model: str
-  weights: str
-  batch_stats: Literal["batch", "running"]
-  normalization: Literal["dataset", "imagenet", "inception", "none"]
-  width: float
-  activation: Literal["relu", "relu6"]
-  strides: tuple[int, ...]
-  bn_epsilon: float
-  squeeze_excite: Literal["before", "after"]
-  pad_value: float
-  channel_rounding: Literal["nearest", "up"]
+  # "none"; "self", the student before quantization (its init.weights, or, from random weights, what
+  # the full-precision phase ends with); or a model's name, which needs teacher.weights.
+  model: str = "self"
+  # As init.weights.
+  weights: str = ""
+  # "batch" normalizes with the batch's statistics, as the authors' code; "running" with the file's.
+  batch_stats: Literal["batch", "running"] = "batch"
+  # The rest describes another model; for the meaning see ModelSettings and DataSettings.
+  normalization: Literal["dataset", "imagenet", "inception", "none"] = "dataset"
+  width: float = 1.0
+  activation: Literal["relu", "relu6"] = "relu6"
+  strides: tuple[int, ...] = ()
+  bn_epsilon: float = 1e-5
+  squeeze_excite: Literal["before", "after"] = "after"
+  pad_value: float = 0.0
+  channel_rounding: Literal["nearest", "up"] = "nearest"
 
   def as_model(self) -> ModelSettings:
     """Another model's settings. Without dropout, which would only add noise to what it teaches."""
@@ -76,74 +119,140 @@ class TeacherSettings:
 class DataSettings:
   """Section `data`."""
 
-  name: str
-  data_dir: str
-  train_split: str
-  eval_split: str
-  image_size: int
-  normalization: Literal["dataset", "imagenet", "inception", "none"]
-  augment: bool
-  train_crop: Literal["resized", "padded"]
-  eval_share: float
-  interpolation: Literal["bicubic", "bilinear"]
-  max_broken: float
-  readers: int
+  # "digits" (scikit-learn's); "digit_pairs" (two of them side by side, 100 classes); "folder"
+  # (images in data_dir/train/CLASS/ and data_dir/val/CLASS/); or any classification set of
+  # tensorflow-datasets, with its configuration and version where needed (imagenette/320px-v2). See
+  # docs/data.md.
+  name: str = "imagenet2012"
+  # Of the folder, or of TFDS, local or gs://; "" is TFDS's own ($TFDS_DATA_DIR,
+  # ~/tensorflow_datasets).
+  data_dir: str = ""
+  # In TFDS also a part, as train[:90%].
+  train_split: str = "train"
+  # "" is the first of validation, val, test that exists.
+  eval_split: str = ""
+  # Height and width in pixels, 8 to 1024.
+  image_size: int = 224
+  # Mean and standard deviation of pixels: "dataset" (its own), "imagenet" (torchvision's),
+  # "inception" (0.5 and 0.5, some of timm's files), "none" (0 and 1: pixels in 0..1).
+  normalization: Literal["dataset", "imagenet", "inception", "none"] = "dataset"
+  # Random changes of the training images; False trains on the pixels that it evaluates.
+  augment: bool = True
+  # Which changes: "random_resized_crop" (a random part of 8 to 100 % of the area, scaled), or
+  # "pad_crop" (moved by up to an eighth: small images); both mirror half of the images. The digits
+  # only move.
+  train_crop: Literal["random_resized_crop", "pad_crop"] = "random_resized_crop"
+  # Evaluation cuts the centre, this share of the shorter side, as timm's crop_pct: 0.875 is 224 of
+  # 256.
+  crop_pct: float = 0.875
+  # Antialiased; "bilinear" for torchvision's older files.
+  interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+  # Share of images that may be broken, which are skipped and named. More stop the run.
+  max_broken: float = 0.001
+  # Readers of a TFDS set of more than 512 MB, over all processes: a multiple of their number, 1 to
+  # 1024. Batch sizes should be multiples of it; otherwise the greatest common divisor counts. The
+  # order of the images depends on it.
+  num_readers: int = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanSettings:
   """Section `plan`."""
 
-  weight_bits: tuple[int, ...]
-  act_bits: tuple[int, ...]
-  fitted_bits: tuple[int, ...] = ()
-  progressive: bool
-  stabilize: bool
-  profit: bool
-  profit_bits: tuple[int, ...]
-  freeze_fractions: tuple[float, ...]
-  full_precision_epochs: int
-  finetune_epochs: int
-  bn_epochs: int
-  sampling_epochs: int
-  sampling_every: int
-  warmup_epochs: int
+  # Bit widths of the weights, 2 to 8, falling; () leaves them in full precision.
+  weight_bits: tuple[int, ...] = (8, 5, 4)
+  # Bit widths of the activations, likewise.
+  act_bits: tuple[int, ...] = (8, 5, 4)
+  # Weight bit widths at whose beginning each kernel's a and c are fitted again, by least squares.
+  # () is as published: once, to 0.9 max|w|. Needed at 2 bits: a is learned slowly, and half of 0.9
+  # max|w| leaves one weight in ten.
+  refit_bits: tuple[int, ...] = ()
+  # False goes straight to the last bits of each list.
+  progressive: bool = True
+  # BN phases (kernels fixed) before and after each fine-tuning.
+  stabilize: bool = True
+  # False fine-tunes at each bit width, without PROFIT.
+  profit: bool = True
+  # Weight bit widths at which PROFIT samples AIWQ and freezes.
+  profit_bits: tuple[int, ...] = (4,)
+  # Share of the convolutions that is frozen in ft1, ft2, ...; not falling.
+  freeze_fractions: tuple[float, ...] = (0.0, 1 / 3, 2 / 3)
+  # Epochs of phase 1, which runs with a teacher, from random weights, or with a new classifier.
+  full_precision_epochs: int = 15
+  # Epochs of each fine-tuning phase, ft1 to ft3 included.
+  finetune_epochs: int = 15
+  # Epochs of each BN phase.
+  bn_epochs: int = 5
+  # Epochs in which AIWQ is measured, at a constant learning rate.
+  sampling_epochs: int = 5
+  # AIWQ is measured on every n-th image of a batch; 1 is all, as published. For what 4 saves and
+  # changes, see benchmarks/RESULTS.md.
+  sampling_every: int = 1
+  # First epochs of full-precision and fine-tuning phases, whose learning rate rises.
+  warmup_epochs: int = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantSettings:
   """Section `quant`; the defaults are the paper's."""
 
-  method: Literal["duq", "lsq", "pact", "qil"] = "duq"
+  # "duq" (the paper's), or under the same plan "lsq", "pact", "qil"; see profit_jax/quant.
+  method: str = "duq"
+  # Kernels have scalars for each output channel, not one set each.
   per_channel: bool = False
+  # Least bits of the first layer's kernel, 2 to 8; 0 is those of all layers.
   first_bits: int = 0
+  # Least bits of the classifier's kernel and input, likewise.
   last_bits: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RemedySettings:
-  """Section `remedy`; the defaults are off."""
+class OscillationSettings:
+  """Section `oscillation`: remedies for weights that oscillate (Nagel et al., ICML 2022), beside
+  PROFIT or instead of it; docs/ablation.md. The defaults are off. `dampening` and
+  `freeze_thresholds` need a quantizer with one interval: "duq" or "lsq".
+  """
 
+  # The last weight of the dampening loss, to which it rises from 0; 0.1 in the paper, on ImageNet.
   dampening: float = 0.0
-  freezing_thresholds: tuple[float, ...] = ()
-  freezing_momentum: float = 0.001
-  bn_batches: int = 0
+  # Oscillation frequency per step above which a weight's code is frozen, (first, last), falling
+  # from one to the other; (0.1, 0.01) in the paper, at 4 bits. () freezes none.
+  freeze_thresholds: tuple[float, ...] = ()
+  # Share of a step in that frequency's running mean; well below the thresholds.
+  freeze_momentum: float = 0.001
+  # Training batches from which batch statistics are re-estimated before each evaluation of a
+  # quantized network; 0 evaluates with the running ones.
+  bn_reestimation_batches: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
   """Section `train`."""
 
-  batch_size: int
-  accumulation_steps: int
-  eval_batch_size: int
-  learning_rate: float
-  full_precision_learning_rate: float
-  quantizer_lr_scale: float
-  weight_decay: float
-  momentum: float
-  ema_rate: float
-  dtype: Dtype
+  # Global, over all devices.
+  batch_size: int = 256
+  # Parts of a batch that are computed one after the other, where it is larger than memory. Batch
+  # statistics are then those of a part.
+  accumulation_steps: int = 1
+  eval_batch_size: int = 256
+  # Of weights, norms and biases, by SGD with Nesterov momentum.
+  learning_rate: float = 0.005
+  # The same in the full-precision phase.
+  full_precision_learning_rate: float = 0.005
+  # Learning rate of a and c over that of the weights.
+  quantizer_lr_scale: float = 0.01
+  # Of kernels only, added to the gradient.
+  weight_decay: float = 4e-5
+  momentum: float = 0.9
+  # Share of the average of the weights (EMA) that a step keeps; 0 keeps no average.
+  ema_rate: float = 0.9997
+  # Arithmetic of training. float32: products of codes take one pass of the matrix unit, which is
+  # exact for them; all others have full precision. tfloat32: stored in float32, all products take
+  # one pass (TF32 on GPUs, bfloat16 on TPUs). bfloat16: activations and their gradients are stored
+  # in bfloat16. auto: bfloat16 on TPUs, tfloat32 on GPUs, float32 on CPUs; a run keeps what it
+  # began with. Parameters and batch statistics are float32 in all of them, and so is evaluation.
+  dtype: Dtype = "auto"
+  # Form of operations: tuned for the platform, or plain XLA.
   kernels: Literal["tuned", "xla"] = "tuned"
 
 
@@ -151,34 +260,41 @@ class TrainSettings:
 class CheckpointSettings:
   """Section `checkpoint`."""
 
-  keep: int
-  minutes: float
+  # How many stay; each has everything that the run needs, the best weights so far included.
+  keep: int = 3
+  # Minutes between two, also within an epoch. The end of each phase has one too.
+  minutes: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoverySettings:
   """Section `recovery`."""
 
-  retries: int
-  learning_rate_factor: float
+  # How often, in all, a run whose loss or gradient is not finite returns to its last checkpoint and
+  # continues with all learning rates multiplied by the factor. After that it stops.
+  retries: int = 0
+  learning_rate_factor: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
   """A validated configuration, one attribute per section."""
 
-  seed: int
-  compilation_cache: str
-  model: ModelSettings
-  init: InitSettings
-  teacher: TeacherSettings
-  data: DataSettings
-  plan: PlanSettings
+  # Of initial weights, data order, augmentation and dropout.
+  seed: int = 0
+  # Directory of JAX's compilation cache, local or gs://. "" leaves JAX's own setting: no cache,
+  # unless JAX_COMPILATION_CACHE_DIR names one.
+  compilation_cache: str = "~/.cache/profit_jax"
+  model: ModelSettings = ModelSettings()
+  init: InitSettings = InitSettings()
+  teacher: TeacherSettings = TeacherSettings()
+  data: DataSettings = DataSettings()
+  plan: PlanSettings = PlanSettings()
   quant: QuantSettings = QuantSettings()
-  remedy: RemedySettings = RemedySettings()
-  train: TrainSettings
-  checkpoint: CheckpointSettings
-  recovery: RecoverySettings
+  oscillation: OscillationSettings = OscillationSettings()
+  train: TrainSettings = TrainSettings()
+  checkpoint: CheckpointSettings = CheckpointSettings()
+  recovery: RecoverySettings = RecoverySettings()
 
   def with_dtype(self, dtype: Dtype) -> "Settings":
     """The settings with `train.dtype` decided."""
@@ -201,6 +317,27 @@ class Settings:
     return as_lists(dataclasses.asdict(self))
 
 
+def default_config() -> ml_collections.ConfigDict:
+  """The defaults, locked, for a configuration file to change."""
+  return ml_collections.ConfigDict(dataclasses.asdict(Settings())).lock()
+
+
+def with_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A saved configuration of an earlier version under the present names."""
+  found: dict[str, Any] = {}
+  for section, content in config.items():
+    if not isinstance(content, Mapping):
+      found[section] = content
+      continue
+    for name, value in content.items():
+      field = RENAMED_FIELDS.get(f"{section}.{name}", f"{section}.{name}")
+      if isinstance(value, str):
+        value = RENAMED_VALUES.get((field, value), value)
+      new_section, _, new_name = field.partition(".")
+      found.setdefault(new_section, {})[new_name] = value
+  return found
+
+
 def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Settings:
   """Checks a configuration and freezes it.
 
@@ -215,22 +352,17 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
     raise ConfigError(
       f"the configuration is a {type(config).__name__}: its get_config() must return a ConfigDict."
     )
-  settings = build(Settings, config.to_dict(), "config")
+  plain = config.to_dict()
+  _refuse_old_names(plain)
+  settings = build(Settings, plain, "config", _LATER_FIELDS)
   _check_model(settings, models)
   _check_data(settings.data)
-  _check_plan(settings.plan)
+  check_plan(settings.plan)
   for name in ("first_bits", "last_bits"):
     bits = getattr(settings.quant, name)
     allowed = f"0 (as all layers), or {MIN_BITS} to {MAX_BITS}"
     require(bits == 0 or MIN_BITS <= bits <= MAX_BITS, f"quant.{name}", bits, allowed)
-  fitted, method = settings.plan.fitted_bits, settings.quant.method
-  require(
-    not fitted or method == "duq",
-    "plan.fitted_bits",
-    fitted,
-    f"() with quant.method = {method}: it fits DuQ's a and c",
-  )
-  _check_remedy(settings.remedy, method)
+  _check_oscillation(settings.oscillation)
   epochs = settings.plan.full_precision_epochs
   needed = "1 or above without init.weights, and with init.reset_head"
   require(epochs >= 1 or not settings.new_classifier, "plan.full_precision_epochs", epochs, needed)
@@ -276,6 +408,25 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   return settings
 
 
+def renamed_field(field: str) -> str | None:
+  """A sentence about a field that has another name since version 0.2; None for all others."""
+  new = RENAMED_FIELDS.get(field)
+  if field == "remedy":
+    new = "oscillation"
+  return f"`{field}` is now `{new}`." if new else None
+
+
+def _refuse_old_names(config: Mapping[str, Any]) -> None:
+  for section, content in config.items():
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+      field = f"{section}.{name}"
+      told = renamed_field(field)
+      if told is None and isinstance(value, str) and (field, value) in RENAMED_VALUES:
+        told = f"The value {value!r} of `{field}` is now {RENAMED_VALUES[field, value]!r}."
+      if told:
+        raise ConfigError(f"{told} Change it in the configuration.")
+
+
 def _check_model(settings: Settings, models: Collection[str]) -> None:
   model, teacher = settings.model, settings.teacher
   require(model.name in models, "model.name", model.name, f"one of {listed(models)}")
@@ -319,12 +470,13 @@ def _check_data(data: DataSettings) -> None:
     bool(data.train_split), "data.train_split", data.train_split, "the name of a split, as train"
   )
   require(8 <= data.image_size <= 1024, "data.image_size", data.image_size, "8 to 1024 pixels")
-  require(0.1 <= data.eval_share <= 1, "data.eval_share", data.eval_share, "0.1 to 1")
+  require(0.1 <= data.crop_pct <= 1, "data.crop_pct", data.crop_pct, "0.1 to 1")
   require(0 <= data.max_broken <= 1, "data.max_broken", data.max_broken, "a share from 0 to 1")
-  require(1 <= data.readers <= 1024, "data.readers", data.readers, "1 to 1024")
+  require(1 <= data.num_readers <= 1024, "data.num_readers", data.num_readers, "1 to 1024")
 
 
-def _check_plan(plan: PlanSettings) -> None:
+def check_plan(plan: PlanSettings) -> None:
+  """Checks section `plan`; raises as `parse`."""
   for name in ("weight_bits", "act_bits"):
     bits = getattr(plan, name)
     require(
@@ -341,7 +493,7 @@ def _check_plan(plan: PlanSettings) -> None:
     )
   reached = plan.weight_bits if plan.progressive else plan.weight_bits[-1:]
   fitting = f"only bit widths that the plan reaches, {reached}"
-  require(set(plan.fitted_bits) <= set(reached), "plan.fitted_bits", plan.fitted_bits, fitting)
+  require(set(plan.refit_bits) <= set(reached), "plan.refit_bits", plan.refit_bits, fitting)
   if plan.profit and plan.weight_bits:
     require(
       set(plan.profit_bits) <= set(reached),
@@ -371,30 +523,34 @@ def _check_plan(plan: PlanSettings) -> None:
     )
 
 
-def _check_remedy(remedy: RemedySettings, method: str) -> None:
-  require(0 <= remedy.dampening <= 1000, "remedy.dampening", remedy.dampening, "0 (off) to 1000")
+def _check_oscillation(oscillation: OscillationSettings) -> None:
   require(
-    0 < remedy.freezing_momentum < 1,
-    "remedy.freezing_momentum",
-    remedy.freezing_momentum,
+    0 <= oscillation.dampening <= 1000,
+    "oscillation.dampening",
+    oscillation.dampening,
+    "0 (off) to 1000",
+  )
+  require(
+    0 < oscillation.freeze_momentum < 1,
+    "oscillation.freeze_momentum",
+    oscillation.freeze_momentum,
     "above 0, below 1",
   )
-  thresholds = remedy.freezing_thresholds
+  thresholds = oscillation.freeze_thresholds
   # A single oscillation makes a frequency of the momentum: at or below it every one would be
   # enough.
   require(
     not thresholds
-    or (len(thresholds) == 2 and 1 >= thresholds[0] >= thresholds[1] > remedy.freezing_momentum),
-    "remedy.freezing_thresholds",
+    or (len(thresholds) == 2 and 1 >= thresholds[0] >= thresholds[1] > oscillation.freeze_momentum),
+    "oscillation.freeze_thresholds",
     thresholds,
     "() (off), or two frequencies, first and last, at most 1, not rising, and above "
-    "remedy.freezing_momentum = "
-    f"{remedy.freezing_momentum:g}",
+    "oscillation.freeze_momentum = "
+    f"{oscillation.freeze_momentum:g}",
   )
-  require(remedy.bn_batches >= 0, "remedy.bn_batches", remedy.bn_batches, "0 (off) or above")
-  for name, off in (("dampening", 0.0), ("freezing_thresholds", ())):
-    value = getattr(remedy, name)
-    allowed = (
-      f"{off} with quant.method = {method}: it needs duq or lsq, whose codes come from one interval"
-    )
-    require(not value or method in ("duq", "lsq"), f"remedy.{name}", value, allowed)
+  require(
+    oscillation.bn_reestimation_batches >= 0,
+    "oscillation.bn_reestimation_batches",
+    oscillation.bn_reestimation_batches,
+    "0 (off) or above",
+  )

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from profit_jax.config import ConfigError, Ending
+from profit_jax.config import ConfigError, ProfitError
 
 _T = TypeVar("_T")
 # Without the first process, JAX aborts the others: it leaves with them, or some seconds after it
@@ -251,7 +251,7 @@ def require_equal_digests(what: str, digests: np.ndarray) -> None:
     )
 
 
-class PeerLost(Ending):
+class PeerLost(ProfitError):
   """Another process of the run is gone."""
 
 

@@ -1,14 +1,14 @@
-"""The phases of a PROFIT run as data (SPEC section 4; the published 4-bit command is 22 phases and
-200 epochs).
+"""The phases of a PROFIT run as data; the published 4-bit command is 22 phases and 200 epochs.
 
 Pure: imports no jax, so that `--mode plan` answers at once on any machine.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from profit_jax.config import ConfigError, Settings
+from profit_jax.config import ConfigError, PlanSettings, Settings, TrainSettings, check_plan
 
 Kind = Literal["full_precision", "bn", "finetune", "sampling"]
 
@@ -105,13 +105,104 @@ class Phase:
     return self.learning_rate * multiple
 
 
+def profit_schedule(  # noqa: PLR0913  one keyword for each setting
+  *,
+  weight_bits: Sequence[int] = PlanSettings.weight_bits,
+  act_bits: Sequence[int] = PlanSettings.act_bits,
+  full_precision_epochs: int = PlanSettings.full_precision_epochs,
+  finetune_epochs: int = PlanSettings.finetune_epochs,
+  bn_epochs: int = PlanSettings.bn_epochs,
+  sampling_epochs: int = PlanSettings.sampling_epochs,
+  warmup_epochs: int | None = None,
+  freeze_fractions: Sequence[float] = PlanSettings.freeze_fractions,
+  profit_bits: Sequence[int] | None = None,
+  refit_bits: Sequence[int] = PlanSettings.refit_bits,
+  progressive: bool = PlanSettings.progressive,
+  stabilize: bool = PlanSettings.stabilize,
+  learning_rate: float = TrainSettings.learning_rate,
+  full_precision_learning_rate: float | None = None,
+  teacher: bool = False,
+) -> tuple[Phase, ...]:
+  """The phases of PROFIT: full precision, activations at falling bits, then weights.
+
+  At each bit width BN phases surround a fine-tuning; at `profit_bits`, AIWQ is sampled first and
+  fine-tuning has a part for each of `freeze_fractions`.
+
+  Args:
+    weight_bits: bit widths of the weights, 2 to 8, falling; () leaves them in full precision.
+    act_bits: bit widths of the activations, likewise.
+    full_precision_epochs: of the first phase; 0 for weights that are trained already.
+    finetune_epochs: of each fine-tuning phase.
+    bn_epochs: of each BN phase, which trains norms, biases and quantizers; 0 leaves them out.
+    sampling_epochs: in which AIWQ is measured.
+    warmup_epochs: first epochs of full-precision and fine-tuning phases, whose learning rate rises;
+      None is 3, or fewer where a phase is shorter.
+    freeze_fractions: shares of the convolutions that are frozen, one phase each; not falling.
+    profit_bits: weight bit widths with sampling and freezing; None is the last, () none.
+    refit_bits: weight bit widths at whose beginning the kernels' intervals are fitted again.
+    progressive: False goes straight to the last bits of each list.
+    stabilize: False leaves the BN phases out.
+    learning_rate: peak of the weights' learning rate.
+    full_precision_learning_rate: likewise, of the first phase; None is `learning_rate`.
+    teacher: whether the losses have a teacher's part.
+
+  Raises:
+    ConfigError: values that are not allowed, or nothing to do.
+
+  References:
+    Park and Yoo, PROFIT, ECCV 2020, arXiv 2008.04693, section 3.
+  """
+  reached = tuple(weight_bits if progressive else weight_bits[-1:])
+  longest = min(e for e in (finetune_epochs, full_precision_epochs) if e) if finetune_epochs else 0
+  options = PlanSettings(
+    weight_bits=tuple(weight_bits),
+    act_bits=tuple(act_bits),
+    full_precision_epochs=full_precision_epochs,
+    finetune_epochs=finetune_epochs,
+    bn_epochs=bn_epochs,
+    sampling_epochs=sampling_epochs,
+    warmup_epochs=min(PlanSettings.warmup_epochs, longest)
+    if warmup_epochs is None
+    else warmup_epochs,
+    freeze_fractions=tuple(freeze_fractions),
+    profit=bool(reached) and (profit_bits is None or bool(profit_bits)),
+    profit_bits=reached[-1:] if profit_bits is None else tuple(profit_bits),
+    refit_bits=tuple(refit_bits),
+    progressive=progressive,
+    stabilize=stabilize,
+  )
+  try:
+    check_plan(options)
+  except ConfigError as error:
+    raise ConfigError(str(error).replace("config.plan.", "").replace("plan.", "")) from None
+  rates = Rates(learning_rate, full_precision_learning_rate or learning_rate)
+  phases = _Builder(options, rates, distill=teacher, first_distills=teacher).build(
+    full_precision=full_precision_epochs > 0
+  )
+  if not phases:
+    raise ConfigError(
+      "The schedule has no phase: give bit widths, or full_precision_epochs above 0."
+    )
+  return phases
+
+
 def plan(settings: Settings) -> tuple[Phase, ...]:
   """The phases of a run; a kind whose epochs are 0 has none.
 
   Raises:
     ConfigError: the settings leave nothing to do.
   """
-  phases = _Builder(settings).build()
+  taught, train = settings.teacher.model != "none", settings.train
+  # A student with a random classifier has nothing to learn from itself yet: its teacher is what the
+  # full-precision phase makes.
+  own_teacher = settings.teacher.model == "self" and settings.new_classifier
+  builder = _Builder(
+    settings.plan,
+    Rates(train.learning_rate, train.full_precision_learning_rate),
+    distill=taught,
+    first_distills=taught and not own_teacher,
+  )
+  phases = builder.build(full_precision=taught or settings.new_classifier)
   if not phases:
     raise ConfigError(
       "The plan has no phase: config.plan.weight_bits and config.plan.act_bits are empty, and a "
@@ -119,7 +210,15 @@ def plan(settings: Settings) -> tuple[Phase, ...]:
       "only with a teacher, from random weights or with a new classifier. Give at least one bit "
       "width."
     )
+  oscillation = settings.oscillation
+  if oscillation.dampening or oscillation.freeze_thresholds:
+    return with_separate_bn_programs(phases)
   return phases
+
+
+def with_separate_bn_programs(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+  """The same phases where a remedy for oscillation is on in all but BN phases."""
+  return tuple(dataclasses.replace(phase, shares_program=False) for phase in phases)
 
 
 def target_phases(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
@@ -130,26 +229,33 @@ def target_phases(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
   )
 
 
+class Rates(NamedTuple):
+  """Peaks of the weights' learning rate.
+
+  Attributes:
+    quantized: of all phases but the first.
+    full_precision: of the first.
+  """
+
+  quantized: float
+  full_precision: float
+
+
 class _Builder:
   """Appends phases one by one; `weight_bits` and `act_bits` are those that the next one runs at."""
 
-  def __init__(self, settings: Settings):
-    self.settings, self.options = settings, settings.plan
+  def __init__(self, options: PlanSettings, rates: Rates, *, distill: bool, first_distills: bool):
+    self.options, self.rates = options, rates
+    self.distill, self.first_distills = distill, first_distills
     self.phases: list[Phase] = []
     self.weight_bits: int | None = None
     self.act_bits: int | None = None
     self.calibrate: Literal["act", "weight", "fit"] | None = None
 
-  def build(self) -> tuple[Phase, ...]:
-    options, settings = self.options, self.settings
-    taught = settings.teacher.model != "none"
-    if taught or settings.new_classifier:
-      # A student with a random classifier has nothing to learn from itself yet: its teacher is what
-      # this phase makes.
-      own_teacher = settings.teacher.model == "self" and settings.new_classifier
-      self._add(
-        "full_precision", "", options.full_precision_epochs, distill=taught and not own_teacher
-      )
+  def build(self, *, full_precision: bool) -> tuple[Phase, ...]:
+    options = self.options
+    if full_precision:
+      self._add("full_precision", "", options.full_precision_epochs, distill=self.first_distills)
 
     for bits in self._ladder(options.act_bits):
       self.calibrate = "act" if self.act_bits is None else None
@@ -157,7 +263,7 @@ class _Builder:
       self._stable("finetune")
     for bits in self._ladder(options.weight_bits):
       self.calibrate = (
-        "fit" if bits in options.fitted_bits else "weight" if self.weight_bits is None else None
+        "fit" if bits in options.refit_bits else "weight" if self.weight_bits is None else None
       )
       self.weight_bits = bits
       self._stable("profit" if options.profit and bits in options.profit_bits else "finetune")
@@ -190,9 +296,7 @@ class _Builder:
   ) -> None:
     if epochs == 0:
       return
-    train = self.settings.train
     full_precision = kind == "full_precision"
-    remedy = self.settings.remedy
     self.phases.append(
       Phase(
         index=len(self.phases) + 1,
@@ -202,16 +306,14 @@ class _Builder:
         act_bits=self.act_bits,
         epochs=epochs,
         warmup_epochs=self.options.warmup_epochs if kind in ("full_precision", "finetune") else 0,
-        learning_rate=train.full_precision_learning_rate if full_precision else train.learning_rate,
+        learning_rate=self.rates.full_precision if full_precision else self.rates.quantized,
         constant_rate=kind == "sampling",
         frozen_fraction=frozen_fraction,
         # The a and c of a quantized kernel need its gradient anyway, so that a program without the
-        # kernels' update would save nothing. A remedy has programs with and without it.
-        shares_program=kind == "bn"
-        and self.weight_bits is not None
-        and not (remedy.dampening or remedy.freezing_thresholds),
+        # kernels' update would save nothing.
+        shares_program=kind == "bn" and self.weight_bits is not None,
         calibrate=self.calibrate,
-        distill=self.settings.teacher.model != "none" if distill is None else distill,
+        distill=self.distill if distill is None else distill,
       )
     )
     self.calibrate = None

@@ -1,11 +1,13 @@
 """A wrong value is refused with its field, its value and what is allowed."""
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 
 from configs import base, digits_w3, digits_w4, mbv2_w4
-from profit_jax.config import ConfigError, parse
+from profit_jax.config import RENAMED_FIELDS, ConfigError, parse, with_new_names
 from profit_jax.data import facts
 from profit_jax.models import REGISTRY
 from profit_jax.train.run_directory import differences
@@ -59,11 +61,11 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("data.normalization", "cifar", "imagenet"),
     ("data.name", " ", "folder"),
     ("data.train_split", "", "name of a split"),
-    ("data.train_crop", "random", "resized"),
-    ("data.eval_share", 1.5, "0.1 to 1"),
+    ("data.train_crop", "random", "random_resized_crop"),
+    ("data.crop_pct", 1.5, "0.1 to 1"),
     ("data.interpolation", "nearest", "bicubic"),
     ("data.max_broken", -0.1, "0 to 1"),
-    ("data.readers", 0, "1 to 1024"),
+    ("data.num_readers", 0, "1 to 1024"),
     ("train.batch_size", 0, "1 or above"),
     ("train.learning_rate", float("nan"), "finite"),
     ("train.ema_rate", 1.0, "below 1"),
@@ -95,6 +97,37 @@ def test_unknown_and_missing_fields():
   del config.train.momentum
   with pytest.raises(ConfigError, match="momentum"):
     parsed(config)
+
+
+def test_old_names_are_errors_that_say_the_new_ones():
+  for old, new in RENAMED_FIELDS.items():
+    config = base.get_config().unlock()
+    section, _, name = old.partition(".")
+    if section not in config:
+      config[section] = {}
+    config[section][name] = 0
+    with pytest.raises(ConfigError, match=f"`{old}` is now `{new}`"):
+      parsed(config)
+  with pytest.raises(ConfigError, match=r"'padded' of `data\.train_crop` is now 'pad_crop'"):
+    parsed(**{"data.train_crop": "padded"})
+
+
+def test_a_saved_configuration_of_an_earlier_version_has_the_present_names():
+  present = parsed(**{"data.train_crop": "pad_crop", "oscillation.dampening": 0.1}).to_dict()
+  old = {name: dict(value) if isinstance(value, dict) else value for name, value in present.items()}
+  old["remedy"] = {}
+  for before, now in RENAMED_FIELDS.items():
+    section, _, name = before.partition(".")
+    new_section, _, new_name = now.partition(".")
+    old[section][name] = old[new_section].pop(new_name)
+  old["data"]["train_crop"] = "padded"
+  del old["oscillation"]
+  assert with_new_names(old) == present
+
+
+def test_no_default_stands_twice():
+  assigned = re.findall(r"config\.[\w.]+ = ", pathlib.Path(base.__file__).read_text())
+  assert not assigned
 
 
 def test_a_batch_larger_than_the_data():

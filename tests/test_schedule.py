@@ -75,7 +75,7 @@ def test_published_command_is_22_phases_and_200_epochs():
 
 def test_kernels_are_fitted_at_the_bits_that_say_so():
   phases = plan(
-    settings(**{"plan.weight_bits": (8, 4, 2), "plan.profit_bits": (2,), "plan.fitted_bits": (2,)})
+    settings(**{"plan.weight_bits": (8, 4, 2), "plan.profit_bits": (2,), "plan.refit_bits": (2,)})
   )
   assert [p.name for p in phases if p.calibrate == "fit"] == ["w2a4 bn1"]
   assert [p.name for p in phases if p.calibrate == "weight"] == ["w8a4 bn1"]
@@ -106,7 +106,7 @@ def test_phases_share_programs():
 
 
 @pytest.mark.parametrize(
-  "remedy", [{"remedy.dampening": 1e-4}, {"remedy.freezing_thresholds": (0.04, 0.01)}]
+  "remedy", [{"oscillation.dampening": 1e-4}, {"oscillation.freeze_thresholds": (0.04, 0.01)}]
 )
 def test_bn_phases_are_without_a_remedy(remedy):
   phases = plan(settings(**remedy))

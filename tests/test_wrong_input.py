@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from configs import base, digits_w4
 from profit_jax.config import ConfigError, parse
-from profit_jax.models import REGISTRY, build, variable_shapes
+from profit_jax.models import REGISTRY, build
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import named_tensors
 from tests.drawn import PROFILE, share_of_examples
+from tests.specs import variable_shapes
 from tests.traced import TwoBlocks, deep_check
 from tests.wrong_input import (
   FIELDS,

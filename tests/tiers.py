@@ -26,6 +26,8 @@ SLOW = (
   "export/test_formats.py::test_a_file_computes_the_references_codes",
   "export/test_formats.py::test_onnxruntime_computes_the_references_codes_of_a_whole_net",
   "export/test_formats.py::test_sizes_of_the_published_mobilenet_v2",
+  "export/test_trace.py::test_a_file_computes_an_own_models_codes",
+  "export/test_trace.py::test_every_quantizer_is_exported",
   "kernels/test_depthwise_triton.py::test_codes_are_computed_on_load",
   "models/test_mobilenet_v2.py::test_authors_logits",
   "models/test_mobilenet_v2.py::test_relu6_bounds_what_relu_does_not",
@@ -64,6 +66,9 @@ FAST = (
   "export/test_formats.py::test_a_file_computes_the_references_codes[jax-4]",
   "export/test_formats.py::test_a_file_computes_the_references_codes[onnx-4]",
   "export/test_formats.py::test_a_file_computes_the_references_codes[safetensors-4]",
+  "export/test_trace.py::test_a_file_computes_an_own_models_codes[Branches-onnx]",
+  "export/test_trace.py::test_a_file_computes_an_own_models_codes[Codes-onnx]",
+  "export/test_trace.py::test_every_quantizer_is_exported[pact-options1-7-8]",
   # The golden logits, one program.
   "models/test_mobilenet_v2.py::test_authors_logits[w8a8-eval]",
   "models/test_mobilenet_v2.py::test_authors_logits[w4a4-eval]",

@@ -1,7 +1,6 @@
 """Whether a configuration that is accepted can be trained, without compiling anything."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,8 +15,8 @@ from profit_jax.data.digits import FACTS
 from profit_jax.models import REGISTRY
 from profit_jax.models.mobilenet_v3 import Block
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
-from profit_jax.quant.bits import Levels
-from profit_jax.quant.duq import HSWISH_MINIMUM
+from profit_jax.quant.base import HSWISH_MINIMUM
+from profit_jax.quant.bits import Bits
 from profit_jax.train import start
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress
@@ -34,13 +33,9 @@ class TwoBlocks(nn.Module):
   bn_epsilon: float = 1e-5
   squeeze_excite: str = "before"
   pad_value: float = HSWISH_MINIMUM
-  sampling_every: int = 1
-  quant: Any = None
 
   @nn.compact
-  def __call__(self, x, levels=Levels(), train=False):
-    levels = levels._replace(quant=self.quant)
-    conv = functools.partial(QuantConv, sampling_every=self.sampling_every)
+  def __call__(self, x, bits=Bits(), train=False):
     dense = QuantDense
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     block = functools.partial(
@@ -50,19 +45,18 @@ class TwoBlocks(nn.Module):
       features=8,
       squeeze_excite=self.squeeze_excite,
       pad_value=self.pad_value,
-      conv=conv,
       dense=dense,
       norm=norm,
     )
     first = block(stride=2, squeezed=8, hswish=True, hswish_input=True, name="block00")
     second = block(stride=1, squeezed=0, hswish=False, hswish_input=False, name="block01")
 
-    x = conv(8, 3, 2, name="stem_conv")(x, levels.first())
-    x = norm(name="stem_norm")(x, train, "hard_swish")
-    x = second(first(x, levels, train), levels, train)
+    x = QuantConv(8, 3, 2, name="stem_conv")(x, bits.of_first())
+    x = norm(fused=False, name="stem_norm")(x, train, "hard_swish")
+    x = second(first(x, bits, train), bits, train)
     x = Dropout(self.dropout, name="dropout")(jnp.mean(x, axis=(1, 2)), train)
-    x = QuantAct("symmetric", name="classifier_quant")(x, levels.last())
-    return dense(self.num_classes, name="classifier")(x, levels.last())
+    x = QuantAct("symmetric", name="classifier_quant")(x, bits.of_last())
+    return dense(self.num_classes, name="classifier")(x, bits.of_last())
 
 
 def deep_check(model, changes):
@@ -78,6 +72,6 @@ def deep_check(model, changes):
   student = start.load_student(settings, 10, Progress())
   teacher = start.load_teacher(settings, student, 10, Progress())
   mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
-  programs = Programs(settings, FACTS, student.model, teacher.model, mesh)
+  programs = Programs(settings, FACTS, student.spec, teacher.spec, mesh)
   programs.close()  # nothing is compiled
   programs.trace_train_step(schedule.plan(settings)[-1].program)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import ml_collections
 from etils import epath
@@ -21,17 +20,18 @@ from profit_jax import data, distributed, optional, paths, schedule, snapshots
 from profit_jax.cli import export
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.export import formats, verify
-from profit_jax.models import REGISTRY, build, check, variable_shapes
+from profit_jax.models import REGISTRY, check, student_spec
+from profit_jax.nn.spec import ModelSpec
 from profit_jax.report import console
 from profit_jax.report import result as result_files
-from profit_jax.train import fork, run_directory, start
+from profit_jax.train import fork, run_directory, start, trainer
 from profit_jax.train.checkpoint import best_variables, progress_of
 from profit_jax.train.evaluate import evaluate
-from profit_jax.train.loop import Loop
-from profit_jax.train.observer import Observer, Observers
+from profit_jax.train.observer import Observer
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.progress import Progress, summary
+from profit_jax.train.run import Run
 
 MODES = ("train", "eval", "plan", "export")
 
@@ -257,29 +257,15 @@ def train(
       screen.print("The student starts from random weights (config.init.weights is empty).")
     for doubt in start.doubts(settings, student, teacher):
       _warn(screen, doubt)
-    programs = Programs(
-      settings,
-      facts,
-      student.model,
-      teacher.model,
-      mesh,
-      student.file_model,
-    )
-    closing.callback(programs.close)
     watchers = _watchers(screen, facts, workdir, hooks.plots) if distributed.is_first() else []
-    observer = Observers([*hooks.callbacks, *watchers])
-    closing.callback(observer.close)
-    loop = Loop(
-      settings=settings,
-      source=source,
-      programs=programs,
-      writer=writer,
-      observer=observer,
-      student=student,
-      teacher=teacher,
-      clock=hooks.clock,
+    end = trainer.train(
+      Run(settings, phases, source, student, teacher),
+      writer,
+      snapshot,
+      mesh,
+      [*hooks.callbacks, *watchers],
+      hooks.clock,
     )
-    end = loop.run(snapshot)
     if not distributed.is_first():
       return None
     result = result_files.write_report(
@@ -309,29 +295,8 @@ def _claim(
   workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
 ) -> snapshots.Writer:
   """Makes the directory this run's, until `closing`; gives the writer of its checkpoints."""
-
-  def claim():
-    # In this order: of two that start together, the second must not find the first one's files half
-    # written.
-    closing.enter_context(run_directory.hold(workdir))
-    run_directory.claim_workdir(workdir, settings, source)
-
-  distributed.first_does(claim)
-  # A directory that only the first process sees.
-  distributed.together(lambda: run_directory.read_data(workdir))
-  writer = snapshots.Writer(workdir / "checkpoints", keep=settings.checkpoint.keep)
-
-  def close(error, *_):
-    # After an error in this process alone, closing would wait for the others; and the first error
-    # is the one to tell.
-    if error is None:
-      writer.close()
-    elif jax.process_count() == 1:
-      with contextlib.suppress(Exception):
-        writer.close()
-
-  closing.push(close)
-  return writer
+  identity = run_directory.identity_of(settings, source)
+  return trainer.claim(workdir, identity, settings.checkpoint.keep, closing)
 
 
 def _warn(screen: Console, text: str) -> None:
@@ -379,7 +344,7 @@ class Trained(NamedTuple):
   """A run's best checkpoint at the plan's last bits, its model and data, and the compiled steps."""
 
   source: data.Source
-  model: nn.Module
+  spec: ModelSpec
   programs: Programs
   progress: Progress
   variables: Any
@@ -389,18 +354,19 @@ class Trained(NamedTuple):
 def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   run_directory.read_config(workdir)  # before the data, which takes longer
   mesh, source = make_mesh(settings), _load_data(settings)
-  distributed.first_does(lambda: run_directory.require_same_run(workdir, settings, source))
-  model = build(settings.model, source.facts.num_classes, settings.quant)
-  programs = Programs(settings, source.facts, model, None, mesh)
+  distributed.first_does(
+    lambda: run_directory.require_same_run(workdir, run_directory.identity_of(settings, source))
+  )
+  spec = student_spec(settings, source.facts.num_classes)
+  programs = Programs(settings, source.facts, spec, None, mesh)
   try:
     screen = Console(highlight=False, markup=False, quiet=not distributed.is_first(), stderr=True)
-    shapes = variable_shapes(model, settings.data.image_size)
-    found = best_variables(workdir / "checkpoints", shapes, lambda text: _warn(screen, text))
+    found = best_variables(workdir / "checkpoints", spec.shapes, lambda text: _warn(screen, text))
     if found is None:
       raise ConfigError(
         f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first."
       )
-    yield Trained(source, model, programs, *found)
+    yield Trained(source, spec, programs, *found)
   finally:
     programs.close()
 
@@ -438,7 +404,7 @@ def run_export(
     trained = verify.TrainedModel(
       settings=settings,
       source=best.source,
-      model=best.model,
+      spec=best.spec,
       variables=best.variables,
       result=summary(best.progress, phases),
       top1=evaluated["top1"],
@@ -459,13 +425,13 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
   programs = Programs(
     settings,
     source.facts,
-    student.model,
+    student.spec,
     None,
     mesh,
-    student.file_model,
+    student.file_spec,
   )
   try:
-    variables = programs.replicate(pack_variables(student.make()))
+    variables = programs.replicate(pack_variables(student.make(), student.spec))
     scores = start.evaluate_start(programs, source, settings, student, teacher, variables)
     console.print_start(screen, scores, classes)
     if student.loaded.quantizers:
@@ -478,7 +444,11 @@ def _evaluate_quantized(settings, phases, programs, source, variables) -> dict[s
   """Evaluates variables at the plan's last bits and prints a line."""
   bits = {"weight_bits": phases[-1].weight_bits, "act_bits": phases[-1].act_bits}
   scores, _ = evaluate(
-    programs, source, settings, programs.replicate(pack_variables(variables)), **bits
+    programs,
+    source,
+    settings,
+    programs.replicate(pack_variables(variables, programs.student)),
+    **bits,
   )
   name = schedule.bits_name(**bits)
   _say(

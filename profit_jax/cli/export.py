@@ -11,13 +11,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax.config import ConfigError, Ending
+from profit_jax.config import ConfigError, ProfitError
 from profit_jax.data import normalization
 from profit_jax.export import card, formats, verify
 from profit_jax.export.build import build_net
 
 
-class NotEqual(Ending):
+class NotEqual(ProfitError):
   """An exported file is not what was trained."""
 
   label = "export failed"
@@ -68,7 +68,12 @@ class _Exporter:
     self._trained, self._directory, self._screen = trained, directory, screen
     self._pixels = normalization(settings.data.normalization, trained.source.facts)
     self._net = build_net(
-      settings, trained.variables, self._pixels, final["weight_bits"], final["act_bits"]
+      trained.spec,
+      trained.variables,
+      name=settings.model.name,
+      normalization=self._pixels,
+      weight_bits=final["weight_bits"],
+      act_bits=final["act_bits"],
     )
     self._images = verify.eval_images(self._net, trained.source, settings.train.eval_batch_size)
 
@@ -79,7 +84,7 @@ class _Exporter:
       NotEqual: they differ other than by rounding.
     """
     net, trained = self._net, self._trained
-    codes = verify.trained_codes(net, trained.model, trained.variables, self._pixels)
+    codes = verify.trained_codes(net, trained.spec, trained.variables, self._pixels)
     self._reference = verify.compare(net, self._images, codes)
     self._screen.print(
       f"{net.model} {net.bits_name} in the code domain, {self._reference.images} images: "

@@ -19,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from profit_jax.config import ConfigError, Ending
+from profit_jax.config import RENAMED_FIELDS, ConfigError, ProfitError, renamed_field
 
 # With a configuration file or a run; the others have a module each, with a `main`.
 MODES = ("train", "eval", "plan", "export")
@@ -84,6 +84,10 @@ def run(argv):
 
 def _parse(values, argv):
   """Reads the options and the configuration file; gives the arguments that are no options."""
+  for argument in argv:
+    field = argument.partition("=")[0].lstrip("-").removeprefix("config.")
+    if argument.startswith("-") and (told := renamed_field(field)):
+      raise ConfigError(f"--config.{field} is not allowed: {told}")
   try:
     rest = values(argv)
     # A file that could not be loaded says so only when it is used.
@@ -98,7 +102,9 @@ def _in_short(error):
   text = str(error)
   if isinstance(error, (KeyError, AttributeError)):
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
-    return f"unknown name in the configuration: {' '.join(text.split())}"
+    old = [field for field in RENAMED_FIELDS if f'"{field.rpartition(".")[2]}"' in text]
+    hint = f" {renamed_field(old[0])}" if old else ""
+    return f"unknown name in the configuration: {' '.join(text.split())}{hint}"
   lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
   # Where a traceback or a list of attempts is inside, the last line says what is wrong.
   return lines[-1] if "Traceback" in text or "Attempted" in text else " ".join(lines)
@@ -124,8 +130,8 @@ def _execute(values, rest):
       values.fork_from,
     )
     return 0, False
-  except Ending as ending:
-    return _report(ending)
+  except ProfitError as error:
+    return _report(error)
   except KeyboardInterrupt:
     print("error: stopped; the same command resumes from the last checkpoint.", file=sys.stderr)
     return 130, False  # what shells give a program that was interrupted

@@ -49,8 +49,13 @@ def predict(
     content["input"],
     content["class_names"] or list(map(str, range(content["num_classes"]))),
   )
+  if pixels["type"] != "uint8":
+    raise ConfigError(
+      f"{os.fspath(file)!r} takes {pixels['type']} images {pixels['shape']}, which are not read "
+      "from pictures. Run it in its runtime, as its card says."
+    )
   pictures = [
-    read_picture(image, pixels["image_size"], pixels["eval_share"], pixels["interpolation"])
+    read_picture(image, pixels["image_size"], pixels["crop_pct"], pixels["interpolation"])
     for image in images
   ]
   runner = formats.load(name).open_file(file)

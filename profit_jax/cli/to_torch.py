@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from profit_jax import paths, schedule
 from profit_jax.config import ConfigError, QuantSettings
-from profit_jax.models import build, variable_shapes
+from profit_jax.models import student_spec
 from profit_jax.train.run_directory import read_data, read_settings
 from profit_jax.weights.load import differing_settings, load_variables, namings
 from profit_jax.weights.save import (
@@ -41,14 +41,14 @@ def write(run: str, file: str, names: str | None) -> str:
       for source in ("authors", "torchvision", "timm", "profit_jax")
       if source in namings(model)
     )
-  module = build(settings.model, read_data(directory)["num_classes"], settings.quant)
+  spec = student_spec(settings, read_data(directory)["num_classes"])
   if names == "authors" and settings.quant != QuantSettings():
     raise ConfigError(
       "--names=authors is not allowed: their quantizers are DuQ's, and this run has config.quant "
       "= "
       f"{dataclasses.asdict(settings.quant)}. Use --names=profit_jax."
     )
-  loaded = load_variables(run, model, variable_shapes(module, settings.data.image_size))
+  loaded = load_variables(run, model, spec.shapes)
   tensors = named_tensors(model, loaded.variables, names)
   last = schedule.plan(settings)[-1]
   bits = schedule.bits_name(last.weight_bits, last.act_bits)

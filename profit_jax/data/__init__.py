@@ -50,7 +50,7 @@ def eval_preparation(settings: Settings) -> tuple[float, str]:
   return (
     (1.0, "bicubic")
     if settings.data.name in _MADE_OF_DIGITS
-    else (settings.data.eval_share, settings.data.interpolation)
+    else (settings.data.crop_pct, settings.data.interpolation)
   )
 
 

@@ -108,7 +108,7 @@ class Images:
     settings, seed = self._settings, tf.stack(seed)
     if not settings.augment:
       return self._center(contents)
-    if settings.train_crop == "padded":
+    if settings.train_crop == "pad_crop":
       image = preprocess.padded_crop(self._center(contents), settings.image_size // 8, seed)
     else:
       image = preprocess.random_resized_crop(
@@ -119,7 +119,7 @@ class Images:
   def _center(self, contents):
     settings = self._settings
     return preprocess.center_crop(
-      contents, settings.image_size, settings.eval_share, settings.interpolation
+      contents, settings.image_size, settings.crop_pct, settings.interpolation
     )
 
   def _batches(self, records: Records, wanted: Pass, pixels) -> Iterator[Batch]:

@@ -174,7 +174,8 @@ def reader_plan(examples: int, readers: int, wanted: Pass) -> Plan:
 
   Args:
     examples: of the split.
-    readers: `data.readers`; as many are used as divide the batch too, whatever the number of hosts.
+    readers: `data.num_readers`; as many are used as divide the batch too, whatever the number of
+      hosts.
     wanted: the pass.
 
   Raises:
@@ -183,7 +184,7 @@ def reader_plan(examples: int, readers: int, wanted: Pass) -> Plan:
   count, host = math.gcd(readers, wanted.batch_size), wanted.host
   if count % host.count:
     raise ConfigError(
-      f"config.data.readers = {readers} is not allowed: with batches of {wanted.batch_size}, "
+      f"config.data.num_readers = {readers} is not allowed: with batches of {wanted.batch_size}, "
       f"{count} readers are used, and "
       f"{host.count} processes cannot share them equally. Choose a multiple of {host.count} that "
       "divides the batch sizes."
@@ -205,7 +206,7 @@ class Stream:
   def __init__(self, examples: int, readers: int, shards_of: Callable[[int, int], list[Shard]]):
     """Args:
     examples: of the split.
-    readers: `data.readers`.
+    readers: `data.num_readers`.
     shards_of: gives the parts of shards that hold a range of examples, by its first and its end.
     """
     self.examples = examples

@@ -76,7 +76,12 @@ class Splits:
         f"{self._settings.name}."
       )
     return _Streamed(
-      found.num_examples, self._settings.readers, shards, info.features, self._image, self._label
+      found.num_examples,
+      self._settings.num_readers,
+      shards,
+      info.features,
+      self._image,
+      self._label,
     )
 
 

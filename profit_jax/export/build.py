@@ -1,318 +1,309 @@
-"""Trained variables -> the code-domain net. The topology of each model stands here once more, in
-terms of `net.py`.
+"""Trained model -> code-domain net: traces the model, simplifies, folds norms into layers.
 
-That it is the model's is not believed but measured, with every export: each quantizer's codes are
-compared with those of the trained network (`verify.py`).
+Every export compares each quantizer's codes with those of the trained network (`verify.py`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from profit_jax.config import ConfigError, QuantSettings, Settings
+from profit_jax.config import ConfigError
 from profit_jax.data.normalize import Normalization
+from profit_jax.export import quantizers, reference
 from profit_jax.export.net import (
   IMAGE,
   Activation,
+  Affine,
+  Clip,
+  Concat,
   Layer,
+  Maximum,
   Mean,
+  Minimum,
   Net,
   Node,
+  Pool,
   Product,
   Quantizer,
+  Reshape,
   Sum,
   Value,
 )
-from profit_jax.models import STRIDES, mobilenet_v1, mobilenet_v2, mobilenet_v3
-from profit_jax.quant import duq
+from profit_jax.export.simplify import simplified, users
+from profit_jax.export.trace import RESERVED, Operation, trace
+from profit_jax.nn.spec import ModelSpec
 
-_SIXTH = 6.0  # where ReLU6 ends
+_LARGEST = float(np.finfo(np.float32).max)
+_BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
+_PAIRS = {"sum": Sum, "product": Product, "maximum": Maximum, "minimum": Minimum}
 
 
 def build_net(
-  settings: Settings,
+  spec: ModelSpec,
   variables: dict[str, Any],
-  normalization: Normalization,
+  *,
+  name: str,
+  normalization: Normalization | None,
   weight_bits: int,
   act_bits: int,
 ) -> Net:
   """The code-domain net of a trained model.
 
   Args:
-    settings: of the run.
+    spec: the model, with its quantizer.
     variables: its `params` and `batch_stats`, on the host.
-    normalization: of its images.
-    weight_bits: 2 to 8.
-    act_bits: 2 to 8.
+    name: of the net.
+    normalization: of its images, which are uint8; None takes float32 images as the model does.
+    weight_bits: 2 to 8, that the model is called with.
+    act_bits: likewise.
 
   Raises:
-    ConfigError: a model that pads with 0 where an h-swish quantizer has no code for it; other
-      quantizers than DuQ with one interval per kernel.
+    ConfigError: a layer in full precision, a border that has no code, a quantizer or an operation
+      that files cannot hold.
   """
-  model = settings.model
-  if settings.quant != QuantSettings():
-    raise ConfigError(
-      f"config.quant = {dataclasses.asdict(settings.quant)} cannot be exported: only DuQ "
-      "quantizers with one interval per "
-      f"kernel and the same bits in all layers can be. Train with the defaults of configs/base.py."
+  bits = spec.bits.at(weight_bits, act_bits)
+  operations = simplified(trace(spec.model, variables, spec.input_shape, bits))
+  nodes = _Builder(operations, variables).build()
+  return Net(name, nodes, spec.input_shape, normalization, weight_bits, act_bits)
+
+
+class _Builder:
+  """Appends nodes. A tensor is the name of the node that computes it."""
+
+  def __init__(self, operations: list[Operation], variables: dict[str, Any]):
+    self._operations, self._variables = operations, variables
+    self._users = users(operations)
+    self._paths = {*RESERVED, *(operation.path for operation in operations)}
+    self._nodes: dict[str, Node] = {}
+    self._names: dict[Operation, str] = {}
+    # Of every tensor of codes, and of means of codes: what 1 is worth, and the value of 0.
+    self._scales: dict[str, tuple[Any, float]] = {}
+    self._quantizers: dict[Operation, quantizers.Activations] = {}
+
+  def build(self) -> tuple[Node, ...]:
+    """The nodes of all operations."""
+    for operation in self._operations:
+      # Some are part of an earlier one's node.
+      if operation not in self._names:
+        read = [self._names[source] for source in operation.inputs]
+        self._names[operation] = _NODES[operation.kind](self, operation, *read)
+    self._values(self._names[self._operations[-1]])  # an output of codes gives their values
+    return tuple(self._nodes.values())
+
+  def _append(self, kind: type[Node], name: str, **fields: Any) -> str:
+    self._nodes[name] = kind(name=name, **fields)
+    return name
+
+  def _plain(self, kind: type[Node], name: str, **fields: Any) -> str:
+    """A node that is no layer, under this name, or with a number where it is taken."""
+    number, free = 2, name
+    while free in self._nodes or free in self._paths:
+      number, free = number + 1, f"{name}_{number}"
+    return self._append(kind, free, **fields)
+
+  def _beside(self, kind: type[Node], x: str, what: str, **fields: Any) -> str:
+    """A node of the module in which its input is computed."""
+    module = x.rpartition("/")[0]
+    return self._plain(kind, f"{module}/{what}" if module else what, input=x, **fields)
+
+  def _params(self, operation: Operation, collection: str = "params") -> Any:
+    return functools.reduce(
+      lambda tree, part: tree[part], operation.path.split("/"), self._variables[collection]
     )
-  if model.name.startswith("mobilenet_v3") and model.pad_value != duq.HSWISH_MINIMUM:
-    raise ConfigError(
-      f"config.model.pad_value = {model.pad_value} cannot be exported: h-swish quantizers begin "
-      "at -3/8, and a border "
-      f"of {model.pad_value} lies between two codes (paper section 3.3). Train with "
-      "config.model.pad_value=-0.375."
-    )
-  builder = Builder(variables, model.bn_epsilon, weight_bits, act_bits)
-  NETWORKS[model.name](builder, model, model.strides or STRIDES.get(model.name, ()))
-  return Net(
-    model.name, tuple(builder.nodes), settings.data.image_size, normalization, weight_bits, act_bits
-  )
 
-
-class Builder:
-  """Appends nodes; a tensor is the name of the node that computes it.
-
-  Attributes:
-    nodes: so far.
-  """
-
-  def __init__(self, variables: dict[str, Any], epsilon: float, weight_bits: int, act_bits: int):
-    self.nodes: list[Node] = []
-    self._variables, self._epsilon = variables, epsilon
-    self._weight_bits, self._act_bits = weight_bits, act_bits
-    # Of every tensor of codes: what a code is worth, and the value of code 0.
-    self._scales: dict[str, tuple[np.float64, float]] = {}
-    self._channels = {IMAGE: 3}
-
-  def channels(self, x: str) -> int:
-    """The channels of a tensor."""
-    return self._channels[x]
-
-  def has(self, path: str) -> bool:
-    """Whether the model has parameters there."""
-    return self._find("params", path) is not None
-
-  def conv(self, x: str, path: str, norm: str, stride: int = 1, depthwise: bool = False) -> str:
-    """A convolution and the batch normalization behind it."""
-    params, stats = self._get("params", norm), self._get("batch_stats", norm)
-    gain = np.float64(params["scale"]) / np.sqrt(np.float64(stats["var"]) + self._epsilon)
-    shift = np.float64(params["bias"]) - np.float64(stats["mean"]) * gain
-    return self._layer(x, path, gain, shift, stride=stride, depthwise=depthwise)
-
-  def dense(self, x: str, path: str) -> str:
-    """A dense layer with its own bias."""
-    bias = np.float64(self._get("params", path)["bias"])
-    return self._layer(x, path, np.ones_like(bias), bias)
-
-  def quantize(self, x: str, path: str, kind: duq.Kind, activation: str | None = None) -> str:
-    """A quantizer, behind an activation of its input; ReLUs that its own lower and upper end do
-    already are left out.
-    """
-    params = self._get("params", path)
-    interval, scale = (_softplus(params[name]) for name in ("quant_a", "quant_c"))
-    signed = kind == "symmetric"
-    high = 2 ** (self._act_bits - signed) - 1
-    does_it = kind == "unsigned" and (
-      activation == "relu" or (activation == "relu6" and interval <= _SIXTH)
-    )
-    x = x if does_it else self.activation(x, activation)
-    margin = -duq.OFFSET[kind]
-    self._append(
-      Quantizer(
-        name=path,
-        input=x,
-        inverse=float(np.float32(high / interval)),
-        margin=margin,
-        low=-high if signed else 0,
-        high=high,
-        bits=self._act_bits,
-        scale=float(np.float32(scale / high)),
-      ),
-      self._channels[x],
-    )
-    self._scales[path] = scale / high, -margin
-    return path
-
-  def activation(self, x: str, function: str | None) -> str:
-    """A non-linearity, one of `Activation`'s; None is none."""
-    if function is None:
+  def _values(self, x: str) -> str:
+    """A tensor of floats: what codes are worth."""
+    if x not in self._scales:
       return x
-    return self._append(
-      Activation(name=f"{x}/{function}", input=x, function=function), self._channels[x]
-    )
+    scale, offset = self._scales[x]
+    name = f"{x}/value"
+    if name in self._nodes:
+      return name
+    return self._plain(Value, name, input=x, scale=float(np.float32(scale)), offset=offset)
 
-  def mean(self, x: str, path: str) -> str:
-    """The mean over space, of codes or of floats."""
-    name = self._append(Mean(name=path, input=x), self._channels[x])
+  def _keep_scale(self, name: str, x: str) -> str:
     if x in self._scales:
       self._scales[name] = self._scales[x]
     return name
 
-  def add(self, x: str, shortcut: str, path: str) -> str:
-    """The sum with a shortcut, which may be codes."""
-    if shortcut in self._scales:
-      scale, offset = self._scales[shortcut]
-      value = Value(
-        name=f"{shortcut}/value", input=shortcut, scale=float(np.float32(scale)), offset=offset
-      )
-      shortcut = self._append(value, self._channels[shortcut])
-    return self._append(Sum(name=path, input=x, other=shortcut), self._channels[x])
+  def _image(self, operation: Operation) -> str:
+    del operation
+    return IMAGE
 
-  def multiply(self, x: str, scale: str, path: str) -> str:
-    """Each channel times its scale, `[N, C]`."""
-    return self._append(Product(name=path, input=x, other=scale), self._channels[x])
-
-  def _layer(self, x: str, path: str, gain: np.ndarray, shift: np.ndarray, **shape: Any) -> str:
-    params = self._get("params", path)
-    steps = 2 ** (self._weight_bits - 1) - 1
-    codes = kernel_codes(params["kernel"], params["quant_a"], steps)
-    worth = _softplus(params["quant_c"]) / steps
+  def _layer(self, operation: Operation, x: str) -> str:
+    """A convolution or a dense layer, and the affine maps behind it that nothing else reads."""
+    params, values = self._params(operation), operation.values
+    kernel = quantizers.quantized_kernel(
+      operation.path, params, _qmax(operation, "weights"), values["quantizer"]
+    )
+    gain = np.ones(kernel.codes.shape[-1])
+    shift = np.float64(params["bias"]) if "bias" in params else np.zeros_like(gain)
+    parts = [operation]
+    while True:
+      (follower, *others) = self._users[parts[-1]]
+      if others or follower is None or follower.kind not in ("norm", "affine"):
+        break
+      more, summand = self._line(follower)
+      gain, shift = gain * more, shift * more + summand
+      parts.append(follower)
     scale, offset = self._scales.get(x, (1.0, 0.0))
+    codes, worth = kernel.codes, kernel.scale
     sums = codes.sum(axis=tuple(range(codes.ndim - 1)), dtype=np.int64)
-    layer = Layer(
-      name=path,
+    shape = {}
+    if operation.kind == "conv":
+      self._check_border(operation, codes.shape[0], x, offset)
+      shape = {"stride": values["stride"], "depthwise": values["depthwise"]}
+    elif len(operation.shape) == 3:  # a dense layer at every place
+      codes = codes[None, None]
+    name = self._append(
+      Layer,
+      operation.path,
       input=x,
       kernel=codes,
       multiplier=np.float32(scale * worth * gain),
       bias=np.float32(shift + offset * worth * sums * gain),
-      bits=self._weight_bits,
+      bits=kernel.bits,
+      code_bits=kernel.code_bits,
       **shape,
     )
-    return self._append(layer, codes.shape[-1])
+    self._names |= dict.fromkeys(parts, name)
+    return name
 
-  def _append(self, node: Node, channels: int) -> str:
-    self.nodes.append(node)
-    self._channels[node.name] = channels
-    return node.name
+  def _check_border(self, operation: Operation, size: int, x: str, offset: float) -> None:
+    pad_value = operation.values["pad_value"]
+    if size > 1 and pad_value != offset:
+      reads = f"the codes of {x!r}" if x in self._scales else "floats"
+      raise ConfigError(
+        f"{operation.place}: the layer {operation.path!r} cannot be exported: it reads {reads}, "
+        f"whose zeros are worth {offset}, and pad_value = {pad_value} lies between two codes "
+        f"(paper section 3.3). Train with pad_value = {offset} (MobileNet-v3: "
+        f"config.model.pad_value={offset})."
+      )
 
-  def _find(self, collection: str, path: str) -> Any:
-    return functools.reduce(
-      lambda tree, part: tree and tree.get(part), path.split("/"), self._variables[collection]
+  def _line(self, operation: Operation) -> tuple[np.ndarray, np.ndarray]:
+    """Gain and shift of an affine map or a normalization."""
+    if operation.kind == "affine":
+      return operation.values["gain"], operation.values["shift"]
+    params, stats = self._params(operation), self._params(operation, "batch_stats")
+    spread = np.sqrt(np.float64(stats["var"]) + operation.values["epsilon"])
+    gain = np.float64(params["scale"]) / spread
+    return gain, np.float64(params["bias"]) - np.float64(stats["mean"]) * gain
+
+  def _affine(self, operation: Operation, x: str) -> str:
+    gain, shift = self._line(operation)
+    scale, offset = self._scales.get(x, (1.0, 0.0))
+    append, name = (
+      (self._append, operation.path) if operation.path else (self._plain, f"{x}/affine")
+    )
+    return append(
+      Affine,
+      name,
+      input=x,
+      multiplier=np.float32(gain * scale),
+      bias=np.float32(shift + gain * offset),
     )
 
-  def _get(self, collection: str, path: str) -> Any:
-    found = self._find(collection, path)
-    if found is None:
-      raise KeyError(f"{path} is not among the model's {collection}")
-    return found
+  def _quantizer(self, operation: Operation, x: str) -> str:
+    node, scale = self._numbers(operation)
+    fields = {**vars(node), "input": self._values(x)}
+    name = self._append(Quantizer, fields.pop("name"), **fields)
+    self._scales[name] = scale, node.offset
+    return name
+
+  def _numbers(self, operation: Operation) -> quantizers.Activations:
+    if operation not in self._quantizers:
+      self._quantizers[operation] = quantizers.quantizer(
+        operation.path,
+        self._params(operation),
+        _qmax(operation, "activations"),
+        operation.values["codes"],
+        operation.values["quantizer"],
+      )
+    return self._quantizers[operation]
+
+  def _activation(self, operation: Operation, x: str) -> str:
+    function, x = operation.values["function"], self._values(x)
+    if function in _BOUNDS and self._is_clipped_anyway(operation, *_BOUNDS[function]):
+      return x
+    return self._plain(Activation, f"{x}/{function}", input=x, function=function)
+
+  def _clip(self, operation: Operation, x: str) -> str:
+    low, high = operation.values["low"], operation.values["high"]
+    for function, bounds in _BOUNDS.items():
+      if bounds == (low, high):
+        operation.values["function"] = function
+        return self._activation(operation, x)
+    x = self._values(x)
+    if self._is_clipped_anyway(operation, low, high):
+      return x
+    return self._plain(
+      Clip, f"{x}/clip", input=x, low=max(low, -_LARGEST), high=min(high, _LARGEST)
+    )
+
+  def _is_clipped_anyway(self, operation: Operation, low: float, high: float) -> bool:
+    """Whether a quantizer reads nothing else, and its own ends lie within these bounds."""
+    (reader, *others) = self._users[operation]
+    if others or reader is None or reader.kind != "quantizer":
+      return False
+    node, ends = self._numbers(reader).node, np.float32([low, high])
+    return bool((reference.codes(node, ends) == [node.low, node.high]).all())
+
+  def _mean(self, operation: Operation, x: str) -> str:
+    del operation
+    return self._keep_scale(self._beside(Mean, x, "mean"), x)
+
+  def _pool(self, operation: Operation, x: str) -> str:
+    function = operation.kind.removesuffix("_pool")
+    if function == "mean":
+      x = self._values(x)
+    name = self._beside(Pool, x, operation.kind, function=function, **operation.values)
+    return self._keep_scale(name, x)
+
+  def _reshape(self, operation: Operation, x: str) -> str:
+    name = self._beside(Reshape, x, "reshape", shape=operation.shape)
+    return self._keep_scale(name, x)
+
+  def _concat(self, operation: Operation, *read: str) -> str:
+    del operation
+    if len({self._scales.get(x) for x in read}) != 1:
+      read = tuple(map(self._values, read))
+    first, *others = read
+    name = self._beside(Concat, first, "concat", others=tuple(others))
+    return self._keep_scale(name, first)
+
+  def _pair(self, operation: Operation, *read: str) -> str:
+    shapes = [source.shape for source in operation.inputs]
+    x, other = map(self._values, read)
+    if len(shapes[0]) < len(shapes[1]):
+      x, other = other, x
+    return self._beside(_PAIRS[operation.kind], x, operation.kind, other=other)
 
 
-def kernel_codes(kernel: np.ndarray, raw_a: np.ndarray, steps: int) -> np.ndarray:
-  """The int8 codes of a float32 kernel, computed by the trained quantizer itself.
-
-  NumPy would round some other way near ties: XLA's quotient and its softplus differ from NumPy's in
-  the last bits.
-  """
-  # Padded to a power of two: the kernels of a net have dozens of shapes, and share a few programs.
-  size = 1 << (kernel.size - 1).bit_length()
-  padded = np.pad(kernel.reshape(-1), (0, size - kernel.size))
-  codes = _codes(jnp.asarray(padded), jnp.asarray(raw_a), jnp.float32(steps), "symmetric")
-  return np.asarray(codes)[: kernel.size].reshape(kernel.shape).astype(np.int8)
+def _qmax(operation: Operation, what: str) -> float:
+  if "qmax" not in operation.values:
+    raise ConfigError(
+      f"{operation.place}: the {what} of the layer {operation.path!r} are in full precision, and "
+      "only a model whose weights and activations are all quantized can be exported."
+    )
+  return operation.values["qmax"]
 
 
-_codes = jax.jit(duq.codes, static_argnames="kind")
-
-
-def _softplus(raw: Any) -> np.float64:
-  return np.logaddexp(np.float64(0.0), np.float64(raw))
-
-
-def _mobilenet_v1(net: Builder, model: Any, strides: tuple[int, ...]) -> None:
-  x = net.conv(IMAGE, "stem_conv", "stem_norm", strides[0])
-  x = net.quantize(x, "stem_quant", "unsigned", model.activation)
-  blocks = [
-    stride if position == 0 else 1
-    for (_, count), stride in zip(mobilenet_v1.STAGES, strides[1:], strict=True)
-    for position in range(count)
-  ]
-  for index, stride in enumerate(blocks):
-    block = f"block{index:02d}"
-    for part, options in (("depthwise", {"stride": stride, "depthwise": True}), ("pointwise", {})):
-      x = net.conv(x, f"{block}/{part}_conv", f"{block}/{part}_norm", **options)
-      x = net.quantize(x, f"{block}/{part}_quant", "unsigned", model.activation)
-  net.dense(net.mean(x, "mean"), "classifier")
-
-
-def _mobilenet_v2(net: Builder, model: Any, strides: tuple[int, ...]) -> None:
-  x = net.conv(IMAGE, "stem_conv", "stem_norm", strides[0])
-  x = net.quantize(x, "stem_quant", "unsigned", model.activation)
-  blocks = [
-    stride if position == 0 else 1
-    for (_, _, count), stride in zip(mobilenet_v2.STAGES, strides[1:], strict=True)
-    for position in range(count)
-  ]
-  for index, stride in enumerate(blocks):
-    block, shortcut = f"block{index:02d}", x
-    if index > 0:
-      x = net.quantize(x, f"{block}/input_quant", "symmetric")
-    if net.has(f"{block}/expand_conv"):
-      x = net.conv(x, f"{block}/expand_conv", f"{block}/expand_norm")
-      x = net.quantize(x, f"{block}/expand_quant", "unsigned", model.activation)
-    x = net.conv(x, f"{block}/depthwise_conv", f"{block}/depthwise_norm", stride, depthwise=True)
-    x = net.quantize(x, f"{block}/depthwise_quant", "unsigned", model.activation)
-    x = net.conv(x, f"{block}/project_conv", f"{block}/project_norm")
-    x = _with_shortcut(net, x, shortcut, stride, block)
-  x = net.quantize(x, "head_input_quant", "symmetric")
-  x = net.activation(net.conv(x, "head_conv", "head_norm"), model.activation)
-  x = net.quantize(net.mean(x, "mean"), "head_quant", "unsigned")
-  net.dense(x, "classifier")
-
-
-def _mobilenet_v3(net: Builder, model: Any, strides: tuple[int, ...], variant: str) -> None:
-  x = net.activation(net.conv(IMAGE, "stem_conv", "stem_norm", strides[0]), "hard_swish")
-  blocks = [
-    (spec, stride if position == 0 else 1)
-    for stage, stride in zip(mobilenet_v3.VARIANTS[variant].stages, strides[1:], strict=True)
-    for position, spec in enumerate(stage)
-  ]
-  for index, (spec, stride) in enumerate(blocks):
-    block, shortcut = f"block{index:02d}", x
-    activation, kind = ("hard_swish", "hswish") if spec.hswish else ("relu", "unsigned")
-    x = net.quantize(x, f"{block}/input_quant", "symmetric" if index else "hswish")
-    if net.has(f"{block}/expand_conv"):
-      x = net.conv(x, f"{block}/expand_conv", f"{block}/expand_norm")
-      x = net.quantize(x, f"{block}/expand_quant", kind, activation)
-    x = net.conv(x, f"{block}/depthwise_conv", f"{block}/depthwise_norm", stride, depthwise=True)
-    if spec.squeeze_excite and model.squeeze_excite == "after":
-      x = _squeeze_excite(net, net.activation(x, activation), f"{block}/squeeze_excite")
-      x = net.quantize(x, f"{block}/depthwise_quant", kind)
-    else:
-      x = _squeeze_excite(net, x, f"{block}/squeeze_excite") if spec.squeeze_excite else x
-      x = net.quantize(x, f"{block}/depthwise_quant", kind, activation)
-    x = net.conv(x, f"{block}/project_conv", f"{block}/project_norm")
-    x = _with_shortcut(net, x, shortcut, stride, block)
-  x = net.quantize(x, "head_input_quant", "symmetric")
-  x = net.activation(net.conv(x, "head_conv", "head_norm"), "hard_swish")
-  x = net.quantize(net.mean(x, "mean"), "head_quant", "hswish")
-  x = net.quantize(net.dense(x, "pre_classifier"), "pre_classifier_quant", "hswish", "hard_swish")
-  net.dense(x, "classifier")
-
-
-def _with_shortcut(net: Builder, x: str, shortcut: str, stride: int, block: str) -> str:
-  same = stride == 1 and net.channels(x) == net.channels(shortcut)
-  return net.add(x, shortcut, f"{block}/sum") if same else x
-
-
-def _squeeze_excite(net: Builder, x: str, path: str) -> str:
-  scale = net.quantize(net.mean(x, f"{path}/mean"), f"{path}/input_quant", "symmetric")
-  scale = net.quantize(
-    net.dense(scale, f"{path}/reduce"), f"{path}/reduce_quant", "unsigned", "relu"
-  )
-  scale = net.activation(net.dense(scale, f"{path}/expand"), "hard_sigmoid")
-  return net.multiply(x, scale, f"{path}/product")
-
-
-# By the model's name: appends its nodes, given its settings and the strides of its stages. A model
-# that is added to `models.REGISTRY` can be exported once its topology is here.
-NETWORKS: dict[str, Callable[[Builder, Any, tuple[int, ...]], None]] = {
-  "mobilenet_v1": _mobilenet_v1,
-  "mobilenet_v2": _mobilenet_v2,
-  "mobilenet_v3_large": functools.partial(_mobilenet_v3, variant="large"),
-  "mobilenet_v3_small": functools.partial(_mobilenet_v3, variant="small"),
+# Nodes by the kind of an operation: (builder, operation, names of what it reads) -> name.
+_NODES: dict[str, Callable[..., str]] = {
+  "input": _Builder._image,
+  "conv": _Builder._layer,
+  "dense": _Builder._layer,
+  "norm": _Builder._affine,
+  "affine": _Builder._affine,
+  "quantizer": _Builder._quantizer,
+  "activation": _Builder._activation,
+  "clip": _Builder._clip,
+  "mean": _Builder._mean,
+  "max_pool": _Builder._pool,
+  "mean_pool": _Builder._pool,
+  "reshape": _Builder._reshape,
+  "concat": _Builder._concat,
+  **dict.fromkeys(_PAIRS, _Builder._pair),
 }

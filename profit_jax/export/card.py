@@ -5,9 +5,11 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from profit_jax.config import ConfigError
@@ -15,8 +17,7 @@ from profit_jax.data import eval_preparation
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
-from profit_jax.export.net import Net
-from profit_jax.export.packing import field_bits
+from profit_jax.export.net import Layer, Net, Quantizer
 from profit_jax.schedule import bits_name
 
 _FLOAT_BITS = 32
@@ -60,10 +61,11 @@ def make(
     "act_bits": net.act_bits,
     "input": {
       "name": "image",
-      "type": "uint8",
-      "layout": "NHWC, RGB",
-      "image_size": net.image_size,
-      "eval_share": share,
+      "type": np.dtype(net.image_dtype).name,
+      "layout": "NHWC, RGB" if net.image_shape[-1:] == (3,) else "NHWC",
+      "shape": net.image_shape,
+      "image_size": net.image_shape[0],
+      "crop_pct": share,
       "interpolation": interpolation,
     },
     "num_classes": net.num_classes,
@@ -99,12 +101,10 @@ def make(
       ],
     },
     "policy": {
-      "weights": f"all kernels, the first and the last layer's too, {net.weight_bits} bits "
-      "symmetric without the lowest "
-      f"code, one interval per layer; {field_bits(net.weight_bits)} bits of the file each",
-      "activations": f"the input of every layer, {net.act_bits} bits: unsigned after ReLU, "
-      "symmetric where signed, hswish "
-      "from -3/8 after h-swish; the image as it is",
+      "weights": f"all kernels, the first and the last layer's too, {_bits(net.layers)} bits "
+      f"symmetric; {_field_bits(net)} bits of the file each",
+      "activations": f"the input of every layer, {_bits(net.quantizers)} bits: unsigned after "
+      "ReLU, symmetric where signed, hswish from -3/8 after h-swish; the image as it is",
       "float32": "batch normalization as multiplier and bias per channel, shortcuts, means, "
       "squeeze-excite's gates",
     },
@@ -134,6 +134,20 @@ def make(
   }
 
 
+def _bits(nodes: Sequence[Layer | Quantizer]) -> str:
+  """As `4`, or `4 to 8`."""
+  return _range(node.bits for node in nodes)
+
+
+def _field_bits(net: Net) -> str:
+  return _range(layer.field_bits for layer in net.layers)
+
+
+def _range(numbers: Iterable[int]) -> str:
+  found = sorted(set(numbers))
+  return " to ".join(map(str, found[:: max(1, len(found) - 1)]))
+
+
 def markdown(card: dict[str, Any]) -> str:
   """The same for people."""
   size, cost, top1, proof, pixels = (
@@ -159,12 +173,7 @@ def markdown(card: dict[str, Any]) -> str:
     f"{size['ratio']:.1f}x |",
     f"| multiply-accumulates | {cost['macs']:,} an image |",
     f"| bit operations (BOPs) | {cost['bops']:,} an image; in float32 {cost['float_bops']:,} |",
-    f"| input | `{pixels['name']}`, uint8 `[N, {pixels['image_size']}, {pixels['image_size']}, "
-    "3]`, RGB, 0 to 255; "
-    f"normalized by the file |",
-    f"| preparing an image | shorter side to {pixels['image_size']} / {pixels['eval_share']:g} "
-    "pixels "
-    f"({pixels['interpolation']}), centre cut out |",
+    *_input_rows(pixels),
     f"| sha256 | `{card['sha256']}` |",
     "",
     f"Accuracy before and after are of the same images.{before}",
@@ -224,6 +233,20 @@ def markdown(card: dict[str, Any]) -> str:
   return "\n".join([*lines, "", f"Versions: {versions}."]) + "\n"
 
 
+def _input_rows(pixels: dict[str, Any]) -> list[str]:
+  """What is said of the images, in two rows at most."""
+  sizes = ", ".join(map(str, pixels["shape"]))
+  row = f"| input | `{pixels['name']}`, {pixels['type']} `[N, {sizes}]`, "
+  if pixels["type"] != "uint8":
+    return [f"{row}as the model was trained with |"]
+  size, share = pixels["image_size"], pixels["crop_pct"]
+  return [
+    f"{row}RGB, 0 to 255; normalized by the file |",
+    f"| preparing an image | shorter side to {size} / {share:g} pixels "
+    f"({pixels['interpolation']}), centre cut out |",
+  ]
+
+
 def _differ(counts):
   return f"{counts['differing']:,} of {counts['codes']:,} codes differ"
 
@@ -237,7 +260,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
   place = epath.Path(f"{os.fspath(path)}.json")
   try:
     card = json.loads(place.read_text())
-    for field in ("image_size", "eval_share", "interpolation"):
+    if "eval_share" in card["input"]:  # before version 0.2
+      card["input"]["crop_pct"] = card["input"].pop("eval_share")
+    for field in ("image_size", "crop_pct", "interpolation"):
       card["input"][field]
     card["class_names"]
     return card

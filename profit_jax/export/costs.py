@@ -1,10 +1,9 @@
 """What a net costs, layer by layer: bytes, multiply-accumulates, bit operations."""
 
+import math
 from typing import NamedTuple
 
-from profit_jax.export.net import IMAGE, Layer, Mean, Net
-from profit_jax.export.packing import field_bits
-from profit_jax.export.reference import inputs
+from profit_jax.export.net import IMAGE, Layer, Net, Quantizer
 
 _PIXEL_BITS, _FLOAT_BITS = 8, 32
 
@@ -18,7 +17,7 @@ class LayerCost(NamedTuple):
     kernel: its shape, `[K, K, C, F]`, depthwise `[K, K, 1, F]`, dense `[C, F]`.
     weight_bits: of the kernel.
     input: what it reads: `image`, or its quantizer: unsigned, symmetric, hswish; or `float`.
-    input_bits: of what it reads: 8 of an image's pixels, 32 of floats.
+    input_bits: of what it reads: 8 of an image's pixels, 32 of floats, float images too.
     macs: multiply-accumulates for one image.
     bops: `macs * weight_bits * input_bits`.
     kernel_bytes: packed.
@@ -41,31 +40,23 @@ def costs(net: Net) -> list[LayerCost]:
   """The cost of every layer, for one image. Additions, means, squeeze-excite products and
   quantizers are not counted.
   """
-  sizes = {IMAGE: net.image_size}
-  quantizers = {quantizer.name: quantizer for quantizer in net.quantizers}
-  rows = []
-  for node in net.nodes:
-    size = sizes[inputs(node)[0]]
-    if isinstance(node, Layer):
-      size = 1 if node.dense else (size + 2 * node.margin - node.kernel.shape[0]) // node.stride + 1
-      rows.append(_row(net, node, size, quantizers.get(node.input)))
-    sizes[node.name] = 1 if isinstance(node, Mean) else size
-  return rows
+  shapes, sources = net.shapes(), net.code_sources()
+  return [_row(net, layer, shapes[layer.name], sources.get(layer.input)) for layer in net.layers]
 
 
-def _row(net, layer, size, quantizer):
+def _row(net: Net, layer: Layer, shape: tuple[int, ...], quantizer: Quantizer | None) -> LayerCost:
   if layer.input == IMAGE:
-    source, bits = "image", _PIXEL_BITS
+    source, bits = "image", _FLOAT_BITS if net.normalization is None else _PIXEL_BITS
   elif quantizer is None:
     source, bits = "float", _FLOAT_BITS
   else:
     source, bits = (
-      ("symmetric" if quantizer.signed else "hswish" if quantizer.margin else "unsigned"),
+      ("symmetric" if quantizer.signed else "hswish" if quantizer.offset else "unsigned"),
       quantizer.bits,
     )
-  macs = layer.kernel.size * size * size
+  macs = layer.kernel.size * math.prod(shape[:-1])
   kind = "dense" if layer.dense else "depthwise" if layer.depthwise else "conv"
-  packed = -(-layer.kernel.size * field_bits(net.weight_bits) // 8)
+  packed = -(-layer.kernel.size * layer.field_bits // 8)
   float_bytes = 4 * (layer.kernel.size + layer.kernel.shape[-1])
   return LayerCost(
     layer.name,

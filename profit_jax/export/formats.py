@@ -22,7 +22,7 @@ class Runner(Protocol):
     """Classifies images.
 
     Args:
-      image: uint8 `[N, image_size, image_size, 3]`.
+      image: `[N, H, W, C]`, of the net's `image_dtype`.
       with_codes: whether codes are wanted.
 
     Returns:

@@ -4,7 +4,8 @@ packed in bytes.
     exported = jax.export.deserialize(bytearray(open(FILE, "rb").read()))
     logits = exported.call(images)
 
-`images` is uint8 `[N, image_size, image_size, 3]`, `logits` float32 `[N, num_classes]`.
+`images` is uint8 `[N, H, W, C]` (float32, if the net does not normalize), `logits` float32
+`[N, num_classes]`.
 
 Any batch; lowered for CPU, CUDA and TPU. Kernels stand in the program as uint8 constants, several
 codes each, since StableHLO writes int4 constants with a byte per code; the program takes them apart
@@ -25,7 +26,7 @@ from jax.interpreters import mlir
 
 from profit_jax.export import reference
 from profit_jax.export.net import Net, Quantizer
-from profit_jax.export.packing import field_bits, pack, unpack
+from profit_jax.export.packing import pack, unpack
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _PREFIX = "codes_of__"
@@ -33,18 +34,17 @@ _PREFIX = "codes_of__"
 
 def write(net: Net, path: str | os.PathLike) -> None:
   """Writes the artifact."""
-  width = field_bits(net.weight_bits)
-  packed = {layer.name: pack(layer.kernel, width) for layer in net.layers}
+  packed = {layer.name: pack(layer.kernel, layer.field_bits) for layer in net.layers}
 
   def classify(image):
     kernels = {
-      layer.name: unpack(jnp.asarray(packed[layer.name]), width, layer.kernel.shape)
+      layer.name: unpack(jnp.asarray(packed[layer.name]), layer.field_bits, layer.kernel.shape)
       for layer in net.layers
     }
     return reference.run(net, image, kernels, _named_codes)
 
   (batch,) = jax.export.symbolic_shape("batch")
-  image = jax.ShapeDtypeStruct((batch, net.image_size, net.image_size, 3), np.uint8)
+  image = jax.ShapeDtypeStruct((batch, *net.image_shape), net.image_dtype)
   exported = jax.export.export(jax.jit(classify), platforms=PLATFORMS)(image)
   pathlib.Path(path).write_bytes(exported.serialize())
 

@@ -2,9 +2,9 @@
 
     pip install "profit_jax[litert]"
 
-Input `image` uint8 `[N, H, W, 3]`, of which the file says N = 1: other batches after
-`resize_tensor_input`. Output `logits` float32 `[N, num_classes]`. Kernels stand as INT4 (3 and 4
-bits), INT2 or INT8 (5 to 8) with scale 1. A layer is
+Input `image` uint8 `[N, H, W, C]` (float32, if the net does not normalize), of which the file says
+N = 1: other batches after `resize_tensor_input`. Output `logits` float32 `[N, num_classes]`.
+Kernels stand as INT4 (3 and 4 bits), INT2 or INT8 (5 to 8) with scale 1. A layer is
 
     Dequantize(codes) -> [Pad ->] Conv2D, DepthwiseConv2D or FullyConnected
       -> Mul(multiplier) -> Add(bias)
@@ -34,15 +34,24 @@ from ai_edge_litert.interpreter import Interpreter
 from profit_jax.export.net import (
   IMAGE,
   Activation,
+  Affine,
+  Clip,
+  Concat,
+  Elementwise,
   Layer,
+  Maximum,
   Mean,
+  Minimum,
   Net,
+  Pool,
   Product,
   Quantizer,
+  Reshape,
   Sum,
   Value,
+  inputs,
 )
-from profit_jax.export.packing import field_bits, pack
+from profit_jax.export.packing import pack
 
 LOGITS = "logits"
 _TYPES = {
@@ -92,17 +101,9 @@ class Graph:
     self.operators: list[Any] = []
     self.operator_codes: list[Any] = []
     self.buffers: list[Any] = [schema.BufferT()]
-    self._bits = field_bits(net.weight_bits)
     self._indices: dict[str, int] = {}
     self._shapes: dict[str, tuple[int, ...]] = {}
-    size = net.image_size
-    self._tensor(IMAGE, (1, size, size, 3), schema.TensorType.UINT8)
-    factor, summand = net.pixel_scale()
-    x = self._op("CAST", [IMAGE], f"{IMAGE}/float", (1, size, size, 3), schema.CastOptionsT())
-    x = self._mul(x, self._array(f"{IMAGE}/factor", factor), f"{IMAGE}/scaled")
-    self._names = {
-      IMAGE: self._add(x, self._array(f"{IMAGE}/summand", summand), f"{IMAGE}/normalized")
-    }
+    self._names = {IMAGE: self._image(net)}
     for node in net.nodes:
       result = LOGITS if node is net.nodes[-1] else node.name
       self._names[node.name] = getattr(self, _WRITERS[type(node)])(node, result)
@@ -110,6 +111,16 @@ class Graph:
   def index(self, name: str) -> int:
     """Where a tensor stands."""
     return self._indices[name]
+
+  def _image(self, net: Net) -> str:
+    shape = (1, *net.image_shape)
+    if net.normalization is None:
+      return self._tensor(IMAGE, shape, schema.TensorType.FLOAT32)
+    self._tensor(IMAGE, shape, schema.TensorType.UINT8)
+    factor, summand = net.pixel_scale()
+    x = self._op("CAST", [IMAGE], f"{IMAGE}/float", shape, schema.CastOptionsT())
+    x = self._mul(x, self._array(f"{IMAGE}/factor", factor), f"{IMAGE}/scaled")
+    return self._add(x, self._array(f"{IMAGE}/summand", summand), f"{IMAGE}/normalized")
 
   def _tensor(
     self, name: str, shape: Sequence[int], kind: int, content: bytes | None = None
@@ -182,8 +193,9 @@ class Graph:
     # [F, K, K, C], depthwise [1, K, K, C], dense [F, C].
     codes = node.kernel if node.depthwise else np.moveaxis(node.kernel, -1, 0)
     codes = np.moveaxis(codes, 2, 0) if node.depthwise else codes
-    packed = pack(np.ascontiguousarray(codes), self._bits).tobytes()
-    name = self._tensor(f"{node.name}/kernel_codes", codes.shape, _KERNEL_TYPES[self._bits], packed)
+    packed = pack(np.ascontiguousarray(codes), node.field_bits).tobytes()
+    kind = _KERNEL_TYPES[node.field_bits]
+    name = self._tensor(f"{node.name}/kernel_codes", codes.shape, kind, packed)
     tensor = self.tensors[self.index(name)]
     tensor.quantization = schema.QuantizationParametersT()
     tensor.quantization.scale, tensor.quantization.zeroPoint = np.float32([1.0]), np.int64([0])
@@ -207,29 +219,40 @@ class Graph:
     features = node.kernel.shape[-1]
     return self._array(f"zeros_{features}", np.zeros(features, np.float32))
 
-  def _scaled(self, x: str, node: Layer, result: str) -> str:
+  def _scaled(self, x: str, node: Layer | Affine, result: str) -> str:
     x = self._mul(x, self._array(f"{node.name}/multiplier", node.multiplier), f"{node.name}/scaled")
     return self._add(x, self._array(f"{node.name}/bias", node.bias), result)
 
   def _conv(self, node: Layer, x: str, kernel: str, bias: str) -> str:
-    margin, size = node.margin, self._shapes[x][1]
-    if margin:
-      borders = self._array(
-        f"borders_{margin}", np.int32([[0, 0], [margin] * 2, [margin] * 2, [0, 0]])
-      )
-      shape = (1, size + 2 * margin, size + 2 * margin, self._shapes[x][3])
-      x = self._op("PAD", [x, borders], f"{node.name}/padded", shape, schema.PadOptionsT())
-    size = (size + 2 * margin - node.kernel.shape[0]) // node.stride + 1
+    x = self._padded(x, ((node.margin,) * 2,) * 2, f"{node.name}/padded")
+    size, stride = node.kernel.shape[0], node.stride
+    space = [(n - size) // stride + 1 for n in self._shapes[x][1:3]]
     options = schema.DepthwiseConv2DOptionsT() if node.depthwise else schema.Conv2DOptionsT()
     options.padding = schema.Padding.VALID
-    options.strideH = options.strideW = node.stride
+    options.strideH = options.strideW = stride
     options.dilationHFactor = options.dilationWFactor = 1
     if node.depthwise:
       options.depthMultiplier = 1
     kind = "DEPTHWISE_CONV_2D" if node.depthwise else "CONV_2D"
     return self._op(
-      kind, [x, kernel, bias], f"{node.name}/sums", (1, size, size, node.kernel.shape[-1]), options
+      kind, [x, kernel, bias], f"{node.name}/sums", (1, *space, node.kernel.shape[-1]), options
     )
+
+  def _padded(
+    self, x: str, padding: tuple[tuple[int, int], ...], name: str, value: float = 0.0
+  ) -> str:
+    if not any(map(any, padding)):
+      return x
+    (above, below), (left, right) = padding
+    content = np.int32([[0, 0], [above, below], [left, right], [0, 0]])
+    borders = self._array(f"borders_{above}_{below}_{left}_{right}", content)
+    _, height, width, channels = self._shapes[x]
+    shape = (1, height + above + below, width + left + right, channels)
+    if value:
+      return self._op(
+        "PADV2", [x, borders, self._constant(value)], name, shape, schema.PadV2OptionsT()
+      )
+    return self._op("PAD", [x, borders], name, shape, schema.PadOptionsT())
 
   def _quantizer(self, node: Quantizer, result: str) -> str:
     x = self._names[node.input]
@@ -261,29 +284,73 @@ class Graph:
     axes = self._array("space", np.int32([1, 2]))
     return self._op("MEAN", [x, axes], result, (1, self._shapes[x][3]), schema.ReducerOptionsT())
 
-  def _sum(self, node: Sum, result: str) -> str:
-    return self._add(self._names[node.input], self._names[node.other], result)
+  def _affine(self, node: Affine, result: str) -> str:
+    return self._scaled(self._names[node.input], node, result)
 
-  def _product(self, node: Product, result: str) -> str:
-    x, other = self._names[node.input], self._names[node.other]
-    channels = self._shapes[other][1]
+  def _clip(self, node: Clip, result: str) -> str:
+    return self._between(self._names[node.input], node.low, node.high, node.name, result)
+
+  def _pool(self, node: Pool, result: str) -> str:
+    largest = node.function == "max"
+    lowest = float(np.finfo(np.float32).min) if largest else 0.0
+    x = self._padded(self._names[node.input], node.padding, f"{node.name}/padded", lowest)
+    options = schema.Pool2DOptionsT()
+    options.padding = schema.Padding.VALID
+    options.filterHeight, options.filterWidth = node.window
+    options.strideH, options.strideW = node.strides
+    sizes = zip(self._shapes[x][1:3], node.window, node.strides, strict=True)
+    space = [(n - size) // stride + 1 for n, size, stride in sizes]
+    kind = "MAX_POOL_2D" if largest else "AVERAGE_POOL_2D"
+    return self._op(kind, [x], result, (1, *space, self._shapes[x][3]), options)
+
+  def _reshape(self, node: Reshape, result: str) -> str:
+    return self._reshaped(self._names[node.input], node.shape, result)
+
+  def _reshaped(self, x: str, shape: tuple[int, ...], result: str) -> str:
     options = schema.ReshapeOptionsT()
-    options.newShape = [-1, 1, 1, channels]
-    shape = self._array(f"gate_{channels}", np.int32(options.newShape))
-    other = self._op("RESHAPE", [other, shape], f"{node.name}/gate", (1, 1, 1, channels), options)
-    return self._mul(x, other, result)
+    options.newShape = [-1, *shape]
+    name = "shape_" + "_".join(map(str, shape))
+    to = self._array(name, np.int32(options.newShape))
+    return self._op("RESHAPE", [x, to], result, (1, *shape), options)
+
+  def _concat(self, node: Concat, result: str) -> str:
+    read = [self._names[name] for name in inputs(node)]
+    options = schema.ConcatenationOptionsT()
+    shapes = [self._shapes[x] for x in read]
+    options.axis = len(shapes[0]) - 1
+    shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+    return self._op("CONCATENATION", read, result, shape, options)
+
+  def _elementwise(self, node: Elementwise, result: str) -> str:
+    x, other = self._names[node.input], self._names[node.other]
+    if len(self._shapes[other]) < len(self._shapes[x]):
+      channels = self._shapes[other][1]
+      other = self._reshaped(other, (1, 1, channels), f"{node.name}/gate")
+    kind, options = _ELEMENTWISE[type(node)]
+    shape = np.broadcast_shapes(self._shapes[x], self._shapes[other])
+    return self._op(kind, [x, other], result, shape, options())
 
 
 # Of operators whose first version does not take what they are given here.
 _VERSIONS = {"DEQUANTIZE": 6}
+_ELEMENTWISE = {
+  Sum: ("ADD", schema.AddOptionsT),
+  Product: ("MUL", schema.MulOptionsT),
+  Maximum: ("MAXIMUM", schema.MaximumMinimumOptionsT),
+  Minimum: ("MINIMUM", schema.MaximumMinimumOptionsT),
+}
 _WRITERS = {
   Layer: "_layer",
   Quantizer: "_quantizer",
   Activation: "_activation",
   Value: "_value",
   Mean: "_mean",
-  Sum: "_sum",
-  Product: "_product",
+  Affine: "_affine",
+  Clip: "_clip",
+  Pool: "_pool",
+  Reshape: "_reshape",
+  Concat: "_concat",
+  **dict.fromkeys(_ELEMENTWISE, "_elementwise"),
 }
 
 

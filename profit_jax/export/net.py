@@ -13,7 +13,7 @@ DuQ quantizes with its interval a and dequantizes with its output scale c: `inve
 `s_x = c/n` is in the multiplier of the layers behind. The offset -3/8 of h-swish is the same for
 every tap, the border included, whose pad is code 0 (negative padding, paper section 3.3): it folds
 into the bias exactly. Shortcuts, means and squeeze-excite stay in floating point, as they were
-trained.
+trained. Shapes are those of one example, `(H, W, C)` or `(C,)`.
 """
 
 import dataclasses
@@ -22,8 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 from profit_jax.data.normalize import Normalization
+from profit_jax.export.packing import field_bits
 
-IMAGE = "image"  # the name of the input: uint8 `[N, H, W, 3]`, normalized by the net
+# The name of the input: uint8, normalized by the net, or float32 as it is.
+IMAGE = "image"
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # arrays have no truth value
@@ -36,8 +39,11 @@ class Layer:
     kernel: int8 codes, `[K, K, C, F]`; depthwise `[K, K, 1, F]`; dense `[C, F]`.
     multiplier: float32 `[F]`.
     bias: float32 `[F]`.
-    bits: of the kernel.
+    bits: of the kernel's quantizer.
     stride: in both directions.
+    depthwise: one filter per channel.
+    code_bits: that its codes take as signed integers, if not `bits`: PACT's are odd numbers, twice
+      as large.
   """
 
   name: str
@@ -48,6 +54,12 @@ class Layer:
   bits: int
   stride: int = 1
   depthwise: bool = False
+  code_bits: int | None = None
+
+  @property
+  def field_bits(self) -> int:
+    """Bits of a code in a file: 2, 4 or 8."""
+    return field_bits(self.code_bits or self.bits)
 
   @property
   def dense(self) -> bool:
@@ -74,6 +86,7 @@ class Quantizer:
     bits: of the codes.
     scale: float32, what a code is worth: c/n. For whoever wants values; the layers have it in their
       multipliers.
+    offset: the value of code 0: 0, or -3/8 after h-swish.
   """
 
   name: str
@@ -84,6 +97,7 @@ class Quantizer:
   high: int
   bits: int
   scale: float
+  offset: float = 0.0
 
   @property
   def signed(self) -> bool:
@@ -112,6 +126,72 @@ class Value:
   offset: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Affine:
+  """`x * multiplier + bias` per channel, of codes or floats: what no layer before it can take.
+
+  Attributes:
+    name: of the result.
+    input: what it reads.
+    multiplier: float32 `[C]`.
+    bias: float32 `[C]`.
+  """
+
+  name: str
+  input: str
+  multiplier: np.ndarray
+  bias: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clip:
+  """`min(max(x, low), high)`; an end that is open is the largest float32."""
+
+  name: str
+  input: str
+  low: float
+  high: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pool:
+  """The largest value, or the mean, of every window.
+
+  Attributes:
+    name: of the result.
+    input: what it reads, `(H, W, C)`; codes stay codes where the largest is taken.
+    function: max or mean.
+    window: height and width.
+    strides: in both directions.
+    padding: above and below, left and right; of lowest values for max, of zeros for mean.
+  """
+
+  name: str
+  input: str
+  function: str
+  window: tuple[int, int]
+  strides: tuple[int, int]
+  padding: tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reshape:
+  """Another shape, in the order of `(H, W, C)`: flattening before a dense layer."""
+
+  name: str
+  input: str
+  shape: Shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Concat:
+  """The channels of `input` and of `others`, one after the other."""
+
+  name: str
+  input: str
+  others: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mean:
   """The mean over space: `[N, H, W, C]` -> `[N, C]`."""
@@ -121,24 +201,59 @@ class Mean:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sum:
-  """The sum of a block's output and its shortcut."""
+class Elementwise:
+  """Two tensors, element by element; an axis of length 1 is repeated, `(C,)` over space.
+
+  Attributes:
+    name: of the result.
+    input: the one with more axes.
+    other: the other one.
+  """
 
   name: str
   input: str
   other: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
-  """Each channel of `input` `[N, H, W, C]` times a number, `other` `[N, C]`: squeeze-excite."""
-
-  name: str
-  input: str
-  other: str
+class Sum(Elementwise):
+  """As a block's output and its shortcut."""
 
 
-Node = Layer | Quantizer | Activation | Value | Mean | Sum | Product
+class Product(Elementwise):
+  """As squeeze-excite, of `(H, W, C)` and `(C,)`."""
+
+
+class Maximum(Elementwise):
+  """The larger of two."""
+
+
+class Minimum(Elementwise):
+  """The smaller of two."""
+
+
+Node = (
+  Layer
+  | Quantizer
+  | Activation
+  | Value
+  | Affine
+  | Clip
+  | Mean
+  | Pool
+  | Reshape
+  | Concat
+  | Sum
+  | Product
+  | Maximum
+  | Minimum
+)
+
+
+def inputs(node: Node) -> tuple[str, ...]:
+  """The names of what a node reads."""
+  if isinstance(node, Concat):
+    return (node.input, *node.others)
+  return (node.input, node.other) if isinstance(node, Elementwise) else (node.input,)
 
 
 class Net(NamedTuple):
@@ -148,16 +263,16 @@ class Net(NamedTuple):
     model: its name, as `mobilenet_v2`.
     nodes: in an order in which each reads what stands before it; the last one gives the logits
       `[N, num_classes]`.
-    image_size: height and width of the images, in pixels.
-    normalization: of the images.
-    weight_bits: of all kernels.
-    act_bits: of all quantized activations.
+    image_shape: of an image, `(H, W, C)`.
+    normalization: of the images, which are uint8; None takes float32 images as they are.
+    weight_bits: that the model was called with. Layers have their own `bits`, which may be more.
+    act_bits: likewise, of its quantizers.
   """
 
   model: str
   nodes: tuple[Node, ...]
-  image_size: int
-  normalization: Normalization
+  image_shape: Shape
+  normalization: Normalization | None
   weight_bits: int
   act_bits: int
 
@@ -174,17 +289,44 @@ class Net(NamedTuple):
   @property
   def num_classes(self) -> int:
     """Size of the logits."""
-    return self.layers[-1].kernel.shape[-1]
+    return self.shapes()[self.nodes[-1].name][-1]
 
   @property
   def bits_name(self) -> str:
     """As `w4a4`."""
     return f"w{self.weight_bits}a{self.act_bits}"
 
-  def pixel_scale(self) -> tuple[np.ndarray, np.ndarray]:
-    """The factor and the summand, float32 `[3]`, that normalize a pixel of 0..255."""
+  @property
+  def image_dtype(self) -> type[np.generic]:
+    """uint8, or float32 where the net does not normalize."""
+    return np.float32 if self.normalization is None else np.uint8
+
+  def pixel_scale(self) -> tuple[np.ndarray, np.ndarray] | None:
+    """The factor and the summand, float32 `[C]`, that normalize a pixel of 0..255; None for
+    images that are not normalized.
+    """
+    if self.normalization is None:
+      return None
     mean, std = np.float64(self.normalization.mean), np.float64(self.normalization.std)
     return np.float32(1.0 / (255.0 * std)), np.float32(-mean / std)
+
+  def shapes(self) -> dict[str, Shape]:
+    """The shape of every tensor, of one example."""
+    found = {IMAGE: self.image_shape}
+    for node in self.nodes:
+      found[node.name] = _shape(node, [found[name] for name in inputs(node)])
+    return found
+
+  def code_sources(self) -> dict[str, Quantizer]:
+    """The tensors that hold codes, and the quantizer that made them (the first of several)."""
+    found = {}
+    for node in self.nodes:
+      sources = [found.get(name) for name in inputs(node)]
+      if isinstance(node, Quantizer):
+        found[node.name] = node
+      elif _moves_only(node) and all(sources):
+        found[node.name] = sources[0]
+    return found
 
   def float_fed(self) -> frozenset[str]:
     """The quantizers that read the float stream: what is not a function of one integer accumulator.
@@ -193,10 +335,33 @@ class Net(NamedTuple):
     precision, so that a value at a tie may get one code here and its neighbour there. All other
     quantizers must agree to the last code.
     """
-    exact, codes = set(), {node.name for node in self.quantizers}
+    exact, codes = set(), self.code_sources()
     for node in self.nodes:
+      keeps = isinstance(node, (Activation, Clip)) or _moves_only(node)
       if (isinstance(node, Layer) and node.input in codes) or (
-        isinstance(node, Activation) and node.input in exact
+        keeps and exact.issuperset(inputs(node))
       ):
         exact.add(node.name)
     return frozenset(node.name for node in self.quantizers if node.input not in exact)
+
+
+def _moves_only(node: Node) -> bool:
+  """Whether a node gives values that it reads, each unchanged."""
+  return isinstance(node, (Reshape, Concat)) or (isinstance(node, Pool) and node.function == "max")
+
+
+def _shape(node: Node, read: list[Shape]) -> Shape:
+  """The shape of what a node gives, from those of what it reads."""
+  first = read[0]
+  if isinstance(node, Layer):
+    space = [(n + 2 * node.margin - node.kernel.shape[0]) // node.stride + 1 for n in first[:-1]]
+    return (*space, node.kernel.shape[-1])
+  if isinstance(node, Pool):
+    sizes = zip(first, node.window, node.strides, node.padding, strict=False)
+    space = [(n + sum(around) - size) // stride + 1 for n, size, stride, around in sizes]
+    return (*space, first[-1])
+  if isinstance(node, Concat):
+    return (*first[:-1], sum(shape[-1] for shape in read))
+  if isinstance(node, Reshape):
+    return node.shape
+  return first[-1:] if isinstance(node, Mean) else np.broadcast_shapes(*read)

@@ -25,6 +25,8 @@ What looks odd is deliberate (measured with onnxruntime 1.32):
 - Activation codes are carried in bytes: a Clip before a QuantizeLinear to INT4 does not load, and
   INT4 activations are slower.
 - Initializers are raw bytes: as lists of numbers, INT4 files are a third larger.
+- Signed codes that are pooled or reshaped pass a Clip that changes nothing: onnxruntime would move
+  the DequantizeLinear behind these operations, and fails at its own QuantizeLinear of int8.
 - A multiplication by n/a, and no QuantizeLinear with scale a/n, so that JAX computes the same at
   ties.
 """
@@ -40,41 +42,51 @@ from onnx import TensorProto, helper
 from profit_jax.export.net import (
   IMAGE,
   Activation,
+  Affine,
+  Clip,
+  Concat,
+  Elementwise,
   Layer,
+  Maximum,
   Mean,
+  Minimum,
   Net,
+  Pool,
   Product,
   Quantizer,
+  Reshape,
+  Shape,
   Sum,
   Value,
+  inputs,
 )
-from profit_jax.export.packing import field_bits, pack
+from profit_jax.export.packing import pack
 
 LOGITS = "logits"
-_OPSETS = {2: 25, 4: 21, 8: 21}
 _KERNEL_TYPES = {2: TensorProto.INT2, 4: TensorProto.INT4, 8: TensorProto.INT8}
 
 
 def write(net: Net, path: str | os.PathLike) -> None:
-  """Writes the model: input `image` uint8 `[N, H, W, 3]`, output `logits` float32
-  `[N, num_classes]`.
+  """Writes the model: input `image` uint8 `[N, H, W, C]` (float32, if the net does not normalize),
+  output `logits` float32 `[N, num_classes]`.
   """
   graph = Graph(net)
-  width = field_bits(net.weight_bits)
+  has_int2 = any(layer.field_bits == 2 for layer in net.layers)
   model = helper.make_model(
     helper.make_graph(
       graph.nodes,
       f"{net.model}_{net.bits_name}",
       [
         helper.make_tensor_value_info(
-          IMAGE, TensorProto.UINT8, ["N", net.image_size, net.image_size, 3]
+          IMAGE, helper.np_dtype_to_tensor_dtype(np.dtype(net.image_dtype)), ["N", *net.image_shape]
         )
       ],
       [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["N", net.num_classes])],
       graph.initializers,
     ),
-    opset_imports=[helper.make_opsetid("", _OPSETS[width])],
-    ir_version=13 if width == 2 else 10,  # the first that have these types
+    # The first that have the types of the kernels.
+    opset_imports=[helper.make_opsetid("", 25 if has_int2 else 21)],
+    ir_version=13 if has_int2 else 10,
     producer_name="profit_jax",
   )
   onnx.checker.check_model(model)
@@ -95,47 +107,56 @@ class Graph:
   def __init__(self, net: Net):
     self.nodes: list[onnx.NodeProto] = []
     self.initializers: list[onnx.TensorProto] = []
-    self._bits = field_bits(net.weight_bits)
     self._known: dict[tuple[float, str], str] = {}
-    factor, summand = net.pixel_scale()
-    x = self._op("Mul", [self.image(), self._array(f"{IMAGE}/factor", factor)], f"{IMAGE}/scaled")
-    x = self._op("Add", [x, self._array(f"{IMAGE}/summand", summand)], f"{IMAGE}/normalized")
-    self._names = {IMAGE: self._op("Transpose", [x], f"{IMAGE}/nchw", perm=[0, 3, 1, 2])}
+    self._shapes = net.shapes()
+    self._moved_codes = {node.input for node in net.nodes if isinstance(node, (Pool, Reshape))}
+    x = IMAGE if net.normalization is None else self._normalized(net)
+    self._names = {IMAGE: self._moved(x, f"{IMAGE}/nchw", self._shapes[IMAGE], [0, 3, 1, 2])}
     for node in net.nodes:
       result = LOGITS if node is net.nodes[-1] else node.name
       self._names[node.name] = getattr(self, _WRITERS[type(node)])(node, result)
 
   def image(self) -> str:
-    """The pixels, 0..255."""
+    """The pixels, 0..255, of a net that normalizes them."""
     return self._op("Cast", [IMAGE], f"{IMAGE}/float", to=TensorProto.FLOAT)
 
   def kernel(self, node: Layer, codes: np.ndarray) -> str:
     """The codes of a kernel, given as int8 `[F, C, K, K]`, depthwise `[F, 1, K, K]`, dense
     `[C, F]`.
     """
-    raw = pack(np.ascontiguousarray(codes), self._bits).tobytes()
+    raw = pack(np.ascontiguousarray(codes), node.field_bits).tobytes()
     name = f"{node.name}/codes"
     self.initializers.append(
-      helper.make_tensor(name, _KERNEL_TYPES[self._bits], codes.shape, raw, raw=True)
+      helper.make_tensor(name, _KERNEL_TYPES[node.field_bits], codes.shape, raw, raw=True)
     )
     return self._op("Cast", [name], f"{node.name}/kernel", to=TensorProto.FLOAT)
 
   def quantizer(self, node: Quantizer, result: str) -> str:
     """The codes of what `_scaled` gives."""
     x, dtype = self._scaled(node), "int8" if node.signed else "uint8"
-    x = self._op(
-      "Clip",
-      [x, self._constant(float(node.low)), self._constant(float(node.high))],
-      f"{node.name}/clipped",
-    )
+    ends = [self._constant(float(node.low)), self._constant(float(node.high))]
+    x = self._op("Clip", [x, *ends], f"{node.name}/clipped")
     x = self._op(
       "QuantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], codes_of(node)
     )
-    return self._op("DequantizeLinear", [x, self._constant(1.0), self._constant(0, dtype)], result)
+    scale = [self._constant(1.0), self._constant(0, dtype)]
+    if not (node.signed and node.name in self._moved_codes):
+      return self._op("DequantizeLinear", [x, *scale], result)
+    x = self._op("DequantizeLinear", [x, *scale], f"{node.name}/unclipped")
+    return self._op("Clip", [x, *ends], result)
 
   def _op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
     self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
     return output
+
+  def _normalized(self, net: Net) -> str:
+    factor, summand = net.pixel_scale()
+    x = self._op("Mul", [self.image(), self._array(f"{IMAGE}/factor", factor)], f"{IMAGE}/scaled")
+    return self._op("Add", [x, self._array(f"{IMAGE}/summand", summand)], f"{IMAGE}/normalized")
+
+  def _moved(self, x: str, result: str, shape: Shape, order: list[int]) -> str:
+    """The transposed tensor; itself where it has no space."""
+    return self._op("Transpose", [x], result, perm=order) if len(shape) == 3 else x
 
   def _array(self, name: str, array: np.ndarray) -> str:
     self.initializers.append(onnx.numpy_helper.from_array(np.asarray(array), name))
@@ -147,9 +168,16 @@ class Graph:
       self._known[value, dtype] = self._array(f"{dtype}_{value!r}", np.asarray(value, dtype))
     return self._known[value, dtype]
 
-  def _per_channel(self, node: Layer, what: str) -> str:
-    array = getattr(node, what)
-    return self._array(f"{node.name}/{what}", array if node.dense else array.reshape(-1, 1, 1))
+  def _per_channel(self, node: Layer | Affine, what: str) -> str:
+    array, spatial = getattr(node, what), len(self._shapes[node.name]) == 3
+    return self._array(f"{node.name}/{what}", array.reshape(-1, 1, 1) if spatial else array)
+
+  def _affine(self, node: Affine, result: str) -> str:
+    return self._line(node, self._names[node.input], result)
+
+  def _line(self, node: Layer | Affine, x: str, result: str) -> str:
+    x = self._op("Mul", [self._per_channel(node, "multiplier"), x], f"{node.name}/scaled")
+    return self._op("Add", [x, self._per_channel(node, "bias")], result)
 
   def _layer(self, node: Layer, result: str) -> str:
     weight = self.kernel(node, node.kernel if node.dense else node.kernel.transpose(3, 2, 0, 1))
@@ -167,8 +195,7 @@ class Graph:
         pads=[node.margin] * 4,
         strides=[node.stride] * 2,
       )
-    x = self._op("Mul", [self._per_channel(node, "multiplier"), x], f"{node.name}/scaled")
-    return self._op("Add", [x, self._per_channel(node, "bias")], result)
+    return self._line(node, x, result)
 
   def _scaled(self, node: Quantizer) -> str:
     x = self._names[node.input]
@@ -200,23 +227,57 @@ class Graph:
     axes = self._array(f"{node.name}/axes", np.int64([2, 3]))
     return self._op("ReduceMean", [self._names[node.input], axes], result, keepdims=0)
 
-  def _add(self, node: Sum, result: str) -> str:
-    return self._op("Add", [self._names[node.input], self._names[node.other]], result)
+  def _clip(self, node: Clip, result: str) -> str:
+    ends = [self._constant(node.low), self._constant(node.high)]
+    return self._op("Clip", [self._names[node.input], *ends], result)
 
-  def _multiply(self, node: Product, result: str) -> str:
-    axes = self._array(f"{node.name}/axes", np.int64([2, 3]))
-    scale = self._op("Unsqueeze", [self._names[node.other], axes], f"{node.name}/scale")
-    return self._op("Mul", [self._names[node.input], scale], result)
+  def _pool(self, node: Pool, result: str) -> str:
+    (above, below), (left, right) = node.padding
+    kind, options = (
+      ("MaxPool", {}) if node.function == "max" else ("AveragePool", {"count_include_pad": 1})
+    )
+    return self._op(
+      kind,
+      [self._names[node.input]],
+      result,
+      kernel_shape=node.window,
+      strides=node.strides,
+      pads=[above, left, below, right],
+      **options,
+    )
+
+  def _reshape(self, node: Reshape, result: str) -> str:
+    # In the order of NHWC, as in training.
+    x, shape = self._names[node.input], node.shape
+    x = self._moved(x, f"{node.name}/nhwc", self._shapes[node.input], [0, 2, 3, 1])
+    to = self._array(f"{node.name}/shape", np.int64([0, *shape]))  # 0 keeps the batch
+    last = f"{node.name}/reshaped" if len(shape) == 3 else result
+    return self._moved(self._op("Reshape", [x, to], last), result, shape, [0, 3, 1, 2])
+
+  def _concat(self, node: Concat, result: str) -> str:
+    return self._op("Concat", [self._names[name] for name in inputs(node)], result, axis=1)
+
+  def _elementwise(self, node: Elementwise, result: str) -> str:
+    x, other = self._names[node.input], self._names[node.other]
+    if len(self._shapes[node.other]) < len(self._shapes[node.input]):
+      axes = self._array(f"{node.name}/axes", np.int64([2, 3]))
+      other = self._op("Unsqueeze", [other, axes], f"{node.name}/scale")
+    return self._op(_ELEMENTWISE[type(node)], [x, other], result)
 
 
+_ELEMENTWISE = {Sum: "Add", Product: "Mul", Maximum: "Max", Minimum: "Min"}
 _WRITERS = {  # by name, so that a subclass's method is found
   Layer: "_layer",
   Quantizer: "quantizer",
   Activation: "_activation",
   Value: "_value",
   Mean: "_mean",
-  Sum: "_add",
-  Product: "_multiply",
+  Affine: "_affine",
+  Clip: "_clip",
+  Pool: "_pool",
+  Reshape: "_reshape",
+  Concat: "_concat",
+  **dict.fromkeys(_ELEMENTWISE, "_elementwise"),
 }
 
 

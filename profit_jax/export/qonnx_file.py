@@ -14,10 +14,11 @@ operations of an image:
     inference_cost(FILE)["total_cost"]["total_bops"]  # zeros in kernels are not counted
     inference_cost(FILE, discount_sparsity=False)["total_cost"]["total_bops"]
 
-The input is float32 with the values of the type `UINT8`, the batch 1: qonnx wants every shape
-known.
+The input is float32, with the values of the type `UINT8` if the net normalizes; the batch is 1:
+qonnx wants every shape known.
 """
 
+import math
 import os
 from typing import Any
 
@@ -40,7 +41,7 @@ _AT_ONCE = 8 * 224 * 224
 
 
 def write(net: Net, path: str | os.PathLike) -> None:
-  """Writes the model: input `image` float32 `[1, H, W, 3]`, output `logits` float32
+  """Writes the model: input `image` float32 `[1, H, W, C]`, output `logits` float32
   `[1, num_classes]`.
   """
   graph = _Graph(net)
@@ -48,11 +49,7 @@ def write(net: Net, path: str | os.PathLike) -> None:
     helper.make_graph(
       graph.nodes,
       f"{net.model}_{net.bits_name}",
-      [
-        helper.make_tensor_value_info(
-          IMAGE, TensorProto.FLOAT, [1, net.image_size, net.image_size, 3]
-        )
-      ],
+      [helper.make_tensor_value_info(IMAGE, TensorProto.FLOAT, [1, *net.image_shape])],
       [helper.make_tensor_value_info(onnx_file.LOGITS, TensorProto.FLOAT, [1, net.num_classes])],
       graph.initializers,
     ),
@@ -65,7 +62,7 @@ def write(net: Net, path: str | os.PathLike) -> None:
   )
   # Here and below without qonnx's clean-up, which copies constants under random names.
   typed = ModelWrapper(model).transform(InferShapes(), cleanup=False)
-  typed.set_tensor_datatype(IMAGE, DataType["UINT8"])
+  typed.set_tensor_datatype(IMAGE, DataType["UINT8" if net.normalization else "FLOAT32"])
   typed = typed.transform(InferDataTypes(), cleanup=False)
   onnx.checker.check_model(typed.model)
   typed.save(os.fspath(path))
@@ -79,7 +76,7 @@ class _Graph(onnx_file.Graph):
 
   def kernel(self, node: Layer, codes: np.ndarray) -> str:
     name = self._array(f"{node.name}/codes", np.ascontiguousarray(codes, np.float32))
-    return self._quant(name, f"{node.name}/kernel", node.bits, signed=True)
+    return self._quant(name, f"{node.name}/kernel", node.code_bits or node.bits, signed=True)
 
   def quantizer(self, node: Quantizer, result: str) -> str:
     return self._quant(self._scaled(node), result, node.bits, node.signed)
@@ -126,7 +123,7 @@ class Runner:
   ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The logits, and if asked for every quantizer's codes, NHWC."""
     names = [onnx_file.LOGITS, *(self._names if with_codes else [])]
-    size = max(1, _AT_ONCE // (image.shape[1] * image.shape[2]))
+    size = max(1, _AT_ONCE // math.prod(image.shape[1:-1]))
     parts = [
       self._execute(image[start : start + size], names) for start in range(0, len(image), size)
     ]

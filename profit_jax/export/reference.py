@@ -1,6 +1,7 @@
 """The code-domain net, executed in JAX: what every other format is measured against."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -11,14 +12,22 @@ from jax import lax
 from profit_jax.export.net import (
   IMAGE,
   Activation,
+  Affine,
+  Clip,
+  Concat,
+  Elementwise,
   Layer,
+  Maximum,
   Mean,
+  Minimum,
   Net,
-  Node,
+  Pool,
   Product,
   Quantizer,
+  Reshape,
   Sum,
   Value,
+  inputs,
 )
 from profit_jax.kernels.depthwise import grouped, sum_of_taps
 
@@ -35,14 +44,16 @@ def run(
 
   Args:
     net: what to compute.
-    image: uint8 `[N, H, W, 3]`.
+    image: uint8, or float32 if the net does not normalize, `[N, H, W, C]`.
     kernels: each layer's codes, in place of the net's own arrays (of any type that float32 holds).
     quantize: computes a quantizer's codes as float32, in place of `codes`.
 
   Every operation rounds to float32 by itself, under jit too.
   """
-  factor, summand = net.pixel_scale()
-  values = {IMAGE: _rounded(image.astype(jnp.float32) * factor) + summand}
+  values = {IMAGE: image.astype(jnp.float32)}
+  if net.normalization is not None:
+    factor, summand = net.pixel_scale()
+    values[IMAGE] = _rounded(values[IMAGE] * factor) + summand
   kernels = {layer.name: layer.kernel for layer in net.layers} if kernels is None else kernels
   last_use = {name: index for index, node in enumerate(net.nodes) for name in inputs(node)}
   for index, node in enumerate(net.nodes):
@@ -76,11 +87,6 @@ def codes(node: Quantizer, x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
   if node.margin:
     x = x + array.float32(node.margin)
   return array.clip(array.round(x * array.float32(node.inverse)), node.low, node.high)
-
-
-def inputs(node: Node) -> tuple[str, ...]:
-  """The names of what a node reads."""
-  return (node.input, node.other) if isinstance(node, (Sum, Product)) else (node.input,)
 
 
 def _layer(node: Layer, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -130,10 +136,38 @@ def _activation(node: Activation, x: jax.Array) -> jax.Array:
   return gate * sixth if node.function == "hard_sigmoid" else _rounded(x * gate * sixth)
 
 
+def _affine(node: Affine, x: jax.Array) -> jax.Array:
+  return _rounded(x * node.multiplier) + node.bias
+
+
+def _pool(node: Pool, x: jax.Array) -> jax.Array:
+  start, combine = (-jnp.inf, lax.max) if node.function == "max" else (0.0, lax.add)
+  window, strides = (1, *node.window, 1), (1, *node.strides, 1)
+  found = lax.reduce_window(x, start, combine, window, strides, ((0, 0), *node.padding, (0, 0)))
+  return found if node.function == "max" else found / jnp.float32(math.prod(node.window))
+
+
+_ELEMENTWISE = {
+  Sum: jnp.add,
+  Product: jnp.multiply,
+  Maximum: jnp.maximum,
+  Minimum: jnp.minimum,
+}
+
+
+def _elementwise(node: Elementwise, x: jax.Array, other: jax.Array) -> jax.Array:
+  other = other[:, None, None, :] if other.ndim < x.ndim else other
+  return _ELEMENTWISE[type(node)](x, other)
+
+
 _OTHERS: dict[type, Callable[..., jax.Array]] = {
   Activation: _activation,
   Value: lambda node, x: _rounded(x * jnp.float32(node.scale)) + jnp.float32(node.offset),
   Mean: lambda _, x: jnp.mean(x, axis=(1, 2)),
-  Sum: lambda _, x, other: x + other,
-  Product: lambda _, x, other: x * other[:, None, None, :],
+  Affine: _affine,
+  Clip: lambda node, x: jnp.clip(x, jnp.float32(node.low), jnp.float32(node.high)),
+  Pool: _pool,
+  Reshape: lambda node, x: x.reshape(x.shape[0], *node.shape),
+  Concat: lambda _, *read: jnp.concatenate(read, axis=-1),
+  **dict.fromkeys(_ELEMENTWISE, _elementwise),
 }

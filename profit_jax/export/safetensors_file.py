@@ -6,34 +6,47 @@ Tensors, of every layer:
 | name           | type             | what                                                     |
 |----------------|------------------|----------------------------------------------------------|
 | `LAYER.codes`  | uint8 `[bytes]`  | the kernel's codes, row-major, as two's complement,      |
-|                |                  | 8 / `field_bits` to a byte, the first in the lowest bits |
+|                |                  | 8 / `field` to a byte, the first in the lowest bits      |
 | `LAYER.affine` | float32 `[2, F]` | multiplier and bias per channel:                         |
 |                |                  | `y = acc * affine[0] + affine[1]`                        |
 
-The metadata entry `net` is JSON: `model`, `image_size`, `mean`, `std` (of pixels / 255, per
-channel), `weight_bits`, `act_bits`, `field_bits`, and `nodes`, in order of execution:
-`[kind, name, input, ...]` with
+`Affine` nodes have `.affine` too. The metadata entry `net` is JSON: `model`, `image_shape`,
+`mean`, `std` (of pixels / 255, per channel; null where float32 images are taken as they are),
+`weight_bits`, `act_bits`, and `nodes`, in order of execution: `[kind, name, input, ...]` with
 
-    ["Layer", name, input, shape, stride, depthwise]
-        shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]
-    ["Quantizer", name, input, inverse, margin, low, high, scale]
-        code = clip(round((x + margin) * inverse), low, high)
+    ["Layer", name, input, shape, field, bits, stride = 1, depthwise = false, code_bits = null]
+        shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]; a code takes `field` bits here
+    ["Quantizer", name, input, inverse, margin, low, high, bits, scale, offset = 0]
+        code = clip(round((x + margin) * inverse), low, high), worth code * scale + offset
     ["Activation", name, input, function]
         relu, relu6, hard_swish, hard_sigmoid
     ["Value", name, input, scale, offset]
         code * scale + offset
+    ["Affine", name, input]
+        x * affine[0] + affine[1]
+    ["Clip", name, input, low, high]
     ["Mean", name, input]
         over space
-    ["Sum", name, input, other], ["Product", name, input, other]
+    ["Pool", name, input, function, window, strides, padding]
+        max, or mean (of the padding's zeros too)
+    ["Reshape", name, input, shape]
+        of one example
+    ["Concat", name, input, others]
+        of channels
+    ["Sum", name, input, other], also Product, Maximum, Minimum
         element by element; a [N, C] over space
+
+What ends a row and has the value given here is left out.
 
 Images and activations are NHWC, kernels HWIO; every border is zeros, `(K - 1) / 2` wide. Round half
 to even.
 """
 
+import dataclasses
 import functools
 import json
 import os
+import typing
 from typing import Any
 
 import jax
@@ -43,35 +56,30 @@ import safetensors.numpy
 
 from profit_jax.data.normalize import Normalization
 from profit_jax.export import reference
-from profit_jax.export.net import Activation, Layer, Mean, Net, Node, Product, Quantizer, Sum, Value
-from profit_jax.export.packing import field_bits, pack, unpack
+from profit_jax.export.net import Affine, Layer, Net, Node
+from profit_jax.export.packing import pack, unpack
 
-_FIELDS = {
-  "Layer": ("stride", "depthwise"),
-  "Quantizer": ("inverse", "margin", "low", "high", "scale"),
-  "Activation": ("function",),
-  "Value": ("scale", "offset"),
-  "Mean": (),
-  "Sum": ("other",),
-  "Product": ("other",),
-}
-_KINDS = {kind.__name__: kind for kind in (Layer, Quantizer, Activation, Value, Mean, Sum, Product)}
+_KINDS = {kind.__name__: kind for kind in typing.get_args(Node)}
+_NO_DEFAULT = object()
+_LAYER_FIELDS = ("bits", "stride", "depthwise", "code_bits")
 
 
 def write(net: Net, path: str | os.PathLike) -> None:
   """Writes the file."""
-  width, tensors = field_bits(net.weight_bits), {}
-  for layer in net.layers:
-    tensors[f"{layer.name}.codes"] = pack(layer.kernel, width)
-    tensors[f"{layer.name}.affine"] = np.stack([layer.multiplier, layer.bias])
+  tensors = {}
+  for node in net.nodes:
+    if isinstance(node, Layer):
+      tensors[f"{node.name}.codes"] = pack(node.kernel, node.field_bits)
+    if isinstance(node, (Layer, Affine)):
+      tensors[f"{node.name}.affine"] = np.stack([node.multiplier, node.bias])
+  pixels = net.normalization
   content = {
     "model": net.model,
-    "image_size": net.image_size,
-    "mean": net.normalization.mean,
-    "std": net.normalization.std,
+    "image_shape": net.image_shape,
+    "mean": pixels and pixels.mean,
+    "std": pixels and pixels.std,
     "weight_bits": net.weight_bits,
     "act_bits": net.act_bits,
-    "field_bits": width,
     "nodes": [_row(node) for node in net.nodes],
   }
   safetensors.numpy.save_file(
@@ -79,16 +87,22 @@ def write(net: Net, path: str | os.PathLike) -> None:
   )
 
 
+def _fields(kind: str) -> tuple[str, ...]:
+  """What a row says of a node, after its name and input."""
+  if kind == "Layer":
+    return _LAYER_FIELDS
+  if kind == "Affine":
+    return ()
+  return tuple(field.name for field in dataclasses.fields(_KINDS[kind])[2:])
+
+
 def _row(node: Node) -> list[Any]:
   kind = type(node).__name__
-  shape = [list(node.kernel.shape)] if isinstance(node, Layer) else []
-  return [
-    kind,
-    node.name,
-    node.input,
-    *shape,
-    *(_short(getattr(node, field)) for field in _FIELDS[kind]),
-  ]
+  stored = [node.kernel.shape, node.field_bits] if isinstance(node, Layer) else []
+  fields = list(_fields(kind))
+  while fields and getattr(node, fields[-1]) == getattr(type(node), fields[-1], _NO_DEFAULT):
+    fields.pop()
+  return [kind, node.name, node.input, *stored, *(_short(getattr(node, field)) for field in fields)]
 
 
 def _short(value: Any) -> Any:
@@ -100,38 +114,35 @@ def read(path: str | os.PathLike) -> Net:
   """The net of a file, equal in every number to the one that was written."""
   with safetensors.safe_open(os.fspath(path), "numpy") as file:
     content = json.loads(file.metadata()["net"])
-    nodes = tuple(_node(row, content, file.get_tensor) for row in content["nodes"])
-  normalization = Normalization(mean=tuple(content["mean"]), std=tuple(content["std"]))
+    nodes = tuple(_node(row, file.get_tensor) for row in content["nodes"])
+  pixels = content["mean"] and Normalization(tuple(content["mean"]), tuple(content["std"]))
   return Net(
     content["model"],
     nodes,
-    content["image_size"],
-    normalization,
+    tuple(content["image_shape"]),
+    pixels,
     content["weight_bits"],
     content["act_bits"],
   )
 
 
-def _node(row: list[Any], content: dict[str, Any], tensor: Any) -> Node:
+def _node(row: list[Any], tensor: Any) -> Node:
   kind, name, source, *values = row
   given = {"name": name, "input": source}
+  if kind in ("Layer", "Affine"):
+    given["multiplier"], given["bias"] = tensor(f"{name}.affine")
   if kind == "Layer":
-    shape, *values = values
-    multiplier, bias = tensor(f"{name}.affine")
-    kernel = unpack(tensor(f"{name}.codes"), content["field_bits"], tuple(shape))
-    given |= {
-      "kernel": kernel,
-      "multiplier": multiplier,
-      "bias": bias,
-      "bits": content["weight_bits"],
-    }
-  elif kind == "Quantizer":
-    given["bits"] = content["act_bits"]
-  given |= dict(zip(_FIELDS[kind], values, strict=True))
-  for field in ("inverse", "scale"):
-    if field in given:
-      given[field] = float(np.float32(given[field]))
+    shape, field, *values = values
+    given["kernel"] = unpack(tensor(f"{name}.codes"), field, tuple(shape))
+  for field, value in zip(_fields(kind), values, strict=False):
+    given[field] = _long(value)
   return _KINDS[kind](**given)
+
+
+def _long(value: Any) -> Any:
+  if isinstance(value, list):
+    return tuple(map(_long, value))
+  return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def open_file(path: str | os.PathLike) -> "Runner":

@@ -29,7 +29,8 @@ from profit_jax.export.formats import Runner
 from profit_jax.export.net import Net, Quantizer
 from profit_jax.kernels import target
 from profit_jax.nn.layers import QuantAct
-from profit_jax.quant.bits import Levels, levels
+from profit_jax.nn.spec import ModelSpec
+from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import Quantized
 
 Codes = dict[str, np.ndarray]
@@ -56,7 +57,7 @@ class TrainedModel:
   Attributes:
     settings: of the run.
     source: the run's data.
-    model: the module that was trained.
+    spec: of the model that was trained.
     variables: the checkpoint's `params` and `batch_stats`, on the host.
     result: `phases` and `final` as in the run's `result.json`.
     top1: of these variables on the whole evaluation set, in percent.
@@ -64,7 +65,7 @@ class TrainedModel:
 
   settings: Settings
   source: Source
-  model: nn.Module
+  spec: ModelSpec
   variables: Any
   result: dict[str, Any]
   top1: float
@@ -156,7 +157,7 @@ class FileCheck:
 def eval_images(
   net: Net, source: Source, batch_size: int, max_codes: int = CODES
 ) -> list[np.ndarray]:
-  """The first evaluation images, uint8, in equal parts to be compared at once.
+  """The first evaluation images in equal parts, to be compared at once.
 
   Args:
     net: whose codes will be compared.
@@ -166,7 +167,7 @@ def eval_images(
   """
   shapes = jax.eval_shape(
     functools.partial(reference.run_with_codes, net),
-    np.zeros((1, net.image_size, net.image_size, 3), np.uint8),
+    np.zeros((1, *net.image_shape), net.image_dtype),
   )
   codes = sum(math.prod(shape.shape) for shape in shapes[1].values())
   wanted, found = -(-max_codes // codes), []
@@ -181,14 +182,16 @@ def eval_images(
 
 
 def trained_codes(
-  net: Net, model: nn.Module, variables: Any, normalization: Normalization
+  net: Net, spec: ModelSpec, variables: Any, normalization: Normalization | None
 ) -> Callable[[np.ndarray], Any]:
   """What the trained model itself computes: images -> logits, and the codes of its quantizers."""
   names = {quantizer.name for quantizer in net.quantizers}
 
   def run(image):
-    bits = levels(net.weight_bits, net.act_bits)
-    logits, captured = jax.device_get(_trained_values(model, normalization, variables, image, bits))
+    bits = spec.bits.at(np.int32(net.weight_bits), np.int32(net.act_bits))
+    logits, captured = jax.device_get(
+      _trained_values(spec.model, normalization, variables, image, bits)
+    )
     leaves = jax.tree_util.tree_leaves_with_path(
       captured, is_leaf=lambda node: isinstance(node, Quantized)
     )
@@ -203,7 +206,11 @@ def trained_codes(
 # One program per model, not per call: two exports in one process share it.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _trained_values(
-  model: nn.Module, normalization: Normalization, variables: Any, image: jax.Array, bits: Levels
+  model: nn.Module,
+  normalization: Normalization | None,
+  variables: Any,
+  image: jax.Array,
+  bits: Bits,
 ) -> tuple[jax.Array, Any]:
   """Logits, and what the trained model's quantizers return."""
   platform = target.platform_of(jax.default_backend())
@@ -252,7 +259,7 @@ def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]
 
   Args:
     net: the reference.
-    images: parts uint8 `[N, H, W, 3]`.
+    images: parts `[N, H, W, C]`.
     run: images -> logits and codes by quantizer.
 
   Raises:
@@ -310,7 +317,7 @@ def check_file(
 
   Args:
     net: the reference, which the file was written from.
-    images: whose codes are compared, in parts uint8 `[N, H, W, 3]`.
+    images: whose codes are compared, in parts `[N, H, W, C]`.
     runner: the file, read back.
     trained: the model, its data and its top-1.
   """
@@ -338,7 +345,7 @@ def count_correct(
   """How many evaluation images get the right class, and how many there are.
 
   Args:
-    run: uint8 images `[batch_size, H, W, 3]` -> logits.
+    run: images `[batch_size, H, W, C]` -> logits.
     source: the data.
     batch_size: of all calls, the last one padded.
   """

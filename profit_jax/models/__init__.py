@@ -4,14 +4,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
-import jax
-import numpy as np
 
-from profit_jax.config import ConfigError, ModelSettings, QuantSettings, Settings
+from profit_jax.config import ConfigError, ModelSettings, Settings
+from profit_jax.fields import require
 from profit_jax.models import mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet
+from profit_jax.nn.spec import ModelSpec, describe
+from profit_jax.quant import QUANTIZERS, Quantizer
+from profit_jax.quant.bits import bits_of
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
   "mobilenet_v1": mobilenet_v1.MobileNetV1,
@@ -41,8 +42,9 @@ def check(settings: Settings) -> None:
 
   Raises:
     ConfigError: strides of another number, or too many of them for the image; a width where there
-      is none; bits for a model without quantizers.
+      is none; bits for a model without quantizers; what a quantizer does not offer.
   """
+  _check_quantizer(settings)
   _check_shape(settings.model, settings.data.image_size, "model")
   if settings.teacher.model in REGISTRY:
     _check_shape(settings.teacher.as_model(), settings.data.image_size, "teacher")
@@ -54,6 +56,27 @@ def check(settings: Settings) -> None:
       f"config.plan.act_bits = {plan.act_bits!r}: {name} has no quantizers. Set both to () to "
       "train it in full precision, "
       f"as a teacher, or choose one of {', '.join(sorted(REGISTRY.keys() - TEACHERS_ONLY))}."
+    )
+
+
+def _check_quantizer(settings: Settings) -> None:
+  """Checks what only a quantizer knows of itself."""
+  quantizer, oscillation = bits_of(settings.quant).quantizer, settings.oscillation
+  fits = type(quantizer).fit_kernel is not Quantizer.fit_kernel
+  require(
+    fits or not settings.plan.refit_bits,
+    "plan.refit_bits",
+    settings.plan.refit_bits,
+    f"() with quant.method = {quantizer.method}, which does not fit its scalars to kernels",
+  )
+  for name, off in (("dampening", 0.0), ("freeze_thresholds", ())):
+    value, able = getattr(oscillation, name), [n for n, q in QUANTIZERS.items() if q.one_interval]
+    require(
+      quantizer.one_interval or not value,
+      f"oscillation.{name}",
+      value,
+      f"{off} with quant.method = {quantizer.method}: it needs {' or '.join(able)}, whose codes "
+      "come from one interval",
     )
 
 
@@ -79,17 +102,18 @@ def _check_shape(model: ModelSettings, image_size: int, section: str) -> None:
     )
 
 
-def build(
-  settings: ModelSettings, num_classes: int, quant: QuantSettings | None = None
-) -> nn.Module:
-  """The module that the settings describe, with these quantizers; a model takes the fields that it
-  has.
-  """
+def build(settings: ModelSettings, num_classes: int) -> nn.Module:
+  """The module that the settings describe; a model takes the fields that it has."""
   known = options(settings.name)
   chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name in known}
-  if quant is not None and settings.name not in TEACHERS_ONLY and quant != QuantSettings():
-    chosen["quant"] = quant
   return REGISTRY[settings.name](num_classes=num_classes, **chosen)
+
+
+def student_spec(settings: Settings, num_classes: int) -> ModelSpec:
+  """The model of a run, with its quantizers."""
+  size = settings.data.image_size
+  bits = dataclasses.replace(bits_of(settings.quant), aiwq_every=settings.plan.sampling_every)
+  return describe(build(settings.model, num_classes), (size, size, 3), bits)
 
 
 def options(name: str) -> frozenset[str]:
@@ -97,25 +121,3 @@ def options(name: str) -> frozenset[str]:
   make = REGISTRY[name]
   own = {field.name for field in dataclasses.fields(getattr(make, "func", make))}
   return frozenset(own & {field.name for field in dataclasses.fields(ModelSettings)} - {"name"})
-
-
-def init_variables(module: nn.Module, key: jax.Array, image_size: int) -> dict[str, Any]:
-  """A model's `params` and `batch_stats`, drawn from `key`; images are
-  `[N, image_size, image_size, 3]`.
-  """
-  return _initializer(module, image_size)(key)
-
-
-@functools.cache
-def _initializer(module: nn.Module, image_size: int) -> Callable[[jax.Array], dict[str, Any]]:
-  # Kept, so that a process compiles it once: 11 s of CPU time for MobileNet-v2 (720 small kernels).
-  image = np.zeros((1, image_size, image_size, 3), np.float32)
-  return jax.jit(lambda key: module.init(key, image, mutable=["params", "batch_stats"]))
-
-
-@functools.cache
-def variable_shapes(module: nn.Module, image_size: int) -> dict[str, Any]:
-  """The shapes of a model's `params` and `batch_stats`, without computing them; read-only, since it
-  is cached.
-  """
-  return jax.eval_shape(lambda key: init_variables(module, key, image_size), jax.random.key(0))

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from profit_jax.config import QuantSettings
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
+from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
-from profit_jax.quant.bits import Levels
+from profit_jax.quant.bits import Bits
 
 # Per stage: output channels at width 1, number of blocks.
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
@@ -31,25 +30,23 @@ class DepthwiseSeparable(nn.Module):
     features: output channels.
     stride: of the depthwise convolution.
     activation: relu or relu6.
-    conv: makes a convolution, given its attributes and name.
     norm: makes a batch normalization, given its name.
   """
 
   features: int
   stride: int
   activation: Literal["relu", "relu6"]
-  conv: Any
   norm: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, bits: Bits, train: bool) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
-    x = self.conv(x.shape[-1], 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
-    x = self.norm(name="depthwise_norm").pending(x, train, self.activation)
-    x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, levels)
-    x = self.conv(self.features, name="pointwise_conv")(x, levels)
-    x = self.norm(name="pointwise_norm").pending(x, train, self.activation)
-    return QuantAct("unsigned", RELU6_BOUND, name="pointwise_quant")(x, levels)
+    x = QuantConv(x.shape[-1], 3, self.stride, depthwise=True, name="depthwise_conv")(x, bits)
+    x = self.norm(name="depthwise_norm")(x, train, self.activation)
+    x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, bits)
+    x = QuantConv(self.features, name="pointwise_conv")(x, bits)
+    x = self.norm(name="pointwise_norm")(x, train, self.activation)
+    return QuantAct("unsigned", RELU6_BOUND, name="pointwise_quant")(x, bits)
 
 
 class MobileNetV1(nn.Module):
@@ -63,8 +60,6 @@ class MobileNetV1(nn.Module):
     dropout: rate before the classifier.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
-    sampling_every: as `QuantConv`'s.
-    quant: which quantizers; None is DuQ, at the levels of every layer.
   """
 
   num_classes: int = 1000
@@ -74,21 +69,17 @@ class MobileNetV1(nn.Module):
   dropout: float = 0.0
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
-  sampling_every: int = 1
-  quant: QuantSettings | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
+  def __call__(self, x: jax.Array, bits: Bits = Bits(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments: `MobileNetV2`'s."""
-    levels = levels._replace(quant=self.quant)
-    conv = functools.partial(QuantConv, sampling_every=self.sampling_every)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
-      x, levels.first()
+    x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
+      x, bits.of_first()
     )
-    x = norm(name="stem_norm").pending(x, train, self.activation)
-    x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
+    x = norm(name="stem_norm")(x, train, self.activation)
+    x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, bits)
 
     index = 0
     for (channels, blocks), stage_stride in zip(STAGES, strides[1:], strict=True):
@@ -97,12 +88,11 @@ class MobileNetV1(nn.Module):
           features=divisible_by_8(channels * self.width),
           stride=stage_stride if position == 0 else 1,
           activation=self.activation,
-          conv=conv,
           norm=norm,
           name=f"block{index:02d}",
-        )(x, levels, train)
+        )(x, bits, train)
         index += 1
 
-    x = jnp.mean(x, axis=(1, 2))
+    x = spatial_mean(x)
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return QuantDense(self.num_classes, name="classifier")(x, levels.last())
+    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())

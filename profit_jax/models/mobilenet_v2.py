@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from profit_jax.config import QuantSettings
 from profit_jax.models.common import RELU6_BOUND, divisible_by_8
+from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
-from profit_jax.quant.bits import Levels
+from profit_jax.quant.bits import Bits
 
 # Per stage: expansion, output channels at width 1, number of blocks.
 STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
@@ -35,7 +34,6 @@ class InvertedResidual(nn.Module):
     quantize_input: a symmetric quantizer on the convolutions' input (the shortcut stays in full
       precision).
     activation: relu or relu6.
-    conv: makes a convolution, given its attributes and name.
     norm: makes a batch normalization, given its name.
   """
 
@@ -44,24 +42,23 @@ class InvertedResidual(nn.Module):
   stride: int
   quantize_input: bool
   activation: Literal["relu", "relu6"]
-  conv: Any
   norm: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, bits: Bits, train: bool) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
     shortcut, hidden = x, x.shape[-1] * self.expansion
     if self.quantize_input:
-      x = QuantAct("symmetric", name="input_quant")(x, levels)
+      x = QuantAct("symmetric", name="input_quant")(x, bits)
     if self.expansion != 1:
-      x = self.conv(hidden, name="expand_conv")(x, levels)
-      x = self.norm(name="expand_norm").pending(x, train, self.activation)
-      x = QuantAct("unsigned", RELU6_BOUND, name="expand_quant")(x, levels)
-    x = self.conv(hidden, 3, self.stride, depthwise=True, name="depthwise_conv")(x, levels)
-    x = self.norm(name="depthwise_norm").pending(x, train, self.activation)
-    x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, levels)
-    x = self.conv(self.features, name="project_conv")(x, levels)
-    x = self.norm(name="project_norm")(x, train)
+      x = QuantConv(hidden, name="expand_conv")(x, bits)
+      x = self.norm(name="expand_norm")(x, train, self.activation)
+      x = QuantAct("unsigned", RELU6_BOUND, name="expand_quant")(x, bits)
+    x = QuantConv(hidden, 3, self.stride, depthwise=True, name="depthwise_conv")(x, bits)
+    x = self.norm(name="depthwise_norm")(x, train, self.activation)
+    x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, bits)
+    x = QuantConv(self.features, name="project_conv")(x, bits)
+    x = self.norm(fused=False, name="project_norm")(x, train)
     return x + shortcut if x.shape == shortcut.shape else x
 
 
@@ -78,8 +75,6 @@ class MobileNetV2(nn.Module):
     dropout: rate before the classifier.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
-    sampling_every: as `QuantConv`'s.
-    quant: which quantizers; None is DuQ, at the levels of every layer.
   """
 
   num_classes: int = 1000
@@ -89,27 +84,23 @@ class MobileNetV2(nn.Module):
   dropout: float = 0.2
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
-  sampling_every: int = 1
-  quant: QuantSettings | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
+  def __call__(self, x: jax.Array, bits: Bits = Bits(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`.
 
     Args:
       x: images, NHWC; the network's input is not quantized.
-      levels: steps of the quantizers; full precision by default.
+      bits: of the quantizers; full precision by default.
       train: batch statistics and dropout (which wants a `dropout` key unless its rate is 0).
     """
-    levels = levels._replace(quant=self.quant)
-    conv = functools.partial(QuantConv, sampling_every=self.sampling_every)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = conv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
-      x, levels.first()
+    x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
+      x, bits.of_first()
     )
-    x = norm(name="stem_norm").pending(x, train, self.activation)
-    x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, levels)
+    x = norm(name="stem_norm")(x, train, self.activation)
+    x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, bits)
 
     index = 0
     for (expansion, channels, blocks), stage_stride in zip(STAGES, strides[1:], strict=True):
@@ -120,16 +111,15 @@ class MobileNetV2(nn.Module):
           stride=stage_stride if position == 0 else 1,
           quantize_input=index > 0,
           activation=self.activation,
-          conv=conv,
           norm=norm,
           name=f"block{index:02d}",
-        )(x, levels, train)
+        )(x, bits, train)
         index += 1
 
-    x = QuantAct("symmetric", name="head_input_quant")(x, levels)
-    x = conv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, levels)
+    x = QuantAct("symmetric", name="head_input_quant")(x, bits)
+    x = QuantConv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, bits)
     x = norm(name="head_norm")(x, train, self.activation)
-    x = jnp.mean(x, axis=(1, 2))
-    x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, levels.last())
+    x = spatial_mean(x)
+    x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits.of_last())
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return QuantDense(self.num_classes, name="classifier")(x, levels.last())
+    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())

@@ -24,10 +24,9 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from profit_jax.config import QuantSettings
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
+from profit_jax.nn.functions import hard_sigmoid, hard_swish, relu, spatial_mean
 from profit_jax.nn.fused import activate
 from profit_jax.nn.layers import (
   BatchNorm,
@@ -37,8 +36,8 @@ from profit_jax.nn.layers import (
   QuantDense,
   at_least_float32,
 )
-from profit_jax.quant.bits import Levels
-from profit_jax.quant.duq import HSWISH_MINIMUM
+from profit_jax.quant.base import HSWISH_MINIMUM
+from profit_jax.quant.bits import Bits
 
 # torch's kaiming_uniform_(mode="fan_out") with gain 1, which the authors start their dense layers
 # from.
@@ -134,13 +133,13 @@ class SqueezeExcite(nn.Module):
   dense: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels) -> jax.Array:
+  def __call__(self, x: jax.Array, bits: Bits) -> jax.Array:
     """`[N, H, W, C]` -> the same."""
-    scale = jnp.mean(x, axis=(1, 2))
-    scale = QuantAct("symmetric", name="input_quant")(scale, levels)
-    scale = nn.relu(self.dense(self.squeezed, name="reduce")(scale, levels))
-    scale = QuantAct("unsigned", name="reduce_quant")(scale, levels)
-    scale = nn.hard_sigmoid(self.dense(x.shape[-1], name="expand")(scale, levels))
+    scale = spatial_mean(x)
+    scale = QuantAct("symmetric", name="input_quant")(scale, bits)
+    scale = relu(self.dense(self.squeezed, name="reduce")(scale, bits))
+    scale = QuantAct("unsigned", name="reduce_quant")(scale, bits)
+    scale = hard_sigmoid(self.dense(x.shape[-1], name="expand")(scale, bits))
     # In float32 at least, for the sake of the sum over space that is the scale's gradient.
     return (at_least_float32(x) * at_least_float32(scale)[:, None, None, :]).astype(x.dtype)
 
@@ -159,7 +158,6 @@ class Block(nn.Module):
     hswish_input: the block's input comes from h-swish.
     squeeze_excite: before or after the depthwise convolution's non-linearity.
     pad_value: of a depthwise convolution whose input comes from h-swish.
-    conv: makes a convolution, given its attributes and name.
     dense: makes a dense layer, given the size of its output and its name.
     norm: makes a batch normalization, given its name.
   """
@@ -173,42 +171,41 @@ class Block(nn.Module):
   hswish_input: bool
   squeeze_excite: Literal["before", "after"]
   pad_value: float
-  conv: Any
   dense: Any
   norm: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, bits: Bits, train: bool) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
     activation, kind = ("hard_swish", "hswish") if self.hswish else ("relu", "unsigned")
     shortcut, expands = x, self.hidden != x.shape[-1]
     after_hswish = self.hswish if expands else self.hswish_input
 
-    x = QuantAct("hswish" if self.hswish_input else "symmetric", name="input_quant")(x, levels)
+    x = QuantAct("hswish" if self.hswish_input else "symmetric", name="input_quant")(x, bits)
     if expands:
-      x = self.conv(self.hidden, name="expand_conv")(x, levels)
-      x = self.norm(name="expand_norm").pending(x, train, activation)
-      x = QuantAct(kind, name="expand_quant")(x, levels)
-    x = self.conv(
+      x = QuantConv(self.hidden, name="expand_conv")(x, bits)
+      x = self.norm(name="expand_norm")(x, train, activation)
+      x = QuantAct(kind, name="expand_quant")(x, bits)
+    x = QuantConv(
       self.hidden,
       self.kernel_size,
       self.stride,
       depthwise=True,
       pad_value=self.pad_value if after_hswish else 0.0,
       name="depthwise_conv",
-    )(x, levels)
+    )(x, bits)
     norm = self.norm(name="depthwise_norm")
     if self.squeezed:
       squeeze_excite = SqueezeExcite(self.squeezed, self.dense, name="squeeze_excite")
       if self.squeeze_excite == "before":
-        x = activate(squeeze_excite(norm(x, train), levels), activation)
+        x = activate(squeeze_excite(norm(x, train), bits), activation)
       else:
-        x = squeeze_excite(norm(x, train, activation), levels)
+        x = squeeze_excite(norm(x, train, activation), bits)
     else:
-      x = norm.pending(x, train, activation)
-    x = QuantAct(kind, name="depthwise_quant")(x, levels)
-    x = self.conv(self.features, name="project_conv")(x, levels)
-    x = self.norm(name="project_norm")(x, train)
+      x = norm(x, train, activation)
+    x = QuantAct(kind, name="depthwise_quant")(x, bits)
+    x = QuantConv(self.features, name="project_conv")(x, bits)
+    x = self.norm(fused=False, name="project_norm")(x, train)
     return x + shortcut if x.shape == shortcut.shape else x
 
 
@@ -228,8 +225,6 @@ class MobileNetV3(nn.Module):
     pad_value: what depthwise convolutions after h-swish pad with, -3/8 or 0.
     channel_rounding: of scaled channels to a multiple of 8: nearest (torchvision), or up (the
       authors).
-    sampling_every: as `QuantConv`'s.
-    quant: which quantizers; None is DuQ, at the levels of every layer.
   """
 
   variant: Literal["large", "small"]
@@ -242,21 +237,19 @@ class MobileNetV3(nn.Module):
   squeeze_excite: Literal["before", "after"] = "after"
   pad_value: float = HSWISH_MINIMUM
   channel_rounding: Literal["nearest", "up"] = "nearest"
-  sampling_every: int = 1
-  quant: QuantSettings | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
+  def __call__(self, x: jax.Array, bits: Bits = Bits(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments: `MobileNetV2`'s."""
-    levels = levels._replace(quant=self.quant)
-    conv = functools.partial(QuantConv, sampling_every=self.sampling_every)
     dense = functools.partial(QuantDense, kernel_init=_dense_init)
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     variant = VARIANTS[self.variant]
     strides = self.strides or variant.strides
 
-    x = conv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(x, levels.first())
-    x = norm(name="stem_norm")(x, train, "hard_swish")
+    x = QuantConv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(
+      x, bits.of_first()
+    )
+    x = norm(fused=False, name="stem_norm")(x, train, "hard_swish")
 
     index = 0
     for stage, stage_stride in zip(variant.stages, strides[1:], strict=True):
@@ -272,23 +265,22 @@ class MobileNetV3(nn.Module):
           hswish_input=index == 0,
           squeeze_excite=self.squeeze_excite,
           pad_value=self.pad_value,
-          conv=conv,
           dense=dense,
           norm=norm,
           name=f"block{index:02d}",
-        )(x, levels, train)
+        )(x, bits, train)
         index += 1
 
-    x = QuantAct("symmetric", name="head_input_quant")(x, levels)
-    x = conv(self._head_channels(variant), name="head_conv")(x, levels)
+    x = QuantAct("symmetric", name="head_input_quant")(x, bits)
+    x = QuantConv(self._head_channels(variant), name="head_conv")(x, bits)
     x = norm(name="head_norm")(x, train, "hard_swish")
-    x = jnp.mean(x, axis=(1, 2))
-    x = QuantAct("hswish", name="head_quant")(x, levels)
+    x = spatial_mean(x)
+    x = QuantAct("hswish", name="head_quant")(x, bits)
     features = self._channels(variant.pre_classifier)
-    x = nn.hard_swish(dense(features, name="pre_classifier")(x, levels))
-    x = QuantAct("hswish", name="pre_classifier_quant")(x, levels.last())
+    x = hard_swish(dense(features, name="pre_classifier")(x, bits))
+    x = QuantAct("hswish", name="pre_classifier_quant")(x, bits.of_last())
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return dense(self.num_classes, name="classifier")(x, levels.last())
+    return dense(self.num_classes, name="classifier")(x, bits.of_last())
 
   def _channels(self, channels: int) -> int:
     return (up_to_multiple_of_8 if self.channel_rounding == "up" else divisible_by_8)(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from profit_jax.nn.layers import BatchNorm
-from profit_jax.quant.bits import Levels
+from profit_jax.quant.bits import Bits
 
 # Blocks per stage, and whether they are bottlenecks.
 DEPTHS = {18: ((2, 2, 2, 2), False), 50: ((3, 4, 6, 3), True), 101: ((3, 4, 23, 3), True)}
@@ -95,13 +95,13 @@ class ResNet(nn.Module):
   bn_epsilon: float = 1e-5
 
   @nn.compact
-  def __call__(self, x: jax.Array, levels: Levels = Levels(), train: bool = False) -> jax.Array:
+  def __call__(self, x: jax.Array, bits: Bits = Bits(), train: bool = False) -> jax.Array:
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`.
 
     Raises:
-      ValueError: `levels` that are not full precision.
+      ValueError: `bits` that are not full precision.
     """
-    if levels.weight is not None or levels.act is not None:
+    if bits.weight is not None or bits.act is not None:
       raise ValueError("ResNet is a teacher in full precision: it has no quantizers")
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     blocks, bottleneck = DEPTHS[self.depth]

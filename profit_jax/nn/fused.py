@@ -21,6 +21,7 @@ from jax import lax
 from profit_jax.kernels import target
 from profit_jax.kernels.affine import Affine
 from profit_jax.kernels.lowering import as_rows, channel_sums, computed_again, own_kernel
+from profit_jax.nn import tracing
 from profit_jax.quant import duq
 from profit_jax.quant.quantized import Quantized
 
@@ -54,13 +55,13 @@ class Normalized(NamedTuple):
     """`activation((x - mean) * s / sqrt(s^2 * var + epsilon) * scale + bias)`, in x's dtype."""
     return _fused(*self[:6], None, None, _Rule(self.epsilon, self.activation))
 
-  def quantized(self, by: duq.Interval, steps: jax.Array, kind: duq.Kind) -> Quantized:
+  def quantized(self, by: duq.Interval, qmax: jax.Array, kind: duq.Kind) -> Quantized:
     """`by.quantized` of `value()`, in x's dtype; arguments as there."""
     rule = _Rule(self.epsilon, self.activation, kind, by.slope)
-    codes = _fused(*self[:6], by.a, steps, rule)
+    codes = _fused(*self[:6], by.a, qmax, rule)
     source = None
     if _clips_only(rule) and target.current().is_tuned_for("gpu"):
-      factor, bias, ends = _in_units(self.s, self.var, self.scale, self.bias, by.a, steps, rule)
+      factor, bias, ends = _in_units(self.s, self.var, self.scale, self.bias, by.a, qmax, rule)
       source = lax.stop_gradient(Affine(self.x, self.mean, factor, bias, *ends))
     return Quantized(codes, by.scale, duq.OFFSET[kind], source)
 
@@ -76,6 +77,8 @@ class _Rule(NamedTuple):
 
 def activate(x: jax.Array, activation: Activation | None) -> jax.Array:
   """The non-linearity; h-swish is `x * relu6(x + 3) / 6`."""
+  if tracing.active():
+    return tracing.activation(x, activation)
   if activation is None:
     return x
   if activation == "hard_swish":
@@ -121,19 +124,19 @@ def moments_near(x: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
 # The statistics are arguments, so that the layer can keep them; as functions of x they have their
 # part in x's gradient, and none of their own.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _fused(x, s, mean, var, scale, bias, a, steps, rule):  # noqa: PLR0913  one for each operand
-  def compute(x, s, mean, var, scale, bias, a, steps):
-    factor, bias, top = _in_units(s, var, scale, bias, a, steps, rule)
+def _fused(x, s, mean, var, scale, bias, a, qmax, rule):  # noqa: PLR0913  one for each operand
+  def compute(x, s, mean, var, scale, bias, a, qmax):
+    factor, bias, top = _in_units(s, var, scale, bias, a, qmax, rule)
     x_from, away = _from_origin(x, mean)
     z = x_from * factor + (bias - away * factor)
     if top is not None:
       return jnp.round(jnp.clip(z, *top)).astype(x.dtype)
     y = activate(z, rule.activation)
     if rule.kind is not None:
-      y = duq.nearest(duq.ratio(y, a, rule.kind), steps.astype(a.dtype), rule.kind)
+      y = duq.nearest(duq.ratio(y, a, rule.kind), qmax.astype(a.dtype), rule.kind)
     return y.astype(x.dtype)
 
-  return own_kernel(compute, scale, x, s, mean, var, scale, bias, a, steps)
+  return own_kernel(compute, scale, x, s, mean, var, scale, bias, a, qmax)
 
 
 def _from_origin(x, mean):
@@ -149,7 +152,7 @@ def _from_origin(x, mean):
   return x_wide - mean, jnp.zeros_like(mean)
 
 
-def _in_units(s, var, scale, bias, a, steps, rule):
+def _in_units(s, var, scale, bias, a, qmax, rule):
   """Factor and bias `[C]` of the centred x, and the two ends of the codes.
 
   Codes of a quantizer without offset, behind no non-linearity or one that only clips, are
@@ -159,7 +162,7 @@ def _in_units(s, var, scale, bias, a, steps, rule):
   factor = scale * s * lax.rsqrt(jnp.square(s) * var + rule.epsilon)
   if not _clips_only(rule):
     return factor, bias, None
-  n = steps.astype(a.dtype)
+  n = qmax.astype(a.dtype)
   low = duq.LOWER[rule.kind] * n if rule.activation is None else jnp.zeros_like(n)
   high = jnp.minimum(n, 6.0 * n / a) if rule.activation == "relu6" else n
   return factor * (n / a), bias * (n / a), (low, high)
@@ -169,18 +172,18 @@ def _clips_only(rule):
   return rule.kind is not None and not duq.OFFSET[rule.kind] and rule.activation != "hard_swish"
 
 
-def _forward(x, s, mean, var, scale, bias, a, steps, rule):  # noqa: PLR0913  as `_fused`
-  residuals = x, s, mean, var, scale, bias, a, steps
+def _forward(x, s, mean, var, scale, bias, a, qmax, rule):  # noqa: PLR0913  as `_fused`
+  residuals = x, s, mean, var, scale, bias, a, qmax
   return _fused(*residuals, rule), residuals
 
 
 def _backward(rule, residuals, upstream):
-  x, s, mean, var, scale, bias, a, steps = residuals
+  x, s, mean, var, scale, bias, a, qmax = residuals
   count, epsilon = x.size // x.shape[-1], rule.epsilon
   spread = jnp.square(s) * var + epsilon
   inverse = lax.rsqrt(spread)
   # Codes in a normalized value's unit: what comes back to z wants this factor.
-  unit = 1.0 if rule.kind is None else steps.astype(a.dtype) / a
+  unit = 1.0 if rule.kind is None else qmax.astype(a.dtype) / a
 
   def rows(x, upstream):
     """The input from its origin; what comes back to z but for `unit`; what moves a."""
@@ -223,12 +226,12 @@ def _backward(rule, residuals, upstream):
 
 def _into_normalized(x_from, away, upstream, operands, rule):
   """What comes back through quantizer and non-linearity, and what moves a (None without a)."""
-  s, _, var, scale, bias, a, steps = operands
-  factor, bias, ends = _in_units(s, var, scale, bias, a, steps, rule)
+  s, _, var, scale, bias, a, qmax = operands
+  factor, bias, ends = _in_units(s, var, scale, bias, a, qmax, rule)
   z = x_from * factor + (bias - away * factor)
   if rule.kind is None:
     return activate_backward(z, upstream, rule.activation), None
-  n = steps.astype(a.dtype)
+  n = qmax.astype(a.dtype)
   if ends is None:
     v = duq.ratio(activate(z, rule.activation), a, rule.kind)
     through = jnp.where(duq.inside(v, rule.kind), upstream, 0.0)

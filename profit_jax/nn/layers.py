@@ -1,8 +1,9 @@
 """Quantized building blocks (linen).
 
 Quantized tensors travel as codes (`quant/quantized.py`): `QuantAct` gives them, `QuantConv` and
-`QuantDense` multiply them and hand on the sums with their scale, and `BatchNorm` takes the scale
-into its own. All other operations see values: operators and `jnp` functions convert.
+`QuantDense` multiply them. The other layers give plain arrays. What these were made of is
+remembered (`nn/pending.py`), so that a `BatchNorm` directly behind a `QuantConv` takes the scale of
+the sums into its own, and a `QuantAct` directly behind a `BatchNorm` is one operation with it.
 
 Activations have the dtype of the images; parameters, statistics and scales keep their own. The
 precision of products is that of `products.py`.
@@ -21,6 +22,8 @@ caller asks for it:
 - `calibration` (mutable): activation quantizers write the first values of their scalars to it, and
   quantize nothing.
 - `clip_rate` (mutable): every active quantizer writes which share of its input it clips.
+
+What a layer is, and which of its parameters is what, it says itself: see `nn/spec.py`.
 """
 
 import dataclasses
@@ -32,11 +35,14 @@ import jax
 import jax.numpy as jnp
 
 from profit_jax.kernels import products
+from profit_jax.nn import tracing
 from profit_jax.nn.fused import Activation, Normalized, activate, moments, moments_near
+from profit_jax.nn.pending import parts_of, remember
+from profit_jax.nn.spec import record
 from profit_jax.quant import duq
-from profit_jax.quant.bits import Levels, symmetric_steps
-from profit_jax.quant.methods import METHODS, Method, per_channel
-from profit_jax.quant.quantized import Product, Quantized, value_of
+from profit_jax.quant.base import Kind
+from profit_jax.quant.bits import Bits
+from profit_jax.quant.quantized import Product, Quantized, Unquantized, value_of
 
 # torch's kaiming_normal_(mode="fan_out"), which the authors start from.
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -55,10 +61,6 @@ def _sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
   module.sow(collection, name, value, reduce_fn=_keep, init_fn=lambda: None)
 
 
-def _method(levels: Levels) -> Method:
-  return METHODS["duq" if levels.quant is None else levels.quant.method]
-
-
 def _quantizer_params(
   module: nn.Module, leaves: tuple[str, ...], shape: tuple[int, ...] = ()
 ) -> dict[str, jax.Array]:
@@ -70,27 +72,25 @@ def _quantizer_params(
   return {leaf: module.param(leaf, one) for leaf in leaves}
 
 
-def _quantized_kernel(
-  module: nn.Module, kernel: jax.Array, levels: Levels
-) -> jax.Array | Quantized:
-  method = _method(levels)
-  split = levels.quant is not None and levels.quant.per_channel
-  params = _quantizer_params(module, method.kernel_leaves, kernel.shape[-1:] if split else ())
-  if levels.weight is None:
+def _quantized_kernel(module: nn.Module, kernel: jax.Array, bits: Bits) -> jax.Array | Quantized:
+  quantizer, qmax = bits.quantizer, bits.kernel_qmax()
+  shape = kernel.shape[-1:] if quantizer.per_channel else ()
+  scalars = _quantizer_params(module, quantizer.kernel_scalars, shape)
+  if qmax is None:
     return kernel
-  apply = functools.partial(per_channel, method.kernel) if split else method.kernel
   if module.is_mutable_collection("clip_rate"):
-    clipped = (
-      per_channel(method.kernel_clipped, kernel, params)
-      if split
-      else method.kernel_clipped(kernel, params)
-    )
+    clipped = quantizer.of_kernel(quantizer.kernel_clipped, kernel, scalars)
     _sow(module, "clip_rate", "kernel", jnp.mean(clipped, dtype=jnp.float32))
-  return apply(kernel, params, levels.weight)
+  return quantizer.of_kernel(quantizer.quantize_kernel, kernel, scalars, qmax)
 
 
 def _operand(x: jax.Array | Quantized) -> jax.Array:
   return x.codes if isinstance(x, Quantized) else x
+
+
+def _input(x: Any) -> jax.Array | Quantized:
+  """What a convolution or dense layer multiplies: codes as they are, all else as an array."""
+  return x if isinstance(x, Quantized) else value_of(x)
 
 
 def _product(
@@ -121,7 +121,7 @@ def _every(x: Any, count: int) -> Any:
 
 
 class QuantConv(nn.Module):
-  """A convolution without bias whose kernel is quantized when `levels.weight` is given.
+  """A convolution without bias whose kernel is quantized when `bits.weight` is given.
 
   Pads `(k - 1) / 2` on every side, as torch does (`SAME` differs for strides above 1).
 
@@ -134,7 +134,6 @@ class QuantConv(nn.Module):
       `[K, K, C_in, features]`.
     pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish
       (paper section 3.3).
-    sampling_every: the moments are those of every so many-th image of the batch, which it divides.
   """
 
   features: int
@@ -142,15 +141,17 @@ class QuantConv(nn.Module):
   stride: int = 1
   depthwise: bool = False
   pad_value: float = 0.0
-  sampling_every: int = 1
 
   @nn.compact
-  def __call__(self, x: jax.Array | Quantized, levels: Levels) -> jax.Array | Product:
-    """`[N, H, W, C]` -> `[N, H', W', features]`; an array where neither side is quantized."""
-    size = self.kernel_size
+  def __call__(self, x: jax.Array | Quantized, bits: Bits = Bits()) -> jax.Array:
+    """`[N, H, W, C]` -> `[N, H', W', features]`, in the dtype of x."""
+    record(self, "conv", bits)
+    if tracing.active():
+      return tracing.conv(self, x, bits)
+    x, size = _input(x), self.kernel_size
     channels_in, features = (1, x.shape[-1]) if self.depthwise else (x.shape[-1], self.features)
     kernel = self.param("kernel", _conv_init, (size, size, channels_in, features), jnp.float32)
-    quantized = _quantized_kernel(self, kernel, levels)
+    quantized = _quantized_kernel(self, kernel, bits)
     if isinstance(x, Quantized) and size > 1 and self.pad_value != x.offset:
       x = x.value()  # no code stands for the padding
     if isinstance(x, Quantized) and self.has_variable("previous", "kernel"):
@@ -163,13 +164,13 @@ class QuantConv(nn.Module):
       previous = Quantized(
         self.get_variable("previous", "kernel"), self.get_variable("previous", "scale", one)
       )
-      x, present = (_every(each, self.sampling_every) for each in (x, y_now))
+      x, present = (_every(each, bits.aiwq_every) for each in (x, y_now))
       _sow(self, "moments", "present", output_moments(present))
       _sow(self, "moments", "previous", output_moments(self._convolve(x, previous)))
       scale = quantized.scale if isinstance(quantized, Quantized) else one
       _sow(self, "quantized", "kernel", _operand(quantized))
       _sow(self, "quantized", "scale", jnp.broadcast_to(scale, kernel.shape[-1:]))
-    return y
+    return remember(y.value(), y) if isinstance(y, Product) else y
 
   def _convolve(
     self, x: jax.Array | Quantized, kernel: jax.Array | Quantized
@@ -188,37 +189,44 @@ class QuantConv(nn.Module):
 
 
 class QuantDense(nn.Module):
-  """A dense layer with bias whose kernel `[C, features]` is quantized when `levels.weight` is
-  given.
+  """A dense layer whose kernel `[C, features]` is quantized when `bits.weight` is given.
 
   Attributes:
     features: size of the output.
+    use_bias: whether it adds a bias, which is not quantized.
     kernel_init: first values of the kernel.
   """
 
   features: int
+  use_bias: bool = True
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
 
   @nn.compact
-  def __call__(self, x: jax.Array | Quantized, levels: Levels) -> jax.Array:
+  def __call__(self, x: jax.Array | Quantized, bits: Bits = Bits()) -> jax.Array:
     """`[N, C]` -> `[N, features]`, in the dtype of x."""
+    record(self, "dense", bits)
+    if tracing.active():
+      return tracing.dense(self, x, bits)
+    x = _input(x)
     shape = (x.shape[-1], self.features)
     kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-    kernel = _quantized_kernel(self, kernel, levels)
+    wide, bias = kernel.dtype, None
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+    kernel = _quantized_kernel(self, kernel, bits)
     exact = isinstance(x, Quantized) and isinstance(kernel, Quantized)
     y = _product(
       products.dot(_operand(x), _operand(kernel).astype(x.dtype), exact=exact), x, kernel
     )
-    # In the bias's precision, and with it the sum over the batch that is its gradient.
+    # In the parameters' precision, and with it the sum over the batch that is the bias's gradient.
     if isinstance(y, Product):
-      y = dataclasses.replace(y, sums=y.sums.astype(bias.dtype))
-    return (value_of(y).astype(bias.dtype) + bias).astype(x.dtype)
+      y = dataclasses.replace(y, sums=y.sums.astype(wide))
+    y = value_of(y).astype(wide)
+    return (y if bias is None else y + bias).astype(x.dtype)
 
 
 class QuantAct(nn.Module):
-  """Quantizes activations when `levels.act` is given; the non-linearity comes before, see
-  `BatchNorm.pending`.
+  """Quantizes activations when `bits.act` is given; the non-linearity comes before it.
 
   Attributes:
     kind: which quantizer: unsigned (after ReLU), symmetric (signed inputs), hswish.
@@ -226,41 +234,40 @@ class QuantAct(nn.Module):
       None.
   """
 
-  kind: duq.Kind
+  kind: Kind
   largest_interval: float | None = None
 
   @nn.compact
-  def __call__(
-    self, x: jax.Array | Normalized | Quantized | Product, levels: Levels
-  ) -> jax.Array | Quantized:
-    """Any shape, the batch first; or what `BatchNorm.pending` gives. An array stays one where
-    activations are not quantized.
+  def __call__(self, x: Any, bits: Bits = Bits()) -> Quantized | Unquantized:
+    """Any array or what a layer gives, the batch first, to the same shape.
+
+    Directly behind a `BatchNorm` both are computed at once.
     """
-    method = _method(levels)
-    params = _quantizer_params(self, method.act_leaves)
-    steps = (
-      symmetric_steps(levels.act)
-      if self.kind == "symmetric" and levels.act is not None
-      else levels.act
-    )
+    record(self, "act", bits)
+    if tracing.active():
+      return tracing.quantizer(self, x, bits)
+    quantizer, qmax = bits.quantizer, bits.act_qmax(self.kind)
+    scalars = _quantizer_params(self, quantizer.act_scalars)
     watched = self.is_mutable_collection("calibration") or self.is_mutable_collection("clip_rate")
-    if isinstance(x, Normalized) and levels.act is not None and not watched and method.interval:
-      features = max(1, x.x.size // len(x.x))
-      return x.quantized(method.interval(params, steps, features), steps, self.kind)
-    x = value(x)
+    normalized = parts_of(x)
+    if isinstance(normalized, Normalized) and qmax is not None and not watched:
+      interval = quantizer.act_interval(scalars, qmax, max(1, x.size // len(x)))
+      if interval is not None:
+        return normalized.quantized(interval, qmax, self.kind)
+    x = value_of(x)
     if self.is_mutable_collection("calibration"):
-      for leaf, first in method.first_act(x, steps, self.kind, self.largest_interval).items():
+      for leaf, first in quantizer.first_act(x, qmax, self.kind, self.largest_interval).items():
         _sow(self, "calibration", leaf, first)
-      return x
-    if levels.act is None:
-      return x
+      return Unquantized(x)
+    if qmax is None:
+      return Unquantized(x)
     if self.is_mutable_collection("clip_rate"):
       # Per example, so that the caller can leave out the examples that only pad a batch.
-      beyond = method.act_clipped(x, params, self.kind)
+      beyond = quantizer.act_clipped(x, scalars, self.kind)
       _sow(
         self, "clip_rate", "act", jnp.mean(beyond, axis=tuple(range(1, x.ndim)), dtype=jnp.float32)
       )
-    return method.act(x, params, steps, self.kind)
+    return quantizer.quantize_act(x, scalars, qmax, self.kind)
 
 
 class Dropout(nn.Module):
@@ -273,7 +280,7 @@ class Dropout(nn.Module):
   rate: float
 
   @nn.compact
-  def __call__(self, x: jax.Array | Quantized, train: bool) -> jax.Array | Quantized:
+  def __call__(self, x: Any, train: bool) -> Any:
     """Any shape -> the same; takes the key `dropout` in training, unless the rate is 0."""
     if not train or not self.rate:
       return x
@@ -295,24 +302,31 @@ class BatchNorm(nn.Module):
     momentum: share of the old running value that an update keeps (torch's momentum 0.1 is 0.9
       here).
     epsilon: added to the variance.
+    fused: whether a `QuantAct` directly behind it may compute both at once. False is faster where
+      others read the result too.
   """
 
   momentum: float = 0.9
   epsilon: float = 1e-5
-
-  def __call__(
-    self, x: jax.Array | Product, train: bool, activation: Activation | None = None
-  ) -> jax.Array:
-    """`activation` of x normalized with the batch's statistics if `train`, else with the running
-    ones.
-    """
-    return value(self.pending(x, train, activation))
+  fused: bool = True
 
   @nn.compact
-  def pending(
-    self, x: jax.Array | Product, train: bool, activation: Activation | None = None
-  ) -> jax.Array | Normalized:
-    """The same for a `QuantAct` to take, which computes both at once."""
+  def __call__(self, x: Any, train: bool, activation: Activation | None = None) -> jax.Array:
+    """Normalizes, with the batch's statistics if `train`, else with the running ones.
+
+    Args:
+      x: `[..., C]`, an array or what a layer gives.
+      train: which statistics, and whether the running ones move.
+      activation: non-linearity of the result.
+
+    Returns:
+      An array of x's shape and dtype.
+    """
+    record(self, "norm", Bits())
+    if tracing.active():
+      return tracing.norm(self, x, activation)
+    made_of = parts_of(x)
+    x = made_of if isinstance(made_of, Product) else x
     channels = (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
@@ -335,12 +349,8 @@ class BatchNorm(nn.Module):
       keep = self.momentum
       running_mean.value = keep * running_mean.value + (1 - keep) * (s * mean + shift)
       running_var.value = keep * running_var.value + (1 - keep) * unbiased
-    return Normalized(x.sums, x.scale, mean, var, scale, bias, self.epsilon, activation)
-
-
-def value(x: Any) -> jax.Array:
-  """The array, computed where it is pending or only stood for."""
-  return x.value() if isinstance(x, Normalized) else value_of(x)
+    made = Normalized(x.sums, x.scale, mean, var, scale, bias, self.epsilon, activation)
+    return remember(made.value(), made) if self.fused else made.value()
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

@@ -1,88 +1,96 @@
-"""How many steps a quantizer has: values of the forward pass, so that 8 -> 5 -> 4 bits never
-recompiles.
-"""
+"""Bit widths: values of the forward pass, so that 8 -> 5 -> 4 bits never recompiles."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from profit_jax.config import MAX_BITS, MIN_BITS, QuantSettings
+from profit_jax.quant import base
+from profit_jax.quant.duq import DuQ
 
-# What every model calls its first and its last layer with a kernel.
-FIRST_LAYER, LAST_LAYER = "stem_conv", "classifier"
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["weight", "act"],
+  meta_fields=["quantizer", "first", "last", "weight_at_least", "act_at_least", "aiwq_every"],
+)
+@dataclasses.dataclass(frozen=True)
+class Bits:
+  """What a model tells its layers: the bit widths, and how to quantize.
 
-class Levels(NamedTuple):
-  """The number of quantization steps of each kind of tensor, as traced scalars.
-
-  `None` stands for full precision. It is part of the tree's structure, so whether a kind is
-  quantized at all is static (one program each) while the number of bits is a value (the same
-  program).
+  `None` is full precision. It is part of the tree's structure, so that whether a kind of tensor is
+  quantized is static (one program each), while its width is a value (the same program).
 
   Attributes:
-    weight: float32 scalar, `2^(b-1) - 1` steps on each side of 0, for kernels; or None.
-    act: float32 scalar, `2^b - 1` steps above 0, for activations; or None. A symmetric activation
-      quantizer derives its own number from it, see `symmetric_steps`.
-    quant: which quantizers, as a model puts it here for its layers; None is DuQ. Callers leave it
-      alone: it is no array.
-  """
-
-  weight: jax.Array | None = None
-  act: jax.Array | None = None
-  quant: QuantSettings | None = None
-
-  def first(self) -> "Levels":
-    """Those of the first layer."""
-    return (
-      self
-      if self.quant is None
-      else self._replace(weight=_at_least(self.weight, self.quant.first_bits - 1))
-    )
-
-  def last(self) -> "Levels":
-    """Those of the classifier, and of the quantizer before it."""
-    if self.quant is None:
-      return self
-    bits = self.quant.last_bits
-    return self._replace(weight=_at_least(self.weight, bits - 1), act=_at_least(self.act, bits))
-
-
-def _at_least(steps: jax.Array | None, exponent: int) -> jax.Array | None:
-  """`max(steps, 2^exponent - 1)`; as it is where its kind is in full precision or the exponent
-  stands for nothing.
-  """
-  return steps if steps is None or exponent < 1 else jnp.maximum(steps, 2.0**exponent - 1)
-
-
-def kernel_steps(layer: str, steps: jax.Array, quant: QuantSettings) -> jax.Array:
-  """The steps of a layer's kernel (`block01/expand_conv`) where `steps` are those of all: more in
-  first and last.
-  """
-  of_all = Levels(weight=steps, quant=quant)
-  return (
-    of_all.first() if layer == FIRST_LAYER else of_all.last() if layer == LAST_LAYER else of_all
-  ).weight
-
-
-def levels(weight_bits: int | None, act_bits: int | None) -> Levels:
-  """Levels for bit widths from 2 to 8; None is full precision.
+    weight: bit width of kernels, 2 to 8; an int or an int32 scalar; or None.
+    act: likewise, of activations.
+    quantizer: how.
+    first: least bits of the first layer's kernel, which a model asks for by `of_first`; 0 for none.
+    last: least bits of the last layer's kernel and of its input, by `of_last`; 0 for none.
+    weight_at_least: least bits of this layer's kernel; 0 for none.
+    act_at_least: likewise, of activations.
+    aiwq_every: AIWQ is measured on every so many-th image of a batch.
 
   Raises:
-    ValueError: a bit width outside 2..8.
+    ValueError: an int outside 2 to 8.
   """
-  for bits in (weight_bits, act_bits):
-    if bits is not None and not MIN_BITS <= bits <= MAX_BITS:
-      raise ValueError(f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {bits}")
-  return Levels(
-    weight=None if weight_bits is None else np.float32(2 ** (weight_bits - 1) - 1),
-    act=None if act_bits is None else np.float32(2**act_bits - 1),
-  )
+
+  weight: int | jax.Array | None = None
+  act: int | jax.Array | None = None
+  quantizer: base.Quantizer = DuQ()
+  first: int = 0
+  last: int = 0
+  weight_at_least: int = 0
+  act_at_least: int = 0
+  aiwq_every: int = 1
+
+  def __post_init__(self):
+    for name in ("weight", "act"):
+      value = getattr(self, name)
+      if isinstance(value, int) and not isinstance(value, bool):
+        if not MIN_BITS <= value <= MAX_BITS:
+          raise ValueError(f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {name}={value}")
+        object.__setattr__(self, name, np.int32(value))
+
+  def at(self, weight: Any, act: Any) -> "Bits":
+    """The same at other bit widths."""
+    return dataclasses.replace(self, weight=weight, act=act)
+
+  def of_first(self) -> "Bits":
+    """Those of the first layer."""
+    return dataclasses.replace(self, weight_at_least=self.first)
+
+  def of_last(self) -> "Bits":
+    """Those of the last layer, and of the quantizer before it."""
+    return dataclasses.replace(self, weight_at_least=self.last, act_at_least=self.last)
+
+  def kernel_qmax(self) -> jax.Array | None:
+    """The largest code of a kernel, `2^(b-1) - 1`, float32; None in full precision."""
+    return _qmax(self.weight, self.weight_at_least, signed=True)
+
+  def act_qmax(self, kind: base.Kind) -> jax.Array | None:
+    """The largest code of activations: `2^(b-1) - 1` if they are symmetric, else `2^b - 1`."""
+    return _qmax(self.act, self.act_at_least, signed=kind == "symmetric")
 
 
-def symmetric_steps(act_steps: jax.Array) -> jax.Array:
-  """Steps on each side of 0 for signed activations: `2^(b-1) - 1`, from the `2^b - 1` of the
-  unsigned ones.
+def bits_of(settings: QuantSettings) -> Bits:
+  """Full precision, with the quantizer and the least bits that a configuration asks for.
+
+  Raises:
+    ConfigError: an unknown quantizer.
   """
-  return jnp.floor(act_steps / 2)
+  quantizer = base.named(settings.method, per_channel=settings.per_channel)
+  return Bits(quantizer=quantizer, first=settings.first_bits, last=settings.last_bits)
+
+
+def _qmax(bits: Any, least: int, *, signed: bool) -> Any:
+  if bits is None:
+    return None
+  if isinstance(bits, np.generic):
+    return np.float32(2.0 ** (max(int(bits), least) - signed) - 1)
+  bits = jnp.maximum(bits, least) if least else bits
+  return (jnp.left_shift(jnp.int32(1), bits - int(signed)) - 1).astype(jnp.float32)

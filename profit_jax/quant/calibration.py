@@ -5,7 +5,7 @@ kind.
 import jax
 import jax.numpy as jnp
 
-from profit_jax.quant import duq
+from profit_jax.quant.base import HSWISH_MINIMUM, Kind
 
 WEIGHT_FRACTION = 0.9  # of max|w|
 SMALLEST_INTERVAL = 1e-3  # where nothing is positive
@@ -18,7 +18,7 @@ def weight_interval(kernel: jax.Array) -> jax.Array:
   return jnp.where(largest > 0, WEIGHT_FRACTION * largest, SMALLEST_INTERVAL).astype(kernel.dtype)
 
 
-def fitted_interval(kernel: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fitted_interval(kernel: jax.Array, qmax: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The a and c (scalars) whose quantized kernel `c * q(a)` is nearest to the kernel, in the sum of
   squares.
 
@@ -27,26 +27,26 @@ def fitted_interval(kernel: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax
 
   Args:
     kernel: any shape.
-    steps: scalar, n of the symmetric quantizer.
+    qmax: scalar, n of the symmetric quantizer.
   """
   largest = jnp.max(jnp.abs(kernel))
 
   def products(share):
     a = jnp.where(largest > 0, share * largest, 1.0)
-    q = jnp.round(jnp.clip(kernel / a, -1.0, 1.0) * steps.astype(kernel.dtype))
+    q = jnp.round(jnp.clip(kernel / a, -1.0, 1.0) * qmax.astype(kernel.dtype))
     return jnp.sum(kernel * q), jnp.sum(q * q)
 
   shares = jnp.arange(1, _SHARES + 1, dtype=kernel.dtype) / _SHARES
   wq, qq = jax.lax.map(products, shares)
   # The largest weight has a code that is not 0 at every share, but for kernels of zeros.
   best = jnp.argmax(jnp.where(qq > 0, wq * wq / jnp.maximum(qq, 1.0), 0.0))
-  a, c = shares[best] * largest, wq[best] / jnp.maximum(qq[best], 1.0) * steps.astype(kernel.dtype)
+  a, c = shares[best] * largest, wq[best] / jnp.maximum(qq[best], 1.0) * qmax.astype(kernel.dtype)
   return tuple(
     jnp.where(largest > 0, value, SMALLEST_INTERVAL).astype(kernel.dtype) for value in (a, c)
   )
 
 
-def act_interval(x: jax.Array, kind: duq.Kind, largest: float | None = None) -> jax.Array:
+def act_interval(x: jax.Array, kind: Kind, largest: float | None = None) -> jax.Array:
   """The 95th percentile of the positive part of a quantizer's input, its first a and c (scalar).
 
   Sort the positive elements of |x| (symmetric), x (unsigned) or x + 3/8 (h-swish) and take the one
@@ -62,7 +62,7 @@ def act_interval(x: jax.Array, kind: duq.Kind, largest: float | None = None) -> 
   if kind == "symmetric":
     x = jnp.abs(x)
   elif kind == "hswish":
-    x = x - duq.HSWISH_MINIMUM
+    x = x - HSWISH_MINIMUM
   positive = jnp.sort(jnp.where(x > 0, x, jnp.inf).ravel())
   count = jnp.sum(x > 0)
   # floor(count * 19/20) in integers that cannot overflow: an activation of ImageNet size has 3e8

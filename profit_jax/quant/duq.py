@@ -4,7 +4,7 @@ gradients.
 Two positive scalars per tensor, the interval `a` and the output scale `c`; both are learned, and
 stored raw: the value is `softplus(raw)`.
 
-| kind      | value at n steps                                 | n at b bits   |
+| kind      | value, n being qmax                              | n at b bits   |
 |-----------|--------------------------------------------------|---------------|
 | symmetric | `c * round(clip(x/a, -1, 1) * n) / n`            | `2^(b-1) - 1` |
 | unsigned  | `c * round(clip(x/a, 0, 1) * n) / n`             | `2^b - 1`     |
@@ -17,24 +17,15 @@ Rounding is half to even, and its derivative is taken as 1.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from profit_jax.kernels.lowering import computed_again, total_sums
+from profit_jax.quant import calibration
+from profit_jax.quant.base import LOWER, OFFSET, Kind, Quantizer, Scalars, Slope, register
 from profit_jax.quant.quantized import Quantized
-
-Kind = Literal["symmetric", "unsigned", "hswish"]
-Slope = Literal["interval", "step", "clip"]
-
-# h-swish has its minimum, -3/8, at x = -3/2. A convolution whose input is quantized after h-swish
-# pads with this value, which is code 0 of its quantizer ("negative padding", paper section 3.3).
-HSWISH_MINIMUM = -3.0 / 8.0
-
-# Per kind: the lower clip end in units of `a`, and the offset of the input.
-LOWER = {"symmetric": -1.0, "unsigned": 0.0, "hswish": 0.0}
-OFFSET = {"symmetric": 0.0, "unsigned": 0.0, "hswish": HSWISH_MINIMUM}
 
 
 def inverse_softplus(value: jax.Array) -> jax.Array:
@@ -57,18 +48,18 @@ class Interval(NamedTuple):
   scale: jax.Array
   slope: Slope = "interval"
 
-  def quantized(self, x: jax.Array, steps: jax.Array, kind: Kind) -> Quantized:
+  def quantized(self, x: jax.Array, qmax: jax.Array, kind: Kind) -> Quantized:
     """A tensor with these codes; arguments as `quantize`'s."""
-    return Quantized(to_codes(x, self.a, steps, kind, self.slope), self.scale, OFFSET[kind])
+    return Quantized(to_codes(x, self.a, qmax, kind, self.slope), self.scale, OFFSET[kind])
 
 
-def interval(raw_a: jax.Array, raw_c: jax.Array, steps: jax.Array) -> Interval:
+def interval(raw_a: jax.Array, raw_c: jax.Array, qmax: jax.Array) -> Interval:
   """DuQ's; arguments as `quantize`'s."""
-  return Interval(jax.nn.softplus(raw_a), jax.nn.softplus(raw_c) / steps.astype(raw_c.dtype))
+  return Interval(jax.nn.softplus(raw_a), jax.nn.softplus(raw_c) / qmax.astype(raw_c.dtype))
 
 
 def quantize(
-  x: jax.Array, raw_a: jax.Array, raw_c: jax.Array, steps: jax.Array, kind: Kind
+  x: jax.Array, raw_a: jax.Array, raw_c: jax.Array, qmax: jax.Array, kind: Kind
 ) -> jax.Array:
   """Fake-quantizes a tensor: the values of its codes.
 
@@ -76,17 +67,17 @@ def quantize(
     x: any shape, floating point.
     raw_a: scalar, inverse softplus of the interval.
     raw_c: scalar, inverse softplus of the output scale.
-    steps: scalar, the number of steps n of the table above; carries no gradient.
+    qmax: scalar, n of the table above; carries no gradient.
     kind: which row of the table.
 
   Returns:
     A tensor of x's shape and dtype. The arithmetic is done in the dtype of `raw_a`.
   """
-  return interval(raw_a, raw_c, steps).quantized(x, steps, kind).value()
+  return interval(raw_a, raw_c, qmax).quantized(x, qmax, kind).value()
 
 
 def to_codes(
-  x: jax.Array, a: jax.Array, steps: jax.Array, kind: Kind, slope: Slope = "interval"
+  x: jax.Array, a: jax.Array, qmax: jax.Array, kind: Kind, slope: Slope = "interval"
 ) -> jax.Array:
   """The codes of a tensor, `round(clip((x - offset)/a) * n)`, in x's dtype; straight-through.
 
@@ -102,11 +93,11 @@ def to_codes(
   Args:
     x: any shape.
     a: scalar, positive, the interval.
-    steps: scalar, n; carries no gradient.
+    qmax: scalar, n; carries no gradient.
     kind: which row of the table above.
     slope: which row of this table.
   """
-  return _to_codes(x, a, steps, kind, slope)
+  return _to_codes(x, a, qmax, kind, slope)
 
 
 def moved_by_interval(v: jax.Array, n: jax.Array, kind: Kind, slope: Slope) -> jax.Array:
@@ -118,11 +109,11 @@ def moved_by_interval(v: jax.Array, n: jax.Array, kind: Kind, slope: Slope) -> j
   return jnp.where(within, k - v * n if slope == "step" else 0.0, k)
 
 
-def codes(x: jax.Array, raw_a: jax.Array, steps: jax.Array, kind: Kind) -> jax.Array:
+def codes(x: jax.Array, raw_a: jax.Array, qmax: jax.Array, kind: Kind) -> jax.Array:
   """The integer codes of a tensor, `round(clip((x - offset)/a) * n)`, as int32 of x's shape."""
   a = jax.nn.softplus(raw_a)
   ratio = jnp.clip((x.astype(a.dtype) - OFFSET[kind]) / a, LOWER[kind], 1.0)
-  return jnp.round(ratio * steps.astype(a.dtype)).astype(jnp.int32)
+  return jnp.round(ratio * qmax.astype(a.dtype)).astype(jnp.int32)
 
 
 def clipped(x: jax.Array, raw_a: jax.Array, kind: Kind) -> jax.Array:
@@ -153,23 +144,81 @@ def nearest(v: jax.Array, n: jax.Array, kind: Kind) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _to_codes(x, a, steps, kind, slope):
-  return nearest(ratio(x, a, kind), steps.astype(a.dtype), kind).astype(x.dtype)
+def _to_codes(x, a, qmax, kind, slope):
+  return nearest(ratio(x, a, kind), qmax.astype(a.dtype), kind).astype(x.dtype)
 
 
-def _forward(x, a, steps, kind, slope):
-  return _to_codes(x, a, steps, kind, slope), (x, a, steps)
+def _forward(x, a, qmax, kind, slope):
+  return _to_codes(x, a, qmax, kind, slope), (x, a, qmax)
 
 
 def _backward(kind, slope, residuals, upstream):
   # Only the input is kept from the forward pass; the rest is cheaper to compute again than to
   # store.
-  x, a, steps = residuals
+  x, a, qmax = residuals
   x = computed_again(x)
-  v, n, upstream = ratio(x, a, kind), steps.astype(a.dtype), upstream.astype(a.dtype)
+  v, n, upstream = ratio(x, a, kind), qmax.astype(a.dtype), upstream.astype(a.dtype)
   (moved,) = total_sums([upstream * moved_by_interval(v, n, kind, slope)])
   dx = jnp.where(inside(v, kind), upstream * (n / a), 0.0)
   return dx.astype(x.dtype), moved / a, None
 
 
 _to_codes.defvjp(_forward, _backward)
+
+
+@register
+class DuQ(Quantizer):
+  """The paper's quantizer: an interval a and an output scale c for each tensor, both learned.
+
+  Attributes:
+    per_channel: as `Quantizer`'s.
+  """
+
+  method: ClassVar[str] = "duq"
+  kernel_scalars: ClassVar[tuple[str, ...]] = ("quant_a", "quant_c")
+  act_scalars: ClassVar[tuple[str, ...]] = ("quant_a", "quant_c")
+  one_interval: ClassVar[bool] = True
+
+  def quantize_kernel(self, kernel: jax.Array, scalars: Scalars, qmax: jax.Array) -> Quantized:
+    """See `Quantizer`."""
+    return self.act_interval(scalars, qmax, 0).quantized(kernel, qmax, "symmetric")
+
+  def quantize_act(self, x: jax.Array, scalars: Scalars, qmax: jax.Array, kind: Kind) -> Quantized:
+    """See `Quantizer`."""
+    return self.act_interval(scalars, qmax, 0).quantized(x, qmax, kind)
+
+  def act_interval(self, scalars: Scalars, qmax: jax.Array, features: int) -> Interval:
+    """See `Quantizer`."""
+    del features
+    return interval(scalars["quant_a"], scalars["quant_c"], qmax)
+
+  def kernel_codes(self, kernel: jax.Array, scalars: Scalars, qmax: jax.Array) -> jax.Array:
+    """See `Quantizer`."""
+    return codes(kernel, scalars["quant_a"], qmax, "symmetric")
+
+  def kernel_clipped(self, kernel: jax.Array, scalars: Scalars) -> jax.Array:
+    """See `Quantizer`."""
+    return clipped(kernel, scalars["quant_a"], "symmetric")
+
+  def act_clipped(self, x: jax.Array, scalars: Scalars, kind: Kind) -> jax.Array:
+    """See `Quantizer`."""
+    return clipped(x, scalars["quant_a"], kind)
+
+  def first_kernel(self, kernel: jax.Array, qmax: jax.Array) -> dict[str, jax.Array]:
+    """`0.9 * max|w|` for both; see `calibration.weight_interval`."""
+    del qmax
+    first = calibration.weight_interval(kernel)
+    return {"quant_a": first, "quant_c": first}
+
+  def first_act(
+    self, x: jax.Array, qmax: jax.Array, kind: Kind, largest: float | None
+  ) -> dict[str, jax.Array]:
+    """The 95th percentile for both; see `calibration.act_interval`."""
+    del qmax
+    first = calibration.act_interval(x, kind, largest)
+    return {"quant_a": first, "quant_c": first}
+
+  def fit_kernel(self, kernel: jax.Array, qmax: jax.Array) -> dict[str, jax.Array]:
+    """Least squares; see `calibration.fitted_interval`."""
+    a, c = calibration.fitted_interval(kernel, qmax)
+    return {"quant_a": a, "quant_c": c}

@@ -14,40 +14,71 @@ kernels and signed activations: the paper's range has one code more below, which
 After h-swish, offset is -3/8.
 """
 
-from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from profit_jax.quant import duq
+from profit_jax.quant.base import OFFSET, Kind, Quantizer, Scalars, register
 from profit_jax.quant.quantized import Quantized
 
-Params = Mapping[str, jax.Array]
 
-LEAVES = ("quant_a",)
+@register
+class LSQ(Quantizer):
+  """Learned step size quantization.
+
+  Attributes:
+    per_channel: as `Quantizer`'s.
+  """
+
+  method: ClassVar[str] = "lsq"
+  kernel_scalars: ClassVar[tuple[str, ...]] = ("quant_a",)
+  act_scalars: ClassVar[tuple[str, ...]] = ("quant_a",)
+  one_interval: ClassVar[bool] = True
+
+  def quantize_kernel(self, kernel: jax.Array, scalars: Scalars, qmax: jax.Array) -> Quantized:
+    """See `Quantizer`."""
+    return self.act_interval(scalars, qmax, kernel.size).quantized(kernel, qmax, "symmetric")
+
+  def quantize_act(self, x: jax.Array, scalars: Scalars, qmax: jax.Array, kind: Kind) -> Quantized:
+    """See `Quantizer`."""
+    return self.act_interval(scalars, qmax, max(1, x.size // len(x))).quantized(x, qmax, kind)
+
+  def act_interval(self, scalars: Scalars, qmax: jax.Array, features: int) -> duq.Interval:
+    """See `Quantizer`; of a kernel, `features` is the number of its weights."""
+    raw_a = scalars["quant_a"]
+    n = qmax.astype(raw_a.dtype)
+    a = _with_gradient_scaled(jax.nn.softplus(raw_a), 1.0 / jnp.sqrt(features * n))
+    return duq.Interval(a, jax.lax.stop_gradient(a) / n, "step")
+
+  def kernel_codes(self, kernel: jax.Array, scalars: Scalars, qmax: jax.Array) -> jax.Array:
+    """See `Quantizer`."""
+    return duq.codes(kernel, scalars["quant_a"], qmax, "symmetric")
+
+  def kernel_clipped(self, kernel: jax.Array, scalars: Scalars) -> jax.Array:
+    """See `Quantizer`."""
+    return duq.clipped(kernel, scalars["quant_a"], "symmetric")
+
+  def act_clipped(self, x: jax.Array, scalars: Scalars, kind: Kind) -> jax.Array:
+    """See `Quantizer`."""
+    return duq.clipped(x, scalars["quant_a"], kind)
+
+  def first_kernel(self, kernel: jax.Array, qmax: jax.Array) -> dict[str, jax.Array]:
+    """See `first_interval`."""
+    return {"quant_a": first_interval(kernel, qmax, "symmetric")}
+
+  def first_act(
+    self, x: jax.Array, qmax: jax.Array, kind: Kind, largest: float | None
+  ) -> dict[str, jax.Array]:
+    """See `first_interval`."""
+    del largest
+    return {"quant_a": first_interval(x, qmax, kind)}
 
 
-def quantize(x: jax.Array, params: Params, steps: jax.Array, kind: duq.Kind) -> Quantized:
-  """Fake-quantized activations `[N, ...]`; arguments as `duq.quantize`'s."""
-  return interval(params, steps, max(1, x.size // len(x))).quantized(x, steps, kind)
-
-
-def quantize_kernel(kernel: jax.Array, params: Params, steps: jax.Array) -> Quantized:
-  """A fake-quantized kernel."""
-  return interval(params, steps, kernel.size).quantized(kernel, steps, "symmetric")
-
-
-def interval(params: Params, steps: jax.Array, count: int) -> duq.Interval:
-  """The quantizer of a kernel of `count` weights, or of activations with `count` features."""
-  raw_a = params["quant_a"]
-  n = steps.astype(raw_a.dtype)
-  a = _with_gradient_scaled(jax.nn.softplus(raw_a), 1.0 / jnp.sqrt(count * n))
-  return duq.Interval(a, jax.lax.stop_gradient(a) / n, "step")
-
-
-def first_interval(x: jax.Array, steps: jax.Array, kind: duq.Kind) -> jax.Array:
+def first_interval(x: jax.Array, qmax: jax.Array, kind: Kind) -> jax.Array:
   """`n * 2 * mean|x - offset| / sqrt(n)`, the first a (scalar); 1e-3 where all are 0."""
-  a = 2.0 * jnp.mean(jnp.abs(x - duq.OFFSET[kind])) * jnp.sqrt(steps.astype(x.dtype))
+  a = 2.0 * jnp.mean(jnp.abs(x - OFFSET[kind])) * jnp.sqrt(qmax.astype(x.dtype))
   return jnp.maximum(a, 1e-3).astype(x.dtype)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from profit_jax.kernels.affine import Affine
 
 
-class _Deferred(abc.ABC):
+class Deferred(abc.ABC):
   """Stands for an array: operators, `jnp` functions and indexing take `value()`."""
 
   __array_priority__ = 100  # NumPy's operators leave it to those below
@@ -51,25 +51,25 @@ class _Deferred(abc.ABC):
     return int(np.prod(self.shape))
 
   def __add__(self, other: Any) -> jax.Array:
-    return self.value() + other
+    return self.value() + value_of(other)
 
   def __radd__(self, other: Any) -> jax.Array:
-    return other + self.value()
+    return value_of(other) + self.value()
 
   def __sub__(self, other: Any) -> jax.Array:
-    return self.value() - other
+    return self.value() - value_of(other)
 
   def __rsub__(self, other: Any) -> jax.Array:
-    return other - self.value()
+    return value_of(other) - self.value()
 
   def __mul__(self, other: Any) -> jax.Array:
-    return self.value() * other
+    return self.value() * value_of(other)
 
   def __rmul__(self, other: Any) -> jax.Array:
-    return other * self.value()
+    return value_of(other) * self.value()
 
   def __truediv__(self, other: Any) -> jax.Array:
-    return self.value() / other
+    return self.value() / value_of(other)
 
   def __neg__(self) -> jax.Array:
     return -self.value()
@@ -79,7 +79,7 @@ class _Deferred(abc.ABC):
   jax.tree_util.register_dataclass, data_fields=["codes", "scale", "source"], meta_fields=["offset"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantized(_Deferred):
+class Quantized(Deferred):
   """A quantized tensor: `codes * scale + offset`.
 
   Attributes:
@@ -114,7 +114,7 @@ class Quantized(_Deferred):
   jax.tree_util.register_dataclass, data_fields=["sums", "scale", "shift"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class Product(_Deferred):
+class Product(Deferred):
   """What a layer gives that multiplied codes: `sums * scale + shift`.
 
   Attributes:
@@ -143,6 +143,32 @@ class Product(_Deferred):
     return (value if self.shift is None else value + self.shift).astype(self.dtype)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unquantized(Deferred):
+  """An array where a layer gives codes, or what is pending, in other phases.
+
+  Attributes:
+    array: any shape.
+  """
+
+  array: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the array."""
+    return self.array.shape
+
+  @property
+  def dtype(self) -> Any:
+    """Of the array."""
+    return self.array.dtype
+
+  def value(self) -> jax.Array:
+    """The array."""
+    return self.array
+
+
 def value_of(x: Any) -> jax.Array:
   """The array that `x` is or stands for."""
-  return x.value() if isinstance(x, _Deferred) else x
+  return x.value() if isinstance(x, Deferred) else x

@@ -21,8 +21,8 @@ from flax import traverse_util
 from matplotlib.colors import CenteredNorm, LogNorm
 
 from profit_jax.quant import duq
-from profit_jax.quant.bits import levels
-from profit_jax.quant.methods import PREFIX
+from profit_jax.quant.base import PREFIX
+from profit_jax.quant.bits import Bits
 from profit_jax.schedule import Phase
 from profit_jax.train.progress import EpochRecord, Progress
 
@@ -357,7 +357,7 @@ def _codes(params: Any, bits: int) -> plt.Figure:
 def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
   """Per layer, the share of its kernel's elements on each code from -n to n."""
   flat = traverse_util.flatten_dict(params)
-  steps = levels(bits, None).weight
+  qmax = Bits(weight=bits).kernel_qmax()
   kernels = {path[:-1]: np.ravel(leaf) for path, leaf in flat.items() if path[-1] == "kernel"}
   sizes = [kernel.size for kernel in kernels.values()]
   # All layers in one array: a call per layer would compile for every shape.
@@ -369,10 +369,10 @@ def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
     ]
   )
   codes = np.asarray(
-    duq.codes(np.concatenate(list(kernels.values())), intervals, steps, "symmetric")
+    duq.codes(np.concatenate(list(kernels.values())), intervals, qmax, "symmetric")
   )
-  parts = np.split(codes + int(steps), np.cumsum(sizes)[:-1])
-  count = 2 * int(steps) + 1
+  parts = np.split(codes + int(qmax), np.cumsum(sizes)[:-1])
+  count = 2 * int(qmax) + 1
   return {
     "/".join(layer): np.bincount(p, minlength=count) / p.size
     for layer, p in zip(kernels, parts, strict=True)

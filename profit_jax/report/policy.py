@@ -10,7 +10,7 @@ from typing import Any
 from flax import traverse_util
 
 from profit_jax.config import Settings
-from profit_jax.quant.methods import PREFIX
+from profit_jax.quant.base import PREFIX
 from profit_jax.schedule import Phase, bits_name, summary_line
 
 
@@ -84,7 +84,7 @@ def markdown(
     "with scalars of its own",
     "bits of every layer": f"{bits}{_ends(settings.quant)}; the image as it is",
     "schedule": "; ".join(schedule),
-    "remedies": _remedies(settings.remedy),
+    "remedies": _remedies(settings.oscillation),
     "plan": summary_line(phases),
     "teacher": taught,
     "first weights": settings.init.weights or "random",
@@ -131,19 +131,21 @@ def _ends(quant):
   return f"; at least {first} in the first, {last} in the last"
 
 
-def _remedies(remedy):
+def _remedies(oscillation):
   """Against oscillating weights."""
   found = []
-  if remedy.dampening:
-    found.append(f"dampening up to {remedy.dampening:g}")
-  if remedy.freezing_thresholds:
-    first, last = remedy.freezing_thresholds
+  if oscillation.dampening:
+    found.append(f"dampening up to {oscillation.dampening:g}")
+  if oscillation.freeze_thresholds:
+    first, last = oscillation.freeze_thresholds
     found.append(
       f"codes fixed above a frequency of {first:g} to {last:g} (momentum "
-      f"{remedy.freezing_momentum:g})"
+      f"{oscillation.freeze_momentum:g})"
     )
-  if remedy.bn_batches:
-    found.append(f"batch statistics of {remedy.bn_batches} batches before each evaluation")
+  if oscillation.bn_reestimation_batches:
+    found.append(
+      f"batch statistics of {oscillation.bn_reestimation_batches} batches before each evaluation"
+    )
   return "; ".join(found) or "none"
 
 

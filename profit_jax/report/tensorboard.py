@@ -39,7 +39,7 @@ class TensorBoardObserver(Observer):
   | flip_rate/{layer}            | share of kernel codes a step changes, in an epoch's last steps* |
   | oscillation_rate/{layer}     | share that it changes against their last change*              |
   | bn_distance/{layer}          | KL of the last batch's statistics from the running ones*      |
-  | fixed/{layer}                | share of its codes that `remedy.freezing_thresholds` has fixed* |
+  | fixed/{layer}                | share of its codes that are frozen*             |
   | flip_rate, ...               | histograms of these four over the layers        |
   | train/dampening              | the dampening loss, where that is on            |
   | instability                  | at the end, the heat map of report.md           |

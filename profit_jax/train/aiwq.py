@@ -63,15 +63,18 @@ def _varies(mean: jax.Array, std: jax.Array) -> jax.Array:
   return std > NOISE_UNITS * jnp.finfo(std.dtype).eps * jnp.abs(mean)
 
 
-def start(params: Mapping[str, Any]) -> AiwqState:
-  """The state of an epoch's beginning, on the host: every metric 0, no previous kernels. Takes
-  arrays or shapes.
+def start(convs: Mapping[str, tuple[int, ...]], dtype: Any = np.float32) -> AiwqState:
+  """The state of an epoch's beginning, on the host: every metric 0, no previous kernels.
+
+  Args:
+    convs: shapes of the convolutions' kernels by layer, `ModelSpec.convs`. Dense layers have no
+      AIWQ.
+    dtype: of the kernels.
   """
-  kernels = conv_kernels(params)
   return AiwqState(
-    metric={layer: np.zeros((), kernel.dtype) for layer, kernel in kernels.items()},
-    previous={layer: np.zeros(kernel.shape, kernel.dtype) for layer, kernel in kernels.items()},
-    scale={layer: np.zeros(kernel.shape[-1], kernel.dtype) for layer, kernel in kernels.items()},
+    metric={layer: np.zeros((), dtype) for layer in convs},
+    previous={layer: np.zeros(shape, dtype) for layer, shape in convs.items()},
+    scale={layer: np.zeros(shape[-1], dtype) for layer, shape in convs.items()},
     has_previous=np.zeros((), bool),
   )
 
@@ -122,16 +125,6 @@ def previous_collection(state: AiwqState) -> dict[str, Any]:
     for layer, leaf in leaves.items()
   }
   return traverse_util.unflatten_dict(flat)
-
-
-def conv_kernels(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """The convolutions' kernels, by layer (dense kernels have two axes and no AIWQ)."""
-  flat = traverse_util.flatten_dict(tree)
-  return {
-    "/".join(path[:-1]): leaf
-    for path, leaf in flat.items()
-    if path[-1] == "kernel" and leaf.ndim == 4
-  }
 
 
 def rank(metric: Mapping[str, float]) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import jax
 
 from profit_jax.config import ConfigError, Settings
 from profit_jax.data import Source
-from profit_jax.quant.bits import levels
 from profit_jax.train import interrupt
 from profit_jax.train.programs import Programs, Who
 
@@ -37,14 +36,14 @@ def evaluate(
     clips, by layer.
   """
   step = programs.eval_step(weight_bits is not None, act_bits is not None, who)
-  steps = levels(weight_bits, act_bits)
+  bits = programs.student.bits.at(weight_bits, act_bits)
   results = []
   # All batches are sent before the first result is asked for; not on a CPU, where a run that is
   # asked to stop would wait.
   ahead = 2 if jax.default_backend() == "cpu" else None
   for batch in source.eval_batches(settings.train.eval_batch_size):
     interrupt.check()
-    results.append(step(variables, programs.split(batch), steps))
+    results.append(step(variables, programs.split(batch), bits))
     if ahead and len(results) > ahead:
       jax.block_until_ready(results[-1 - ahead])
   results = jax.device_get(results)

@@ -26,7 +26,7 @@ def shared_phases(settings: Settings, other: Settings) -> int:
   # The best weights are chosen among the phases at a plan's last bits.
   chosen = [{phase.index for phase in schedule.target_phases(of)} for of in (phases, theirs)]
   # A remedy's strength depends on how long each width of weights will be trained.
-  annealed = settings.remedy.dampening or settings.remedy.freezing_thresholds
+  annealed = settings.oscillation.dampening or settings.oscillation.freeze_thresholds
   sampled_alike = settings.plan.sampling_every == other.plan.sampling_every
   count = 0
   for mine, its in zip(phases, theirs, strict=False):
@@ -119,7 +119,7 @@ def _allowed(settings: Settings, source: data.Source, origin: epath.Path) -> int
       "The fields that differ:\n"
       f"  {listing}"
     )
-  if found := run_directory.other_data(origin, source, "--fork_from"):
+  if found := run_directory.other_data(origin, run_directory.data_identity(source), "--fork_from"):
     raise ConfigError(
       f"--fork_from {origin}: that run has other data: {'; '.join(found)}. It must be the same."
     )

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.config import QuantSettings
 from profit_jax.nn.layers import NOISE_UNITS
-from profit_jax.quant.methods import kernel_codes
+from profit_jax.nn.spec import split_path
 
 WINDOW = 8  # steps at the end of an epoch whose codes are watched
 _DIGITS = 4  # significant ones that are kept
@@ -39,37 +38,27 @@ class Window(NamedTuple):
   observed: jax.Array
 
 
-def start(params: Mapping[str, Any]) -> Window:
-  """A window that has seen nothing, on the host. Takes arrays or shapes."""
-  shapes = kernel_shapes(params)
+def start(kernels: Mapping[str, tuple[int, ...]]) -> Window:
+  """A window that has seen nothing, on the host; `kernels` is `ModelSpec.kernels`."""
 
   def zeros(dtype, scalar=False):
-    return {layer: np.zeros(() if scalar else shape, dtype) for layer, shape in shapes.items()}
+    return {layer: np.zeros(() if scalar else shape, dtype) for layer, shape in kernels.items()}
 
   counts = zeros(np.float32, scalar=True), zeros(np.float32, scalar=True)
   return Window(zeros(np.int8), zeros(np.int8), *counts, np.zeros((), np.int32))
 
 
-def kernel_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """The shapes of the kernels, by layer."""
-  flat = traverse_util.flatten_dict(params)
-  return {"/".join(path[:-1]): leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
-
-
-def observe(
-  window: Window, params: Mapping[str, Any], steps: jax.Array, quant: QuantSettings
-) -> Window:
-  """The window after another step; `steps` is `Levels.weight`. The first look finds no changes."""
+def observe(window: Window, codes: Mapping[str, jax.Array]) -> Window:
+  """The window after another step, given its weight codes. The first look finds no changes."""
   first = window.observed == 0
   direction, flips, reversals = {}, {}, {}
-  codes = kernel_codes(params, steps, quant)
   for layer, code in codes.items():
     moved = jnp.where(first, jnp.int8(0), moves(window.codes[layer], code))
     turned = moved * window.direction[layer] == -1
     direction[layer] = jnp.where(moved == 0, window.direction[layer], moved)
     flips[layer] = window.flips[layer] + jnp.sum(moved != 0, dtype=jnp.float32)
     reversals[layer] = window.reversals[layer] + jnp.sum(turned, dtype=jnp.float32)
-  return Window(codes, direction, flips, reversals, window.observed + 1)
+  return Window(dict(codes), direction, flips, reversals, window.observed + 1)
 
 
 def moves(before: jax.Array, after: jax.Array) -> jax.Array:
@@ -107,24 +96,27 @@ def rounded(value: Any) -> float:
   return float(f"{value:.{_DIGITS}g}")
 
 
-def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
+def bn_distances(before: Any, after: Any, momenta: Mapping[str, float]) -> dict[str, float]:
   """By normalization, the KL divergence of a batch's statistics from the running ones, as AIWQ's
   (paper equation 2).
 
   The batch's own follow from the update, `running = momentum * running + (1 - momentum) * batch`,
   which makes their rounding `1 / (1 - momentum)` times as large. Channels that are constant up to
-  that on either side have no part; a layer without any other is left out.
+  that on either side are excluded; a layer without any other is left out.
+
+  Args:
+    before: the running statistics before the batch, nested dictionaries.
+    after: those after it.
+    momenta: of the normalizations that are compared, by layer.
   """
   old, new = (traverse_util.flatten_dict(stats) for stats in (before, after))
   found = {}
-  for path in old:
-    if path[-1] != "mean":
-      continue
-    layer = path[:-1]
-    running = [np.float64(old[*layer, name]) for name in ("mean", "var")]
+  for name, momentum in momenta.items():
+    layer = split_path(name)
+    running = [np.float64(old[*layer, key]) for key in ("mean", "var")]
     batch = [
-      (np.float64(new[*layer, name]) - momentum * value) / (1 - momentum)
-      for name, value in zip(("mean", "var"), running, strict=True)
+      (np.float64(new[*layer, key]) - momentum * value) / (1 - momentum)
+      for key, value in zip(("mean", "var"), running, strict=True)
     ]
     noise = NOISE_UNITS * np.finfo(np.float32).eps / (1 - momentum)
     alive = np.logical_and(
@@ -133,5 +125,5 @@ def bn_distances(before: Any, after: Any, momentum: float) -> dict[str, float]:
     if alive.any():
       (m, v), (m_run, v_run) = ([values[alive] for values in pair] for pair in (batch, running))
       kl = 0.5 * np.log(v_run / v) + (v + (m - m_run) ** 2) / (2 * v_run) - 0.5
-      found["/".join(layer)] = rounded(np.mean(kl))
+      found[name] = rounded(np.mean(kl))
   return dict(sorted(found.items()))

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import jax
 
-from profit_jax.config import Ending
+from profit_jax.config import ProfitError
 
 PREEMPTED = signal.SIGTERM  # what clusters send before they take a machine away
 
 _requested: signal.Signals | None = None
 
 
-class Stopped(Ending):
+class Stopped(ProfitError):
   """Somebody asked the run to stop, and it did; the exit code is what shells give a program that a
   signal ended.
   """

@@ -10,19 +10,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from profit_jax import distributed, snapshots
-from profit_jax.config import Settings
-from profit_jax.data import Source
-from profit_jax.models import variable_shapes
-from profit_jax.quant.bits import levels
-from profit_jax.schedule import Phase, plan, target_phases
+from profit_jax.schedule import Phase, target_phases
 from profit_jax.train import aiwq, checkpoint, instability, interrupt, nonfinite, phases
 from profit_jax.train.evaluate import evaluate
-from profit_jax.train.monitor import Watch
+from profit_jax.train.monitor import InstabilityMonitor
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.packing import unpack
 from profit_jax.train.programs import Frozen, Programs, Who
 from profit_jax.train.progress import Progress
-from profit_jax.train.start import Student, Teacher, baseline, evaluate_start, evaluated
+from profit_jax.train.run import Run
+from profit_jax.train.start import baseline, evaluate_start, evaluated
 from profit_jax.train.state import create_state
 
 # How many steps may be under way before the loop waits for the oldest one's numbers: enough that no
@@ -46,33 +43,27 @@ class Loop:
 
   def __init__(
     self,
-    *,
-    settings: Settings,
-    source: Source,
+    run: Run,
     programs: Programs,
     writer: snapshots.Writer,
     observer: Observer,
-    student: Student,
-    teacher: Teacher,
     clock: Callable[[], float] = time.monotonic,
   ):
     """Args:
-    settings: validated.
-    source: the data.
+    run: what is trained.
     programs: compiled steps.
     writer: of checkpoints.
     observer: told of everything.
-    student: its module and first weights.
-    teacher: its module and weights, as far as they exist.
     clock: in seconds; decides when `checkpoint.minutes` are over.
     """
-    self._settings, self._phases, self._source = settings, plan(settings), source
+    settings, source = run.settings, run.source
+    self._settings, self._phases, self._source = settings, run.phases, source
     self._programs, self._writer, self._observer = programs, writer, observer
-    self._student, self._first_teacher = student, teacher
-    self._shapes = variable_shapes(student.model, settings.data.image_size)
+    self._student, self._first_teacher = run.student, run.teacher
+    self._spec = programs.student
     self._targets = {phase.index for phase in target_phases(self._phases)}
     self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
-    self._watch = Watch(programs, settings, self._steps_per_epoch)
+    self._watch = InstabilityMonitor(programs, self._steps_per_epoch)
     self._key = programs.replicate(jax.random.key(settings.seed))
     self._pending: collections.deque = collections.deque()
     self._mark = time.perf_counter(), programs.waited_seconds
@@ -139,20 +130,20 @@ class Loop:
     given = self._first_teacher.variables
     if snapshot is None:
       state = self._programs.replicate(
-        create_state(self._student.make(), ema=self._settings.train.ema_rate > 0)
+        create_state(self._student.make(), self._spec, ema=self._settings.train.ema_rate > 0)
       )
       # A teacher of its own goes into every checkpoint: a run that goes on does not read the file
       # again.
-      own = given if self._settings.teacher.model == "self" else None
+      own = given if self._first_teacher.is_student else None
       self._moment = checkpoint.Moment(progress, state, teacher=own)
     else:
       phase = self._phases[progress.phase - 1]
-      untrained = phases.untrained(phase, progress, self._shapes["params"])
+      untrained = phases.untrained(phase, progress, self._spec)
       state = self._programs.first_state(phase.program, untrained)
-      sampling = aiwq.start(self._shapes["params"]) if phase.kind == "sampling" else None
-      window = instability.start(self._shapes["params"])
+      sampling = aiwq.start(self._spec.convs) if phase.kind == "sampling" else None
+      window = instability.start(self._spec.kernels)
       self._moment = moment = checkpoint.restore(
-        snapshot, checkpoint.Shapes(state, sampling, self._shapes, window)
+        snapshot, checkpoint.Shapes(state, sampling, self._spec.shapes, window)
       )
       moment.progress = progress
       arrays = self._programs.replicate((moment.state, moment.sampling, moment.window))
@@ -209,13 +200,13 @@ class Loop:
       phase, moment.state, self._programs, self._source, self._settings, self._key
     )
     before = self._phases[progress.phase - 1] if progress.phase else None
-    untrained = phases.untrained(phase, progress, self._shapes["params"])
+    untrained = phases.untrained(phase, progress, self._spec)
     moment.state = phases.start(phase, before, state, self._programs, self._settings, untrained)
     progress.phase, progress.epoch, progress.step, progress.totals = phase.index, 0, 0, {}
     progress.phase_seconds = progress.phase_compile_seconds = 0.0
     moment.sampling = None
     if phase.kind == "sampling":
-      moment.sampling = self._programs.replicate(aiwq.start(self._shapes["params"]))
+      moment.sampling = self._programs.replicate(aiwq.start(self._spec.convs))
       progress.ranking, progress.metric = [], {}
 
   def _train_epoch(self, phase: Phase) -> None:
@@ -226,7 +217,7 @@ class Loop:
       moment.sampling = moment.sampling._replace(
         has_previous=self._programs.replicate(np.zeros((), bool))
       )
-    phase_levels = levels(phase.weight_bits, phase.act_bits)
+    bits = self._programs.bits(phase)
     rate = np.float32(phase.learning_rate_at(progress.epoch) * progress.learning_rate_scale)
     self._epoch_started = time.perf_counter(), progress.step
     for batch in self._source.train_batches(
@@ -239,7 +230,7 @@ class Loop:
       )
       given = (
         self._programs.split(batch),
-        phase_levels,
+        bits,
         rate,
         self._key,
         self._teacher if phase.distill else None,
@@ -342,7 +333,9 @@ class Loop:
         layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()
       }
     params = unpack(jax.device_get(moment.state.params))
-    record = phases.epoch_record(progress, phase, raw, average, clip_rate, params)
+    record = phases.epoch_record(
+      progress, phase, raw, average, clip_rate, params, self._spec.kernels
+    )
     train, measured = (
       {name: total / progress.step for name, total in progress.totals.items()},
       progress.instability,

@@ -4,24 +4,21 @@ from typing import Any
 
 import jax
 
-from profit_jax.config import Settings
-from profit_jax.quant.bits import levels
 from profit_jax.schedule import Phase
 from profit_jax.train import instability
 from profit_jax.train.checkpoint import Moment, host_copy
-from profit_jax.train.packing import unpack, unpacked_shapes
+from profit_jax.train.packing import unpack
 from profit_jax.train.programs import Programs
 
 
-class Watch:
+class InstabilityMonitor:
   """Called around every step. What it has seen of an epoch is in the moment, and so in a
   checkpoint: a run that was stopped measures the same.
   """
 
-  def __init__(self, programs: Programs, settings: Settings, steps_per_epoch: int):
-    """Args: programs, compiled; settings, validated; steps_per_epoch."""
+  def __init__(self, programs: Programs, steps_per_epoch: int):
+    """Args: programs, compiled; steps_per_epoch."""
     self._programs, self._steps = programs, steps_per_epoch
-    self._momentum = settings.model.bn_momentum
     self._statistics: Any = None
 
   def before_step(self, moment: Moment) -> None:
@@ -36,15 +33,14 @@ class Watch:
     progress = moment.progress
     if phase.trains_codes and progress.step >= self._steps - instability.WINDOW:
       if moment.window is None:
-        shapes = unpacked_shapes(moment.state.params)
-        moment.window = self._programs.replicate(instability.start(shapes))
-      steps = levels(phase.weight_bits, None).weight
-      moment.window = self._programs.observe()(moment.window, moment.state.params, steps)
+        moment.window = self._programs.replicate(instability.start(self._programs.student.kernels))
+      bits = self._programs.student.bits.at(phase.weight_bits, None)
+      moment.window = self._programs.observe()(moment.window, moment.state.params, bits)
     if progress.step == self._steps:
       progress.instability = {} if moment.window is None else instability.rates(moment.window)
       after = unpack(jax.device_get(moment.state.batch_stats))
       progress.instability["bn_distance"] = instability.bn_distances(
-        self._statistics, after, self._momentum
+        self._statistics, after, self._programs.student.momenta
       )
       if moment.state.oscillation is not None:
         fixed = jax.device_get(moment.state.oscillation.fixed)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.config import Ending
-from profit_jax.quant.methods import PREFIX
+from profit_jax.config import ProfitError
+from profit_jax.quant.base import PREFIX
 
 # Of a and c, after softplus. Inputs of quantizers are of the order of 1 behind batch normalization,
 # kernels of 0.01 to 1.
@@ -18,7 +18,7 @@ _LARGE_VARIANCE = 1e12
 _SHOWN = 8
 
 
-class NotFinite(Ending):
+class NotFinite(ProfitError):
   """A training step whose loss, gradient or batch statistics are not finite; the command ends with
   exit code 3.
   """

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from etils import epath
+
 from profit_jax.schedule import Phase
 from profit_jax.train.progress import PhaseRecord, Progress, Start
 
@@ -44,6 +46,9 @@ class EpochReport:
 
 class Observer:
   """Base of the watchers; every method may be left as it is."""
+
+  def opened(self, workdir: epath.Path) -> None:
+    """Before everything else, in a run of the library: where it is kept."""
 
   def run_started(
     self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress

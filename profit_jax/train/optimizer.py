@@ -1,6 +1,7 @@
 """SGD with Nesterov momentum in four groups, as `optax.multi_transform` labels."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from profit_jax.train.packing import NORM, QUANT, Packed, split
+from profit_jax.nn.spec import NORM, QUANT, WEIGHT
+from profit_jax.train.packing import Packed, split
 
-WEIGHT, FROZEN = "weight", "frozen"
-_KERNEL = "/kernel"
+FROZEN = "frozen"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,16 @@ class SgdSettings:
   quantizer_lr_scale: float
 
 
+# `learning_rate -> transformation`, as `optax.adamw`.
+OptimizerFactory = Callable[[Any], optax.GradientTransformation]
+
+
 class FrozenKernels(flax.struct.PyTreeNode):
-  """Which kernels are frozen, as values: another set needs no other program.
+  """Which weights are frozen, as values: another set needs no other program.
 
   Attributes:
     frozen: bool `[len(kernels)]`.
-    kernels: their arrays' names in `Packed`.
+    kernels: their arrays' names in `Packed`, `block01/expand_conv/kernel`.
   """
 
   frozen: jax.Array
@@ -49,28 +54,19 @@ class FrozenKernels(flax.struct.PyTreeNode):
 def label_params(params: Packed, *, train_kernels: bool) -> Packed:
   """Names every array's group.
 
-  | array                     | group                               |
-  |---------------------------|-------------------------------------|
-  | all `quant_...`           | quant                               |
-  | all `scale` and `bias`    | norm                                |
-  | a `kernel`                | weight; frozen if kernels are fixed |
+  | array                                        | group                               |
+  |----------------------------------------------|-------------------------------------|
+  | the quantizers' scalars                      | quant                               |
+  | scales and biases                            | norm                                |
+  | a kernel, or another parameter of two axes   | weight; frozen if kernels are fixed |
 
   Args:
     params: of a model.
     train_kernels: False in BN phases, where every kernel is fixed.
-
-  Raises:
-    ValueError: an array that no rule covers.
   """
-  labels = {}
-  for name in params.arrays:
-    if name in (NORM, QUANT):
-      labels[name] = name
-    elif name.endswith(_KERNEL):
-      labels[name] = WEIGHT if train_kernels else FROZEN
-    else:
-      raise ValueError(f"no optimizer group for the parameter {name}")
-  return params.replace(arrays=labels)
+  weight = WEIGHT if train_kernels else FROZEN
+  vectors = (NORM, QUANT)
+  return params.replace(arrays={n: n if n in vectors else weight for n in params.arrays})
 
 
 def scale_by_epoch_learning_rate(multiple: float) -> optax.GradientTransformationExtraArgs:
@@ -98,19 +94,18 @@ def add_decayed_weights_unless_frozen(
 
   Args:
     weight_decay: of the kernels that train.
-    frozen: layers, as `block01/expand_conv`, matched exactly.
+    frozen: arrays, as `block01/expand_conv/kernel`, matched exactly.
 
   Raises:
-    ValueError: in `init`, for a frozen layer that has no kernel.
+    ValueError: in `init`, for a frozen array that there is not.
   """
 
   def init(params: Packed) -> FrozenKernels:
     kernels = tuple(sorted(n for n, a in params.arrays.items() if not _is_masked(a)))
-    names = {layer + _KERNEL for layer in frozen}
     # A phase that trains no kernel freezes all of them by their labels.
-    if kernels and (unused := names - set(kernels)):
-      raise ValueError(f"layers to freeze that have no kernel: {', '.join(sorted(unused))}")
-    return FrozenKernels(np.array([name in names for name in kernels], bool), kernels)
+    if kernels and (unused := frozen - set(kernels)):
+      raise ValueError(f"no weights to freeze have the names {', '.join(sorted(unused))}")
+    return FrozenKernels(np.array([name in frozen for name in kernels], bool), kernels)
 
   def update(updates: Packed, state: FrozenKernels, params: Packed):
     if not state.kernels:
@@ -129,27 +124,56 @@ def _is_masked(node: Any) -> bool:
   return isinstance(node, optax.MaskedNode)
 
 
+def scaled_by_epoch(factory: OptimizerFactory) -> optax.GradientTransformationExtraArgs:
+  """A transformation whose learning rate is an argument of `update`, as ours."""
+  inner = optax.inject_hyperparams(factory)(learning_rate=0.0)
+
+  def update(updates, state, params=None, *, learning_rate, **_):
+    rate = jnp.asarray(learning_rate, jnp.asarray(state.hyperparams["learning_rate"]).dtype)
+    state = state._replace(hyperparams={**state.hyperparams, "learning_rate": rate})
+    return inner.update(updates, state, params)
+
+  return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
 def make_optimizer(
-  labels: Packed, sgd: SgdSettings, frozen: frozenset[str] = frozenset()
+  labels: Packed,
+  sgd: SgdSettings,
+  frozen: frozenset[str] = frozenset(),
+  factory: OptimizerFactory | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation of one phase; `update` takes `learning_rate`, the epoch's rate of the
   weights.
 
   weight: decay, momentum, rate. norm: momentum, rate. quant: momentum, rate * `quantizer_lr_scale`.
-  frozen: nothing, and no state. Of the weight group, those of layers in `frozen` are too, with
+  frozen: nothing, and no state. Of the weight group, the arrays in `frozen` are too, with
   a momentum of 0; these are a value in the state, so that all such sets share a program.
+
+  Args:
+    labels: of `label_params`.
+    sgd: the constants.
+    frozen: arrays that are frozen by value, as `block01/expand_conv/kernel`.
+    factory: replaces decay, momentum and rate of the groups weight and norm.
   """
 
   def momentum():
     return optax.trace(sgd.momentum, nesterov=True)
 
-  groups = {
-    WEIGHT: optax.chain(
+  if factory is None:
+    weight = optax.chain(
       add_decayed_weights_unless_frozen(sgd.weight_decay, frozen),
       momentum(),
       scale_by_epoch_learning_rate(1.0),
-    ),
-    NORM: optax.chain(momentum(), scale_by_epoch_learning_rate(1.0)),
+    )
+    norm = optax.chain(momentum(), scale_by_epoch_learning_rate(1.0))
+  else:
+    # Its own decay moves kernels whose gradient is 0: they are held at both ends.
+    hold = add_decayed_weights_unless_frozen(0.0, frozen)
+    weight = optax.chain(hold, scaled_by_epoch(factory), hold)
+    norm = scaled_by_epoch(factory)
+  groups = {
+    WEIGHT: weight,
+    NORM: norm,
     QUANT: optax.chain(momentum(), scale_by_epoch_learning_rate(sgd.quantizer_lr_scale)),
     FROZEN: optax.set_to_zero(),
   }

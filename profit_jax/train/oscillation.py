@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.config import QuantSettings, RemedySettings
-from profit_jax.quant.bits import kernel_steps
-from profit_jax.quant.methods import kernel_codes
+from profit_jax.config import OscillationSettings
+from profit_jax.nn.spec import KERNEL, ModelSpec, split_path
+from profit_jax.quant.bits import Bits
 from profit_jax.schedule import Phase
-from profit_jax.train.instability import kernel_shapes, moves
+from profit_jax.train.instability import moves
 
 FREEZING_BITS = 4  # the most at which codes are fixed
 _NEVER = 2.0  # a threshold that no frequency reaches
@@ -60,26 +60,29 @@ class Oscillation(NamedTuple):
   started: jax.Array
 
 
-def start(params: Mapping[str, Any]) -> Oscillation:
-  """The state before any step, on the host. Takes arrays or shapes."""
-  shapes = kernel_shapes(params)
+def start(kernels: Mapping[str, tuple[int, ...]]) -> Oscillation:
+  """The state before any step, on the host; `kernels` is `ModelSpec.kernels`."""
   dtypes = (np.int8, np.int8, np.float32, np.float32, bool)
   return Oscillation(
-    *({layer: np.zeros(s, dtype) for layer, s in shapes.items()} for dtype in dtypes),
+    *({layer: np.zeros(s, dtype) for layer, s in kernels.items()} for dtype in dtypes),
     np.zeros((), bool),
   )
 
 
 def active(
-  settings: RemedySettings, quantized_weights: bool, train_kernels: bool
+  settings: OscillationSettings, quantized_weights: bool, train_kernels: bool
 ) -> tuple[bool, bool]:
   """Whether a program dampens, and whether it freezes codes."""
   trains = quantized_weights and train_kernels
-  return trains and settings.dampening > 0, trains and bool(settings.freezing_thresholds)
+  return trains and settings.dampening > 0, trains and bool(settings.freeze_thresholds)
 
 
 def strengths(
-  settings: RemedySettings, phases: tuple[Phase, ...], phase: Phase, step: int, steps_per_epoch: int
+  settings: OscillationSettings,
+  phases: tuple[Phase, ...],
+  phase: Phase,
+  step: int,
+  steps_per_epoch: int,
 ) -> Strengths | None:
   """Those of a step (from 0) of a phase: lambda rises from 0 and the threshold falls, both as a
   half cosine.
@@ -92,7 +95,7 @@ def strengths(
   same = [p for p in phases if p.trains_codes and p.weight_bits == phase.weight_bits]
   before = sum(p.epochs for p in same if p.index < phase.index) * steps_per_epoch + step
   left = (1 + math.cos(math.pi * before / (sum(p.epochs for p in same) * steps_per_epoch))) / 2
-  first, last = settings.freezing_thresholds or (0.0, 0.0)
+  first, last = settings.freeze_thresholds or (0.0, 0.0)
   threshold = last + (first - last) * left if phase.weight_bits <= FREEZING_BITS else _NEVER
   return Strengths(
     np.float32(settings.dampening * (1 - left)) if dampens else None,
@@ -100,7 +103,7 @@ def strengths(
   )
 
 
-def dampening_loss(params: Mapping[str, Any], steps: jax.Array, quant: QuantSettings) -> jax.Array:
+def dampening_loss(params: Mapping[str, Any], bits: Bits, spec: ModelSpec) -> jax.Array:
   """The sum over all kernels of `(w - w_hat)^2` within the interval, w_hat being the value of w's
   code (section 4).
 
@@ -109,13 +112,13 @@ def dampening_loss(params: Mapping[str, Any], steps: jax.Array, quant: QuantSett
 
   Args:
     params: of a model.
-    steps: scalar, `Levels.weight`.
-    quant: which quantizers they are.
+    bits: with the bit width of the weights.
+    spec: of the model.
   """
   total = jnp.zeros((), jnp.float32)
-  for layer, (kernel, step) in _kernels(params, steps, quant).items():
+  for layer, (kernel, step) in _kernels(params, bits, spec).items():
     distance = kernel - jax.lax.stop_gradient(step * jnp.round(kernel / step))
-    inside = jnp.abs(kernel) < step * kernel_steps(layer, steps, quant)
+    inside = jnp.abs(kernel) < step * spec.kernel_qmax(layer, bits)
     total += jnp.sum(jnp.where(inside, jnp.square(distance), 0.0))
   return total
 
@@ -123,10 +126,10 @@ def dampening_loss(params: Mapping[str, Any], steps: jax.Array, quant: QuantSett
 def fix_codes(
   state: Oscillation,
   params: Mapping[str, Any],
-  steps: jax.Array,
+  bits: Bits,
   threshold: jax.Array,
   momentum: float,
-  quant: QuantSettings,
+  spec: ModelSpec,
 ) -> tuple[Mapping[str, Any], Oscillation]:
   """Fixes the codes that oscillate too often (section 4, algorithm 1), after a step.
 
@@ -138,17 +141,17 @@ def fix_codes(
   Args:
     state: before the step.
     params: after it.
-    steps: scalar, `Levels.weight`.
+    bits: with the bit width of the weights.
     threshold: of the frequency.
     momentum: share of the present step in the running means.
-    quant: which quantizers they are.
+    spec: of the model.
 
   Returns:
     The params and the state after it.
   """
-  flat, kernels = traverse_util.flatten_dict(params), _kernels(params, steps, quant)
+  flat, kernels = traverse_util.flatten_dict(params), _kernels(params, bits, spec)
   new = Oscillation({}, {}, {}, {}, {}, jnp.ones((), bool))
-  for layer, code in kernel_codes(params, steps, quant).items():
+  for layer, code in spec.kernel_codes(params, bits).items():
     kernel, step = kernels[layer]
     fixed, mean = state.fixed[layer], state.mean[layer]
     code = jnp.where(fixed, jnp.round(mean).astype(jnp.int8), code)
@@ -163,21 +166,17 @@ def fix_codes(
     new.mean[layer] = mean = jnp.where(fixed, mean, present)
     new.fixed[layer] = fixed
     new.codes[layer] = jnp.where(fixed, jnp.round(mean).astype(jnp.int8), code)
-    flat[*layer.split("/"), "kernel"] = jnp.where(
+    flat[*split_path(layer), KERNEL] = jnp.where(
       fixed, (step * jnp.round(mean)).astype(kernel.dtype), kernel
     )
   return traverse_util.unflatten_dict(flat), new
 
 
-def _kernels(params, steps, quant):
-  """Every kernel and the width of a step of its quantizer, without a gradient; by layer."""
-  flat = traverse_util.flatten_dict(params)
-  found = {}
-  for path, kernel in flat.items():
-    if path[-1] == "kernel":
-      layer, interval = (
-        "/".join(path[:-1]),
-        jax.nn.softplus(jax.lax.stop_gradient(flat[*path[:-1], "quant_a"])),
-      )
-      found[layer] = kernel, interval / kernel_steps(layer, steps, quant)
+def _kernels(params, bits, spec):
+  """Each kernel and the width of a step of its quantizer, without a gradient; by layer."""
+  flat, found = traverse_util.flatten_dict(params), {}
+  for layer in spec.kernels:
+    path = split_path(layer)
+    interval = jax.nn.softplus(jax.lax.stop_gradient(flat[*path, "quant_a"]))
+    found[layer] = flat[*path, KERNEL], interval / spec.kernel_qmax(layer, bits)
   return found

@@ -16,10 +16,9 @@ import optax
 from flax import traverse_util
 
 from profit_jax.kernels import target
-from profit_jax.quant.methods import PREFIX
+from profit_jax.nn.spec import WEIGHT, ModelSpec, Path
 
-NORM, QUANT, STATISTICS = "norm", "quant", "statistics"  # the vectors
-_VECTORS = {"scale": NORM, "bias": NORM, "mean": STATISTICS, "var": STATISTICS}
+STATISTICS = "statistics"  # the vector of running statistics
 
 
 class Leaf(NamedTuple):
@@ -43,8 +42,8 @@ class Packed(flax.struct.PyTreeNode):
 
   Attributes:
     arrays: the vectors `norm` (scales and biases), `quant` (the quantizers' scalars) and
-      `statistics`, as far as the tree has such leaves. Every other leaf, a kernel, is an array of
-      its own under its path, as `block01/expand_conv/kernel`.
+      `statistics`, as far as the tree has such leaves. Each weight is a separate array under its
+      path, as `block01/expand_conv/kernel`.
     layout: of all leaves; those of a vector lie there in this order.
   """
 
@@ -64,16 +63,27 @@ class Packed(flax.struct.PyTreeNode):
     return self.replace(arrays={**self.arrays, **own})
 
 
-def pack(tree: Mapping[str, Any]) -> Packed:
-  """Packs a nested dictionary of parameters or statistics; NumPy arrays stay NumPy arrays."""
+def pack(tree: Mapping[str, Any], groups: Mapping[Path, str] | None = None) -> Packed:
+  """Packs a nested dictionary; NumPy arrays stay NumPy arrays.
+
+  Args:
+    tree: parameters or running statistics.
+    groups: of the parameters, `ModelSpec.groups`; None for running statistics.
+  """
   flat = traverse_util.flatten_dict(tree)
-  layout = tuple(_leaf(path, leaf) for path, leaf in sorted(flat.items()))
+  layout = tuple(
+    _leaf(path, leaf, STATISTICS if groups is None else groups[path])
+    for path, leaf in sorted(flat.items())
+  )
   return Packed(arrays=_arrays(layout, flat), layout=layout)
 
 
-def pack_variables(variables: Mapping[str, Any]) -> dict[str, Packed]:
-  """Packs every collection of a model's variables."""
-  return {name: pack(tree) for name, tree in variables.items()}
+def pack_variables(variables: Mapping[str, Any], spec: ModelSpec) -> dict[str, Packed]:
+  """Packs a model's `params` and `batch_stats`."""
+  return {
+    "params": pack(variables["params"], spec.groups),
+    "batch_stats": pack(variables["batch_stats"]),
+  }
 
 
 def unpack(tree: Any) -> Any:
@@ -95,9 +105,9 @@ def unpacked_shapes(packed: Packed) -> Any:
   return jax.eval_shape(unpack, packed)
 
 
-def _leaf(path: tuple[str, ...], leaf: Any) -> Leaf:
-  vector = QUANT if path[-1].startswith(PREFIX) else _VECTORS.get(path[-1])
-  return Leaf(path, tuple(leaf.shape), vector or "/".join(path), own=vector is None)
+def _leaf(path: Path, leaf: Any, group: str) -> Leaf:
+  own = group == WEIGHT
+  return Leaf(path, tuple(leaf.shape), "/".join(path) if own else group, own)
 
 
 def _arrays(layout: tuple[Leaf, ...], flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

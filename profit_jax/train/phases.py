@@ -3,7 +3,7 @@ calibrated, which rates.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -11,11 +11,10 @@ import numpy as np
 
 from profit_jax.config import Settings
 from profit_jax.data import Source
-from profit_jax.quant.bits import levels
+from profit_jax.nn.spec import KERNEL, NORM, QUANT, WEIGHT, ModelSpec
 from profit_jax.schedule import Phase
 from profit_jax.train import aiwq, instability, interrupt, nonfinite, oscillation
-from profit_jax.train.optimizer import FROZEN, NORM, QUANT, WEIGHT
-from profit_jax.train.packing import unpacked_shapes
+from profit_jax.train.optimizer import FROZEN
 from profit_jax.train.programs import Frozen, Programs
 from profit_jax.train.progress import Best, EpochRecord, PhaseRecord, Progress
 from profit_jax.train.state import TrainState
@@ -32,17 +31,13 @@ def frozen(phase: Phase, progress: Progress) -> Frozen:
   return aiwq.frozen_layers(progress.ranking, phase.frozen_fraction)
 
 
-def untrained(phase: Phase, progress: Progress, params: Mapping[str, Any]) -> Frozen:
-  """The layers whose kernels do not train: the frozen ones, or all in a BN phase.
-
-  Args:
-    phase: under way.
-    progress: has the ranking.
-    params: nested dictionaries of arrays or shapes.
+def untrained(phase: Phase, progress: Progress, spec: ModelSpec) -> Frozen:
+  """The weights that do not train, `block01/expand_conv/kernel`: the frozen ones, or all in a BN
+  phase.
   """
   if phase.trains_kernels:
-    return frozen(phase, progress)
-  return frozenset(instability.kernel_shapes(params))
+    return frozenset(f"{layer}/{KERNEL}" for layer in frozen(phase, progress))
+  return frozenset("/".join(path) for path, group in spec.groups.items() if group == WEIGHT)
 
 
 def learning_rates(
@@ -68,21 +63,21 @@ def calibrate(
     weights = (
       programs.calibrate_weights() if phase.calibrate == "weight" else programs.fit_weights()
     )
-    steps = levels(phase.weight_bits, None).weight
-    state = state.replace(params=weights(state.params, steps))
+    bits = programs.student.bits.at(phase.weight_bits, None)
+    state = state.replace(params=weights(state.params, bits))
     return (
       state
       if state.ema_params is None
-      else state.replace(ema_params=weights(state.ema_params, steps))
+      else state.replace(ema_params=weights(state.ema_params, bits))
     )
   # The same batch whenever it is asked for: epoch 0's first.
   batch = next(iter(source.train_batches(0, settings.train.batch_size)))
   image = programs.split({"image": batch["image"][:: settings.train.accumulation_steps]})["image"]
-  acts, steps = programs.calibrate_acts(), levels(None, phase.act_bits).act
-  state = state.replace(params=acts(state.variables, image, key, steps))
+  acts, bits = programs.calibrate_acts(), programs.student.bits.at(None, phase.act_bits)
+  state = state.replace(params=acts(state.variables, image, key, bits))
   if state.ema_params is None:
     return state
-  return state.replace(ema_params=acts(state.ema_variables, image, key, steps))
+  return state.replace(ema_params=acts(state.ema_variables, image, key, bits))
 
 
 def start(
@@ -97,13 +92,13 @@ def start(
   one to the next of those that train kernels at the same bits.
   """
   _, freezes = oscillation.active(
-    settings.remedy, phase.program.quantized_weights, phase.program.train_kernels
+    settings.oscillation, phase.program.quantized_weights, phase.program.train_kernels
   )
   if not freezes:
     state = state.replace(oscillation=None)
   elif state.oscillation is None or before is None or before.weight_bits != phase.weight_bits:
-    kernels = unpacked_shapes(state.params)
-    state = state.replace(oscillation=programs.replicate(oscillation.start(kernels)))
+    fresh = oscillation.start(programs.student.kernels)
+    state = state.replace(oscillation=programs.replicate(fresh))
   return programs.fresh_optimizer(state, phase.program.train_kernels, untrained)
 
 
@@ -116,7 +111,7 @@ def strengths(
 ) -> oscillation.Strengths | None:
   """Those of the remedies in the next step."""
   done = progress.epoch * steps_per_epoch + progress.step
-  return oscillation.strengths(settings.remedy, phases, phase, done, steps_per_epoch)
+  return oscillation.strengths(settings.oscillation, phases, phase, done, steps_per_epoch)
 
 
 def for_evaluation(
@@ -131,17 +126,17 @@ def for_evaluation(
   """The variables that an evaluation uses: with batch statistics estimated anew where that is on,
   as the mean of those of the epoch's first batches (Nagel et al., ICML 2022).
   """
-  program, count = phase.program, settings.remedy.bn_batches
+  program, count = phase.program, settings.oscillation.bn_reestimation_batches
   if not count or not (program.quantized_weights or program.quantized_acts):
     return variables
   add = programs.batch_statistics(program.quantized_weights, program.quantized_acts)
-  steps, seen = levels(phase.weight_bits, phase.act_bits), 0
+  bits, seen = programs.bits(phase), 0
   total = programs.replicate(jax.tree.map(np.zeros_like, jax.device_get(variables["batch_stats"])))
   for batch in itertools.islice(source.train_batches(epoch, settings.train.batch_size), count):
     interrupt.check()
     # A part of it where training takes its batches in parts: the whole may be larger than memory.
     image = programs.split({"image": batch["image"][:: settings.train.accumulation_steps]})["image"]
-    total, seen = add(variables, image, steps, key, total), seen + 1
+    total, seen = add(variables, image, bits, key, total), seen + 1
     jax.block_until_ready(total)
   return {**variables, "batch_stats": jax.tree.map(lambda leaf: leaf / seen, total)}
 
@@ -171,16 +166,16 @@ def epoch_record(
   average: dict[str, float] | None,
   clip_rate,
   params,
+  kernels: Collection[str],
 ) -> EpochRecord:
   """What the plots know of an epoch whose last step is done; its loss is the mean of the steps.
-  `params` are nested dictionaries.
+  `params` are nested dictionaries, `kernels` the layers that have quantized kernels.
   """
   by_layer = {
     **progress.instability,
     "clip_rate": clip_rate,
     "aiwq": progress.metric if phase.kind == "sampling" else {},
   }
-  kernels = instability.kernel_shapes(params)
   for name, value in nonfinite.quantizer_scalars(params).items():
     scalar, layer = name.split("/", 1)
     if phase.weight_bits if layer in kernels else phase.act_bits:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,8 @@ from profit_jax import memory
 from profit_jax.config import ConfigError, Settings
 from profit_jax.data import Facts, normalization
 from profit_jax.kernels import target
-from profit_jax.models import variable_shapes
-from profit_jax.quant.bits import Levels
+from profit_jax.nn.spec import ModelSpec
+from profit_jax.quant.bits import Bits
 from profit_jax.schedule import Phase, Program
 from profit_jax.train import aiwq, instability, interrupt, optimizer, oscillation, steps
 from profit_jax.train.packing import Packed, pack_variables, unpack
@@ -108,29 +107,44 @@ class Programs:
 
   Attributes:
     mesh: over which batches are split; everything else is replicated.
+    student: the model that is trained.
     target: what programs are traced for.
     waited_seconds: how long callers have waited for compilation, in all.
   """
 
-  def __init__(
+  def __init__(  # noqa: PLR0913  one for each part
     self,
     settings: Settings,
     facts: Facts,
-    model: nn.Module,
-    teacher_model: nn.Module | None,
+    student: ModelSpec,
+    teacher: ModelSpec | None,
     mesh: Mesh,
-    file_model: nn.Module | None = None,
+    file: ModelSpec | None = None,
     platform: target.Platform | None = None,
+    *,
+    image_dtype: Any = np.uint8,
+    loss: steps.LossFunction | None = None,
+    optimizer_factory: optimizer.OptimizerFactory | None = None,
   ):
-    """Args: settings, validated; facts of the data; the models, by `Who`, None where there is none;
-    mesh; platform: that programs are traced for, None is the mesh's.
+    """Args:
+    settings: validated.
+    facts: of the data.
+    student: the model that is trained.
+    teacher: its teacher; None without one.
+    mesh: of the devices.
+    file: the student as its weights file's own code computes, where that is another.
+    platform: that programs are traced for; None is the mesh's.
+    image_dtype: of the batches: uint8, which is normalized, or float32.
+    loss: of the labels; None is the cross-entropy.
+    optimizer_factory: replaces SGD; see `optimizer.make_optimizer`.
     """
+    self._image_dtype, self._loss, self._factory = image_dtype, loss, optimizer_factory
     self._settings, self._facts = settings, facts
-    self._model, self._teacher_model = model, teacher_model
-    self._models: dict[Who, nn.Module | None] = {
-      "student": model,
-      "teacher": teacher_model,
-      "file": file_model,
+    self.student = student
+    self._specs: dict[Who, ModelSpec | None] = {
+      "student": student,
+      "teacher": teacher,
+      "file": file,
     }
     own, others = (
       normalization(settings.data.normalization, facts),
@@ -149,7 +163,6 @@ class Programs:
     self.waited_seconds = 0.0
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._split = NamedSharding(mesh, PartitionSpec("data"))
-    self._params = variable_shapes(model, settings.data.image_size)["params"]
     # While XLA compiles a program, Python traces the next. XLA gets them one at a time, because it
     # takes 1.2 GB for a small MobileNet's step; and in the order of the requests, because the
     # processes of a run may tune kernels together.
@@ -222,7 +235,7 @@ class Programs:
         yield ("calibrate", phase.calibrate), self._trace_calibration
       yield ("train", phase.program), self.trace_train_step
       quantized = phase.program.quantized_weights, phase.program.quantized_acts
-      if any(quantized) and self._settings.remedy.bn_batches:
+      if any(quantized) and self._settings.oscillation.bn_reestimation_batches:
         yield ("statistics", *quantized), self._trace_statistics
       yield ("eval", "student", *quantized), self._trace_eval
       if phase.trains_codes:  # needed last of these
@@ -238,7 +251,8 @@ class Programs:
       quantizer_lr_scale=train.quantizer_lr_scale,
     )
     labels = optimizer.label_params(params, train_kernels=train_kernels)
-    return optimizer.make_optimizer(labels, sgd, frozen if train_kernels else frozenset())
+    frozen = frozen if train_kernels else frozenset()
+    return optimizer.make_optimizer(labels, sgd, frozen, self._factory)
 
   def train_step(self, program: Program) -> Callable[..., Any]:
     """The compiled step of `steps.make_train_step`; the state and the AIWQ state are donated."""
@@ -251,25 +265,25 @@ class Programs:
     return self._wait(("eval", who, quantized_weights, quantized_acts), self._trace_eval)
 
   def calibrate_acts(self) -> Callable[..., Any]:
-    """The compiled `(variables, image, key, steps) -> params` of `steps.calibrate_acts`, packed."""
+    """The compiled `(variables, image, key, bits) -> params` of `steps.calibrate_acts`, packed."""
     return self._wait(("calibrate", "act"), self._trace_calibration)
 
   def calibrate_weights(self) -> Callable[..., Any]:
-    """The compiled `(params, steps) -> params` of `steps.calibrate_weights`, packed."""
+    """The compiled `(params, bits) -> params` of `steps.calibrate_weights`, packed."""
     return self._wait(("calibrate", "weight"), self._trace_calibration)
 
   def fit_weights(self) -> Callable[..., Any]:
-    """The compiled `(params, steps) -> params` of `steps.fit_weights`, packed."""
+    """The compiled `(params, bits) -> params` of `steps.fit_weights`, packed."""
     return self._wait(("calibrate", "fit"), self._trace_calibration)
 
   def observe(self) -> Callable[..., Any]:
-    """The compiled `(window, params, steps) -> window` of `instability.observe`; the params are
+    """The compiled `(window, params, bits) -> window` of `instability.observe`; the params are
     packed, and the window is donated.
     """
     return self._wait(("observe",), self._trace_observe)
 
   def batch_statistics(self, quantized_weights: bool, quantized_acts: bool) -> Callable[..., Any]:
-    """The compiled `(variables, image, levels, key, total) -> total` that adds
+    """The compiled `(variables, image, bits, key, total) -> total` that adds
     `steps.batch_statistics` to the total; both are packed.
     """
     return self._wait(("statistics", quantized_weights, quantized_acts), self._trace_statistics)
@@ -281,17 +295,17 @@ class Programs:
   def _first_state(self, program: Program, frozen: Frozen) -> TrainState:
     tx = self.optimizer(program.train_kernels, frozen)
     _, freezes = oscillation.active(
-      self._settings.remedy, program.quantized_weights, program.train_kernels
+      self._settings.oscillation, program.quantized_weights, program.train_kernels
     )
 
     zeros = jax.tree.map(
       lambda leaf: np.zeros(leaf.shape, leaf.dtype),
-      variable_shapes(self._model, self._settings.data.image_size),
+      self.student.shapes,
     )
-    state = create_state(zeros, ema=self._settings.train.ema_rate > 0)
+    state = create_state(zeros, self.student, ema=self._settings.train.ema_rate > 0)
     return state.replace(
       opt_state=tx.init(state.params),
-      oscillation=oscillation.start(self._params) if freezes else None,
+      oscillation=oscillation.start(self.student.kernels) if freezes else None,
     )
 
   def _request(
@@ -330,24 +344,24 @@ class Programs:
     return compiled
 
   def _batch_shapes(self, size: int) -> dict[str, Any]:
-    pixels = self._settings.data.image_size
+    image = (size, *self.student.input_shape)
     shapes = {
-      "image": jax.ShapeDtypeStruct((size, pixels, pixels, 3), np.uint8),
+      "image": jax.ShapeDtypeStruct(image, self._image_dtype),
       "label": jax.ShapeDtypeStruct((size,), np.int32),
       "mask": jax.ShapeDtypeStruct((size,), bool),
     }
     return _with_sharding(shapes, self._split)
 
-  def _levels_shapes(self, quantized_weights: bool, quantized_acts: bool) -> Levels:
-    steps_shape = jax.ShapeDtypeStruct((), np.float32)
-    return Levels(
-      steps_shape if quantized_weights else None, steps_shape if quantized_acts else None
+  def _bits_shapes(self, quantized_weights: bool, quantized_acts: bool) -> Bits:
+    width = jax.ShapeDtypeStruct((), np.int32)
+    return self.student.bits.at(
+      width if quantized_weights else None, width if quantized_acts else None
     )
 
   def _variables(self, who: Who) -> dict[str, Packed]:
     """The shapes of a model's variables."""
-    shapes = variable_shapes(self._models[who], self._settings.data.image_size)
-    return jax.eval_shape(pack_variables, shapes)
+    spec = self._specs[who]
+    return jax.eval_shape(lambda variables: pack_variables(variables, spec), spec.shapes)
 
   @_traced_for_devices(training=True)
   def trace_train_step(self, program: Program) -> jax.stages.Traced:
@@ -361,47 +375,43 @@ class Programs:
     settings = self._settings
     teacher = distillation = None
     if program.distill:
-      teacher = _with_sharding(
-        variable_shapes(self._teacher_model, settings.data.image_size), self._replicated
-      )
+      teacher = _with_sharding(self._specs["teacher"].shapes, self._replicated)
       distillation = steps.Distillation(
-        self._teacher_model,
+        self._specs["teacher"].model,
         batch_statistics=settings.teacher.batch_stats == "batch",
         normalization=self._teacher_normalization,
       )
-    student = self._model
-    if program.sampling and settings.plan.sampling_every > 1:
-      student = student.clone(sampling_every=settings.plan.sampling_every)
     step = steps.make_train_step(
-      student,
+      self.student.model,
       self.optimizer(program.train_kernels, frozenset()),
       normalization=self._normalization,
       ema_rate=settings.train.ema_rate,
       distillation=distillation,
       accumulation_steps=settings.train.accumulation_steps,
       dtype=jnp.bfloat16 if settings.train.dtype == "bfloat16" else None,
-      quant=settings.quant,
-      remedy=settings.remedy,
+      loss=self._loss,
+      spec=self.student,
+      oscillation_settings=settings.oscillation,
     )
     state = jax.eval_shape(lambda: self._first_state(program, frozenset()))
     state = _with_sharding(state, self._replicated)
     scalar = jax.ShapeDtypeStruct((), np.float32)
-    applied = oscillation.active(settings.remedy, program.quantized_weights, program.train_kernels)
+    applied = oscillation.active(
+      settings.oscillation, program.quantized_weights, program.train_kernels
+    )
     sampling = None
     if program.sampling:
-      sampling = _with_sharding(aiwq.start(self._params), self._replicated)
+      sampling = _with_sharding(aiwq.start(self.student.convs), self._replicated)
     jitted = jax.jit(step, donate_argnums=(0, 6), out_shardings=self._replicated)
     return jitted.trace(
       state,
       self._batch_shapes(settings.train.batch_size),
-      self._levels_shapes(program.quantized_weights, program.quantized_acts),
+      self._bits_shapes(program.quantized_weights, program.quantized_acts),
       scalar,
       self._key_shape,
       teacher,
       sampling,
-      oscillation.Strengths(*(scalar if remedy else None for remedy in applied))
-      if any(applied)
-      else None,
+      oscillation.Strengths(*(scalar if on else None for on in applied)) if any(applied) else None,
     )
 
   @_traced_for_devices()
@@ -409,17 +419,17 @@ class Programs:
     self, quantized_weights: bool, quantized_acts: bool, who: Who = "student"
   ) -> jax.stages.Traced:
     """`steps.make_eval_step`, traced and not lowered yet; arguments as `eval_step`'s."""
-    settings, model = self._settings, self._models[who]
+    settings, model = self._settings, self._specs[who].model
     seen = self._teacher_normalization if who == "teacher" else self._normalization
     of_tree = steps.make_eval_step(model, normalization=seen, num_classes=self._facts.num_classes)
 
-    def step(variables, batch, levels):
-      return of_tree(unpack(variables), batch, levels)
+    def step(variables, batch, bits):
+      return of_tree(unpack(variables), batch, bits)
 
     return jax.jit(step, out_shardings=self._replicated).trace(
       _with_sharding(self._variables(who), self._replicated),
       self._batch_shapes(settings.train.eval_batch_size),
-      self._levels_shapes(quantized_weights, quantized_acts),
+      self._bits_shapes(quantized_weights, quantized_acts),
     )
 
   def _trace_eval(
@@ -429,28 +439,28 @@ class Programs:
 
   @_traced_for_devices()
   def _trace_observe(self) -> jax.stages.Traced:
-    window = _with_sharding(instability.start(self._params), self._replicated)
+    window = _with_sharding(instability.start(self.student.kernels), self._replicated)
     params = _with_sharding(self._variables("student")["params"], self._replicated)
 
-    def observe(window, params, steps):
-      return instability.observe(window, unpack(params), steps, self._settings.quant)
+    def observe(window, params, bits):
+      return instability.observe(window, self.student.kernel_codes(unpack(params), bits))
 
     jitted = jax.jit(observe, donate_argnums=0, out_shardings=self._replicated)
-    return jitted.trace(window, params, jax.ShapeDtypeStruct((), np.float32))
+    return jitted.trace(window, params, self._bits_shapes(True, False))
 
   @_traced_for_devices()
   def _trace_statistics(self, quantized_weights: bool, quantized_acts: bool) -> jax.stages.Traced:
     settings = self._settings
 
-    def add(variables, image, levels, key, total):
+    def add(variables, image, bits, key, total):
       of = (
-        self._model,
+        self.student.model,
         unpack(variables),
         image,
         self._normalization,
-        levels,
+        bits,
         key,
-        settings.model.bn_momentum,
+        self.student,
       )
       return jax.tree.map(jnp.add, total, total.filled(steps.batch_statistics(*of)))
 
@@ -459,10 +469,14 @@ class Programs:
     return jitted.trace(
       variables,
       self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)["image"],
-      self._levels_shapes(quantized_weights, quantized_acts),
+      self._bits_shapes(quantized_weights, quantized_acts),
       self._key_shape,
       variables["batch_stats"],
     )
+
+  def bits(self, phase: Phase) -> Bits:
+    """What a phase tells the student's layers."""
+    return self.student.bits.at(phase.weight_bits, phase.act_bits)
 
   @property
   def _key_shape(self) -> Any:
@@ -471,26 +485,25 @@ class Programs:
   @_traced_for_devices()
   def _trace_calibration(self, what: str) -> jax.stages.Traced:
     settings, sharded = self._settings, functools.partial(_with_sharding, sharding=self._replicated)
-    scalar = jax.ShapeDtypeStruct((), np.float32)
     variables = sharded(self._variables("student"))
     if what != "act":
       of = steps.fit_weights if what == "fit" else steps.calibrate_weights
 
-      def calibrate_kernels(params, weights):
-        return params.filled(of(unpack(params), weights, settings.quant))
+      def calibrate_kernels(params, bits):
+        return params.filled(of(unpack(params), bits, self.student))
 
       jitted = jax.jit(calibrate_kernels, out_shardings=self._replicated)
-      return jitted.trace(variables["params"], scalar)
+      return jitted.trace(variables["params"], self._bits_shapes(True, False))
 
-    def calibrate(variables, image, key, acts):
-      of = self._model, unpack(variables), image, self._normalization, key, acts
+    def calibrate(variables, image, key, bits):
+      of = self.student.model, unpack(variables), image, self._normalization, key, bits
       return variables["params"].filled(steps.calibrate_acts(*of))
 
     image = self._batch_shapes(settings.train.batch_size // settings.train.accumulation_steps)[
       "image"
     ]
     jitted = jax.jit(calibrate, out_shardings=self._replicated)
-    return jitted.trace(variables, image, self._key_shape, scalar)
+    return jitted.trace(variables, image, self._key_shape, self._bits_shapes(False, True))
 
 
 class _Turns:

@@ -10,18 +10,35 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 from etils import epath
 
 from profit_jax import snapshots
-from profit_jax.config import ConfigError, Settings, parse
+from profit_jax.config import ConfigError, Settings, parse, with_new_names
 from profit_jax.data import Source
 from profit_jax.models import REGISTRY
 
 
-def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> None:
+class Identity(NamedTuple):
+  """Which run a directory belongs to.
+
+  Attributes:
+    config: what `config.json` holds, plain values. Runs of the library say so under `library`.
+    data: what `data.json` holds: the numbers in `_COUNTS`, and `fingerprint`.
+  """
+
+  config: dict[str, Any]
+  data: dict[str, Any]
+
+
+def identity_of(settings: Settings, source: Source) -> Identity:
+  """That of a configured run."""
+  return Identity(settings.to_dict(), data_identity(source))
+
+
+def claim_workdir(workdir: epath.Path, identity: Identity) -> None:
   """Writes `config.json` and `data.json`, or checks that those that are there are this run's; for
   who holds the directory.
 
@@ -31,7 +48,7 @@ def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> No
   """
   path = workdir / "config.json"
   if path.exists():
-    require_same_run(workdir, settings, source)
+    require_same_run(workdir, identity)
     return
   if snapshots.saved_numbers(workdir / "checkpoints"):
     raise ConfigError(
@@ -41,7 +58,7 @@ def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> No
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, content in (("data.json", _identity(source)), ("config.json", settings.to_dict())):
+    for name, content in (("data.json", identity.data), ("config.json", identity.config)):
       write_text(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
     raise ConfigError(
@@ -49,13 +66,16 @@ def claim_workdir(workdir: epath.Path, settings: Settings, source: Source) -> No
     ) from error
 
 
-def require_same_run(workdir: epath.Path, settings: Settings, source: Source) -> None:
+def require_same_run(workdir: epath.Path, identity: Identity) -> None:
   """Checks that the run in a directory is this one.
 
   Raises:
     ConfigError: it has another configuration, or its data was other.
   """
-  found = differences(comparable(read_settings(workdir).to_dict()), comparable(settings.to_dict()))
+  saved = read_config(workdir)
+  if "library" not in saved and "library" not in identity.config:
+    saved = read_settings(workdir).to_dict()
+  found = differences(comparable(saved), comparable(identity.config))
   if found:
     listing = "\n  ".join(found)
     raise ConfigError(
@@ -63,10 +83,11 @@ def require_same_run(workdir: epath.Path, settings: Settings, source: Source) ->
       f"Use an empty directory, or that run's configuration. "
       f"The fields that differ:\n  {listing}"
     )
-  require_same_bfloat16(workdir)
+  if "library" not in saved:
+    require_same_bfloat16(workdir)
   # An epoch's order is a function of the number of examples: with another one, a run would not go
   # on but begin anew.
-  if found := other_data(workdir, source):
+  if found := other_data(workdir, identity.data):
     raise ConfigError(
       f"--workdir {workdir} belongs to a run on other data: {'; '.join(found)}. Give the data "
       "back as it was, or use an "
@@ -96,11 +117,11 @@ def require_same_bfloat16(workdir: epath.Path, flag: str = "--workdir") -> None:
 _COUNTS = ("train_examples", "eval_examples", "num_classes")
 
 
-def other_data(workdir: epath.Path, source: Source, flag: str = "--workdir") -> list[str]:
-  """In what the data of the run in a directory differs from this; arguments and errors as
-  `read_data`.
+def other_data(workdir: epath.Path, present: dict[str, Any], flag: str = "--workdir") -> list[str]:
+  """In what the data of the run in a directory differs from `present`, of `data_identity`; other
+  arguments and errors as `read_data`.
   """
-  saved, present = read_data(workdir, flag), _identity(source)
+  saved = read_data(workdir, flag)
   found = differences(
     *(
       {name: count for name, count in facts.items() if name in _COUNTS}
@@ -112,7 +133,8 @@ def other_data(workdir: epath.Path, source: Source, flag: str = "--workdir") -> 
   return found
 
 
-def _identity(source: Source) -> dict[str, Any]:
+def data_identity(source: Source) -> dict[str, Any]:
+  """What `data.json` holds."""
   return {
     **{name: getattr(source.facts, name) for name in _COUNTS},
     "fingerprint": source.fingerprint(),
@@ -132,7 +154,8 @@ def read_data(workdir: epath.Path, flag: str = "--workdir") -> dict[str, Any]:
   try:
     saved = json.loads(path.read_text())
     counts = {name: int(saved[name]) for name in _COUNTS}
-    if min(counts.values()) < 1:
+    # The library does not count evaluation examples beforehand.
+    if min(counts["train_examples"], counts["num_classes"], counts["eval_examples"] + 1) < 1:
       raise ValueError(f"every count must be 1 or above: {counts}")
     return {**counts, "fingerprint": saved.get("fingerprint")}
   except Exception as error:  # a damaged file raises whatever its parts stumble over
@@ -230,7 +253,7 @@ def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
   """
   config = read_config(workdir, flag)
   try:
-    return parse(ml_collections.ConfigDict(config), REGISTRY)
+    return parse(ml_collections.ConfigDict(with_new_names(config)), REGISTRY)
   # ConfigDict refuses dots, and names of its methods.
   except (
     ValueError,

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from profit_jax.config import Settings
 from profit_jax.data import Source
-from profit_jax.models import build, init_variables, variable_shapes
+from profit_jax.models import build, student_spec
+from profit_jax.nn.spec import ModelSpec, describe
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs
@@ -23,33 +23,35 @@ class Student(NamedTuple):
   """The net that is trained.
 
   Attributes:
-    model: its module.
+    spec: its model.
     make: gives its first variables; called in a fresh run only.
     loaded: what its file gave; None from random weights, and in a run that goes on, which needs the
       file no more.
-    file_model: the module with the padding of the file's own code, where that is another than the
+    file_spec: the model with the padding of the file's own code, where that is another than the
       run's; else None.
   """
 
-  model: nn.Module
+  spec: ModelSpec
   make: Callable[[], Variables]
   loaded: Loaded | None
-  file_model: nn.Module | None
+  file_spec: ModelSpec | None
 
 
 class Teacher(NamedTuple):
   """The net that teaches.
 
   Attributes:
-    model: its module; None without one.
+    spec: its model; None without one.
     variables: its weights; None without one, or where a checkpoint has them, or will have (a
       student with a random classifier is its own teacher once the full-precision phase is over).
     loaded: what the file of another model gave; else None.
+    is_student: whether it is the student before quantization, which every checkpoint keeps.
   """
 
-  model: nn.Module | None
+  spec: ModelSpec | None
   variables: Variables | None
   loaded: Loaded | None
+  is_student: bool = False
 
 
 def load_student(settings: Settings, num_classes: int, progress: Progress | None = None) -> Student:
@@ -63,37 +65,31 @@ def load_student(settings: Settings, num_classes: int, progress: Progress | None
   Raises:
     ConfigError: a file that does not hold this model's weights.
   """
-  size = settings.data.image_size
-  model = build(settings.model, num_classes, settings.quant)
+  spec = student_spec(settings, num_classes)
 
   def random() -> Variables:
-    return init_variables(model, jax.random.key(settings.seed), size)
+    return spec.init(jax.random.key(settings.seed))
 
-  def with_padding(pad_value: float | None) -> nn.Module | None:
+  def with_padding(pad_value: float | None) -> ModelSpec | None:
     if pad_value in (None, settings.model.pad_value):
       return None
-    return build(
-      dataclasses.replace(settings.model, pad_value=pad_value), num_classes, settings.quant
-    )
+    other = dataclasses.replace(settings.model, pad_value=pad_value)
+    return describe(build(other, num_classes), spec.input_shape, spec.bits)
 
   if progress is not None:
     return Student(
-      model, random, None, with_padding(progress.start and progress.start.file_pad_value)
+      spec, random, None, with_padding(progress.start and progress.start.file_pad_value)
     )
   if settings.from_scratch:
-    return Student(model, random, None, None)
+    return Student(spec, random, None, None)
   head = None
   if settings.init.reset_head:
     # Of a whole initialization, XLA compiles what is asked for: the classifier.
     key = jax.random.key(settings.seed)
-    head = {
-      "params": {HEAD: jax.jit(lambda key: init_variables(model, key, size)["params"][HEAD])(key)}
-    }
-  loaded = load_variables(
-    settings.init.weights, settings.model.name, variable_shapes(model, size), new_head=head
-  )
+    head = {"params": {HEAD: jax.jit(lambda key: spec.init(key)["params"][HEAD])(key)}}
+  loaded = load_variables(settings.init.weights, settings.model.name, spec.shapes, new_head=head)
   return Student(
-    model, lambda: loaded.variables, loaded, with_padding(loaded.settings.get("pad_value"))
+    spec, lambda: loaded.variables, loaded, with_padding(loaded.settings.get("pad_value"))
   )
 
 
@@ -111,18 +107,15 @@ def load_teacher(
   if teacher.model == "self":
     # Its dropout would only add noise to what it teaches. The student may still have to adapt to
     # negative padding: what the file's own code computes teaches better.
-    padding = getattr(student.file_model or student.model, "pad_value", settings.model.pad_value)
-    own = build(
-      dataclasses.replace(settings.model, dropout=0.0, pad_value=padding),
-      num_classes,
-      settings.quant,
-    )
+    seen = student.file_spec or student.spec
+    padding = getattr(seen.model, "pad_value", settings.model.pad_value)
+    own = dataclasses.replace(settings.model, dropout=0.0, pad_value=padding)
     later = settings.new_classifier or progress is not None
-    return Teacher(own, None if later else student.make(), None)
-  other = build(teacher.as_model(), num_classes)
-  shapes = variable_shapes(other, settings.data.image_size)
-  loaded = load_variables(teacher.weights, teacher.model, shapes, role="teacher")
-  return Teacher(other, loaded.variables, loaded)
+    spec = describe(build(own, num_classes), student.spec.input_shape, student.spec.bits)
+    return Teacher(spec, None if later else student.make(), None, is_student=True)
+  spec = describe(build(teacher.as_model(), num_classes), student.spec.input_shape)
+  loaded = load_variables(teacher.weights, teacher.model, spec.shapes, role="teacher")
+  return Teacher(spec, loaded.variables, loaded)
 
 
 def doubts(settings: Settings, student: Student, teacher: Teacher) -> list[str]:
@@ -144,12 +137,12 @@ def doubts(settings: Settings, student: Student, teacher: Teacher) -> list[str]:
           f"config.{section}.{name} = {ours!r}, but these weights ({loaded.source} names) are for "
           f"{theirs!r}."
         )
-  if student.file_model is not None and (
+  if student.file_spec is not None and (
     settings.teacher.model == "none" or not settings.plan.full_precision_epochs
   ):
     found.append(
       f"config.model.pad_value = {settings.model.pad_value}, but these weights are for "
-      f"{student.file_model.pad_value}, and "
+      f"{student.file_spec.model.pad_value}, and "
       "this plan has no full-precision phase that adapts them: that needs a teacher and "
       "plan.full_precision_epochs."
     )
@@ -185,15 +178,15 @@ def evaluate_start(
       start,
       source=student.loaded.source,
       quantized=student.loaded.quantizers,
-      file_pad_value=None if student.file_model is None else student.file_model.pad_value,
+      file_pad_value=None if student.file_spec is None else student.file_spec.model.pad_value,
       new_head=settings.init.reset_head,
       top1=scores["top1"],
       top5=scores["top5"],
       examples=int(scores["examples"]),
-      file_top1=None if student.file_model is None else of("file", variables)["top1"],
+      file_top1=None if student.file_spec is None else of("file", variables)["top1"],
     )
   if teacher.loaded is not None:
-    scores = of("teacher", programs.replicate(pack_variables(teacher.variables)))
+    scores = of("teacher", programs.replicate(pack_variables(teacher.variables, teacher.spec)))
     start = dataclasses.replace(
       start, teacher_top1=scores["top1"], examples=int(scores["examples"])
     )
@@ -212,5 +205,5 @@ def baseline(start: Start) -> Best | None:
 
 def evaluated(student: Student, teacher: Teacher) -> list[str]:
   """The models that `evaluate_start` evaluates, as `Programs` calls them."""
-  chosen = {"student": student.loaded, "file": student.file_model, "teacher": teacher.loaded}
+  chosen = {"student": student.loaded, "file": student.file_spec, "teacher": teacher.loaded}
   return [who for who, there in chosen.items() if there is not None]

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import optax
 
+from profit_jax.nn.spec import ModelSpec
 from profit_jax.train.optimizer import FrozenKernels
-from profit_jax.train.packing import Packed, pack, unpack
+from profit_jax.train.packing import Packed, pack_variables, unpack
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -21,7 +22,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: their average, updated once a step; None without EMA.
     ema_batch_stats: likewise.
     opt_state: fresh in every phase.
-    oscillation: a `remedies.Oscillation` where codes that oscillate are fixed; else None.
+    oscillation: a `oscillation.Oscillation` where codes that oscillate are fixed; else None.
   """
 
   step: jax.Array
@@ -43,24 +44,25 @@ class TrainState(flax.struct.PyTreeNode):
     return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
 
 
-def create_state(variables: dict[str, Any], *, ema: bool) -> TrainState:
+def create_state(variables: dict[str, Any], spec: ModelSpec, *, ema: bool) -> TrainState:
   """A state at step 0 without an optimizer, on the host.
 
   Args:
     variables: nested dictionaries.
+    spec: of their model.
     ema: whether there is an average; it starts as a copy (an alias cannot be donated).
   """
 
-  def copy(tree):
-    return pack(jax.tree.map(np.array, tree))
+  def copy():
+    return pack_variables(jax.tree.map(np.array, variables), spec)
 
-  params, batch_stats = variables["params"], variables["batch_stats"]
+  own, average = copy(), copy() if ema else {}
   return TrainState(
     step=np.zeros((), np.int32),
-    params=copy(params),
-    batch_stats=copy(batch_stats),
-    ema_params=copy(params) if ema else None,
-    ema_batch_stats=copy(batch_stats) if ema else None,
+    params=own["params"],
+    batch_stats=own["batch_stats"],
+    ema_params=average.get("params"),
+    ema_batch_stats=average.get("batch_stats"),
     opt_state=(),
   )
 

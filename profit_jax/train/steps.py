@@ -12,18 +12,21 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from profit_jax.config import QuantSettings, RemedySettings
+from profit_jax.config import OscillationSettings
 from profit_jax.data.normalize import Normalization, normalize
 from profit_jax.nn.layers import at_least_float32
-from profit_jax.quant import calibration, duq
-from profit_jax.quant.bits import Levels, kernel_steps
-from profit_jax.quant.methods import METHODS
+from profit_jax.nn.spec import KERNEL, ModelSpec, split_path
+from profit_jax.quant import duq
+from profit_jax.quant.bits import Bits
+from profit_jax.quant.quantized import value_of
 from profit_jax.train import aiwq, oscillation
 from profit_jax.train.packing import unpack
 from profit_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# `(logits [N, classes], labels [N]) -> losses [N]`.
+LossFunction = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -62,16 +65,17 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
   distillation: Distillation | None = None,
   accumulation_steps: int = 1,
   dtype: Any = None,
-  quant: QuantSettings = QuantSettings(),
-  remedy: RemedySettings = RemedySettings(),
+  loss: LossFunction | None = None,
+  spec: ModelSpec | None = None,
+  oscillation_settings: OscillationSettings = OscillationSettings(),
 ) -> Callable[..., tuple[TrainState, Metrics, aiwq.AiwqState | None]]:
   """A training step, and a sampling step when it is given an `AiwqState`; not yet jitted.
 
-  The step takes `(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None)`:
+  The step takes `(state, batch, bits, learning_rate, key, teacher, sampling, strengths=None)`:
     batch: `image` `[N, H, W, 3]` (uint8, or already normalized floats), `label` int32 `[N]`, and
       `mask` bool `[N]`, False in rows without an example, which the loss excludes. Without `mask`
       all rows count.
-    levels: the student's quantization steps.
+    bits: the student's.
     learning_rate: scalar, the epoch's.
     key: folded with `state.step` for dropout.
     teacher: the teacher's variables, or None.
@@ -94,11 +98,12 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
       that of the whole batch's loss. Batch statistics are those of each part; the running ones move
       once, by the parts' mean.
     dtype: of the activations and their gradients; None is that of the normalized images.
-    quant: the student's quantizers, for the remedies.
-    remedy: their settings; see `profit_jax/train/oscillation.py`.
+    loss: of the labels; None is `cross_entropy`.
+    spec: the student's, for the remedies.
+    oscillation_settings: theirs; see `profit_jax/train/oscillation.py`.
   """
 
-  def step(state, batch, levels, learning_rate, key, teacher, sampling, strengths=None):
+  def step(state, batch, bits, learning_rate, key, teacher, sampling, strengths=None):
     batch = {"mask": jnp.ones(batch["label"].shape, bool), **batch}
     # A batch without any example counts as one, so that its loss is 0 and not NaN.
     examples = jnp.maximum(jnp.sum(batch["mask"]), 1)
@@ -112,22 +117,24 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
 
       def forward(params):
         variables = {"params": params, "batch_stats": batch_stats}
-        return _forward(model, variables, state.step, image, levels, key, sampling)
+        return _forward(model, variables, state.step, image, bits, key, sampling)
 
       # With respect to the leaves: the transpose of a slice is a padded vector, one a leaf.
-      return _share_of_gradient(forward, params, part, teacher_logits, examples)
+      return _share_of_gradient(
+        forward, params, part, teacher_logits, examples, loss or cross_entropy
+      )
 
     grads, metrics, updates = _accumulate(gradient, batch, key, accumulation_steps)
     metrics["examples"] = examples
     if strengths is not None and strengths.dampening is not None:
-      metrics["dampening"], more = _dampening(params, strengths, levels, quant)
+      metrics["dampening"], more = _dampening(params, strengths, bits, spec)
       grads = jax.tree.map(jnp.add, grads, more)
 
     def repair(new):
-      return _fix_codes(new, strengths, levels, remedy, quant)
+      return _fix_codes(new, strengths, bits, oscillation_settings.freeze_momentum, spec)
 
     grads = state.params.filled(grads)
-    statistics = state.batch_stats.filled(updates["batch_stats"])
+    statistics = state.batch_stats.filled(updates.get("batch_stats", {}))
     new, sums = _apply_gradients(state, tx, grads, learning_rate, statistics, ema_rate, repair)
     metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(sums)
     state = jax.tree.map(lambda n, o: jnp.where(metrics["finite"], n, o), new, state)
@@ -149,15 +156,15 @@ def _teacher_logits(distillation, variables, image, key):
   logits, _ = distillation.model.apply(
     variables,
     image,
-    Levels(),
+    Bits(),
     distillation.batch_statistics,
     mutable=["batch_stats"],
     rngs={"dropout": key},
   )
-  return logits
+  return value_of(logits)
 
 
-def _share_of_gradient(forward, params, batch, teacher_logits, examples):
+def _share_of_gradient(forward, params, batch, teacher_logits, examples, loss):
   """The share that a part of the batch has in the gradient and the metrics, and the collections
   that `forward(params) -> (logits, collections)` updates.
   """
@@ -167,7 +174,8 @@ def _share_of_gradient(forward, params, batch, teacher_logits, examples):
 
   def loss_fn(params):
     logits, updates = forward(params)
-    parts = {"ce": share(cross_entropy(logits, batch["label"]))}
+    logits = value_of(logits)
+    parts = {"ce": share(loss(logits, batch["label"]))}
     if teacher_logits is not None:
       parts["kd"] = share(distillation_loss(logits, teacher_logits))
     return sum(parts.values()), (parts, logits, updates)
@@ -199,44 +207,44 @@ def _accumulate(gradient, batch, key, count):
   )
   (grads, quantized), (metrics, updates) = jax.lax.scan(body, zeros, (jnp.arange(count), parts))
   updates = {
-    "batch_stats": jax.tree.map(lambda leaf: jnp.mean(leaf, 0), updates["batch_stats"]),
+    "batch_stats": jax.tree.map(lambda leaf: jnp.mean(leaf, 0), updates.get("batch_stats", {})),
     "moments": aiwq.pooled(updates.get("moments", {})),
     "quantized": quantized,
   }
   return grads, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), metrics), updates
 
 
-def _dampening(params, strengths, levels, quant):
+def _dampening(params, strengths, bits, spec):
   """The weighted dampening loss and its gradient."""
 
   def dampening(params):
-    return strengths.dampening * oscillation.dampening_loss(params, levels.weight, quant)
+    return strengths.dampening * oscillation.dampening_loss(params, bits, spec)
 
   return jax.value_and_grad(dampening)(params)
 
 
-def _fix_codes(state, strengths, levels, remedy, quant):
+def _fix_codes(state, strengths, bits, momentum, spec):
   """The state after iterative freezing, where that is on."""
   if strengths is None or strengths.threshold is None:
     return state
   params, oscillating = oscillation.fix_codes(
     state.oscillation,
     unpack(state.params),
-    levels.weight,
+    bits,
     strengths.threshold,
-    remedy.freezing_momentum,
-    quant,
+    oscillation.freeze_momentum,
+    spec,
   )
   return state.replace(params=state.params.with_kernels(params), oscillation=oscillating)
 
 
-def _forward(model, variables, step, image, levels, key, sampling):
+def _forward(model, variables, step, image, bits, key, sampling):
   """The student in train mode; beside the previous kernels where AIWQ is sampled."""
   extra = {} if sampling is None else {"previous": aiwq.previous_collection(sampling)}
   return model.apply(
     {**variables, **extra},
     image,
-    levels,
+    bits,
     True,
     mutable=["batch_stats", "moments", "quantized"],
     rngs={"dropout": jax.random.fold_in(key, step)},
@@ -284,16 +292,16 @@ def make_eval_step(
 ) -> Callable[..., Metrics]:
   """An evaluation step over a padded batch; not yet jitted.
 
-  The step takes `(variables, batch, levels)`, the batch with a bool `mask` `[N]` that is False for
+  The step takes `(variables, batch, bits)`, the batch with a bool `mask` `[N]` that is False for
   padding, and returns sums over the real examples: `examples`, `top1`, `top5` (counts; top5 is the
   top `min(5, classes)`), `loss`, and `clip_rate`, a dictionary by quantizer (`block01/input_quant`,
   or a kernel's layer) of sums of per-example shares.
   """
 
-  def step(variables, batch, levels):
+  def step(variables, batch, bits):
     image, mask, label = normalize(batch["image"], normalization), batch["mask"], batch["label"]
-    logits, updates = model.apply(variables, image, levels, False, mutable=["clip_rate"])
-    logits = at_least_float32(logits)
+    logits, updates = model.apply(variables, image, bits, False, mutable=["clip_rate"])
+    logits = at_least_float32(value_of(logits))
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, label)
     # The rank of the true class: how many classes score higher. Ties count for the lower index, as
     # in a stable sort.
@@ -321,23 +329,29 @@ def batch_statistics(
   variables: Any,
   image: jax.Array,
   normalization: Normalization,
-  levels: Levels,
+  bits: Bits,
   key: Any,
-  momentum: float,
+  spec: ModelSpec,
 ) -> Any:
-  """The batch statistics of images, in the tree of the running ones; `momentum` is the model's."""
+  """The batch statistics of images, in the tree of the running ones; `spec` is the model's."""
   zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
   inputs = {"params": variables["params"], "batch_stats": zeros}
   _, updates = model.apply(
     inputs,
     normalize(image, normalization),
-    levels,
+    bits,
     True,
     mutable=["batch_stats"],
     rngs={"dropout": key},
   )
   # From zeros, the update leaves this share of the batch's.
-  return jax.tree.map(lambda leaf: leaf / (1 - momentum), updates["batch_stats"])
+  flat = traverse_util.flatten_dict(variables["batch_stats"])
+  seen = traverse_util.flatten_dict(updates["batch_stats"])
+  for layer, momentum in spec.momenta.items():
+    for name in ("mean", "var"):
+      path = (*split_path(layer), name)
+      flat[path] = seen[path] / (1 - momentum)
+  return traverse_util.unflatten_dict(flat)
 
 
 def calibrate_acts(
@@ -346,18 +360,18 @@ def calibrate_acts(
   image: jax.Array,
   normalization: Normalization,
   key: Any,
-  steps: jax.Array,
+  bits: Bits,
 ) -> Any:
   """Params with the activation quantizers' scalars set from one batch, in train mode with
   quantizers off.
 
-  Jit with `model` and `normalization` static. The running statistics stay as they are. `steps` is
-  `Levels.act`.
+  Jit with `model` and `normalization` static. The running statistics stay as they are. `bits` has
+  the width of the activations.
   """
   _, updates = model.apply(
     variables,
     normalize(image, normalization),
-    Levels(act=steps),
+    bits,
     True,
     mutable=["calibration", "batch_stats"],
     rngs={"dropout": key},
@@ -368,31 +382,25 @@ def calibrate_acts(
   return traverse_util.unflatten_dict(flat)
 
 
-def calibrate_weights(params: Any, steps: jax.Array, quant: QuantSettings = QuantSettings()) -> Any:
-  """Params with the first values of every kernel's quantizer, at `steps`, `Levels.weight`; DuQ's
-  are `0.9 * max|w|`.
+def calibrate_weights(params: Any, bits: Bits, spec: ModelSpec) -> Any:
+  """Params with the first values of each kernel's scalars, at `bits.weight`; DuQ's are
+  `0.9 * max|w|`.
   """
-  return _with_kernel_scalars(params, steps, quant, METHODS[quant.method].first_kernel)
+  return _with_kernel_scalars(params, bits, spec, spec.bits.quantizer.first_kernel)
 
 
-def fit_weights(params: Any, steps: jax.Array, quant: QuantSettings = QuantSettings()) -> Any:
-  """Params with every kernel's a and c fitted to it, at `steps` (a scalar, `Levels.weight`)."""
-
-  def fitted(kernel, steps):
-    return dict(
-      zip(("quant_a", "quant_c"), calibration.fitted_interval(kernel, steps), strict=True)
-    )
-
-  return _with_kernel_scalars(params, steps, quant, fitted)
+def fit_weights(params: Any, bits: Bits, spec: ModelSpec) -> Any:
+  """Params with each kernel's scalars fitted to it, at `bits.weight`."""
+  return _with_kernel_scalars(params, bits, spec, spec.bits.quantizer.fit_kernel)
 
 
-def _with_kernel_scalars(params, steps, quant, values_of):
-  flat = traverse_util.flatten_dict(params)
-  values_of = jax.vmap(values_of, in_axes=(-1, None)) if quant.per_channel else values_of
-  for path, leaf in list(flat.items()):
-    if path[-1] == "kernel":
-      for name, value in values_of(leaf, kernel_steps("/".join(path[:-1]), steps, quant)).items():
-        _set(flat, (*path[:-1], name), value)
+def _with_kernel_scalars(params, bits, spec, values_of):
+  flat, quantizer = traverse_util.flatten_dict(params), spec.bits.quantizer
+  for layer in spec.kernels:
+    path = split_path(layer)
+    values = quantizer.of_kernel(values_of, flat[*path, KERNEL], spec.kernel_qmax(layer, bits))
+    for name, value in values.items():
+      _set(flat, (*path, name), value)
   return traverse_util.unflatten_dict(flat)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from flax import traverse_util
 
 from profit_jax.config import ConfigError, ModelSettings
-from profit_jax.models import REGISTRY, STRIDES, options, variable_shapes
+from profit_jax.models import REGISTRY, STRIDES, options
+from profit_jax.nn.spec import describe
 from profit_jax.weights import authors, timm, torchvision
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.naming import QUANTIZER_LEAVES, Naming, OwnNaming, Path
@@ -238,7 +239,7 @@ def _looks_like(given: Mapping[str, Any], model: str, template: Variables) -> st
   if _common_share(given, model, template) > 0.9:
     return model
   scores = {
-    other: _common_share(given, other, variable_shapes(make(), 224))
+    other: _common_share(given, other, describe(make(), (224, 224, 3)).shapes)
     for other, make in REGISTRY.items()
   }
   best = max(scores, key=scores.get)

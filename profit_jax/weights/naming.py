@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from profit_jax.quant.methods import METHODS
+from profit_jax.quant import QUANTIZERS
 from profit_jax.weights import layout
 
 # Of a leaf, collection first: ("params", "block01", "expand_conv", "kernel").
 Path = tuple[str, ...]
 QUANTIZER_LEAVES = frozenset(
-  leaf for method in METHODS.values() for leaf in (*method.kernel_leaves, *method.act_leaves)
+  leaf for cls in QUANTIZERS.values() for leaf in (*cls.kernel_scalars, *cls.act_scalars)
 )
 
 

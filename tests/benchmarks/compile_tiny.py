@@ -15,6 +15,7 @@ from benchmarks import aot_programs
 from configs import mbv2_w4
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY
+from profit_jax.nn.spec import describe
 from tests.traced import TwoBlocks
 from tests.train.tiny import TinyNet
 
@@ -38,10 +39,10 @@ def settings_of(dtype, devices):
 
 def figures(target, make_net, stage, dtype):
   settings = settings_of(dtype, len(target.devices))
-  model = make_net(num_classes=aot_programs.FACTS.num_classes)
+  spec = describe(make_net(num_classes=aot_programs.FACTS.num_classes), (32, 32, 3))
   mesh = aot_programs.mesh_of(target)
   found, _ = aot_programs.measured(
-    lambda: aot_programs.compile_ours(settings, model, stage, mesh), target.platform
+    lambda: aot_programs.compile_ours(settings, spec, stage, mesh), target.platform
   )
   return {"net": make_net.__name__, "stage": stage, "dtype": dtype, **found}
 

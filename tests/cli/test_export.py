@@ -20,8 +20,9 @@ from profit_jax.config import ConfigError
 from profit_jax.data import preprocess
 from profit_jax.data.picture import read_picture
 from profit_jax.export import formats, onnx_file, verify
-from profit_jax.models import build
-from tests.export.conftest import MODEL, tiny_settings, write_run
+from profit_jax.export.build import build_net
+from profit_jax.models import student_spec
+from tests.cli.conftest import MODEL, tiny_settings, write_run
 from tests.export.nets import changed, digits, random_variables
 from tests.wrong_input import command as run_command
 
@@ -70,13 +71,13 @@ def test_nothing_else_lies_there(exported):
   assert len(list(exported.iterdir())) == 3 * len(formats.DEFAULT)
 
 
-def trained_model(top1, **model_changes):
-  """What `exported` was made of, with another model if there are changes."""
+def trained_model(top1):
+  """What `exported` was made of."""
   settings = tiny_settings()
-  model = build(tiny_settings(**model_changes).model, 10)
+  spec = student_spec(settings, 10)
   final = {"weight_bits": 4, "act_bits": 4, "full_precision_top1": 99.0, "weights": "raw"}
   result = {"phases": [], "final": final}
-  return verify.TrainedModel(settings, digits(), model, random_variables(settings), result, top1)
+  return verify.TrainedModel(settings, digits(), spec, random_variables(settings), result, top1)
 
 
 class OneCodeChanged:
@@ -112,13 +113,27 @@ def test_a_file_that_is_not_what_was_trained_is_not_kept(exported, tmp_path):
   assert names == {f"{STEM}.jax{suffix}" for suffix in ("", ".json", ".md")}
 
 
-def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path):
+def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path, monkeypatch):
+  def another_net(*arguments, **options):
+    net = build_net(*arguments, **options)
+    stem = net.layers[0]
+    return changed(net, stem.name, multiplier=np.float32(0.9) * stem.multiplier)
+
+  monkeypatch.setattr(export, "build_net", another_net)
   screen = Console(file=io.StringIO(), width=100)
-  other = trained_model(100.0, **{"model.bn_epsilon": 0.1})
   with pytest.raises(export.NotEqual, match="nothing was written"):
-    export.export(other, ["onnx"], epath.Path(tmp_path) / "export", screen)
+    export.export(trained_model(100.0), ["onnx"], epath.Path(tmp_path) / "export", screen)
   assert "stem_quant" in screen.file.getvalue()
   assert not list(tmp_path.iterdir())
+
+
+def test_a_run_with_another_quantizer_is_exported(tiny_v1, tmp_path):
+  quant = {"quant.method": "lsq", "quant.per_channel": True, "quant.first_bits": 8}
+  write_run(tmp_path / "lsq", best=True, **quant)
+  app.main(None, str(tmp_path / "lsq"), "export", export_formats=["onnx"])
+  card = json.loads((tmp_path / "lsq" / "export" / f"{STEM}.onnx.json").read_text())
+  assert [layer["weight_bits"] for layer in card["layers"]] == [8, 4, 4, 4]
+  assert "4 to 8 bits symmetric; 4 to 8 bits of the file" in card["policy"]["weights"]
 
 
 def test_a_run_that_has_not_reached_its_last_bits(tiny_v1, tmp_path):

@@ -28,7 +28,7 @@ def settings(**changes):
     "data.image_size": SIZE,
     "train.batch_size": 8,
     "train.eval_batch_size": 8,
-    "data.readers": 4,
+    "data.num_readers": 4,
   }
   config.update_from_flattened_dict({**small, **changes})
   return parse(config, REGISTRY)

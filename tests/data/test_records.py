@@ -103,7 +103,7 @@ def test_evaluation_of_imagenet_counts_50000_on_any_number_of_hosts(hosts, batch
 
 
 def test_hosts_that_cannot_share_the_readers_are_refused():
-  with pytest.raises(ConfigError, match=r"data.readers = 64 .* multiple of 3"):
+  with pytest.raises(ConfigError, match=r"data.num_readers = 64 .* multiple of 3"):
     reader_plan(50_000, 64, Pass(768, Host(0, 3)))
   assert len(reader_plan(50_000, 48, Pass(768, Host(0, 3))).readers) == 16
 

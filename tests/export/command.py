@@ -6,10 +6,9 @@ python -m tests.export.command OPTIONS
 import sys
 
 import main
-from profit_jax.export.build import NETWORKS
 from profit_jax.models import REGISTRY
 from tests.export import tiny
 
 if __name__ == "__main__":
-  REGISTRY["tiny_v1"], NETWORKS["tiny_v1"] = tiny.TinyV1, tiny.topology
+  REGISTRY["tiny_v1"] = tiny.TinyV1
   sys.exit(main.run(sys.argv)[0])

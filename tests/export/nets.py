@@ -22,7 +22,7 @@ from profit_jax.export.net import (
   Sum,
   Value,
 )
-from profit_jax.models import REGISTRY, build, variable_shapes
+from profit_jax.models import REGISTRY, student_spec
 
 NORMALIZATION = data.KNOWN["digits"].normalization
 SIZE = 16  # pixels
@@ -33,6 +33,23 @@ STRIDES = {
   "mobilenet_v2": (2, 1, 2, 2, 1, 1, 1, 1),
   "mobilenet_v3_large": (2, 1, 1, 2, 2, 1, 1),
   "mobilenet_v3_small": (2, 1, 1, 2, 1, 2),
+}
+
+
+# Ranges of the scalars of activations' quantizers, and what those of kernels are of the largest
+# weight.
+QUANTIZERS = {
+  "quant_a": (1.5, 3.0),
+  "quant_c": (1.5, 3.0),
+  "quant_center": (1.0, 1.5),
+  "quant_width": (0.7, 1.0),
+  "quant_gamma": (0.8, 1.2),
+}
+KERNEL_QUANTIZERS = {
+  "quant_a": 0.6,
+  "quant_c": 0.8,
+  "quant_center": 0.4,
+  "quant_width": 0.3,
 }
 
 
@@ -53,6 +70,11 @@ def small_settings(name, **changes):
 
 
 def random_variables(settings, classes=10, seed=0):
+  return random_values(student_spec(settings, classes).shapes, seed)
+
+
+def random_values(shapes, seed=0):
+  """Numbers for the variables of any model."""
   rng = np.random.default_rng(seed)
 
   def leaf(path, shape):
@@ -60,27 +82,26 @@ def random_variables(settings, classes=10, seed=0):
     if kind == "kernel":
       fan_in = np.prod(size[:-1])
       return np.float32(rng.normal(0.0, fan_in**-0.5, size))
-    if kind in ("quant_a", "quant_c"):
-      return raw(rng.uniform(1.5, 3.0))
+    if kind.startswith("quant_"):
+      return raw(rng.uniform(*QUANTIZERS[kind], size))
     # Some negative, as training makes some of batch normalization's.
     spread = {"scale": (1.0, 0.5), "bias": (0.2, 0.5), "mean": (0.0, 0.1), "var": (1.0, 0.1)}[kind]
     value = rng.normal(*spread, size)
     return np.float32(np.abs(value) if kind == "var" else value)
 
-  variables = jax.tree_util.tree_map_with_path(
-    leaf, variable_shapes(build(settings.model, classes), settings.data.image_size)
-  )
+  variables = jax.tree_util.tree_map_with_path(leaf, shapes)
 
   def of_kernels(tree):
     if "kernel" in tree:  # a kernel's interval is of its own size
-      largest = np.abs(tree["kernel"]).max()
-      for name, share in (("quant_a", 0.6), ("quant_c", 0.8)):
-        tree[name] = raw(share * largest)
+      channels = tree["kernel"].reshape(-1, tree["kernel"].shape[-1])
+      for name in tree.keys() & KERNEL_QUANTIZERS.keys():
+        largest = np.abs(channels).max(0 if tree[name].ndim else None)
+        tree[name] = raw(KERNEL_QUANTIZERS[name] * largest)
     return {
       name: of_kernels(part) if isinstance(part, dict) else part for name, part in tree.items()
     }
 
-  return {"params": of_kernels(variables["params"]), "batch_stats": variables["batch_stats"]}
+  return {**variables, "params": of_kernels(variables["params"])}
 
 
 def raw(value):
@@ -93,14 +114,26 @@ def random_net(name, weight_bits, act_bits, **changes):
   """Settings, variables and the code-domain net of a small model."""
   settings = small_settings(name, **changes)
   variables = random_variables(settings)
-  return settings, variables, build_net(settings, variables, NORMALIZATION, weight_bits, act_bits)
+  return settings, variables, net_of(settings, variables, weight_bits, act_bits)
+
+
+def net_of(settings, variables, weight_bits, act_bits, classes=10):
+  """The code-domain net of a registered model."""
+  return build_net(
+    student_spec(settings, classes),
+    variables,
+    name=settings.model.name,
+    normalization=NORMALIZATION,
+    weight_bits=weight_bits,
+    act_bits=act_bits,
+  )
 
 
 @functools.cache
 def full_net(name, bits):
   """The published size, 1000 classes."""
   settings = settings_of(name, **{"model.width": 1.0, "model.strides": (), "data.image_size": 224})
-  return build_net(settings, random_variables(settings, 1000), NORMALIZATION, bits, bits)
+  return net_of(settings, random_variables(settings, 1000), bits, bits, 1000)
 
 
 @functools.cache
@@ -157,7 +190,9 @@ def every_operation(weight_bits, act_bits):
   x = net.activation(net.layer(x, "pre_classifier", (16, 24)), "hard_swish")
   x = net.quantizer(x, "pre_classifier_quant", "hswish")
   net.layer(x, "classifier", (24, 10))
-  return Net("every_operation", tuple(net.nodes), SIZE, NORMALIZATION, weight_bits, act_bits)
+  return Net(
+    "every_operation", tuple(net.nodes), (SIZE, SIZE, 3), NORMALIZATION, weight_bits, act_bits
+  )
 
 
 class _Maker:
@@ -205,6 +240,7 @@ class _Maker:
         high=high,
         bits=bits,
         scale=float(np.float32(1.1 * interval / high)),
+        offset=-0.375 if kind == "hswish" else 0.0,
       )
     )
 

@@ -6,15 +6,16 @@ import pytest
 
 from profit_jax.config import ConfigError
 from profit_jax.export import verify
-from profit_jax.export.build import build_net, kernel_codes
 from profit_jax.export.costs import costs
 from profit_jax.export.net import Activation
-from profit_jax.models import build
-from profit_jax.quant import duq
+from profit_jax.export.quantizers import quantized_kernel
+from profit_jax.models import student_spec
+from profit_jax.quant import DuQ, duq
 from tests.export.nets import (
   NORMALIZATION,
   full_net,
   images,
+  net_of,
   random_net,
   random_variables,
   raw,
@@ -33,7 +34,7 @@ from tests.export.nets import (
 )
 def test_its_codes_are_the_trained_models(name, weight_bits, act_bits, changes):
   settings, variables, net = random_net(name, weight_bits, act_bits, **changes)
-  run = verify.trained_codes(net, build(settings.model, 10), variables, NORMALIZATION)
+  run = verify.trained_codes(net, student_spec(settings, 10), variables, NORMALIZATION)
   logits, codes = run(images())
   compared = verify.compare(net, [images()], lambda _: (logits, codes))
   assert compared.at_ties, [row for row in compared.rows if row.apart]
@@ -51,7 +52,7 @@ def test_a_quantizers_range_replaces_the_activation(activation, kept):
   settings = small_settings("mobilenet_v1", **{"model.activation": activation})
   variables = random_variables(settings)
   variables["params"]["block01"]["depthwise_quant"]["quant_a"] = raw(6.5)
-  net = build_net(settings, variables, NORMALIZATION, 4, 4)
+  net = net_of(settings, variables, 4, 4)
   found = [node.name for node in net.nodes if isinstance(node, Activation)]
   assert found == (["block01/depthwise_conv/relu6"] if kept else [])
 
@@ -67,19 +68,21 @@ def test_kernel_codes_are_those_of_the_quantizer(bits):
   rng = np.random.default_rng(bits)
   kernel, raw_a = np.float32(rng.normal(size=(3, 3, 64, 64))), np.float32(0.3)
   steps = 2 ** (bits - 1) - 1
-  codes = kernel_codes(kernel, raw_a, steps)
+  params = {"kernel": kernel, "quant_a": raw_a, "quant_c": raw_a}
+  found = quantized_kernel("conv", params, steps, DuQ())
   values = duq.quantize(
     jnp.asarray(kernel), jnp.asarray(raw_a), jnp.asarray(raw_a), jnp.float32(steps), "symmetric"
   )
   interval = np.logaddexp(0, np.float64(raw_a))
-  np.testing.assert_array_equal(codes, np.rint(np.float64(values) * steps / interval))
-  assert set(np.unique(codes)) == set(range(-steps, steps + 1))
+  np.testing.assert_array_equal(found.codes, np.rint(np.float64(values) * steps / interval))
+  assert set(np.unique(found.codes)) == set(range(-steps, steps + 1))
+  assert (found.bits, found.code_bits) == (bits, None)
 
 
 def test_a_border_that_has_no_code_is_refused():
   settings = small_settings("mobilenet_v3_small", **{"model.pad_value": 0.0})
-  with pytest.raises(ConfigError, match=r"model\.pad_value = 0\.0"):
-    build_net(settings, {}, NORMALIZATION, 4, 4)
+  with pytest.raises(ConfigError, match=r"depthwise_conv.* pad_value = 0\.0 .*-0\.375"):
+    net_of(settings, random_variables(settings), 4, 4)
 
 
 # Multiply-accumulates at 224 pixels, in millions: v1 569 (arXiv 1704.04861, table 4), v2 300 (arXiv

@@ -6,6 +6,7 @@ import pytest
 
 from profit_jax.export import formats, verify
 from tests.export.nets import every_operation, full_net, images, random_net
+from tests.export.test_trace import OWN, float_images, own_net
 
 RUNTIMES = {"qonnx": "qonnx", "litert": "ai_edge_litert"}
 # qonnx converts numpy's arrays of one number to numbers.
@@ -18,10 +19,9 @@ def module_of(name):
   return formats.load(name)
 
 
-def require_exact(name, net, folder):
+def require_exact(name, net, folder, few):
   module, path = module_of(name), folder / f"net{formats.FORMATS[name].suffix}"
   module.write(net, path)
-  few = images(8)
   compared = verify.compare(net, [few], verify.file_codes(module.open_file(path)))
   assert compared.exact, [row for row in compared.rows if row.differing]
   assert compared.logits < 1e-5
@@ -31,12 +31,18 @@ def require_exact(name, net, folder):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_file_computes_the_references_codes(tmp_path, name, bits):
-  require_exact(name, every_operation(bits, bits), tmp_path)
+  require_exact(name, every_operation(bits, bits), tmp_path, images(8))
+
+
+@pytest.mark.parametrize("make", OWN)
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_file_computes_an_own_models_codes(tmp_path, name, make):
+  require_exact(name, own_net(make()), tmp_path, float_images(8))
 
 
 def test_litert_computes_the_references_codes_of_a_whole_net(tmp_path):
   # Its delegate joins operations by what surrounds them. qonnx executes node by node.
-  require_exact("litert", random_net("mobilenet_v3_small", 2, 2)[2], tmp_path)
+  require_exact("litert", random_net("mobilenet_v3_small", 2, 2)[2], tmp_path, images(8))
 
 
 @pytest.mark.parametrize(("bits", "limit"), [(4, 2_100_000), (2, 1_150_000)])

@@ -6,8 +6,7 @@ import pytest
 
 from profit_jax.export import onnx_file, reference, verify
 from profit_jax.export.net import IMAGE, Activation, Layer, Net, Quantizer, Sum, Value
-from profit_jax.models import init_variables
-from profit_jax.quant.bits import levels
+from profit_jax.quant.bits import Bits
 from tests.export.nets import (
   NORMALIZATION,
   changed,
@@ -16,6 +15,7 @@ from tests.export.nets import (
   images,
   small_settings,
 )
+from tests.specs import init_variables
 from tests.train.tiny import TinyNet
 
 # XLA's default; the other tests compile without optimizations, to be faster.
@@ -73,7 +73,7 @@ def test_a_compiled_product_is_rounded_before_it_is_added_to():
       Value(name="quant/value", input="quant", scale=scale, offset=offset),
       Sum(name="sum", input="conv/hard_swish", other="quant/value"),
     ),
-    images().shape[1],
+    images().shape[1:],
     NORMALIZATION,
     4,
     4,
@@ -101,7 +101,7 @@ def test_the_first_images_are_compared_in_equal_parts(net, runner):
   everything = np.concatenate(verify.eval_images(net, source, 232))
   np.testing.assert_array_equal(everything, next(source.eval_batches(450))["image"])
   # As codes of images of this size, 450 are too many for one part.
-  parts = verify.eval_images(net._replace(image_size=64), source, 232)
+  parts = verify.eval_images(net._replace(image_shape=(64, 64, 3)), source, 232)
   assert len(parts) > 1
   assert len({len(part) for part in parts}) == 1
   np.testing.assert_array_equal(np.concatenate(parts), everything[: len(parts) * len(parts[0])])
@@ -164,7 +164,7 @@ def test_a_float_fed_quantizer_reads_more_than_one_sum(net):
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_the_trained_model_is_run_at_the_highest_precision(monkeypatch, platform):
   monkeypatch.setattr(jax, "default_backend", lambda: platform)
-  model, bits = TinyNet(), levels(4, None)  # no product of codes with codes
+  model, bits = TinyNet(), Bits(4, None)  # no product of codes with codes
   variables = init_variables(model, jax.random.key(0), 16)
   program = verify._trained_values.__wrapped__
   jaxpr = jax.make_jaxpr(program, static_argnums=(0, 1))(

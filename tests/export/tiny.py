@@ -3,15 +3,13 @@ on it.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from profit_jax.export.net import IMAGE
 from profit_jax.models.mobilenet_v1 import DepthwiseSeparable
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
-from profit_jax.quant.bits import Levels
+from profit_jax.quant.bits import Bits
 
 
 class TinyV1(nn.Module):
@@ -20,25 +18,12 @@ class TinyV1(nn.Module):
   num_classes: int = 10
   activation: str = "relu6"
   bn_epsilon: float = 1e-5
-  quant: Any = None
 
   @nn.compact
-  def __call__(self, x, levels=Levels(), train=False):
+  def __call__(self, x, bits=Bits(), train=False):
     norm = functools.partial(BatchNorm, epsilon=self.bn_epsilon)
-    x = QuantConv(8, 3, 2, name="stem_conv")(x, levels.first())
-    x = norm(name="stem_norm").pending(x, train, self.activation)
-    x = QuantAct("unsigned", 6.0, name="stem_quant")(x, levels)
-    x = DepthwiseSeparable(16, 2, self.activation, QuantConv, norm, name="block00")(
-      x, levels, train
-    )
-    return QuantDense(self.num_classes, name="classifier")(jnp.mean(x, (1, 2)), levels.last())
-
-
-def topology(net, model, strides):
-  """The same for `profit_jax.export.build`."""
-  x = net.conv(IMAGE, "stem_conv", "stem_norm", 2)
-  x = net.quantize(x, "stem_quant", "unsigned", model.activation)
-  for part, options in (("depthwise", {"stride": 2, "depthwise": True}), ("pointwise", {})):
-    x = net.conv(x, f"block00/{part}_conv", f"block00/{part}_norm", **options)
-    x = net.quantize(x, f"block00/{part}_quant", "unsigned", model.activation)
-  net.dense(net.mean(x, "mean"), "classifier")
+    x = QuantConv(8, 3, 2, name="stem_conv")(x, bits.of_first())
+    x = norm(name="stem_norm")(x, train, self.activation)
+    x = QuantAct("unsigned", 6.0, name="stem_quant")(x, bits)
+    x = DepthwiseSeparable(16, 2, self.activation, norm, name="block00")(x, bits, train)
+    return QuantDense(self.num_classes, name="classifier")(jnp.mean(x, (1, 2)), bits.of_last())

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from profit_jax.models import REGISTRY, variable_shapes
+from profit_jax.models import REGISTRY
 from profit_jax.models.common import divisible_by_8
-from profit_jax.quant.bits import levels
+from profit_jax.quant.bits import Bits
 from profit_jax.weights.load import import_variables
 from tests import golden_data
+from tests.specs import variable_shapes
 
 
 @functools.cache
@@ -43,7 +44,7 @@ def test_authors_logits(weight_bits, act_bits, mode):
   image = golden_data.images("input:mobilenet_v2", (4, 3, 64, 64))
   expected = golden_data.load("mobilenet_v2.npz")[f"w{weight_bits or 0}a{act_bits or 0}_{mode}"]
   with jax.enable_x64(True):
-    logits = golden_program(mode)(variables, image, levels(weight_bits, act_bits))
+    logits = golden_program(mode)(variables, image, Bits(weight_bits, act_bits))
   assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
 
 

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from profit_jax.models import REGISTRY, variable_shapes
+from profit_jax.models import REGISTRY
 from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
 from profit_jax.models.mobilenet_v3 import Block
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
-from profit_jax.quant.bits import Levels, levels
+from profit_jax.quant.bits import Bits
 from profit_jax.weights.load import import_variables
 from tests import golden_data
+from tests.specs import variable_shapes
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def test_authors_logits(weight_bits, act_bits, mode):
   ]
   with jax.enable_x64(True):
     image = golden_data.images("input:mobilenet_v3_large", (4, 3, 64, 64))
-    logits = golden_program(mode)(image, levels(weight_bits, act_bits))
+    logits = golden_program(mode)(image, Bits(weight_bits, act_bits))
   assert np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max() < 1e-9
 
 
@@ -122,7 +123,6 @@ def test_an_hswish_quantizer_never_sees_less_than_its_code_0(order):
     hswish_input=False,
     squeeze_excite=order,
     pad_value=-0.375,
-    conv=QuantConv,
     dense=QuantDense,
     norm=functools.partial(BatchNorm, epsilon=1e-5),
   )
@@ -130,10 +130,8 @@ def test_an_hswish_quantizer_never_sees_less_than_its_code_0(order):
 
   @jax.jit
   def seen(x):
-    _, sown = block.init_with_output(
-      jax.random.key(0), x, Levels(), True, capture_intermediates=True
-    )
-    return sown["intermediates"]["depthwise_quant"]["__call__"][0]
+    _, sown = block.init_with_output(jax.random.key(0), x, Bits(), True, capture_intermediates=True)
+    return sown["intermediates"]["depthwise_quant"]["__call__"][0].value()
 
   quantized_input = seen(x)
   assert -0.375 - 1e-6 <= quantized_input.min() < -0.1

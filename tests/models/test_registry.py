@@ -9,10 +9,11 @@ from flax import traverse_util
 
 from configs import base
 from profit_jax.config import ConfigError, parse
-from profit_jax.models import REGISTRY, STRIDES, TEACHERS_ONLY, build, check, variable_shapes
-from profit_jax.quant.bits import levels
+from profit_jax.models import REGISTRY, STRIDES, TEACHERS_ONLY, build, check
+from profit_jax.quant.bits import Bits
 from profit_jax.weights.load import import_variables
 from tests import golden_data
+from tests.specs import variable_shapes
 
 ZERO_PAD = {"pad_value": 0.0}
 TORCHVISION_V3 = {"pad_value": 0.0, "bn_epsilon": 1e-3}
@@ -158,5 +159,5 @@ def test_resnet_refuses_bits():
   model = REGISTRY["resnet18"](num_classes=10)
   with pytest.raises(ValueError, match="ResNet"):
     jax.eval_shape(
-      lambda x: model.init(jax.random.key(0), x, levels(4, 4)), np.zeros((1, 32, 32, 3), np.float32)
+      lambda x: model.init(jax.random.key(0), x, Bits(4, 4)), np.zeros((1, 32, 32, 3), np.float32)
     )

@@ -10,16 +10,16 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
 
-from profit_jax.config import QuantSettings
 from profit_jax.data import Normalization
 from profit_jax.kernels import products
 from profit_jax.kernels.target import Target, tracing_for
-from profit_jax.models import init_variables
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
-from profit_jax.quant.bits import levels
-from profit_jax.quant.methods import METHODS, per_channel
+from profit_jax.nn.pending import parts_of
+from profit_jax.quant import LSQ, PACT, QIL, DuQ
+from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import Product, Quantized, value_of
 from profit_jax.train import steps
+from tests.specs import spec_of
 from tests.train.tiny import TinyNet
 
 
@@ -52,10 +52,10 @@ CASES = {
   "pointwise_after_hswish": (lambda: QuantConv(6), "hswish"),
 }
 QUANTIZERS = {
-  "duq_per_channel": QuantSettings(per_channel=True),
-  "lsq": QuantSettings(method="lsq"),
-  "pact": QuantSettings(method="pact"),
-  "qil": QuantSettings(method="qil"),
+  "duq_per_channel": DuQ(per_channel=True),
+  "lsq": LSQ(),
+  "pact": PACT(),
+  "qil": QIL(),
 }
 
 
@@ -79,8 +79,8 @@ def convolution(layer, x, kernel):
 )
 def test_a_convolution_of_codes_is_that_of_the_values(case, quant):
   layer, act = CASES[case][0](), QuantAct(CASES[case][1])
-  settings = QUANTIZERS.get(quant, QuantSettings())
-  method, bits = METHODS[settings.method], levels(4, 3)._replace(quant=settings)
+  quantizer = QUANTIZERS.get(quant, DuQ())
+  bits = Bits(4, 3, quantizer)
   with jax.enable_x64(True):
     x = jnp.asarray(draw(2, 5, 5, 4))
 
@@ -98,14 +98,14 @@ def test_a_convolution_of_codes_is_that_of_the_values(case, quant):
 
     def codes(params, x):
       y = layer.apply({"params": params["conv"]}, quantized_input(params, x), bits)
-      assert isinstance(y, Product)
-      return jnp.sum(jnp.sin(y.value()))
+      assert isinstance(parts_of(y), Product)
+      return jnp.sum(jnp.sin(y))
 
     def values(params, x):
       scalars = dict(params["conv"])
       kernel = scalars.pop("kernel")
-      of = functools.partial(per_channel, method.kernel) if settings.per_channel else method.kernel
-      kernel = of(kernel, scalars, bits.weight).value()
+      quantize = quantizer.quantize_kernel
+      kernel = quantizer.of_kernel(quantize, kernel, scalars, bits.kernel_qmax()).value()
       return jnp.sum(jnp.sin(convolution(layer, quantized_input(params, x).value(), kernel)))
 
     found, expected = (
@@ -117,7 +117,7 @@ def test_a_convolution_of_codes_is_that_of_the_values(case, quant):
 
 def test_before_a_batch_norm_the_gradients_are_those_of_the_values():
   conv, norm, act = QuantConv(6, 3, pad_value=-3 / 8), BatchNorm(), QuantAct("hswish")
-  bits = levels(4, 3)
+  bits = Bits(4, 3)
   with jax.enable_x64(True):
     x = jnp.asarray(draw(2, 5, 5, 4))
 
@@ -152,7 +152,7 @@ def test_before_a_batch_norm_the_gradients_are_those_of_the_values():
 
 
 def test_a_dense_layer_and_dropout_keep_codes():
-  dense, bits = QuantDense(5), levels(4, 3)
+  dense, bits = QuantDense(5), Bits(4, 3)
   with jax.enable_x64(True):
     x = Quantized(jnp.float64(integers(0, 7, 3, 4)), jnp.float64(0.3), -3 / 8)
     drawn = dense.init(jax.random.key(0), jnp.ones((3, 4), jnp.float32), bits)["params"]
@@ -221,14 +221,14 @@ def test_sums_of_codes_are_exact_in_one_pass(size, stride, depthwise):
 
 
 def test_a_net_in_float32_has_the_codes_of_float64():
-  net, bits = TinyNet(), levels(4, 4)
+  net, bits = TinyNet(), Bits(4, 4)
   images = jnp.asarray(draw(64, 16, 16, 3), jnp.float32)
-  variables = init_variables(net, jax.random.key(0), 16)
+  spec, as_they_are = spec_of(net, 16), Normalization((0.0,) * 3, (1.0,) * 3)
+  variables = spec.init(jax.random.key(0))
   variables["params"] = steps.calibrate_weights(
-    steps.calibrate_acts(
-      net, variables, images, Normalization((0.0,) * 3, (1.0,) * 3), jax.random.key(0), bits.act
-    ),
-    bits.weight,
+    steps.calibrate_acts(net, variables, images, as_they_are, jax.random.key(0), Bits(act=4)),
+    bits,
+    spec,
   )
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -276,7 +276,7 @@ def all_equations(jaxpr):
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_only_products_of_codes_take_one_pass_in_float32(platform):
-  conv, dense, bits = QuantConv(6, 3), QuantDense(5), levels(4, 4)
+  conv, dense, bits = QuantConv(6, 3), QuantDense(5), Bits(4, 4)
   x = jnp.ones((2, 5, 5, 4))
   variables = conv.init(jax.random.key(0), x, bits)
   flat = dense.init(jax.random.key(0), x[:, 0, 0], bits)

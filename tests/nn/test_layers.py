@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
-from profit_jax.quant.bits import Levels, levels
+from profit_jax.quant.bits import Bits
 from profit_jax.train import aiwq
 from tests import golden_data
 
@@ -21,10 +21,10 @@ def init(module, *args):
 @functools.partial(jax.jit, static_argnums=0)
 def output(module, x, kernel=None):
   """The output with the first variables, and with this kernel where one is given."""
-  variables = init(module, x, Levels())
+  variables = init(module, x, Bits())
   if kernel is not None:
     variables = {"params": {**variables["params"], "kernel": kernel}}
-  return module.apply(variables, x, Levels())
+  return module.apply(variables, x, Bits())
 
 
 def test_batch_norm_formulas_and_unbiased_running_variance():
@@ -35,7 +35,8 @@ def test_batch_norm_formulas_and_unbiased_running_variance():
     @jax.jit
     def first_step(x):
       variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), init(module, x, True))
-      return module.apply(variables, x, True, mutable=["batch_stats"])
+      y, updates = module.apply(variables, x, True, mutable=["batch_stats"])
+      return y, updates
 
     y, updates = first_step(x)
   mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
@@ -94,9 +95,9 @@ def test_negative_padding_is_code_0_of_the_hswish_quantizer():
 def test_quantizers_are_absent_in_full_precision_and_on_the_grid_otherwise():
   x = np.float32(np.maximum(np.random.default_rng(1).normal(size=(2, 4, 4, 3)), 0))
   act = QuantAct("unsigned")
-  variables = init(act, x, Levels())
-  assert act.apply(variables, x, Levels()) is x
-  assert len(np.unique(jax.jit(act.apply)(variables, x, levels(None, 3)))) <= 8
+  variables = init(act, x, Bits())
+  assert act.apply(variables, x, Bits()).value() is x
+  assert len(np.unique(jax.jit(act.apply)(variables, x, Bits(None, 3)))) <= 8
 
 
 @pytest.mark.parametrize(
@@ -118,15 +119,15 @@ def test_bfloat16_rounds_operands_and_results_and_sums_in_float32(make):
     return jnp.asarray(rng.normal(1, 1, shape), jnp.bfloat16).astype(jnp.float32)
 
   x = draw((512, 16) if make.func is QuantDense else (8, 9, 9, 16))
-  variables = jax.jit(lambda x: init(make(), x, Levels()))(x)
+  variables = jax.jit(lambda x: init(make(), x, Bits()))(x)
   kernel = draw(variables["params"]["kernel"].shape)
-  upstream = draw(jax.eval_shape(make().apply, variables, x, Levels()).shape)
+  upstream = draw(jax.eval_shape(make().apply, variables, x, Bits()).shape)
 
   @functools.partial(jax.jit, static_argnums=0)
   def value_and_gradients(dtype):
     def apply(x, kernel):
       variables_now = {"params": {**variables["params"], "kernel": kernel}}
-      return make().apply(variables_now, x, Levels())
+      return make().apply(variables_now, x, Bits())
 
     y, vjp = jax.vjp(apply, x.astype(dtype), kernel)
     return y, *vjp(upstream.astype(dtype))
@@ -155,21 +156,21 @@ def test_authors_aiwq(layer):
   )
 
   @jax.jit
-  def step(state, params, x, levels):
+  def step(state, params, x, bits):
     _, sown = module.apply(
       {"params": params, "previous": aiwq.previous_collection(state)["conv"]},
       x,
-      levels,
+      bits,
       mutable=["moments", "quantized"],
     )
     return aiwq.update(state, {"conv": sown["moments"]}, {"conv": sown["quantized"]})
 
   with jax.enable_x64(True):
     x = golden[f"{layer}_x"].transpose(0, 2, 3, 1)
-    state = aiwq.start({"conv": {"kernel": kernels[0]}})
+    state = aiwq.start({"conv": kernels[0].shape}, np.float64)
     for kernel in kernels:
       params = {"kernel": kernel, "quant_a": np.float64(0.8), "quant_c": np.float64(0.6)}
-      state = step(state, params, x, levels(4, None))
+      state = step(state, params, x, Bits(4, None))
   # One KL, from 0: the metric is a thousandth of it, unless it is above 1.
   kl = float(golden[f"{layer}_kl"])
   assert 0 < kl <= 1
@@ -183,10 +184,11 @@ def test_aiwq_of_every_second_image_is_that_of_those_images():
 
   @functools.partial(jax.jit, static_argnums=1)
   def moments(x, every):
-    module = QuantConv(features=8, kernel_size=3, sampling_every=every)
-    variables = module.init(jax.random.key(0), x, levels(4, None))
+    module = QuantConv(features=8, kernel_size=3)
+    bits = Bits(4, None, aiwq_every=every)
+    variables = module.init(jax.random.key(0), x, bits)
     y, sown = module.apply(
-      {**variables, "previous": previous}, x, levels(4, None), mutable=["moments", "quantized"]
+      {**variables, "previous": previous}, x, bits, mutable=["moments", "quantized"]
     )
     return y, sown["moments"]
 

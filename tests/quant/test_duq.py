@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from profit_jax.quant import duq
-from profit_jax.quant.bits import levels, symmetric_steps
+from profit_jax.quant.bits import Bits
 from tests import golden_data
 
 BITS = [2, 3, 4, 5, 6, 7, 8]
@@ -42,18 +42,19 @@ def gradients(kind):
 
 def test_levels_follow_the_table():
   for bits in BITS:
-    made = levels(bits, bits)
-    assert made.weight == 2 ** (bits - 1) - 1
-    assert made.act == 2**bits - 1
-    assert symmetric_steps(made.act) == 2 ** (bits - 1) - 1
+    made = Bits(bits, bits)
+    assert made.kernel_qmax() == made.act_qmax("symmetric") == 2 ** (bits - 1) - 1
+    assert made.act_qmax("unsigned") == made.act_qmax("hswish") == 2**bits - 1
+    traced = jax.jit(lambda b: (b.kernel_qmax(), b.act_qmax("unsigned")))(made)
+    assert traced == (2 ** (bits - 1) - 1, 2**bits - 1)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -4])
-def test_levels_outside_2_to_8_bits_are_refused(bits):
+def test_bits_outside_2_to_8_bits_are_refused(bits):
   with pytest.raises(ValueError, match=str(bits)):
-    levels(bits, None)
+    Bits(bits, None)
   with pytest.raises(ValueError, match=str(bits)):
-    levels(None, bits)
+    Bits(None, bits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,12 +155,12 @@ def test_progressive_bits_share_one_trace():
   traces = []
 
   @jax.jit
-  def quantize(x, steps):
+  def quantize(x, bits):
     traces.append(1)
-    return duq.quantize(x, jnp.float32(RAW_A), jnp.float32(RAW_C), steps.weight, "symmetric")
+    return duq.quantize(x, jnp.float32(RAW_A), jnp.float32(RAW_C), bits.kernel_qmax(), "symmetric")
 
   x = np.linspace(-2, 2, 1001, dtype=np.float32)
-  sizes = [len(np.unique(quantize(x, levels(bits, None)))) for bits in (8, 5, 4)]
+  sizes = [len(np.unique(quantize(x, Bits(bits, None)))) for bits in (8, 5, 4)]
   assert sizes == [255, 31, 15]
   assert len(traces) == 1
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from profit_jax.quant import duq, pact, qil
-from profit_jax.quant.methods import METHODS, per_channel
+from profit_jax.quant import PACT, QIL, QUANTIZERS, duq
+from profit_jax.quant.base import per_channel
 
 KINDS = ("symmetric", "unsigned", "hswish")
 # Of a gradient that passes: it is multiplied by the scale a/n and by the codes' slope n/a, each of
@@ -30,7 +30,7 @@ def steps_of(bits, kind):
 @functools.cache
 def act(method, kind):
   """`(x, params, n) -> values`."""
-  return jax.jit(lambda x, params, n: METHODS[method].act(x, params, n, kind))
+  return jax.jit(lambda x, params, n: QUANTIZERS[method]().quantize_act(x, params, n, kind))
 
 
 @functools.cache
@@ -38,13 +38,13 @@ def gradients(method, kind):
   """`(x, params, n, upstream) -> gradients of x and params`."""
 
   def total(x, params, n, upstream):
-    return jnp.sum(METHODS[method].act(x, params, n, kind) * upstream)
+    return jnp.sum(QUANTIZERS[method]().quantize_act(x, params, n, kind) * upstream)
 
   return jax.jit(jax.grad(total, argnums=(0, 1)))
 
 
-pact_kernel = jax.jit(pact.quantize_kernel)
-qil_kernel = jax.jit(qil.quantize_kernel)
+pact_kernel = jax.jit(PACT().quantize_kernel)
+qil_kernel = jax.jit(QIL().quantize_kernel)
 
 
 @pytest.mark.parametrize("method", ["lsq", "pact"])
@@ -86,7 +86,7 @@ def test_lsq_gradients_are_the_papers(kind):
 
 def test_lsq_starts_at_the_papers_step():
   kernel = np.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 8)))
-  first = METHODS["lsq"].first_kernel(kernel, np.float32(7))
+  first = QUANTIZERS["lsq"]().first_kernel(kernel, np.float32(7))
   np.testing.assert_allclose(
     first["quant_a"] / 7, 2 * np.abs(kernel).mean() / np.sqrt(7), rtol=1e-5
   )
@@ -123,7 +123,7 @@ def test_pact_kernels_pass_the_gradient_of_tanh():
   @jax.jit
   def found_and_expected(kernel, n):
     return (
-      jax.grad(lambda k: pact.quantize_kernel(k, {}, n)[1])(kernel),
+      jax.grad(lambda k: PACT().quantize_kernel(k, {}, n)[1])(kernel),
       jax.grad(lambda k: (jnp.tanh(k) / jnp.max(jnp.abs(jnp.tanh(k))))[1])(kernel),
     )
 
@@ -131,7 +131,7 @@ def test_pact_kernels_pass_the_gradient_of_tanh():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-QIL = {"quant_center": 0.8, "quant_width": 0.5}
+QIL_SCALARS = {"quant_center": 0.8, "quant_width": 0.5}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,7 +139,7 @@ QIL = {"quant_center": 0.8, "quant_width": 0.5}
 def test_qil_prunes_below_its_interval_and_clips_above(kind, bits):
   n, rng = steps_of(bits, kind), np.random.default_rng(bits)
   x = np.float32(rng.uniform(-2, 2, 500))
-  values = act("qil", kind)(x, {name: raw(value) for name, value in QIL.items()}, n)
+  values = act("qil", kind)(x, {name: raw(value) for name, value in QIL_SCALARS.items()}, n)
   shifted = np.float64(x) - duq.OFFSET[kind]
   u = np.clip(((np.abs(shifted) if kind == "symmetric" else shifted) - 0.3) / 1.0, 0, 1)
   at_tie = np.abs(u * n % 1 - 0.5) < 1e-4
@@ -152,7 +152,7 @@ def test_qil_prunes_below_its_interval_and_clips_above(kind, bits):
 
 
 def test_qil_kernels_have_an_exponent():
-  n, params = np.float32(7), {**QIL, "quant_gamma": 0.6}
+  n, params = np.float32(7), {**QIL_SCALARS, "quant_gamma": 0.6}
   x = np.float32([-1.5, -1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0, 1.5])
   values = qil_kernel(x, {name: raw(value) for name, value in params.items()}, n)
   u = np.clip(np.abs(np.float64(x)) - 0.3, 0, 1) ** 0.6
@@ -180,7 +180,7 @@ def test_qil_gradients_are_those_without_rounding_and_scale():
     check_grads(smooth, (jnp.asarray(x), stored), order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
 
     def quantized(x, stored):
-      return jnp.sum(upstream * qil.quantize_kernel(x, stored, jnp.asarray(7.0)))
+      return jnp.sum(upstream * QIL().quantize_kernel(x, stored, jnp.asarray(7.0)))
 
     expected, found = (
       jax.jit(jax.grad(function, argnums=(0, 1)))(jnp.asarray(x), stored)
@@ -190,34 +190,34 @@ def test_qil_gradients_are_those_without_rounding_and_scale():
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUANTIZERS)
 def test_scalars_of_every_channel_are_those_of_kernels_alone(method):
-  chosen, n = METHODS[method], np.float32(3)
+  chosen, n = QUANTIZERS[method](), np.float32(3)
   kernel = np.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 5)) * np.arange(1, 6))
 
   @jax.jit
   def scalars_and_values(kernel, n):
     first = jax.vmap(lambda k: chosen.first_kernel(k, n), in_axes=-1)(kernel)
     params = {name: duq.inverse_softplus(value) for name, value in first.items()}
-    return params, per_channel(chosen.kernel, kernel, params, n)
+    return params, per_channel(chosen.quantize_kernel, kernel, params, n)
 
   params, together = jax.device_get(scalars_and_values(kernel, n))
-  apply = jax.jit(chosen.kernel)
+  apply = jax.jit(chosen.quantize_kernel)
   for channel in range(5):
     scalars = {name: value[channel] for name, value in params.items()}
     alone = apply(kernel[..., channel], scalars, n)
     np.testing.assert_allclose(together[..., channel], alone, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("method", "kind"), [*itertools.product(METHODS, KINDS)])
+@pytest.mark.parametrize(("method", "kind"), [*itertools.product(QUANTIZERS, KINDS)])
 def test_what_is_clipped_has_no_gradient(method, kind):
-  chosen = METHODS[method]
+  chosen = QUANTIZERS[method]()
 
   @jax.jit
   def clipped_and_gradient(x, n):
     first = chosen.first_act(x, n, kind, None)
     params = {name: duq.inverse_softplus(value) for name, value in first.items()}
-    d = jax.grad(lambda x: jnp.sum(chosen.act(x, params, n, kind)))(x)
+    d = jax.grad(lambda x: jnp.sum(chosen.quantize_act(x, params, n, kind)))(x)
     return chosen.act_clipped(x, params, kind), d
 
   x = np.float32(np.random.default_rng(0).normal(0, 2, (2, 200)))

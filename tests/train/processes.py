@@ -8,7 +8,7 @@ import jax
 import main
 from profit_jax import distributed
 from profit_jax.cli import app
-from profit_jax.config import Ending
+from profit_jax.config import ProfitError
 from profit_jax.models import REGISTRY
 from tests.train.conftest import tiny_config
 from tests.train.forked import redirect
@@ -52,9 +52,9 @@ def train(workdir, coordinator, processes, process, signals):
   cluster = app.Cluster(coordinator, processes, process, heartbeat_seconds=10)
   try:
     app.main(config(), str(workdir), "train", cluster=cluster, hooks=hooks)
-  except Ending as ending:
-    print(f"{ending.label}: {ending}")
-    distributed.leave(ending.code, ending.everywhere)
+  except ProfitError as error:
+    print(f"{error.label}: {error}")
+    distributed.leave(error.code, error.everywhere)
   sys.stdout.flush()
   jax.distributed.shutdown()  # as JAX does where Python ends by itself
 

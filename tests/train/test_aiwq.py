@@ -27,7 +27,7 @@ def moments(mean, std):
 
 def test_running_metric_skips_large_values_and_the_first_step():
   kernel = {"layer": {"kernel": np.ones((1, 1, 1, 1), np.float32)}}
-  state = aiwq.start(kernel)
+  state = aiwq.start({"layer": (1, 1, 1, 1)})
   state = aiwq.update(state, moments(0.5, 1.0), kernel)
   assert state.metric["layer"] == 0.0  # nothing to compare with
   state = aiwq.update(state, moments(0.5, 1.0), kernel)

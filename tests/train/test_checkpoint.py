@@ -4,10 +4,10 @@ import jax
 import numpy as np
 
 from profit_jax import snapshots
-from profit_jax.models import variable_shapes
 from profit_jax.train import aiwq, checkpoint, instability
 from profit_jax.train.progress import Progress
 from profit_jax.train.state import create_state, saved_form
+from tests.specs import spec_of
 from tests.train.tiny import TinyNet
 
 
@@ -19,11 +19,11 @@ def flat(name, tree):
 
 
 def test_aiwq_goes_on_without_the_comparison_with_kernels_that_have_no_codes():
-  shapes = variable_shapes(TinyNet(), 16)
-  variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  state = jax.device_get(create_state(variables, ema=False))
-  sampling = aiwq.start(shapes["params"])
-  window = instability.start(shapes["params"])
+  spec = spec_of(TinyNet(), 16)
+  variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec.shapes)
+  state = jax.device_get(create_state(variables, spec, ema=False))
+  sampling = aiwq.start(spec.convs)
+  window = instability.start(spec.kernels)
   template = checkpoint.Shapes(state, sampling, variables, window)
   present = {**flat("state", saved_form(state)), **flat("sampling", sampling)}
   earlier = {path: leaf for path, leaf in present.items() if not path.startswith("sampling/scale/")}

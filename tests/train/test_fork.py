@@ -66,7 +66,7 @@ def test_a_longer_plan_shares_the_shorter_one_but_for_its_last_bits(tiny):
 
 
 def test_a_remedy_is_annealed_over_all_phases_of_a_bit_width(tiny):
-  remedy = {**LONG, "remedy.dampening": 0.1}
+  remedy = {**LONG, "oscillation.dampening": 0.1}
   assert shared({**remedy, "plan.freeze_fractions": (0.0, 0.0, 0.0)}, remedy) == 10
 
 

@@ -1,22 +1,19 @@
 """What a step changes, by layer."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from profit_jax import snapshots
-from profit_jax.config import QuantSettings
-from profit_jax.quant import duq
-from profit_jax.quant.bits import levels
-from profit_jax.quant.methods import METHODS, kernel_codes
-from profit_jax.quant.methods import per_channel as per_channel_of
+from profit_jax.quant import QUANTIZERS, duq, named
+from profit_jax.quant.bits import Bits
 from profit_jax.report import plots
 from profit_jax.train import instability
 from profit_jax.train.checkpoint import progress_of
 from profit_jax.train.progress import EpochRecord, Progress
+from tests.specs import hand_made
 
 
 def params(kernel, a=1.0):
@@ -31,10 +28,11 @@ def params(kernel, a=1.0):
   }
 
 
-def seen(*trees, steps=3.0, quant=QuantSettings()):
-  window = instability.start(trees[0])
+def seen(*trees, bits=3):
+  spec = hand_made(trees[0])
+  window = instability.start(spec.kernels)
   for tree in trees:
-    window = instability.observe(window, tree, np.float32(steps), quant)
+    window = instability.observe(window, spec.kernel_codes(tree, Bits(weight=bits)))
   return window
 
 
@@ -66,7 +64,7 @@ def test_the_share_that_changes_back():
     "oscillation_rate": {"block/conv": 2 / 8},
   }
   # From the lowest code of 8 bits to the highest and back: more than 8 bits apart.
-  far = seen(*(params([value], a=1.0) for value in (-1.0, 1.0, -1.0)), steps=127.0)
+  far = seen(*(params([value], a=1.0) for value in (-1.0, 1.0, -1.0)), bits=8)
   assert instability.rates(far) == {
     "flip_rate": {"block/conv": 1.0},
     "oscillation_rate": {"block/conv": 0.5},
@@ -74,24 +72,25 @@ def test_the_share_that_changes_back():
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(QUANTIZERS))
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_method_has_codes(method, per_channel, bits):
-  quant = QuantSettings(method=method, per_channel=per_channel, first_bits=8)
-  rng, steps = np.random.default_rng(0), levels(bits, None).weight
+  quantizer = named(method, per_channel=per_channel)
+  rng, qmax = np.random.default_rng(0), np.float32(2 ** (bits - 1) - 1)
   kernel = np.float32(rng.normal(size=(3, 3, 4, 8)))
   scalars = {
     leaf: np.float32(rng.uniform(0.3, 1.5, 8) if per_channel else 0.5)
-    for leaf in METHODS[method].kernel_leaves
+    for leaf in quantizer.kernel_scalars
   }
   tree = {
     "block": {"conv": {"kernel": kernel, **scalars}},
     "stem_conv": {"kernel": kernel, **scalars},
   }
-  codes = kernel_codes(tree, steps, quant)
-  of = partial(per_channel_of, METHODS[method].kernel) if per_channel else METHODS[method].kernel
-  for layer, used in (("block/conv", steps), ("stem_conv", np.float32(127))):
-    values, found = np.asarray(of(kernel, scalars, used)), np.asarray(codes[layer]).astype(int)
+  given = Bits(weight=bits, quantizer=quantizer, first=8)
+  codes = hand_made(tree, given, first=("stem_conv",)).kernel_codes(tree, given)
+  for layer, used in (("block/conv", qmax), ("stem_conv", np.float32(127))):
+    quantized = quantizer.of_kernel(quantizer.quantize_kernel, kernel, scalars, used)
+    values, found = np.asarray(quantized), np.asarray(codes[layer]).astype(int)
     assert found.dtype.kind == "i"
     assert found.min() >= -used - (method == "pact")
     assert found.max() <= used
@@ -107,7 +106,7 @@ def test_the_distance_of_a_batch_from_the_running_statistics():
   batch = {"mean": np.array([0.7, 1.0, 0.0]), "var": np.array([1.5, 1.0, 0.0])}
   new = {name: momentum * running[name] + (1 - momentum) * batch[name] for name in running}
   expected = 0.5 * np.log(2.0 / 1.5) + (1.5 + 0.2**2) / (2 * 2.0) - 0.5
-  found = instability.bn_distances({"norm": running}, {"norm": new}, momentum)
+  found = instability.bn_distances({"norm": running}, {"norm": new}, {"norm": momentum})
   # The third channel is constant.
   np.testing.assert_allclose(found["norm"], (expected + 0) / 2, rtol=1e-3)
 

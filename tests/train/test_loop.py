@@ -13,12 +13,12 @@ from tensorboard.util.tensor_util import make_ndarray
 from profit_jax import snapshots
 from profit_jax.cli import app
 from profit_jax.config import ConfigError
-from profit_jax.models import variable_shapes
 from profit_jax.train.interrupt import Stopped
 from profit_jax.train.nonfinite import NotFinite
 from profit_jax.train.observer import Observer
 from profit_jax.train.programs import Programs
 from profit_jax.train.state import create_state, saved_form
+from tests.specs import spec_of
 from tests.train.conftest import PHASES, tiny_config
 from tests.train.runs import (
   WITHOUT_PLOTS,
@@ -266,11 +266,10 @@ def test_a_workdir_of_another_run_is_refused(finished_run):
 
 
 def test_state_of_another_optimizer_is_refused(finished_run):
-  zeros = jax.tree.map(
-    lambda leaf: np.zeros(leaf.shape, leaf.dtype), variable_shapes(TinyNet(), 16)
-  )
+  spec = spec_of(TinyNet(), 16)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), spec.shapes)
   with pytest.raises(ConfigError, match="opt_state"):
-    newest_of(finished_run).restore("state", saved_form(create_state(zeros, ema=True)))
+    newest_of(finished_run).restore("state", saved_form(create_state(zeros, spec, ema=True)))
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from profit_jax.cli import app, compare, to_torch
-from profit_jax.config import ConfigError, QuantSettings, parse
-from profit_jax.export import build as export_build
-from profit_jax.models import REGISTRY, build, init_variables
+from profit_jax.config import ConfigError, parse
+from profit_jax.models import REGISTRY, build, check
 from profit_jax.nn.layers import QuantAct, QuantConv, QuantDense
-from profit_jax.quant.bits import levels
+from profit_jax.quant import Bits, DuQ, bits_of
 from profit_jax.train import steps
 from tests.export.nets import settings_of
+from tests.specs import hand_made, spec_of
 from tests.train.conftest import tiny_config
 
 # Full precision, activations, sampling, one fine-tuning with half of the kernels frozen. Without a
@@ -57,14 +57,16 @@ def test_a_whole_run(tiny, tmp_path, capsys, changes):
 
 
 def test_first_and_last_bits_are_least_bits():
-  quant = QuantSettings(first_bits=8, last_bits=6)
-  given = levels(4, 3)._replace(quant=quant)
-  assert (given.first().weight, given.first().act) == (127, 7)
-  assert (given.last().weight, given.last().act) == (31, 63)
-  higher = levels(8, 8)._replace(quant=quant)
-  assert (higher.first().weight, higher.last().weight, higher.last().act) == (127, 127, 255)
-  assert levels(None, 4)._replace(quant=quant).last().weight is None
-  assert levels(4, 4).first() == levels(4, 4)
+  def largest(bits):
+    return bits.kernel_qmax(), bits.act_qmax("unsigned")
+
+  given = Bits(4, 3, first=8, last=6)
+  assert largest(given.of_first()) == (127, 7)
+  assert largest(given.of_last()) == (31, 63)
+  higher = Bits(8, 8, first=8, last=6)
+  assert largest(higher.of_first()) == largest(higher.of_last()) == (127, 255)
+  assert given.at(None, 4).of_last().kernel_qmax() is None
+  assert largest(Bits(4, 4).of_first()) == largest(Bits(4, 4)) == (7, 15)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -72,8 +74,8 @@ def test_intervals_are_fitted_at_the_bits_of_their_layer(per_channel):
   kernel = jnp.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 8)))
   scalars = {name: jnp.ones((8,) if per_channel else ()) for name in ("quant_a", "quant_c")}
   tree = {layer: {"kernel": kernel, **scalars} for layer in ("stem_conv", "conv")}
-  quant = QuantSettings(per_channel=per_channel, first_bits=8)
-  fitted = steps.fit_weights(tree, jnp.float32(1), quant)
+  bits = Bits(2, quantizer=DuQ(per_channel=per_channel), first=8)
+  fitted = steps.fit_weights(tree, bits, hand_made(tree, bits, first=("stem_conv",)))
   interval = {layer: np.logaddexp(0, fitted[layer]["quant_a"]) for layer in fitted}
   largest = jnp.abs(kernel).max((0, 1, 2) if per_channel else None)
   # With 255 values next to nothing is clipped; with three, the interval lies within the kernel.
@@ -88,9 +90,9 @@ def ends_of(model, given):
   def watch(call, args, kwargs, context):
     if context.method_name == "__call__":
       path = "/".join(context.module.path)
-      if isinstance(context.module, (QuantConv, QuantDense)) and args[1].weight is not given.weight:
+      if isinstance(context.module, (QuantConv, QuantDense)) and args[1].kernel_qmax() > 1:
         kernels.append(path)
-      elif isinstance(context.module, QuantAct) and args[1].act is not given.act:
+      elif isinstance(context.module, QuantAct) and args[1].act_qmax("unsigned") > 3:
         acts.append(path)
     return call(*args, **kwargs)
 
@@ -109,18 +111,18 @@ def ends_of(model, given):
   ],
 )
 def test_only_the_ends_see_their_bits(name, acts):
-  model = build(settings_of(name).model, 10, QuantSettings(first_bits=8, last_bits=8))
-  assert ends_of(model, levels(2, 2)) == (["stem_conv", "classifier"], acts)
+  model = build(settings_of(name).model, 10)
+  assert ends_of(model, Bits(2, 2, first=8, last=8)) == (["stem_conv", "classifier"], acts)
 
 
 def test_bits_are_values_for_every_method(tiny):
   for method in ("lsq", "pact", "qil"):
     settings = parse(tiny_config(**{"quant.method": method}), REGISTRY)
-    model = build(settings.model, 10, settings.quant)
-    variables = init_variables(model, jax.random.key(0), 16)
+    model, bits_of_run = build(settings.model, 10), bits_of(settings.quant)
+    variables = spec_of(model, 16, bits_of_run).init(jax.random.key(0))
     apply = jax.jit(model.apply)
     image = np.float32(np.random.default_rng(0).uniform(size=(4, 16, 16, 3)))
-    eight, four = (apply(variables, image, levels(bits, bits)) for bits in (8, 4))
+    eight, four = (apply(variables, image, bits_of_run.at(bits, bits)) for bits in (8, 4))
     assert apply._cache_size() == 1
     assert not np.array_equal(eight, four)
 
@@ -128,17 +130,11 @@ def test_bits_are_values_for_every_method(tiny):
 @pytest.mark.parametrize(
   ("changes", "named"),
   [
-    ({"quant.method": "lsq", "plan.fitted_bits": (4,)}, r"plan\.fitted_bits = \(4,\)"),
+    ({"quant.method": "lsq", "plan.refit_bits": (4,)}, r"plan\.refit_bits = \(4,\)"),
     ({"quant.first_bits": 1}, r"quant\.first_bits = 1"),
     ({"quant.method": "dorefa"}, r"quant\.method = 'dorefa' .*duq, lsq, pact, qil"),
   ],
 )
 def test_what_cannot_be_combined(tiny, changes, named):
   with pytest.raises(ConfigError, match=named):
-    parse(tiny_config(**changes), REGISTRY)
-
-
-def test_only_duq_can_be_exported(tiny):
-  settings = parse(tiny_config(**{"quant.method": "lsq"}), REGISTRY)
-  with pytest.raises(ConfigError, match="DuQ"):
-    export_build.build_net(settings, {}, None, 4, 4)
+    check(parse(tiny_config(**changes), REGISTRY))

@@ -12,23 +12,24 @@ from flax import traverse_util
 
 from profit_jax import data, snapshots
 from profit_jax.cli import app
-from profit_jax.config import ConfigError, QuantSettings, RemedySettings, parse
+from profit_jax.config import ConfigError, OscillationSettings, parse
 from profit_jax.data.normalize import Normalization
-from profit_jax.export.build import kernel_codes as exported_codes
-from profit_jax.models import REGISTRY, build, init_variables
+from profit_jax.export.quantizers import quantized_kernel
+from profit_jax.models import REGISTRY, build, check
 from profit_jax.nn.layers import BatchNorm
-from profit_jax.quant import duq
-from profit_jax.quant.bits import levels
+from profit_jax.quant import DuQ, duq
+from profit_jax.quant.bits import Bits
 from profit_jax.schedule import plan
 from profit_jax.train import optimizer, oscillation, steps
 from profit_jax.train.interrupt import Stopped
 from profit_jax.train.packing import pack
 from profit_jax.train.state import create_state
+from tests.specs import hand_made, spec_of
 from tests.train.conftest import tiny_config
 from tests.train.runs import STEPS_PER_EPOCH, WITHOUT_PLOTS, SignalAt, assert_same_run, number
 from tests.train.tiny import TinyNet
 
-STEPS = np.float32(3)  # 3 bits: codes -3 to 3
+BITS = Bits(weight=3)  # codes -3 to 3
 
 
 def params(kernel, a=1.5, **more):
@@ -41,7 +42,7 @@ def test_dampening_pulls_to_the_middle_of_the_bin():
   kernel = np.float32([0.1, 0.3, -0.6, 1.4, 1.6, -9.0])
   middle = np.float32([0.0, 0.5, -0.5, 1.5])
   loss, gradient = jax.value_and_grad(oscillation.dampening_loss)(
-    params(kernel), STEPS, QuantSettings()
+    params(kernel), BITS, hand_made(params(kernel))
   )
   np.testing.assert_allclose(loss, np.sum((kernel[:4] - middle) ** 2), rtol=1e-5)
   np.testing.assert_allclose(
@@ -51,7 +52,6 @@ def test_dampening_pulls_to_the_middle_of_the_bin():
 
 
 def test_dampening_knows_channels_and_the_bits_of_the_ends():
-  quant = QuantSettings(per_channel=True, first_bits=8)
   kernel = np.float32(np.random.default_rng(0).normal(0, 0.2, (3, 3, 2, 4)))
   tree = {
     "stem_conv": {
@@ -59,19 +59,22 @@ def test_dampening_knows_channels_and_the_bits_of_the_ends():
       "quant_a": duq.inverse_softplus(jnp.float32([0.5, 1, 2, 4])),
     }
   }
+  given = Bits(weight=3, quantizer=DuQ(per_channel=True), first=8)
+  spec = hand_made(tree, given, first=("stem_conv",))
   step = np.float32([0.5, 1, 2, 4]) / 127
   expected = np.sum(
     np.where(np.abs(kernel) < step * 127, (kernel - step * np.rint(kernel / step)) ** 2, 0)
   )
-  np.testing.assert_allclose(oscillation.dampening_loss(tree, STEPS, quant), expected, rtol=1e-4)
+  np.testing.assert_allclose(oscillation.dampening_loss(tree, given, spec), expected, rtol=1e-4)
 
 
 def history(codes, threshold, momentum=0.1):
   """`fix_codes` over a weight's codes, one a step: the state after each, and the latent kernels."""
-  state, kernels, states = oscillation.start(params([0.0])), [], []
+  spec = hand_made(params([0.0]))
+  state, kernels, states = oscillation.start(spec.kernels), [], []
   for code in codes:
     new, state = oscillation.fix_codes(
-      state, params([code * 0.5 + 0.07]), STEPS, threshold, momentum, QuantSettings()
+      state, params([code * 0.5 + 0.07]), BITS, threshold, momentum, spec
     )
     states.append(state)
     kernels.append(float(new["conv"]["kernel"][0]))
@@ -108,9 +111,8 @@ def test_a_code_that_oscillates_is_fixed_to_its_mean():
 
 def test_a_fixed_code_stays_when_its_interval_moves():
   states, _ = history([1, 2, 1, 2, 1], threshold=0.15)
-  new, state = oscillation.fix_codes(
-    states[-1], params([0.2], a=6.0), STEPS, 0.15, 0.1, QuantSettings()
-  )
+  tree = params([0.2], a=6.0)
+  new, state = oscillation.fix_codes(states[-1], tree, BITS, 0.15, 0.1, hand_made(tree))
   assert state.fixed["conv"][0]
   code = int(state.codes["conv"][0])
   assert code in (1, 2)
@@ -119,30 +121,29 @@ def test_a_fixed_code_stays_when_its_interval_moves():
 
 
 def test_fixed_codes_of_channels_with_intervals_of_their_own():
-  quant, intervals = QuantSettings(per_channel=True), jnp.float32([1.5, 3.0])
-  state = oscillation.start(params(np.zeros((1, 2))))
+  intervals = jnp.float32([1.5, 3.0])
+  spec = hand_made(params(np.zeros((1, 2))), Bits(quantizer=DuQ(per_channel=True)))
+  state = oscillation.start(spec.kernels)
   for code in (1, 2, 1, 2, 1):
     tree = params(np.float32([[0.5, 1.0]]) * code)
     tree["conv"] |= {
       "quant_a": duq.inverse_softplus(intervals),
       "quant_c": duq.inverse_softplus(intervals),
     }
-    new, state = oscillation.fix_codes(state, tree, STEPS, 0.15, 0.1, quant)
+    new, state = oscillation.fix_codes(state, tree, BITS, 0.15, 0.1, spec)
   assert state.fixed["conv"].all()
   np.testing.assert_allclose(new["conv"]["kernel"], [[0.5, 1.0]], rtol=1e-6)
 
 
 def exported_code(layer, bits):
-  found = exported_codes(
-    np.float32(layer["kernel"]), np.float32(layer["quant_a"]), 2 ** (bits - 1) - 1
-  )
-  return int(np.ravel(found)[0])
+  found = quantized_kernel("conv", layer, 2 ** (bits - 1) - 1, DuQ())
+  return int(np.ravel(found.codes)[0])
 
 
 def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
   bits = {"plan.weight_bits": (8, 4), "plan.freeze_fractions": (0.0, 1 / 3, 2 / 3)}
   epochs = {"plan.finetune_epochs": 2, "plan.sampling_epochs": 2}
-  remedy = {"remedy.dampening": 0.4, "remedy.freezing_thresholds": (0.1, 0.02)}
+  remedy = {"oscillation.dampening": 0.4, "oscillation.freeze_thresholds": (0.1, 0.02)}
   settings = parse(tiny_config(**bits, **epochs, **remedy), REGISTRY)
   phases = plan(settings)
   w4 = [p for p in phases if p.weight_bits == 4 and p.kind != "bn"]
@@ -150,7 +151,7 @@ def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
   total, steps_per_epoch, done = sum(p.epochs for p in w4) * 10, 10, 0
   for phase in w4:
     for step in range(phase.epochs * steps_per_epoch):
-      found = oscillation.strengths(settings.remedy, phases, phase, step, steps_per_epoch)
+      found = oscillation.strengths(settings.oscillation, phases, phase, step, steps_per_epoch)
       left = (1 + math.cos(math.pi * done / total)) / 2
       np.testing.assert_allclose(
         [found.dampening, found.threshold], [0.4 * (1 - left), 0.02 + 0.08 * left], rtol=1e-5
@@ -159,48 +160,56 @@ def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
   assert done == total
   high = next(p for p in phases if p.weight_bits == 8 and p.kind == "finetune")
   assert (
-    oscillation.strengths(settings.remedy, phases, high, 0, 10).threshold > 1
+    oscillation.strengths(settings.oscillation, phases, high, 0, 10).threshold > 1
   )  # no frequency is
   for phase in phases:
-    assert (oscillation.strengths(settings.remedy, phases, phase, 0, 10) is None) == (
+    assert (oscillation.strengths(settings.oscillation, phases, phase, 0, 10) is None) == (
       not phase.trains_codes
     )
-  assert oscillation.strengths(RemedySettings(), phases, w4[0], 0, 10) is None
+  assert oscillation.strengths(OscillationSettings(), phases, w4[0], 0, 10) is None
 
 
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"remedy.dampening": -1.0}, r"remedy\.dampening = -1.0 is not allowed"),
-    ({"remedy.dampening": 0.1, "quant.method": "pact"}, r"needs duq or lsq"),
-    ({"remedy.freezing_thresholds": (0.02, 0.1)}, r"not rising"),
-    ({"remedy.freezing_thresholds": (0.1, 0.0005)}, r"above remedy\.freezing_momentum = 0.001"),
-    ({"remedy.freezing_thresholds": (0.1,)}, r"two frequencies"),
-    ({"remedy.freezing_thresholds": (0.1, 0.02), "quant.method": "qil"}, r"needs duq or lsq"),
-    ({"remedy.bn_batches": -2}, r"remedy\.bn_batches = -2"),
+    ({"oscillation.dampening": -1.0}, r"oscillation\.dampening = -1.0 is not allowed"),
+    ({"oscillation.dampening": 0.1, "quant.method": "pact"}, r"needs duq or lsq"),
+    ({"oscillation.freeze_thresholds": (0.02, 0.1)}, r"not rising"),
+    (
+      {"oscillation.freeze_thresholds": (0.1, 0.0005)},
+      r"above oscillation\.freeze_momentum = 0.001",
+    ),
+    ({"oscillation.freeze_thresholds": (0.1,)}, r"two frequencies"),
+    ({"oscillation.freeze_thresholds": (0.1, 0.02), "quant.method": "qil"}, r"needs duq or lsq"),
+    ({"oscillation.bn_reestimation_batches": -2}, r"oscillation\.bn_reestimation_batches = -2"),
   ],
 )
 def test_what_cannot_be_is_refused(tiny, changes, message):
   with pytest.raises(ConfigError, match=message):
-    parse(tiny_config(**changes), REGISTRY)
+    check(parse(tiny_config(**changes), REGISTRY))
 
 
 def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
-  model, quant = TinyNet(), QuantSettings()
-  variables = init_variables(model, jax.random.key(0), 16)
-  labels = optimizer.label_params(pack(variables["params"]), train_kernels=True)
+  model, spec = TinyNet(), spec_of(TinyNet(), 16)
+  variables = spec.init(jax.random.key(0))
+  labels = optimizer.label_params(pack(variables["params"], spec.groups), train_kernels=True)
   tx = optimizer.make_optimizer(
     labels,
     optimizer.SgdSettings(weight_decay=0.0, momentum=0.0, quantizer_lr_scale=0.01),
-    frozenset({"conv1"}),
+    frozenset({"conv1/kernel"}),
   )
   norm = Normalization((0.3,) * 3, (0.35,) * 3)
   step = jax.jit(
     steps.make_train_step(
-      model, tx, normalization=norm, ema_rate=0.9, remedy=RemedySettings(dampening=0.5)
+      model,
+      tx,
+      normalization=norm,
+      ema_rate=0.9,
+      spec=spec,
+      oscillation_settings=OscillationSettings(dampening=0.5),
     )
   )
-  state = create_state(variables, ema=False)
+  state = create_state(variables, spec, ema=False)
   state = state.replace(opt_state=tx.init(state.params))
   rng = np.random.default_rng(0)
   batch = {
@@ -210,13 +219,11 @@ def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
 
   def after(weight):
     strengths = oscillation.Strengths(dampening=np.float32(weight))
-    return step(
-      state, batch, levels(3, 3), np.float32(0.1), jax.random.key(0), None, None, strengths
-    )
+    return step(state, batch, Bits(3, 3), np.float32(0.1), jax.random.key(0), None, None, strengths)
 
   (plain, _, _), (damped, metrics, _) = after(0.0), after(0.5)
   loss, gradient = jax.value_and_grad(oscillation.dampening_loss)(
-    variables["params"], levels(3, 3).weight, quant
+    variables["params"], Bits(3, 3), spec
   )
   np.testing.assert_allclose(metrics["dampening"], 0.5 * loss, rtol=1e-5)
   for layer in ("conv0", "conv1", "conv2", "classifier"):
@@ -234,11 +241,11 @@ SHORT = {
   "teacher.model": "none",
   "plan.finetune_epochs": 2,
   "plan.freeze_fractions": (1 / 3,),
-  "remedy.dampening": 0.01,
+  "oscillation.dampening": 0.01,
   "train.learning_rate": 0.3,  # weights of so small a net hardly oscillate otherwise
-  "remedy.freezing_thresholds": (0.03, 0.021),
-  "remedy.freezing_momentum": 0.02,
-  "remedy.bn_batches": 3,
+  "oscillation.freeze_thresholds": (0.03, 0.021),
+  "oscillation.freeze_momentum": 0.02,
+  "oscillation.bn_reestimation_batches": 3,
 }
 
 
@@ -288,14 +295,14 @@ def test_the_best_weights_have_the_statistics_of_the_first_batches(remedied, tin
   best = traverse_util.unflatten_dict(
     {tuple(k.split("/")): v for k, v in snapshot.section("best").items()}
   )
-  source, model = data.load(settings), build(settings.model, 10, settings.quant)
+  source, model = data.load(settings), build(settings.model, 10)
   found, keep, key = [], BatchNorm.momentum, jax.random.key(0)
   for batch, _ in zip(
     source.train_batches(snapshot.values["best"]["epoch"] - 1, 128), range(3), strict=False
   ):
     image = (np.float32(batch["image"]) / 255 - 0.3) / 0.35
     _, updates = model.apply(
-      best, image, levels(2, 4), True, mutable=["batch_stats"], rngs={"dropout": key}
+      best, image, Bits(2, 4), True, mutable=["batch_stats"], rngs={"dropout": key}
     )
     changed = updates["batch_stats"], best["batch_stats"]
     found.append(

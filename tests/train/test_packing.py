@@ -4,18 +4,20 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.models import init_variables
 from profit_jax.train import optimizer
 from profit_jax.train.packing import pack, pack_variables, unpack
 from profit_jax.train.state import create_state, from_saved, saved_form
+from tests.specs import spec_of
 from tests.train.runs import newest_of
 from tests.train.tiny import CONVS, TinyNet
+
+SPEC = spec_of(TinyNet(), 16)
 
 
 def drawn():
   """The tiny net's variables, every value another one, on the host."""
   rng = np.random.default_rng(0)
-  shapes = init_variables(TinyNet(), jax.random.key(0), 16)
+  shapes = SPEC.shapes
   return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 
 
@@ -27,7 +29,7 @@ def assert_same(one, other):
 
 
 def test_everything_but_kernels_is_in_three_vectors():
-  packed = pack_variables(drawn())
+  packed = pack_variables(drawn(), SPEC)
   kernels = {f"{layer}/kernel" for layer in (*CONVS, "classifier")}
   assert packed["params"].arrays.keys() == kernels | {"norm", "quant"}
   assert packed["batch_stats"].arrays.keys() == {"statistics"}
@@ -35,15 +37,15 @@ def test_everything_but_kernels_is_in_three_vectors():
 
 def test_a_packed_tree_comes_back_on_the_host_and_in_a_program():
   variables = drawn()
-  assert_same(unpack(pack_variables(variables)), variables)
-  packed = jax.jit(pack_variables)(variables)
+  assert_same(unpack(pack_variables(variables, SPEC)), variables)
+  packed = jax.jit(lambda tree: pack_variables(tree, SPEC))(variables)
   assert_same(unpack(jax.device_get(packed)), variables)
   assert_same(jax.jit(unpack)(packed), variables)
 
 
 def test_leaves_that_are_filled_in_replace_whole_arrays():
   params = drawn()["params"]
-  packed = pack(params)
+  packed = pack(params, SPEC.groups)
   other = jax.tree.map(lambda leaf: leaf + 1, params)
   assert_same(unpack(packed.filled(other)), other)
   kernels = unpack(packed.with_kernels(other))
@@ -55,10 +57,10 @@ def test_leaves_that_are_filled_in_replace_whole_arrays():
 
 
 def test_a_state_comes_back_from_its_saved_form():
-  state = create_state(drawn(), ema=True)
+  state = create_state(drawn(), SPEC, ema=True)
   labels = optimizer.label_params(state.params, train_kernels=True)
   sgd = optimizer.SgdSettings(weight_decay=0.1, momentum=0.9, quantizer_lr_scale=0.01)
-  tx = optimizer.make_optimizer(labels, sgd, frozenset({"conv1"}))
+  tx = optimizer.make_optimizer(labels, sgd, frozenset({"conv1/kernel"}))
   first = jax.device_get(state.replace(opt_state=tx.init(state.params)))
   # After a step that moves everything but the frozen kernel's momentum and the flags.
   _, opt_state = tx.update(

@@ -14,6 +14,7 @@ from profit_jax.data.digits import FACTS
 from profit_jax.models import REGISTRY
 from profit_jax.schedule import Program
 from profit_jax.train.programs import Programs, default_dtype
+from tests.specs import spec_of
 from tests.traced import TwoBlocks
 
 
@@ -24,9 +25,9 @@ def traced(step, platform="cpu", dtype="bfloat16"):
   config.update_from_flattened_dict(
     {"data.image_size": 16, "train.batch_size": 8, "train.dtype": dtype}
   )
-  settings, model = parse(config, REGISTRY), TwoBlocks()
+  settings, spec = parse(config, REGISTRY), spec_of(TwoBlocks(), 16)
   mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
-  programs = Programs(settings, FACTS, model, model, mesh, platform=platform)
+  programs = Programs(settings, FACTS, spec, spec, mesh, platform=platform)
   programs.close()  # nothing is compiled
   if step == "eval":
     return programs.trace_eval_step(quantized_weights=True, quantized_acts=True)

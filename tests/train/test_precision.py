@@ -9,12 +9,13 @@ from profit_jax import data, schedule
 from profit_jax.config import parse
 from profit_jax.data import normalization
 from profit_jax.data.digits import FACTS
-from profit_jax.models import REGISTRY, init_variables
-from profit_jax.quant.bits import levels
+from profit_jax.models import REGISTRY
+from profit_jax.quant.bits import Bits
 from profit_jax.train import optimizer, steps
 from profit_jax.train.packing import pack, unpack
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.state import create_state
+from tests.specs import spec_of
 from tests.train.conftest import tiny_config
 from tests.train.tiny import TinyNet
 
@@ -31,7 +32,8 @@ class Training:
     self._source, self._model = data.load(settings), TinyNet()
     self._normalization = normalization(settings.data.normalization, self._source.facts)
     sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
-    params = pack(init_variables(self._model, jax.random.key(0), 16)["params"])
+    spec = self._spec = spec_of(TinyNet(), 16)
+    params = pack(spec.init(jax.random.key(0))["params"], spec.groups)
     labels = optimizer.label_params(params, train_kernels=True)
     self._tx = optimizer.make_optimizer(labels, sgd)
     seen = {"normalization": self._normalization}
@@ -44,12 +46,12 @@ class Training:
     epochs, of raw weights and EMA.
     """
     key, losses, top1 = jax.random.key(seed), [], []
-    variables = init_variables(self._model, key, 16)
+    variables = self._spec.init(key)
     for bits, rate, epochs in PHASES:
-      given, params = levels(bits, bits), variables["params"]
+      given, params = Bits(bits, bits), variables["params"]
       if bits:
         params = self._calibrated(variables, given, key)
-      state = create_state({**variables, "params": params}, ema=True)
+      state = create_state({**variables, "params": params}, self._spec, ema=True)
       state = state.replace(opt_state=self._tx.init(state.params))
       for epoch in range(epochs):
         found = []
@@ -99,7 +101,9 @@ def test_bfloat16_goes_where_float32_goes(tiny):
 @pytest.mark.parametrize(("dtype", "halved"), [("float32", False), ("bfloat16", True)])
 def test_a_run_computes_in_its_data_type(tiny, dtype, halved):
   settings = parse(tiny_config(**{"train.dtype": dtype}), REGISTRY)
-  programs = Programs(settings, FACTS, TinyNet(), TinyNet(), make_mesh(settings))
+  programs = Programs(
+    settings, FACTS, spec_of(TinyNet(), 16), spec_of(TinyNet(), 16), make_mesh(settings)
+  )
   programs.close()  # nothing is compiled
   traced = programs.trace_train_step(schedule.plan(settings)[-1].program)
   convolutions = [

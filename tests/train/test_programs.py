@@ -16,6 +16,7 @@ from profit_jax.config import parse
 from profit_jax.data.digits import FACTS
 from profit_jax.models import REGISTRY
 from profit_jax.train.programs import Programs, make_mesh
+from tests.specs import spec_of
 from tests.train.conftest import tiny_config
 from tests.train.tiny import TinyNet
 
@@ -25,7 +26,9 @@ SIZE = 40  # of a batch of evaluation; no other test compiles these programs
 @pytest.fixture
 def programs(tiny):
   settings = parse(tiny_config(**{"train.eval_batch_size": SIZE}), REGISTRY)
-  made = Programs(settings, FACTS, TinyNet(), TinyNet(), make_mesh(settings))
+  made = Programs(
+    settings, FACTS, spec_of(TinyNet(), 16), spec_of(TinyNet(), 16), make_mesh(settings)
+  )
   yield made
   made.close()
 

@@ -26,15 +26,21 @@ def source(fingerprint="these"):
 @pytest.fixture
 def run(tmp_path):
   """The directory of a run that has begun."""
-  run_directory.claim_workdir(tmp_path, settings(), source())
+  claim(tmp_path, settings(), source())
   (tmp_path / "checkpoints" / "7" / "moment").mkdir(parents=True)
   return tmp_path
 
 
+def claim(workdir, settings, source):
+  run_directory.claim_workdir(workdir, run_directory.identity_of(settings, source))
+
+
+def require_same(workdir, settings, source):
+  run_directory.require_same_run(workdir, run_directory.identity_of(settings, source))
+
+
 def test_the_same_run_goes_on_wherever_its_data_lies(run):
-  run_directory.claim_workdir(
-    run, settings(**{"data.data_dir": "/elsewhere", "recovery.retries": 2}), source()
-  )
+  claim(run, settings(**{"data.data_dir": "/elsewhere", "recovery.retries": 2}), source())
   assert json.loads((run / "data.json").read_text()) == {
     "train_examples": 1347,
     "eval_examples": 450,
@@ -45,11 +51,11 @@ def test_the_same_run_goes_on_wherever_its_data_lies(run):
 
 def test_another_configuration_is_refused_before_other_data(run):
   with pytest.raises(ConfigError, match=r"configuration[\s\S]*seed: 0 there, 1 here"):
-    run_directory.claim_workdir(run, settings(seed=1), source("others"))
+    claim(run, settings(seed=1), source("others"))
 
 
 def test_as_many_other_images_are_refused(run):
-  for check in (run_directory.claim_workdir, run_directory.require_same_run):
+  for check in (claim, require_same):
     with pytest.raises(ConfigError, match=f"--workdir {run}.* fingerprint"):
       check(run, settings(), source("others"))
 
@@ -58,7 +64,7 @@ def test_a_run_of_a_release_without_fingerprints_goes_on(run):
   (run / "data.json").write_text(
     json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10})
   )
-  run_directory.claim_workdir(run, settings(), source())
+  claim(run, settings(), source())
   assert (
     run_directory.read_data(run)["fingerprint"] is None
   )  # and what the older release wrote stays
@@ -67,12 +73,12 @@ def test_a_run_of_a_release_without_fingerprints_goes_on(run):
 def test_checkpoints_without_a_configuration_are_nobodys(run):
   (run / "config.json").unlink()
   with pytest.raises(ConfigError, match=f"{run}/config.json"):
-    run_directory.claim_workdir(run, settings(), source())
+    claim(run, settings(), source())
   assert not (run / "config.json").exists()
   # Without any checkpoint there is nothing to mix up.
   (run / "checkpoints" / "7" / "moment").rmdir()
   (run / "checkpoints" / "7").rmdir()
-  run_directory.claim_workdir(run, settings(), source())
+  claim(run, settings(), source())
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,7 @@ def test_a_damaged_config_json_is_named(run, content):
   with pytest.raises(ConfigError, match=f"{run}(: |/)config.json"):
     run_directory.read_settings(run)
   with pytest.raises(ConfigError):
-    run_directory.claim_workdir(run, settings(), source())
+    claim(run, settings(), source())
 
 
 def test_a_directory_in_use_is_left_as_it_is(tmp_path):
@@ -138,12 +144,12 @@ def test_processes_agree_in_all_but_where_data_and_programs_lie():
 
 def test_a_run_of_a_release_without_later_fields_goes_on(run):
   config = json.loads((run / "config.json").read_text())
-  del config["quant"], config["plan"]["fitted_bits"]
+  del config["quant"], config["plan"]["refit_bits"]
   (run / "config.json").write_text(json.dumps(config))
-  run_directory.claim_workdir(run, settings(), source())
+  claim(run, settings(), source())
   assert run_directory.read_settings(run) == settings()
   with pytest.raises(ConfigError, match=r"quant\.method: 'duq' there, 'lsq' here"):
-    run_directory.claim_workdir(run, settings(**{"quant.method": "lsq"}), source())
+    claim(run, settings(**{"quant.method": "lsq"}), source())
 
 
 def test_what_an_earlier_release_called_bfloat16_is_refused(run):
@@ -152,4 +158,4 @@ def test_what_an_earlier_release_called_bfloat16_is_refused(run):
   config["train"]["dtype"] = "bfloat16"
   (run / "config.json").write_text(json.dumps(config))
   with pytest.raises(ConfigError, match=r"earlier release.*train\.dtype=bfloat16"):
-    run_directory.claim_workdir(run, settings(**{"train.dtype": "bfloat16"}), source())
+    claim(run, settings(**{"train.dtype": "bfloat16"}), source())

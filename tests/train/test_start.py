@@ -15,12 +15,13 @@ from configs import base, digits_w4
 from profit_jax import snapshots
 from profit_jax.cli import app, to_torch
 from profit_jax.config import ConfigError, parse
-from profit_jax.models import REGISTRY, build, init_variables, variable_shapes
+from profit_jax.models import REGISTRY, build
 from profit_jax.report.console import near_chance
 from profit_jax.schedule import plan
 from profit_jax.train import start
 from profit_jax.weights.save import named_tensors, write_safetensors
 from tests import golden_data
+from tests.specs import init_variables, variable_shapes
 from tests.train.conftest import tiny_config
 from tests.train.runs import WITHOUT_PLOTS, SaveAt, number
 from tests.train.tiny import TinyNet
@@ -52,15 +53,15 @@ def first(config=None, **changes):
 def test_from_random_weights_the_student_has_no_teacher_yet():
   _, student, teacher = first()
   assert student.loaded is None
-  assert teacher.model.dropout == 0.0
+  assert teacher.spec.model.dropout == 0.0
   assert teacher.variables is None
-  assert first(**{"teacher.model": "none"})[2] == (None, None, None)
+  assert first(**{"teacher.model": "none"})[2].spec is None
 
 
 def test_from_a_file_the_student_teaches_itself_from_the_start(weights_file):
   settings, student, teacher = first(**{"init.weights": weights_file})
   jax.tree.map(np.testing.assert_array_equal, student.make(), teacher.variables)
-  assert student.file_model is None
+  assert student.file_spec is None
   (doubt,) = start.doubts(settings, student, teacher)
   assert_names(doubt, "config.model.activation", "'relu6'", "'relu'")
 
@@ -74,7 +75,11 @@ def test_another_model_teaches_with_its_own_settings(tiny, weights_file):
   }
   changes |= {"teacher.activation": "relu", "teacher.strides": (2, 1, 1, 2, 2, 1, 1, 1)}
   settings, student, teacher = first(**changes)
-  assert (teacher.model.width, teacher.model.activation, teacher.model.strides[2]) == (
+  assert (
+    teacher.spec.model.width,
+    teacher.spec.model.activation,
+    teacher.spec.model.strides[2],
+  ) == (
     0.25,
     "relu",
     1,
@@ -95,7 +100,11 @@ def test_torchvision_v3_is_evaluated_with_its_own_padding_and_teaches_with_it(tm
     "data.name": "digits",
   }
   settings, student, teacher = first(base.get_config(), **changes)
-  assert (student.model.pad_value, student.file_model.pad_value, teacher.model.pad_value) == (
+  assert (
+    student.spec.model.pad_value,
+    student.file_spec.model.pad_value,
+    teacher.spec.model.pad_value,
+  ) == (
     -0.375,
     0.0,
     0.0,
@@ -136,7 +145,7 @@ def test_a_resnet_can_be_trained_to_become_a_teacher():
   bits = {"plan.weight_bits": (), "plan.act_bits": ()}
   changes = {"model.name": "resnet18", "model.width": 1.0, "model.strides": (2, 2, 1, 2, 2, 2)}
   _, student, teacher = first(**bits, **changes)
-  assert teacher.model.depth == student.model.depth == 18
+  assert teacher.spec.model.depth == student.spec.model.depth == 18
 
 
 def test_a_new_head_is_random_and_the_rest_is_the_files(weights_file):

@@ -10,13 +10,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax.data import Normalization
 from profit_jax.data.normalize import normalize
-from profit_jax.models import init_variables
-from profit_jax.quant.bits import Levels, levels
+from profit_jax.quant.bits import Bits
 from profit_jax.train import aiwq, nonfinite, optimizer, steps
 from profit_jax.train.packing import pack, unpack
 from profit_jax.train.state import create_state
+from tests.specs import spec_of
 from tests.train.tiny import CONVS, TinyNet
 
+SPEC = spec_of(TinyNet(), 16)
 NORMALIZATION = Normalization((0.5,) * 3, (0.25,) * 3)
 TAUGHT_BY_ITSELF = steps.Distillation(TinyNet())
 SGD = optimizer.SgdSettings(weight_decay=1e-4, momentum=0.9, quantizer_lr_scale=0.01)
@@ -24,7 +25,7 @@ SGD = optimizer.SgdSettings(weight_decay=1e-4, momentum=0.9, quantizer_lr_scale=
 
 @functools.cache
 def variables():
-  return init_variables(TinyNet(), jax.random.key(0), 16)
+  return SPEC.init(jax.random.key(0))
 
 
 def batch(count, seed=0):
@@ -45,7 +46,7 @@ def replicated(devices):
 @functools.cache
 def training(devices=1, train_kernels=True, distillation=TAUGHT_BY_ITSELF, accumulation_steps=1):
   """A jitted training step, and what makes its first state, `(variables, ema) -> state`."""
-  params = pack(variables()["params"])
+  params = pack(variables()["params"], SPEC.groups)
   labels = optimizer.label_params(params, train_kernels=train_kernels)
   tx = optimizer.make_optimizer(labels, SGD)
   step = steps.make_train_step(
@@ -58,7 +59,7 @@ def training(devices=1, train_kernels=True, distillation=TAUGHT_BY_ITSELF, accum
   )
 
   def first(variables, *, ema):
-    state = create_state(variables, ema=ema)
+    state = create_state(variables, SPEC, ema=ema)
     return state.replace(opt_state=tx.init(state.params))
 
   return jax.jit(step, out_shardings=replicated(devices)), first
@@ -73,7 +74,7 @@ def test_evaluation_ignores_padding_and_ranks_ties_as_a_stable_sort():
   step, rows = evaluation(), batch(32)
 
   def of(mask, rows=rows, net=None):
-    return step(variables() if net is None else net, {**rows, "mask": mask}, levels(4, 4))
+    return step(variables() if net is None else net, {**rows, "mask": mask}, Bits(4, 4))
 
   mask = np.arange(32) < 20
   part, rest, whole = of(mask), of(~mask), of(np.ones(32, bool))
@@ -103,12 +104,12 @@ def test_a_teacher_sees_images_with_its_own_normalization():
     distillation=steps.Distillation(model, batch_statistics=False, normalization=own)
   )
   _, metrics, _ = step(
-    first(sure, ema=False), batch(16), Levels(), np.float32(0.1), jax.random.key(0), sure, None
+    first(sure, ema=False), batch(16), Bits(), np.float32(0.1), jax.random.key(0), sure, None
   )
 
   @functools.partial(jax.jit, static_argnums=1)
   def apply(image, train):
-    return model.apply(sure, image, Levels(), train, mutable=["batch_stats"])[0]
+    return model.apply(sure, image, Bits(), train, mutable=["batch_stats"])[0]
 
   def logits(normalization, train):
     return apply(normalize(jnp.asarray(batch(16)["image"]), normalization), train)
@@ -124,7 +125,7 @@ def test_a_teacher_sees_images_with_its_own_normalization():
 def test_uint8_images_are_normalized_inside_the_step():
   raw = batch(8)
   normalized = {**raw, "image": ((raw["image"] / 255 - 0.5) / 0.25).astype(np.float32)}
-  losses = [evaluation()(variables(), rows, Levels())["loss"] for rows in (raw, normalized)]
+  losses = [evaluation()(variables(), rows, Bits())["loss"] for rows in (raw, normalized)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -132,10 +133,10 @@ def test_calibration_sets_a_and_c_of_every_quantizer():
   image = batch(64)["image"]
   params = jax.jit(
     lambda v, i: steps.calibrate_acts(
-      TinyNet(), v, i, NORMALIZATION, jax.random.key(0), np.float32(15)
+      TinyNet(), v, i, NORMALIZATION, jax.random.key(0), Bits(act=4)
     )
   )(variables(), image)
-  params = jax.jit(steps.calibrate_weights)(params, np.float32(7))
+  params = jax.jit(lambda p: steps.calibrate_weights(p, Bits(weight=4), SPEC))(params)
   for layer in ("quant0", "quant1", "quant2", "signed_quant", *CONVS, "classifier"):
     assert params[layer]["quant_a"] == params[layer]["quant_c"]
     assert params[layer]["quant_a"] != variables()["params"][layer]["quant_a"]
@@ -152,7 +153,7 @@ def advance(batches, *, devices, parts):
   state, sampling, teacher, key = jax.device_put(
     (
       first(variables(), ema=True),
-      aiwq.start(variables()["params"]),
+      aiwq.start(SPEC.convs),
       variables(),
       jax.random.key(0),
     ),
@@ -160,7 +161,7 @@ def advance(batches, *, devices, parts):
   )
   for each in batches:
     state, metrics, sampling = step(
-      state, jax.device_put(each, rows), levels(8, 8), np.float32(0.05), key, teacher, sampling
+      state, jax.device_put(each, rows), Bits(8, 8), np.float32(0.05), key, teacher, sampling
     )
   return jax.device_get((state, metrics, sampling))
 
@@ -190,7 +191,7 @@ def test_ema_follows_the_formula():
 def plain_step(state, rows):
   """In full precision, without teacher and sampling."""
   step, _ = training()
-  return step(state, rows, Levels(), np.float32(0.1), jax.random.key(0), None, None)
+  return step(state, rows, Bits(), np.float32(0.1), jax.random.key(0), None, None)
 
 
 def test_rows_without_an_example_have_no_part_in_the_loss():
@@ -275,7 +276,7 @@ def compiled_at_4_bits(train_kernels):
   """The executable, and the arguments of its first step."""
   step, first = training(train_kernels=train_kernels)
   state = first(variables(), ema=True)
-  arguments = (state, batch(8), levels(4, 4), np.float32(0.1), jax.random.key(0), None, None)
+  arguments = (state, batch(8), Bits(4, 4), np.float32(0.1), jax.random.key(0), None, None)
   return step.lower(*arguments).compile(), arguments
 
 
@@ -290,5 +291,5 @@ def test_a_phase_that_trains_no_kernel_needs_fewer_operations():
 def test_bits_do_not_recompile():
   # An executable never compiles again: it takes the bits as values, or not at all.
   step, (state, rows, _, *rest) = compiled_at_4_bits(True)
-  losses = {float(step(state, rows, levels(bits, bits), *rest)[1]["loss"]) for bits in (8, 5, 4)}
+  losses = {float(step(state, rows, Bits(bits, bits), *rest)[1]["loss"]) for bits in (8, 5, 4)}
   assert len(losses) == 3

@@ -10,13 +10,14 @@ import pytest
 from flax import traverse_util
 
 from profit_jax.data import Normalization
-from profit_jax.models import REGISTRY, variable_shapes
-from profit_jax.quant.bits import levels
+from profit_jax.models import REGISTRY
+from profit_jax.quant.bits import Bits
 from profit_jax.train import aiwq, optimizer, steps
 from profit_jax.train.packing import pack, unpack
 from profit_jax.train.state import create_state
 from profit_jax.weights import load
 from tests import golden_data
+from tests.specs import spec_of
 
 # stage -> weight bits, act bits, kernels that are frozen: none, all, or the golden's list
 STAGES = {
@@ -37,7 +38,7 @@ STEPS = {V2: 10, V3: 3}
 class Setting(NamedTuple):
   """A model, the variables of student and teacher, and the authors' names of leaves and layers."""
 
-  model: object
+  spec: object
   student: dict
   teacher: dict
   leaf_paths: dict
@@ -48,7 +49,8 @@ class Setting(NamedTuple):
 def setting(name):
   shapes = golden_data.load(f"trajectory_{name}.json")["shapes"]
   model = REGISTRY[name](num_classes=10, dropout=0.0, **OPTIONS[name])
-  template = variable_shapes(model, 32)
+  spec = spec_of(model)
+  template = spec.shapes
   student, teacher = (
     load.import_variables(
       name, template, golden_data.tensors(shapes, prefix), "golden", dtype=np.float64
@@ -61,14 +63,14 @@ def setting(name):
     for path, their in names.items()
     if path[-1] == "kernel"
   }
-  return Setting(model, student, teacher, {their: path for path, their in names.items()}, layers)
+  return Setting(spec, student, teacher, {their: path for path, their in names.items()}, layers)
 
 
 @functools.cache
 def compiled_apply(model, train, mutable):
   return jax.jit(
-    lambda variables, image, levels, rngs: model.apply(
-      variables, image, levels, train, mutable=list(mutable), rngs=rngs
+    lambda variables, image, bits, rngs: model.apply(
+      variables, image, bits, train, mutable=list(mutable), rngs=rngs
     )
   )
 
@@ -78,8 +80,8 @@ class CompiledModel(NamedTuple):
 
   model: object
 
-  def apply(self, variables, image, levels, train, *, mutable, rngs):
-    return compiled_apply(self.model, train, tuple(mutable))(variables, image, levels, rngs)
+  def apply(self, variables, image, bits, train, *, mutable, rngs):
+    return compiled_apply(self.model, train, tuple(mutable))(variables, image, bits, rngs)
 
 
 def make_step(name, tx):
@@ -87,7 +89,7 @@ def make_step(name, tx):
   # which other tests do without (tests/conftest.py): 91 s of CPU time, 75 s in parts. The stages of
   # v2 share their model's programs, and apply the optimizer eagerly.
   whole = name == V3
-  model = setting(name).model
+  model = setting(name).spec.model
   model = model if whole else CompiledModel(model)
   step = steps.make_train_step(
     model,
@@ -107,20 +109,22 @@ def run(name, stage):
   step.
   """
   weight_bits, act_bits, freeze = STAGES[stage]
-  _, student, teacher, _, layers = setting(name)
+  spec, student, teacher, _, layers = setting(name)
   frozen = {
     "none": [],
     "all": layers,
     "golden": golden_data.load(f"trajectory_{name}.json")["frozen"],
   }[freeze]
-  labels = optimizer.label_params(pack(student["params"]), train_kernels=True)
+  labels = optimizer.label_params(pack(student["params"], spec.groups), train_kernels=True)
   sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
-  tx = optimizer.make_optimizer(labels, sgd, frozenset(layers[layer] for layer in frozen))
+  tx = optimizer.make_optimizer(
+    labels, sgd, frozenset(f"{layers[layer]}/kernel" for layer in frozen)
+  )
   step = make_step(name, tx)
   with jax.enable_x64(True):
-    state = create_state(student, ema=True)
+    state = create_state(student, spec, ema=True)
     state = state.replace(opt_state=tx.init(state.params))
-    sampling = aiwq.start(student["params"]) if weight_bits else None
+    sampling = aiwq.start(spec.convs, np.float64) if weight_bits else None
     history = [(state, None, sampling)]
     for i in range(4 if (name, stage) == (V2, "full_precision") else STEPS[name]):
       batch = {
@@ -130,7 +134,7 @@ def run(name, stage):
       state, metrics, sampling = step(
         state,
         batch,
-        levels(weight_bits, act_bits),
+        Bits(weight_bits, act_bits),
         np.float64(0.01),
         jax.random.key(0),
         teacher,

@@ -9,9 +9,10 @@ import pytest
 from flax import traverse_util
 
 from profit_jax.config import ConfigError
-from profit_jax.models import REGISTRY, variable_shapes
+from profit_jax.models import REGISTRY
 from profit_jax.weights.load import differing_settings, import_variables, load_variables, namings
 from tests import golden_data
+from tests.specs import variable_shapes
 
 
 @functools.cache

@@ -9,11 +9,12 @@ import pytest
 from flax import traverse_util
 
 from profit_jax.config import ConfigError
-from profit_jax.models import REGISTRY, variable_shapes
+from profit_jax.models import REGISTRY
 from profit_jax.weights.load import load_variables, namings
 from profit_jax.weights.naming import QUANTIZER_LEAVES
 from profit_jax.weights.save import named_tensors, write_safetensors
 from tests import golden_data
+from tests.specs import variable_shapes
 
 
 def shapes(model):

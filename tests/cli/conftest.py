@@ -4,22 +4,24 @@ import pytest
 from etils import epath
 
 from profit_jax import data, snapshots
-from profit_jax.export.build import NETWORKS
 from profit_jax.models import REGISTRY
 from profit_jax.train import run_directory
 from profit_jax.train.progress import Best, PhaseRecord, Progress
-from tests.export import tiny
 from tests.export.nets import random_variables, small_settings
+from tests.export.tiny import TinyV1
+from tests.train.conftest import finished_run, tiny
+
+__all__ = ["finished_run", "tiny"]
 
 MODEL = "tiny_v1"
 
 
 @pytest.fixture(scope="session")
 def tiny_v1():
-  """Registers the tiny net and its topology."""
-  REGISTRY[MODEL], NETWORKS[MODEL] = tiny.TinyV1, tiny.topology
+  """Registers the tiny net."""
+  REGISTRY[MODEL] = TinyV1
   yield
-  del REGISTRY[MODEL], NETWORKS[MODEL]
+  del REGISTRY[MODEL]
 
 
 def tiny_settings(**changes):
@@ -29,7 +31,7 @@ def tiny_settings(**changes):
 def write_run(workdir, best, **changes):
   settings = tiny_settings(**changes)
   workdir = epath.Path(workdir)
-  run_directory.claim_workdir(workdir, settings, data.load(settings))
+  run_directory.claim_workdir(workdir, run_directory.identity_of(settings, data.load(settings)))
   phase = {
     "index": 1,
     "name": "w4a4 ft1",

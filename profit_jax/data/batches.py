@@ -1,0 +1,206 @@
+"""A user's own batches as a data source.
+
+    data = Data(train=train_batches, eval=eval_batches, steps_per_epoch=390)
+
+A batch is a dictionary:
+
+| key     | array                | meaning                                                       |
+|---------|----------------------|---------------------------------------------------------------|
+| `image` | `[N, H, W, C]`       | floats, used as they are; or uint8, see `Data.normalization`  |
+| `label` | `[N]`, integers      | from 0, below the number of the model's outputs               |
+| `mask`  | `[N]`, bool, optional | False in rows that the loss and the scores exclude           |
+
+The first training batch says what N, H, W and C are. Of several processes each gives its own N rows
+of every batch, and all give as many batches; the global batch has the processes' rows in their
+order. A smaller batch is padded to N rows that are masked out; in training, copies of its own rows,
+because they take part in batch statistics.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from profit_jax.config import ConfigError
+from profit_jax.data.base import Batch, Facts, Host
+from profit_jax.data.normalize import Normalization
+
+UserBatch = Mapping[str, Any]
+TrainBatches = Callable[[int, int], Iterator[UserBatch]] | Iterable[UserBatch]
+EvalBatches = Callable[[], Iterator[UserBatch]] | Iterable[UserBatch]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Data:
+  """Batches for `Trainer.fit`; see the table above.
+
+  Attributes:
+    train: `(epoch, first_step) -> iterator` over the batches of an epoch (from 0) from a step (from
+      0) on, the same whenever it is called with the same numbers; or anything that can be iterated
+      again, of which the first steps are passed over.
+    eval: `() -> iterator`, or anything that can be iterated again; each example once.
+    steps_per_epoch: batches of an epoch. More are left out.
+    class_names: by label; empty without.
+    normalization: of uint8 images, `(x / 255 - mean) / std`; None is `x / 255`.
+
+  Raises:
+    ConfigError: an iterator that can be used only once, or no step.
+  """
+
+  train: TrainBatches
+  eval: EvalBatches
+  steps_per_epoch: int
+  class_names: Sequence[str] = ()
+  normalization: Normalization | None = None
+
+  def __post_init__(self):
+    if self.steps_per_epoch < 1:
+      raise ConfigError(
+        f"Data.steps_per_epoch = {self.steps_per_epoch} is not allowed: it must be 1 or more."
+      )
+    for name in ("train", "eval"):
+      given = getattr(self, name)
+      if callable(given):
+        continue
+      if not isinstance(given, Iterable):
+        raise ConfigError(
+          f"Data.{name} is a {type(given).__name__}: it must be a function that returns an "
+          "iterator, or something that can be iterated again, as a list."
+        )
+      if iter(given) is given:
+        raise ConfigError(
+          f"Data.{name} is an iterator that can be used only once, but each epoch needs the "
+          "batches again. Give a function that makes a new iterator: "
+          + ("(epoch, first_step) -> iterator." if name == "train" else "() -> iterator.")
+        )
+
+
+class BatchSource:
+  """`Data` as a `Source`: checks every batch and pads the smaller ones.
+
+  Attributes:
+    num_classes: outputs of the model, which labels must lie below; set before batches are taken.
+    batch_size: global.
+    image_shape: `(H, W, C)`.
+    image_dtype: uint8 or float32.
+  """
+
+  def __init__(self, data: Data, host: Host = Host()):
+    """Looks at the first training batch.
+
+    Args:
+      data: the user's.
+      host: which process this is.
+
+    Raises:
+      ConfigError: a batch that is not as it must be.
+    """
+    self._data = data
+    self.num_classes = 0
+    first = next(iter(self._epoch(0, 0)), None)
+    if first is None:
+      raise ConfigError("Data.train has no batch in epoch 0. Give at least one.")
+    image = _array(first, "image", "the first training batch")
+    if image.ndim != 4:
+      raise ConfigError(
+        f"The images of the first training batch have the shape {image.shape}: it must be "
+        "[N, H, W, C]."
+      )
+    self.image_shape = image.shape[1:]
+    self.image_dtype = np.dtype(np.uint8 if image.dtype == np.uint8 else np.float32)
+    self._rows = len(image)
+    self.batch_size = self._rows * host.count
+
+  @property
+  def facts(self) -> Facts:
+    """What is known of the data; the number of evaluation examples is not, and is 0."""
+    channels = self.image_shape[-1]
+    as_they_are = Normalization((0.0,) * channels, (1.0,) * channels)
+    return Facts(
+      train_examples=self.batch_size * self._data.steps_per_epoch,
+      eval_examples=0,
+      num_classes=self.num_classes,
+      normalization=self._data.normalization or as_they_are,
+      class_names=tuple(self._data.class_names),
+    )
+
+  def fingerprint(self) -> str:
+    """A user's data has none."""
+    return ""
+
+  def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+    """See `Source.train_batches`."""
+    del batch_size
+    count = start
+    for batch in itertools.islice(self._epoch(epoch, start), self._data.steps_per_epoch - start):
+      yield self._checked(batch, f"training batch {count} of epoch {epoch}", train=True)
+      count += 1
+    if count < self._data.steps_per_epoch:
+      raise ConfigError(
+        f"Data.train ended after {count} of {self._data.steps_per_epoch} batches in epoch {epoch}. "
+        "Give as many as Data.steps_per_epoch says, in each epoch."
+      )
+
+  def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+    """See `Source.eval_batches`."""
+    del batch_size
+    given = self._data.eval
+    for number, batch in enumerate(given() if callable(given) else given):
+      yield self._checked(batch, f"evaluation batch {number}", train=False)
+
+  def _epoch(self, epoch: int, start: int) -> Iterator[UserBatch]:
+    given = self._data.train
+    if callable(given):
+      return iter(given(epoch, start))
+    return itertools.islice(given, start, None)
+
+  def _checked(self, batch: UserBatch, what: str, *, train: bool) -> Batch:
+    image, label = _array(batch, "image", what), _array(batch, "label", what)
+    size = len(label)
+    if image.shape[1:] != self.image_shape or not 1 <= size <= self._rows or len(image) != size:
+      wanted = ", ".join(map(str, self.image_shape))
+      raise ConfigError(
+        f"{what.capitalize()} has images of the shape {image.shape} and {label.shape} labels: each "
+        f"batch must have the shapes [N, {wanted}] and [N], with N at most {self._rows}, as the "
+        "first training batch. Resize the images, or cut the batch."
+      )
+    if not np.issubdtype(label.dtype, np.integer) or label.ndim != 1:
+      raise ConfigError(
+        f"{what.capitalize()} has labels of the type {label.dtype} and shape {label.shape}: they "
+        "must be integers [N]."
+      )
+    if label.min() < 0 or label.max() >= self.num_classes:
+      raise ConfigError(
+        f"{what.capitalize()} has labels from {label.min()} to {label.max()}: they must be 0 to "
+        f"{self.num_classes - 1}, because the model has {self.num_classes} outputs."
+      )
+    if self.image_dtype != np.uint8:
+      image = image.astype(np.float32)
+      if not np.isfinite(image).all():
+        raise ConfigError(f"{what.capitalize()} has images with NaN or infinity. Remove them.")
+    elif image.dtype != np.uint8:
+      raise ConfigError(
+        f"{what.capitalize()} has {image.dtype} images, the first training batch uint8. Give one "
+        "type."
+      )
+    mask = np.asarray(batch.get("mask", np.ones(size, bool)), bool)
+    missing = self._rows - size
+    rows = np.resize(np.arange(size), missing) if train else np.zeros(missing, np.int64)
+    order = np.concatenate([np.arange(size), rows])
+    return {
+      "image": image[order],
+      "label": label[order].astype(np.int32),
+      "mask": np.concatenate([mask, np.zeros(missing, bool)]),
+    }
+
+
+def _array(batch: UserBatch, key: str, what: str) -> np.ndarray:
+  if not isinstance(batch, Mapping) or key not in batch:
+    found = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+    raise ConfigError(
+      f"{what.capitalize()} is {found}: it must be a dictionary with image [N, H, W, C] and label "
+      "[N]."
+    )
+  return np.asarray(batch[key])

@@ -1,0 +1,238 @@
+"""What a model is made of, as its layers themselves say.
+
+Which parameter is a quantized kernel, which belongs to a normalization and which to a quantizer is
+known by the layer that made it. Names decide nothing, so that any model made of `profit_jax.nn` is
+trained, calibrated and watched alike. Parameters of other layers are plain.
+"""
+
+import contextvars
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+from flax.core.scope import DenyList
+
+from profit_jax.config import ConfigError
+from profit_jax.quant.base import PREFIX
+from profit_jax.quant.bits import Bits
+from profit_jax.quant.quantized import value_of
+
+LayerKind = Literal["conv", "dense", "act", "norm"]
+# Optimizer groups. Plain parameters with two axes or more are weights, all others norms.
+WEIGHT, NORM, QUANT = "weight", "norm", "quant"
+KERNEL = "kernel"
+Path = tuple[str, ...]
+
+_recorded: contextvars.ContextVar[list["Layer"] | None] = contextvars.ContextVar(
+  "recorded", default=None
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A layer of `profit_jax.nn` in a model.
+
+  Attributes:
+    path: in the model, `block01/expand_conv`.
+    kind: what it is.
+    bits: what it was told, but for the widths, which change from phase to phase.
+    attributes: of its module, by name.
+  """
+
+  path: str
+  kind: LayerKind
+  bits: Bits
+  attributes: Mapping[str, Any]
+
+
+def record(module: nn.Module, kind: LayerKind, bits: Bits) -> None:
+  """Tells `describe` of a layer that is called; elsewhere does nothing."""
+  layers = _recorded.get()
+  if layers is not None:
+    names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+    attributes = {name: getattr(module, name) for name in names}
+    layers.append(Layer("/".join(module.path), kind, bits.at(None, None), attributes))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelSpec:
+  """A model and what its layers say of themselves.
+
+  Attributes:
+    model: the module.
+    input_shape: of one image, `(H, W, C)`.
+    bits: full precision, with the quantizer that the model's layers use.
+    shapes: of its `params` and `batch_stats`.
+    layers: those of `profit_jax.nn`, by path, in the order of their calls.
+    outputs: how many numbers the model gives for an image.
+  """
+
+  model: nn.Module
+  input_shape: tuple[int, ...]
+  bits: Bits
+  shapes: dict[str, Any]
+  layers: Mapping[str, Layer]
+  outputs: int
+
+  def init(self, key: jax.Array) -> dict[str, Any]:
+    """First `params` and `batch_stats`, drawn from `key`."""
+    return {"batch_stats": {}, **_initializer(self.model, self.input_shape, self.bits)(key)}
+
+  @functools.cached_property
+  def kernels(self) -> dict[str, tuple[int, ...]]:
+    """Shapes of the kernels that can be quantized, by layer."""
+    flat = traverse_util.flatten_dict(self.shapes["params"])
+    return {
+      layer.path: flat[*split_path(layer.path), KERNEL].shape
+      for layer in self.layers.values()
+      if layer.kind in ("conv", "dense")
+    }
+
+  @functools.cached_property
+  def convs(self) -> dict[str, tuple[int, ...]]:
+    """Those of the convolutions, which AIWQ ranks."""
+    return {path: s for path, s in self.kernels.items() if self.layers[path].kind == "conv"}
+
+  @functools.cached_property
+  def momenta(self) -> dict[str, float]:
+    """The share of the old running statistics that an update keeps, by normalization."""
+    norms = (layer for layer in self.layers.values() if layer.kind == "norm")
+    return {layer.path: layer.attributes["momentum"] for layer in norms}
+
+  @functools.cached_property
+  def groups(self) -> dict[Path, str]:
+    """The optimizer group of each parameter: `WEIGHT`, `NORM` or `QUANT`."""
+    flat = traverse_util.flatten_dict(self.shapes["params"])
+    return {path: self._group(path, leaf) for path, leaf in flat.items()}
+
+  def _group(self, path: Path, leaf: Any) -> str:
+    ours = "/".join(path[:-1]) in self.layers
+    if ours and path[-1].startswith(PREFIX):
+      return QUANT
+    return WEIGHT if len(leaf.shape) >= 2 else NORM
+
+  def kernel_qmax(self, layer: str, bits: Bits) -> jax.Array:
+    """The largest code of a layer's kernel where a phase has these bits."""
+    return self.layers[layer].bits.at(bits.weight, None).kernel_qmax()
+
+  def kernel_scalars(self, flat: Mapping[Path, Any], layer: str) -> dict[str, Any]:
+    """The raw scalars of a kernel's quantizer, out of flattened parameters."""
+    path = split_path(layer)
+    return {leaf: flat[*path, leaf] for leaf in self.bits.quantizer.kernel_scalars}
+
+  def kernel_codes(self, params: Mapping[str, Any], bits: Bits) -> dict[str, jax.Array]:
+    """The integer codes of each kernel, int8 of its shape, by layer.
+
+    Args:
+      params: nested dictionaries.
+      bits: with the bit width of the weights.
+    """
+    flat, quantizer = traverse_util.flatten_dict(params), self.bits.quantizer
+    found = {}
+    for layer in self.kernels:
+      kernel, scalars = flat[*split_path(layer), KERNEL], self.kernel_scalars(flat, layer)
+      qmax = self.kernel_qmax(layer, bits)
+      codes = quantizer.of_kernel(quantizer.kernel_codes, kernel, scalars, qmax)
+      found[layer] = codes.astype(np.int8)
+    return found
+
+
+def describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits = Bits()) -> ModelSpec:
+  """Traces a model once, without computing anything.
+
+  Args:
+    model: `model(x, bits, train)`: float images `[N, H, W, C]` to one array `[N, outputs]`.
+    input_shape: `(H, W, C)` of its images.
+    bits: with its quantizer and least bits; the widths do not matter.
+
+  Raises:
+    ConfigError: not such a model; a layer that is called twice; variables besides `params` and
+      `batch_stats`.
+  """
+  _check_module(model)
+  return _describe(model, tuple(input_shape), bits.at(None, None))
+
+
+def _check_module(model: Any) -> None:
+  kind = type(model)
+  if any(base.__module__.startswith("flax.nnx") for base in kind.__mro__):
+    raise ConfigError(
+      f"The model is a {kind.__name__} of flax.nnx, but profit_jax takes Flax linen modules. Wrap "
+      "it with flax.nnx.bridge.to_linen, or write it as flax.linen.Module."
+    )
+  if not isinstance(model, nn.Module):
+    raise ConfigError(
+      f"The model is a {kind.__name__}: it must be an instance of flax.linen.Module."
+      + (" Give Net(), not Net." if isinstance(model, type) else "")
+    )
+  try:
+    inspect.signature(type(model).__call__).bind(model, None, None, False)
+  except TypeError as error:
+    raise ConfigError(
+      f"{kind.__name__}.__call__ cannot be called as model(x, bits, train): {error}. It takes one "
+      "array of images, the bits, and whether it trains, and returns one array."
+    ) from None
+
+
+def split_path(path: str) -> Path:
+  """`block01/expand_conv` as a tuple; of the model itself, none."""
+  return tuple(path.split("/")) if path else ()
+
+
+@functools.lru_cache(maxsize=32)
+def _describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> ModelSpec:
+  recorded: list[Layer] = []
+  token = _recorded.set(recorded)
+  try:
+    # Not the cached program of `_initializer`: it would not call the layers again.
+    output, shapes = jax.eval_shape(_init(model, input_shape, bits), jax.random.key(0))
+  finally:
+    _recorded.reset(token)
+  layers: dict[str, Layer] = {}
+  for layer in recorded:
+    if layer.path in layers:
+      raise ConfigError(
+        f"The layer {layer.path} is called twice in one forward pass. Each layer has its own "
+        "quantizer and can be called once: make another layer, with another name."
+      )
+    layers[layer.path] = layer
+  leaves = jax.tree.leaves(output)
+  if len(leaves) != 1 or leaves[0].ndim != 2 or leaves[0].shape[0] != 1:
+    found = ", ".join(str(("N", *leaf.shape[1:])) for leaf in leaves)
+    raise ConfigError(
+      f"{type(model).__name__} returns {len(leaves)} arrays, of the shapes {found}: it must return "
+      "one array [N, classes]."
+    )
+  if others := sorted(shapes.keys() - {"params", "batch_stats"}):
+    raise ConfigError(
+      f"{type(model).__name__} has variables in the collections {', '.join(others)}: only params "
+      "and batch_stats are trained and saved."
+    )
+  shapes = {"batch_stats": {}, **shapes}
+  return ModelSpec(model, input_shape, bits, shapes, layers, leaves[0].shape[-1])
+
+
+def _init(model, input_shape, bits):
+  def init(key):
+    zeros = np.zeros((1, *input_shape), np.float32)
+    output, variables = model.init_with_output(key, zeros, bits, False, mutable=_collections())
+    return value_of(output), variables
+
+  return init
+
+
+def _collections() -> DenyList:
+  # What layers write only when they are asked to; see `nn/layers.py`.
+  return DenyList(["intermediates", "moments", "quantized", "calibration", "clip_rate"])
+
+
+@functools.cache
+def _initializer(model, input_shape, bits):
+  # Kept, so that a process compiles it once: 11 s of CPU time for MobileNet-v2 (720 small kernels).
+  return jax.jit(lambda key: _init(model, input_shape, bits)(key)[1])

@@ -1,0 +1,119 @@
+"""Trace mode: every layer and non-linearity is one opaque operation of the traced program.
+
+Export reads a model's graph from its jaxpr. In a plain jaxpr a quantizer is a dozen unnamed
+operations. In trace mode each layer binds `operation_p` instead, with its path and attributes, and
+returns its usual type. Its parameters are not operands: export looks them up by path.
+
+    with tracing.traced():
+      jaxpr = jax.make_jaxpr(lambda x: model.apply(variables, x, bits, False))(x)
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from profit_jax.quant.bits import Bits
+from profit_jax.quant.quantized import Unquantized, value_of
+
+_traced = contextvars.ContextVar("profit_jax_traced", default=False)
+
+# Operands: the input and, of a quantizer that is on, its largest code. Parameters: `kind`
+# (conv, dense, quantizer, norm, activation or mean), `path` of the layer (empty for functions),
+# `shape` of the output, and the layer's own attributes.
+operation_p = core.Primitive("profit_operation")
+
+
+@operation_p.def_abstract_eval
+def _abstract(x, *qmax, shape, **attributes):
+  del qmax, attributes
+  return jax.core.ShapedArray(shape, x.dtype)
+
+
+def active() -> bool:
+  """Whether layers bind opaque operations."""
+  return _traced.get()
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+  """Inside, layers and functions of `nn/` bind opaque operations, and `jit` is off.
+
+  JAX caches functions under `jit` by their arguments, not by this mode: one that ran before would
+  give its plain operations.
+  """
+  token = _traced.set(True)
+  try:
+    with jax.disable_jit():
+      yield
+  finally:
+    _traced.reset(token)
+
+
+def conv(layer: nn.Module, x: Any, bits: Bits) -> jax.Array:
+  """A `QuantConv`."""
+  size, stride = layer.kernel_size, layer.stride
+  height, width = ((n + 2 * ((size - 1) // 2) - size) // stride + 1 for n in x.shape[1:3])
+  features = x.shape[-1] if layer.depthwise else layer.features
+  return _bind(
+    layer,
+    x,
+    bits.kernel_qmax(),
+    kind="conv",
+    shape=(x.shape[0], height, width, features),
+    stride=stride,
+    depthwise=layer.depthwise,
+    pad_value=layer.pad_value,
+    quantizer=bits.quantizer,
+  )
+
+
+def dense(layer: nn.Module, x: Any, bits: Bits) -> jax.Array:
+  """A `QuantDense`."""
+  shape = (*x.shape[:-1], layer.features)
+  qmax = bits.kernel_qmax()
+  return _bind(layer, x, qmax, kind="dense", shape=shape, quantizer=bits.quantizer)
+
+
+def quantizer(layer: nn.Module, x: Any, bits: Bits) -> Unquantized:
+  """A `QuantAct`."""
+  y = _bind(
+    layer,
+    x,
+    bits.act_qmax(layer.kind),
+    kind="quantizer",
+    shape=x.shape,
+    codes=layer.kind,
+    quantizer=bits.quantizer,
+  )
+  return Unquantized(y)
+
+
+def norm(layer: nn.Module, x: Any, function: str | None) -> jax.Array:
+  """A `BatchNorm` with its running statistics, and the non-linearity after it."""
+  x = _bind(layer, x, None, kind="norm", shape=x.shape, epsilon=layer.epsilon)
+  return activation(x, function)
+
+
+def activation(x: Any, function: str | None) -> jax.Array:
+  """A non-linearity, one of `export.net.Activation`'s; None is none."""
+  if function is None:
+    return x
+  return _bind(None, x, None, kind="activation", shape=x.shape, function=function)
+
+
+def mean(x: Any) -> jax.Array:
+  """The mean over space, `[N, H, W, C]` -> `[N, C]`."""
+  return _bind(None, x, None, kind="mean", shape=(x.shape[0], x.shape[-1]))
+
+
+def _bind(layer: nn.Module | None, x: Any, qmax: jax.Array | None, **attributes: Any) -> jax.Array:
+  x = value_of(x)
+  operands = [x] if qmax is None else [x, jnp.asarray(qmax, jnp.float32)]
+  path = () if layer is None else layer.path
+  return operation_p.bind(*operands, path=path, **attributes)

@@ -1,0 +1,267 @@
+"""The library: own models and batches, resumed to the bit; and what users get wrong."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import profit_jax as pj
+from profit_jax.nn.spec import describe
+from profit_jax.train.interrupt import Stopped
+
+STEPS, ROWS = 4, 8
+
+
+class Net(nn.Module):
+  """One channel, a plain layer, no norm behind one convolution, a head without bias."""
+
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    x = pj.QuantAct("symmetric", name="in_quant")(x, bits)
+    x = pj.QuantConv(4, 5, stride=2, name="conv")(x, bits)
+    x = pj.QuantAct("unsigned", name="quant")(pj.BatchNorm(name="norm")(x, train, "relu"), bits)
+    x = nn.relu(pj.QuantConv(4, 3, depthwise=True, name="depthwise")(x, bits))
+    x = nn.LayerNorm(name="plain_norm")(nn.Dense(6, name="plain")(jnp.mean(x, (1, 2))))
+    x = pj.QuantAct("symmetric", name="head_quant")(x, bits)
+    return pj.QuantDense(3, use_bias=False, name="head")(x, bits)
+
+
+def batch(seed, rows=ROWS, size=8, channels=1):
+  rng = np.random.default_rng(seed)
+  label = rng.integers(0, 3, rows)
+  image = rng.normal(size=(rows, size, size, channels)) + label[:, None, None, None]
+  return {"image": np.float32(image), "label": label}
+
+
+def train(epoch, first_step):
+  return (batch((epoch, step)) for step in range(first_step, STEPS))
+
+
+EVAL = [batch(100), batch(101, rows=5)]
+DATA = pj.Data(train=train, eval=EVAL, steps_per_epoch=STEPS)
+SCHEDULE = pj.profit_schedule(
+  weight_bits=(4,),
+  act_bits=(8,),
+  full_precision_epochs=2,
+  finetune_epochs=1,
+  bn_epochs=0,
+  sampling_epochs=1,
+  freeze_fractions=(0.5,),
+  learning_rate=0.05,
+)
+OPTIONS = pj.Options(train=pj.TrainSettings(ema_rate=0.5))
+
+
+class Seen(pj.Observer):
+  """Collects what it is told; stops the run at a step of a phase."""
+
+  def __init__(self, stop_at=None):
+    self.epochs, self._stop_at, self._steps = [], stop_at, 0
+
+  def epoch_done(self, report):
+    self.epochs.append((report.phase.name, report.evaluation["top1"]))
+
+  def stop_point(self, number):
+    self._steps += 1
+    if self._steps == self._stop_at:
+      import signal
+
+      raise Stopped(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  seen = Seen()
+  trainer = pj.Trainer(
+    Net(), SCHEDULE, tmp_path_factory.mktemp("whole"), callbacks=[seen], options=OPTIONS
+  )
+  return trainer.fit(DATA), seen
+
+
+def test_an_own_model_learns_and_says_what_it_ended_with(whole):
+  result, seen = whole
+  assert [name for name, _ in seen.epochs] == ["fp", "fp", "a8 ft", "w4a8 sampling", "w4a8 ft1"]
+  assert result.bits == result.spec.bits.at(4, 8)
+  assert len(result.phases) == len(SCHEDULE)
+  # Of two convolutions one was frozen.
+  assert len(result.phases[-1].frozen) == 1
+  assert set(result.phases[-1].frozen) <= {"conv", "depthwise"}
+  # The result is what the model computes of its variables: each example counts once.
+  correct = total = 0
+  for each in EVAL:
+    logits = Net().apply(result.variables, each["image"], result.bits)
+    correct += np.sum(np.argmax(logits, 1) == each["label"])
+    total += len(each["label"])
+  assert total == 13
+  np.testing.assert_allclose(result.top1, 100 * correct / total, rtol=1e-6)
+
+
+def test_a_stopped_run_resumes_to_the_bit(whole, tmp_path):
+  result, _ = whole
+  for stop_at in (3, 9):
+    with pytest.raises(pj.Stopped, match="everything is saved"):
+      pj.Trainer(Net(), SCHEDULE, tmp_path, callbacks=[Seen(stop_at)], options=OPTIONS).fit(DATA)
+  again = pj.Trainer(Net(), SCHEDULE, tmp_path, options=OPTIONS).fit(DATA)
+  jax.tree.map(np.testing.assert_array_equal, again.variables, result.variables)
+  assert [dataclasses.replace(e, loss=0) for e in again.epochs] == [
+    dataclasses.replace(e, loss=0) for e in result.epochs
+  ]
+
+
+def test_a_directory_of_another_schedule_is_refused(whole):
+  other = pj.profit_schedule(weight_bits=(3,), act_bits=(8,), finetune_epochs=1)
+  with pytest.raises(pj.ConfigError, match="another run"):
+    pj.Trainer(Net(), other, whole[0].workdir, options=OPTIONS).fit(DATA)
+
+
+def fit(tmp_path, model=None, data=None, schedule=SCHEDULE, **more):
+  trainer = pj.Trainer(model or Net(), schedule, tmp_path / "run", options=OPTIONS, **more)
+  return trainer.fit(data or DATA)
+
+
+def of_batches(*batches, steps=None):
+  return pj.Data(train=list(batches), eval=EVAL, steps_per_epoch=steps or len(batches))
+
+
+class NeverQuantizes(nn.Module):
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    return nn.Dense(3)(jnp.mean(x, (1, 2)))
+
+
+class OnlyWeights(nn.Module):
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    return pj.QuantDense(3)(jnp.mean(x, (1, 2)), bits)
+
+
+class TwoOutputs(nn.Module):
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    y = pj.QuantDense(3)(jnp.mean(x, (1, 2)), bits)
+    return y, y
+
+
+class TwoInputs(nn.Module):
+  @nn.compact
+  def __call__(self, x, y, bits, train):
+    return x + y
+
+
+class CalledTwice(nn.Module):
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    dense = pj.QuantDense(3, name="dense")
+    return dense(dense(jnp.mean(x, (1, 2)) * jnp.ones(3), bits), bits)
+
+
+class OfNnx(flax.nnx.Module):
+  pass
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"model": NeverQuantizes()}, "never quantizes its weights.*QuantConv"),
+    ({"model": OnlyWeights()}, "never quantizes its activations.*QuantAct"),
+    ({"model": TwoOutputs()}, r"returns 2 arrays.*one array \[N, classes\]"),
+    ({"model": TwoInputs()}, r"model\(x, bits, train\)"),
+    ({"model": CalledTwice()}, "dense is called twice"),
+    ({"model": OfNnx()}, "flax.nnx.*to_linen"),
+    ({"model": Net}, r"Give Net\(\), not Net"),
+    ({"data": of_batches(batch(0), batch(1, size=9))}, r"shape \(8, 9, 9, 1\).*\[N, 8, 8, 1\]"),
+    ({"data": of_batches(batch(0), batch(1, rows=9))}, "N at most 8"),
+    (
+      {"data": of_batches({**batch(0), "label": np.arange(8)}, steps=1)},
+      "labels from 0 to 7.*0 to 2",
+    ),
+    (
+      {"data": of_batches({**batch(0), "label": np.zeros(8)}, steps=1)},
+      "labels of the type float64",
+    ),
+    (
+      {"data": of_batches({**batch(0), "image": np.full((8, 8, 8, 1), np.nan)}, steps=1)},
+      "NaN or infinity",
+    ),
+    ({"data": of_batches(batch(0), steps=3)}, "ended after 1 of 3 batches in epoch 0"),
+    ({"data": of_batches((1, 2), steps=1)}, "must be a dictionary with image"),
+    ({"data": of_batches({"images": 1}, steps=1)}, r"\['images'\].*image"),
+    ({"schedule": ()}, "no phase"),
+    ({"schedule": pj.profit_schedule(teacher=True)}, "phases with a teacher"),
+    ({"variables": {"params": {"conv": {"kernel": np.zeros(3)}}}}, r"params/conv/kernel.*\(3,\)"),
+  ],
+)
+def test_what_cannot_be_trained_is_one_clear_error(tmp_path, given, message):
+  with pytest.raises(pj.ConfigError, match=message):
+    fit(tmp_path, **given)
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"train": iter(EVAL)}, r"Data\.train .*only once.*\(epoch, first_step\)"),
+    ({"eval": iter(EVAL)}, r"Data\.eval .*only once"),
+    ({"train": 3}, r"Data\.train is a int"),
+    ({"steps_per_epoch": 0}, "steps_per_epoch = 0"),
+  ],
+)
+def test_what_is_no_data(given, message):
+  with pytest.raises(pj.ConfigError, match=message):
+    pj.Data(**{"train": train, "eval": EVAL, "steps_per_epoch": 1, **given})
+
+
+def test_own_loss_optimizer_teacher_and_first_weights(tmp_path):
+  teacher = Net()
+  taught = describe(teacher, (8, 8, 1)).init(jax.random.key(7))
+  schedule = pj.profit_schedule(
+    weight_bits=(),
+    act_bits=(4,),
+    full_precision_epochs=0,
+    finetune_epochs=1,
+    stabilize=False,
+    learning_rate=1e-9,
+  )
+  first = describe(Net(), (8, 8, 1)).init(jax.random.key(3))
+  result = fit(
+    tmp_path,
+    schedule=schedule,
+    loss=lambda logits, labels: jnp.sum(logits**2, 1),
+    # Not adamw, which mixes dtypes: tests forbid that (tests/conftest.py).
+    optimizer=functools.partial(optax.sgd, momentum=0.9),
+    teacher=(teacher, taught),
+    variables={"params": first["params"]},
+  )
+  assert result.full_precision_top1 is None
+  # The learning rate is next to 0: the first weights stay what they were.
+  for name in ("conv", "head"):
+    np.testing.assert_allclose(
+      result.variables["params"][name]["kernel"], first["params"][name]["kernel"], atol=1e-6
+    )
+
+
+def test_the_library_is_quiet_and_changes_no_setting_of_jax(whole, capfd, tmp_path):
+  before = {
+    name: getattr(jax.config, name) for name in ("jax_enable_x64", "jax_compilation_cache_dir")
+  }
+  fit(tmp_path, schedule=SCHEDULE[:1])
+  assert capfd.readouterr() == ("", "")
+  assert before == {name: getattr(jax.config, name) for name in before}
+
+
+def test_a_smaller_batch_is_padded_with_rows_that_do_not_count():
+  from profit_jax.data.batches import BatchSource
+
+  source = BatchSource(of_batches(batch(0), batch(1, rows=3)))
+  source.num_classes = 3
+  whole, padded = source.train_batches(0, 0)
+  assert whole["mask"].all()
+  assert padded["mask"].tolist() == [True] * 3 + [False] * 5
+  # Copies of its own rows, which take part in batch statistics.
+  np.testing.assert_array_equal(padded["image"], padded["image"][[0, 1, 2, 0, 1, 2, 0, 1]])
+  assert [int(each["mask"].sum()) for each in source.eval_batches(0)] == [8, 5]
