@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from configs import digits_w4
-from profit_jax import data, optional
+from profit_jax import data, optional, report
 from profit_jax.cli import ablate, compare
 from profit_jax.config import ConfigError, parse
 from profit_jax.data.prepare import prepare
@@ -31,6 +31,9 @@ def without(monkeypatch):
   """Hides packages, as if they were not installed."""
 
   def hide(*names):
+    # It imports matplotlib when it is imported, as another test may have done.
+    monkeypatch.delitem(sys.modules, "profit_jax.report.plots", raising=False)
+    monkeypatch.delattr(report, "plots", raising=False)
     for name in names:
       monkeypatch.setitem(sys.modules, name, None)
       # Of what was imported before the package was hidden.
@@ -121,20 +124,18 @@ def test_formats(without, name, package):
   assert formats.load("safetensors")
 
 
-def test_tensorboard_and_plots(without, monkeypatch, tmp_path):
+def test_tensorboard_and_plots(without, tmp_path):
   without("clu", "matplotlib")
   text = refusal(TensorBoardObserver, str(tmp_path), pytest.fail)
   assert "needs clu, which" in text
   assert "profit_jax[tensorboard]" in text
-  monkeypatch.delitem(sys.modules, "profit_jax.report.plots", raising=False)
   text = refusal(importlib.import_module, "profit_jax.report.plots")
   assert "needs matplotlib" in text
   assert "profit_jax[plots]" in text
 
 
-def test_commands_that_draw(without, tmp_path, capsys, monkeypatch):
+def test_commands_that_draw(without, tmp_path, capsys):
   without("matplotlib")
-  monkeypatch.delitem(sys.modules, "profit_jax.report.plots", raising=False)
   assert "profit_jax[plots]" in refusal(compare.plot, [], str(tmp_path / "runs.png"), Console())
   # Before anything is trained.
   grid = str(ROOT / "configs" / "ablation_digits.py")
