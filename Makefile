@@ -1,8 +1,10 @@
-# make demo: installs into .venv, trains PROFIT W4A4 on scikit-learn's digits, prints the table
+# make demo: installs into .venv (also the command .venv/bin/profit), trains PROFIT W4A4 on
+#   scikit-learn's digits, prints the table
 # make test: installs into .venv, then runs the fast tests (about five minutes on two cores)
 # make test-all: also installs what the export formats qonnx and litert need and the compilers for
 #   TPUs and NVIDIA GPUs, then runs all tests
-# make lint: ruff
+# make lint: ruff, mypy (half a minute)
+# make wheel: builds the package into dist/
 #
 # One test, in one process: .venv/bin/python -m pytest tests/test_schedule.py -k cosine
 PYTHON ?= python3
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 export TF_CPP_MIN_LOG_LEVEL := 2
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --config configs/digits_w4.py --workdir $(RUN)
@@ -35,11 +37,18 @@ test-all: $(VENV)/extras
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-$(VENV)/installed: requirements.txt
+wheel: $(VENV)/installed
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir dist .
+
+$(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed; make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --editable .
 	touch $@
 
 EXTRAS := requirements-qonnx.txt requirements-litert.txt requirements-accelerators.txt
@@ -49,4 +58,4 @@ $(VENV)/extras: $(VENV)/installed $(EXTRAS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache

@@ -18,6 +18,7 @@ from profit_jax.fields import ProfitError as ProfitError
 from profit_jax.fields import as_lists, build, listed, require
 
 MIN_BITS, MAX_BITS = 2, 8
+Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 
 # Runs of earlier versions do not have these.
 _LATER_FIELDS = frozenset(
@@ -250,7 +251,7 @@ class TrainSettings:
   # one pass (TF32 on GPUs, bfloat16 on TPUs). bfloat16: activations and their gradients are stored
   # in bfloat16. auto: bfloat16 on TPUs, tfloat32 on GPUs, float32 on CPUs; a run keeps what it
   # began with. Parameters and batch statistics are float32 in all of them, and so is evaluation.
-  dtype: Literal["auto", "float32", "tfloat32", "bfloat16"] = "auto"
+  dtype: Dtype = "auto"
   # Form of operations: tuned for the platform, or plain XLA.
   kernels: Literal["tuned", "xla"] = "tuned"
 
@@ -295,7 +296,7 @@ class Settings:
   checkpoint: CheckpointSettings = CheckpointSettings()
   recovery: RecoverySettings = RecoverySettings()
 
-  def with_dtype(self, dtype: str) -> "Settings":
+  def with_dtype(self, dtype: Dtype) -> "Settings":
     """The settings with `train.dtype` decided."""
     return dataclasses.replace(self, train=dataclasses.replace(self.train, dtype=dtype))
 

@@ -64,7 +64,7 @@ def build(
 
 def _convert(value: Any, hint: Any, where: str, optional: Collection[str]) -> Any:
   field = where.removeprefix("config.")
-  if dataclasses.is_dataclass(hint):
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     if not isinstance(value, dict):
       raise ConfigError(f"{where} = {value!r} must be a section of fields.")
     return build(hint, value, where, optional)

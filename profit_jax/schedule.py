@@ -248,8 +248,9 @@ class _Builder:
     self.options, self.rates = options, rates
     self.distill, self.first_distills = distill, first_distills
     self.phases: list[Phase] = []
-    self.weight_bits = self.act_bits = None
-    self.calibrate = None
+    self.weight_bits: int | None = None
+    self.act_bits: int | None = None
+    self.calibrate: Literal["act", "weight", "fit"] | None = None
 
   def build(self, *, full_precision: bool) -> tuple[Phase, ...]:
     options = self.options

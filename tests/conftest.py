@@ -1,6 +1,7 @@
 """Strict dtype promotion everywhere, and four CPU devices so that sharding is real."""
 
 import os
+from importlib import metadata
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # With requirements-accelerators.txt installed, JAX would look for a TPU and a GPU and complain.
@@ -8,13 +9,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the tests' time is compilation: 28 s of CPU time for one training step of MobileNet-v2, 17
 # s without LLVM's optimizations; 78 s for a whole run of the tiny net, 45 s without XLA's newer way
 # to compile fused operations (0.10.2 of jaxlib). Also for the processes that tests start.
-os.environ["XLA_FLAGS"] = " ".join(
-  [
-    *os.environ.get("XLA_FLAGS", "").split(),
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-  ]
-)
+_FLAGS = [*os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_optimization_level=0"]
+# From 0.11.1 on, there is no other way, and an unknown flag ends the process.
+if tuple(map(int, metadata.version("jaxlib").split(".")[:3])) < (0, 11, 1):
+  _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 
 import gc
 import pathlib

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 ORDER = [
   "fields",
   "config",
+  "optional",
   "paths",
   "memory",
   "schedule",

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from profit_jax import paths, snapshots
+from profit_jax import optional, paths, snapshots
 from profit_jax.config import ConfigError, Settings
 from profit_jax.report import ablation
 from profit_jax.train import fork, run_directory
@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None, launcher: Launcher = Launcher()
       for run in runs:
         print(shlex.join(_command(launcher, grid, root, run, trunks, fork=run in trunks)))
       return 0
+    optional.require("plots", "profit ablate")  # now, not when days of training are over
     failed = train(grid, root, settings, trunks, options.jobs, launcher)
     report(grid, root)
   except ConfigError as error:

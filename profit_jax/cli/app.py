@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from profit_jax import data, distributed, paths, schedule, snapshots
+from profit_jax import data, distributed, optional, paths, schedule, snapshots
 from profit_jax.cli import export
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.export import formats, verify
@@ -225,7 +225,7 @@ def train(
   mesh = make_mesh(settings, hooks.devices)
   source = _load_data(settings)
   facts = source.facts
-  screen = Console(highlight=False, quiet=not distributed.is_first())
+  screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())
   # Closes in reverse order: the last checkpoints are written whatever else fails.
   with contextlib.ExitStack() as closing:
     # A fresh directory is claimed only when what the run starts from has been read: files of
@@ -272,7 +272,9 @@ def train(
       workdir, settings, phases, end.progress, end.best["params"], plots=hooks.plots
     )
   console.print_table(screen, result)
-  screen.print(f"Report: {workdir / 'report.md'}   TensorBoard: tensorboard --logdir {workdir}")
+  events = f"   TensorBoard: tensorboard --logdir {workdir}"
+  without_events = optional.missing("tensorboard", "Writing TensorBoard events")
+  screen.print(f"Report: {workdir / 'report.md'}{'' if without_events else events}")
   return result
 
 
@@ -328,8 +330,14 @@ def _watchers(screen, facts, workdir, pictures):
   from profit_jax.report.tensorboard import TensorBoardObserver
 
   warn = functools.partial(_warn, screen)
-  events = TensorBoardObserver(os.fspath(workdir), warn, pictures=pictures)
-  return [console.ConsoleObserver(screen, facts.num_classes), events]
+  watchers = [console.ConsoleObserver(screen, facts.num_classes)]
+  without_plots = optional.missing("plots", "Drawing plots") if pictures else ""
+  without_events = optional.missing("tensorboard", "Writing TensorBoard events")
+  for text in filter(None, (without_plots, without_events)):
+    warn(f"{text}. Training continues without.")
+  if not without_events:
+    watchers.append(TensorBoardObserver(os.fspath(workdir), warn, pictures=pictures))
+  return watchers
 
 
 class Trained(NamedTuple):
@@ -352,7 +360,7 @@ def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   spec = student_spec(settings, source.facts.num_classes)
   programs = Programs(settings, source.facts, spec, None, mesh)
   try:
-    screen = Console(highlight=False, quiet=not distributed.is_first(), stderr=True)
+    screen = Console(highlight=False, markup=False, quiet=not distributed.is_first(), stderr=True)
     found = best_variables(workdir / "checkpoints", spec.shapes, lambda text: _warn(screen, text))
     if found is None:
       raise ConfigError(
@@ -389,6 +397,8 @@ def run_export(
       "activations are both quantized "
       f"can be exported. Train with config.plan.weight_bits and config.plan.act_bits."
     )
+  for name in names:
+    formats.load(name)  # now, not after the evaluation: a package may be missing
   with _trained(settings, workdir) as best:
     evaluated = _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
     result = summary(best.progress, phases)
@@ -406,7 +416,7 @@ def run_export(
       full_precision_top1=result["final"]["full_precision_top1"],
       top1=evaluated["top1"],
     )
-    export.export(trained, names, workdir / "export", Console(highlight=False))
+    export.export(trained, names, workdir / "export", Console(highlight=False, markup=False))
 
 
 def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> None:
@@ -416,7 +426,7 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
   mesh, source = make_mesh(settings), _load_data(settings)
   classes = source.facts.num_classes
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
-  screen = Console(highlight=False, quiet=not distributed.is_first())
+  screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())
   for doubt in start.doubts(settings, student, teacher):
     _warn(screen, doubt)
   programs = Programs(

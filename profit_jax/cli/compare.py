@@ -18,7 +18,6 @@ from rich.table import Table
 
 from profit_jax import paths, snapshots
 from profit_jax.config import ConfigError
-from profit_jax.report import plots
 from profit_jax.schedule import bits_name, plan, summary_line
 from profit_jax.train import run_directory
 from profit_jax.train.checkpoint import progress_of
@@ -143,6 +142,7 @@ def plot(runs: Sequence[str], file: str, screen: Console) -> None:
   """Draws the runs, of whose checkpoints the last is read; raises as `read`, and where that or the
   file cannot be.
   """
+  from profit_jax.report import plots  # here, because it needs matplotlib
 
   def progress(run):
     directory = paths.opened("The run", run) / "checkpoints"
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "runs", nargs="+", metavar="RUN", help="the --workdir of a run that has ended"
   )
   parser.add_argument("--plot", metavar="FILE.png", help="draw them over the epochs")
-  options, screen = parser.parse_args(arguments), Console(highlight=False)
+  options, screen = parser.parse_args(arguments), Console(highlight=False, markup=False)
   try:
     print_runs(options.runs, screen)
     if options.plot:

@@ -4,6 +4,7 @@ only.
 
 import re
 
+from profit_jax import optional
 from profit_jax.config import ConfigError, Settings
 from profit_jax.data import digits, pairs
 from profit_jax.data.base import MEMORY_LIMIT, Facts, Host, Source
@@ -106,6 +107,8 @@ def load(settings: Settings, host: Host = Host(), *, memory_limit: int = MEMORY_
 def _images(settings, host, memory_limit):
   # Here, because TensorFlow takes seconds to import, and what needs no images (steps, benchmarks,
   # plans) runs without it.
+  packages = ("tensorflow",) if settings.data.name == FOLDER else ()
+  optional.require("tfds", f"data.name = {settings.data.name}", *packages)
   from profit_jax.data import images, records
 
   images.quiet_tensorflow()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from profit_jax import optional
 from profit_jax.data.base import Batch, Facts, Host
 from profit_jax.data.normalize import Normalization
 
@@ -28,9 +29,7 @@ class Digits:
     """Args: image_size in pixels; augment: shift the training images; seed: of order and shifts;
     host: whose rows.
     """
-    from sklearn.datasets import load_digits  # here, because it takes a second or two to import
-
-    scans = load_digits()
+    scans = load_scans()
     images = np.stack([_enlarge(scan, image_size) for scan in scans.images])
     labels = scans.target.astype(np.int32)
     train, evaluation = split(labels)
@@ -60,6 +59,18 @@ class Digits:
     for first in range(0, len(labels), batch_size):
       own = slice(first + rows.start, first + rows.stop)
       yield batch(images[own], labels[own], rows.stop - rows.start)
+
+
+def load_scans():
+  """scikit-learn's `Bunch` of the scans.
+
+  Raises:
+    ConfigError: scikit-learn is not installed.
+  """
+  optional.require("digits", "data.name = digits or digit_pairs")
+  from sklearn.datasets import load_digits  # here, because it takes a second or two to import
+
+  return load_digits()
 
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

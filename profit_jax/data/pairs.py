@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from profit_jax.data.base import Batch, Facts, Host
-from profit_jax.data.digits import batch, split
+from profit_jax.data.digits import batch, load_scans, split
 from profit_jax.data.normalize import Normalization
 
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 2688, 1000
@@ -77,9 +77,7 @@ class Pairs:
       distortion: of training and evaluation images.
     """
     self._distortion = distortion
-    from sklearn.datasets import load_digits  # here, because it takes a second or two to import
-
-    scans = load_digits()
+    scans = load_scans()
     self._scans, self._digits = scans.images.astype(np.float32) / 16, scans.target
     self._train, self._eval = split(self._digits)
     self._size, self._augment, self._seed, self._host = image_size, augment, seed, host

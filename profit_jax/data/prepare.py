@@ -2,6 +2,7 @@
 
 import os
 
+from profit_jax import optional
 from profit_jax.config import ConfigError
 
 
@@ -14,8 +15,9 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> str:
     manual_dir: where files lie that were fetched by hand; "" is `data_dir/downloads/manual`.
 
   Raises:
-    ConfigError: a set that is unknown, or cannot be prepared.
+    ConfigError: a set that is unknown, or cannot be prepared; tensorflow-datasets is missing.
   """
+  optional.require("tfds", "profit prepare")
   import tensorflow_datasets as tfds
 
   from profit_jax.data.tfds import class_keys, open_builder

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from profit_jax import optional
 from profit_jax.config import ConfigError
 from profit_jax.export.net import Net
 
@@ -52,14 +53,14 @@ class Format(NamedTuple):
     module: in this package.
     packages: that execute it and whose versions a card names.
     runtime: what computes in integers there and what does not, for the card.
-    install: the command that brings them, where they are no part of requirements.txt.
+    extra: of pyproject.toml, which installs them; None if they belong to every installation.
   """
 
   suffix: str
   module: str
   packages: tuple[str, ...]
   runtime: str
-  install: str | None = None
+  extra: str | None = None
 
 
 _EXACT = (
@@ -76,6 +77,7 @@ FORMATS = {
     f"The kernels are packed in the file; onnxruntime unpacks them when it loads it. {_EXACT} "
     "Activation codes are uint8 "
     "or int8 between QuantizeLinear and DequantizeLinear. Nothing computes below 8 bits on a CPU.",
+    "onnx",
   ),
   "jax": Format(
     ".jax",
@@ -101,7 +103,7 @@ FORMATS = {
     "For FPGA flows such as FINN: integer datatypes are annotated, the file's kernels are "
     "float32 with integer values. In "
     f"the verification QONNX's executor computes it. {_EXACT}",
-    "pip install -r requirements.txt -r requirements-qonnx.txt",
+    "qonnx",
   ),
   "litert": Format(
     ".tflite",
@@ -110,7 +112,7 @@ FORMATS = {
     f"The kernels are packed in the file; LiteRT unpacks them before the first image. {_EXACT} "
     "Activation codes are "
     "float32.",
-    "pip install -r requirements.txt -r requirements-litert.txt",
+    "litert",
   ),
 }
 DEFAULT = ("onnx", "jax", "safetensors")
@@ -136,15 +138,10 @@ def load(name: str) -> Module:
   Raises:
     ConfigError: what executes it is not installed.
   """
-  try:
-    return importlib.import_module(f"profit_jax.export.{FORMATS[name].module}")
-  except ModuleNotFoundError as error:
-    if error.name and error.name.startswith("profit_jax"):
-      raise
-    install = FORMATS[name].install or "pip install -r requirements.txt"
-    raise ConfigError(
-      f"Format {name} needs {error.name}, which is not installed. Install it: {install}"
-    ) from error
+  format = FORMATS[name]
+  if format.extra:
+    optional.require(format.extra, f"Format {name}")
+  return importlib.import_module(f"profit_jax.export.{format.module}")
 
 
 def of_file(path: str | os.PathLike) -> str:

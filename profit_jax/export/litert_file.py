@@ -1,6 +1,6 @@
 """The format `litert`: a `.tflite` file, executed by LiteRT (TensorFlow Lite's runtime).
 
-    pip install -r requirements.txt -r requirements-litert.txt
+    pip install "profit_jax[litert]"
 
 Input `image` uint8 `[N, H, W, C]` (float32, if the net does not normalize), of which the file says
 N = 1: other batches after `resize_tensor_input`. Output `logits` float32 `[N, num_classes]`.

@@ -1,7 +1,7 @@
 """The format `qonnx`: ONNX with `Quant` nodes for FPGA flows such as FINN, executed by the package
 qonnx.
 
-    pip install -r requirements.txt -r requirements-qonnx.txt
+    pip install "profit_jax[qonnx]"
 
 The graph is that of `onnx_file.py`, but all codes, those of kernels too, stand in float32 tensors:
 a file is as large as one of floats. A kernel is `codes -> Quant`, a quantizer

@@ -4,6 +4,10 @@ import itertools
 import logging
 from typing import Any
 
+from profit_jax import optional
+
+optional.require("plots", "Drawing plots")
+
 import matplotlib
 
 # It announces its font cache.

@@ -1,5 +1,6 @@
 """`result.json` and `report.md`: what a finished run leaves for scripts and people."""
 
+import contextlib
 import json
 import platform
 from importlib import metadata
@@ -8,10 +9,10 @@ from typing import Any
 import jax
 from etils import epath
 
+from profit_jax import optional
 from profit_jax.config import ConfigError, Settings
 from profit_jax.report import policy
 from profit_jax.report.console import final_line, start_lines
-from profit_jax.report.plots import write_plots
 from profit_jax.schedule import Phase, bits_name
 from profit_jax.train.progress import Progress, summary
 from profit_jax.train.run_directory import read_data, write_text
@@ -26,9 +27,18 @@ def environment() -> dict[str, Any]:
     "platform": jax.default_backend(),
     "device": jax.devices()[0].device_kind,
     "devices": jax.device_count(),
-    "packages": {name: metadata.version(name) for name in _PACKAGES},
+    "packages": _versions(),
     "commit": policy.commit(),
   }
+
+
+def _versions() -> dict[str, str]:
+  """The installed packages' versions; clu belongs to an extra."""
+  found = {}
+  for name in _PACKAGES:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      found[name] = metadata.version(name)
+  return found
 
 
 def write_report(
@@ -40,6 +50,8 @@ def write_report(
   plots: bool = True,
 ) -> dict[str, Any]:
   """Writes `result.json`, the plots (where they are asked for) and `report.md` of a finished run.
+
+  Without matplotlib there are no plots, and `report.md` says why.
 
   Returns:
     The result.
@@ -64,8 +76,15 @@ def write_report(
       f"{progress.retries}); since "
       f"then all learning rates are multiplied by {progress.learning_rate_scale:g}."
     )
+  without = optional.missing("plots", "Drawing plots") if plots else ""
+  if without:
+    start.append(without)
   try:
-    captions = write_plots(workdir / "plots", progress, phases, params) if plots else {}
+    captions = {}
+    if plots and not without:
+      from profit_jax.report.plots import write_plots  # here, because it needs matplotlib
+
+      captions = write_plots(workdir / "plots", progress, phases, params)
     stated = policy.markdown(settings, phases, read_data(workdir), result["environment"], params)
     write_text(workdir / "report.md", _markdown(result, start, captions, stated))
     write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")

@@ -4,18 +4,19 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from clu import metric_writers
 from etils import epath
 
-from profit_jax import distributed
-from profit_jax.report import plots
+from profit_jax import distributed, optional
 from profit_jax.schedule import Phase
 from profit_jax.train.nonfinite import quantizer_scalars
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress, Start
+
+if TYPE_CHECKING:
+  from clu import metric_writers
 
 # Summaries are written one by one: with all of the demo's quantizers an epoch's took 1.2 s and a
 # step's loss 18 ms (under the profiler, beside compilation).
@@ -51,10 +52,17 @@ class TensorBoardObserver(Observer):
 
   def __init__(self, logdir: str, warn: Callable[[str], None], pictures: bool = True):
     """Args: logdir: any path that TensorFlow's file system opens; warn: told when nothing more can
-    be written; pictures: whether the heat map is drawn.
+    be written; pictures: whether the heat map is drawn, which needs matplotlib.
+
+    Raises:
+      ConfigError: clu, TensorFlow or TensorBoard is not installed.
     """
+    optional.require("tensorboard", "Writing TensorBoard events")
+    from clu import metric_writers
+
     self._writer: metric_writers.SummaryWriter | None = metric_writers.SummaryWriter(logdir)
-    self._warn, self._pictures = warn, pictures
+    self._warn = warn
+    self._pictures = pictures and not optional.missing("plots", "Drawing plots")
     self._step = 0
 
   def _write(self, step: int, scalars: dict[str, float], flush: bool = False) -> None:
@@ -65,7 +73,7 @@ class TensorBoardObserver(Observer):
 
     self._attempt(write)
 
-  def _attempt(self, write: Callable[[metric_writers.SummaryWriter], None]) -> None:
+  def _attempt(self, write: Callable[["metric_writers.SummaryWriter"], None]) -> None:
     if self._writer is None:
       return
     try:
@@ -127,7 +135,11 @@ class TensorBoardObserver(Observer):
   def run_done(self, progress: Progress, params: Any) -> None:
     """See `Observer`."""
     del params
-    image = plots.instability_image(progress) if self._pictures else None
+    if not self._pictures:
+      return
+    from profit_jax.report import plots
+
+    image = plots.instability_image(progress)
     if image is not None:
       self._attempt(lambda writer: writer.write_images(self._step, {"instability": image[None]}))
 

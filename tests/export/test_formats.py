@@ -135,5 +135,5 @@ def test_a_package_that_is_not_installed(monkeypatch):
   monkeypatch.delitem(sys.modules, "profit_jax.export.qonnx_file", raising=False)
   for name in ["qonnx", *(name for name in sys.modules if name.startswith("qonnx."))]:
     monkeypatch.setitem(sys.modules, name, None)
-  with pytest.raises(ConfigError, match=r"needs qonnx.*pip install .* requirements-qonnx\.txt"):
+  with pytest.raises(ConfigError, match=r"needs qonnx.*pip install \"profit_jax\[qonnx\]\""):
     formats.load("qonnx")

@@ -1,5 +1,6 @@
 """What a program is traced and compiled for."""
 
+import jax
 import pytest
 
 from profit_jax.kernels import target
@@ -32,3 +33,9 @@ def test_the_users_flags_win(monkeypatch):
   for flag in (f"--{name}=true", f"--{name}"):
     monkeypatch.setenv("XLA_FLAGS", f"--xla_other=1 {flag} --{name}_2=true")
     assert target.compiler_options("gpu") == {k: v for k, v in options.items() if k != name}
+
+
+def test_xla_knows_the_options(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "")
+  # Every compiler reads the options of all platforms, and refuses one that it does not know.
+  assert jax.jit(lambda x: x + 1.0, compiler_options=target.compiler_options("gpu"))(1.0) == 2.0

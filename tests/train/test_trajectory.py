@@ -1,6 +1,7 @@
 """A few steps of each stage, against the authors' training code."""
 
 import functools
+import os
 from typing import NamedTuple
 
 import jax
@@ -97,7 +98,9 @@ def make_step(name, tx):
     ema_rate=0.9,
     distillation=steps.Distillation(model),
   )
-  return jax.jit(step, compiler_options={"xla_cpu_use_fusion_emitters": True}) if whole else step
+  switched_off = "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"].split()
+  options = {"xla_cpu_use_fusion_emitters": True} if switched_off else {}
+  return jax.jit(step, compiler_options=options) if whole else step
 
 
 @functools.cache
