@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from configs import base
 from profit_jax.config import ConfigError, parse
-from profit_jax.models import REGISTRY, STRIDES, TEACHERS_ONLY, build, check
+from profit_jax.models import REGISTRY, build, check
 from profit_jax.quant.bits import Bits
 from profit_jax.weights.load import import_variables
 from tests import golden_data
@@ -93,7 +93,7 @@ def test_parameter_counts(model, count):
   )
 
 
-@pytest.mark.parametrize("model", sorted(REGISTRY.keys() - TEACHERS_ONLY))
+@pytest.mark.parametrize("model", sorted(name for name in REGISTRY if REGISTRY[name].quantized))
 def test_every_kernel_is_quantized(model):
   params = traverse_util.flatten_dict(traced(model)["params"])
   layers = [path[:-1] for path in params if path[-1] == "kernel"]
@@ -111,7 +111,7 @@ def test_every_kernel_is_quantized(model):
 )
 def test_strides(model, last):
   # The published ones take 224 to 7.
-  for strides, pixels in (((), 7), ((*STRIDES[model][:-1], 1), 14)):
+  for strides, pixels in (((), 7), ((*REGISTRY[model].strides[:-1], 1), 14)):
     output = traced(model, strides)["intermediates"][last]["__call__"][0]
     assert output.shape[1:3] == (pixels, pixels)
 
