@@ -1,6 +1,8 @@
 """The registered models, by the name that `config.model.name` takes."""
 
 import dataclasses
+import inspect
+import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -100,12 +102,15 @@ def _problem(name: Any, entry: ModelEntry) -> str | None:
   if not isinstance(name, str) or not name or name in _TEACHERS:
     return f"its name must be a text, and not empty or one of {listed(_TEACHERS)}."
   if not (isinstance(module, type) and issubclass(module, nn.Module)):
-    return f"{module!r} is not a class derived from flax.linen.Module."
+    given = (
+      module.__name__ if isinstance(module, type) else f"an instance of {type(module).__name__}"
+    )
+    return f"{given} is not a class derived from flax.linen.Module."
   if "num_classes" not in _fields(module):
     return f"{module.__name__} has no field num_classes, with which it is built."
-  if name in REGISTRY and _origin(REGISTRY[name].module) != _origin(module):
-    taken = ".".join(_origin(REGISTRY[name].module))
-    return f"{taken} has this name. Choose another."
+  if name in REGISTRY and not _is_same(module, REGISTRY[name].module):
+    taken = REGISTRY[name].module
+    return f"{taken.__module__}.{taken.__qualname__} has this name. Choose another."
   if unknown := entry.fixed.keys() - _fields(module):
     return f"{module.__name__} has no field {listed(sorted(unknown))}, which `fixed` sets."
   return _naming_problem(entry)
@@ -132,5 +137,16 @@ def _fields(module: type[nn.Module]) -> set[str]:
   return {field.name for field in dataclasses.fields(module)}
 
 
-def _origin(module: type[nn.Module]) -> tuple[str, str]:
-  return module.__module__, module.__qualname__
+def _is_same(module: type[nn.Module], other: type[nn.Module]) -> bool:
+  """Whether two classes are one that was defined twice: a file that is read again, as a script and
+  as a configuration, or a notebook's cell.
+  """
+  where = [(cls.__module__, _file_of(cls)) for cls in (module, other)]
+  same_place = any(first == second for first, second in zip(*where, strict=True))
+  return module.__qualname__ == other.__qualname__ and same_place
+
+
+def _file_of(module: type[nn.Module]) -> str:
+  # Not by its module: that of a configuration file is not in sys.modules.
+  code = getattr(inspect.unwrap(module.__call__), "__code__", None)
+  return os.path.realpath(code.co_filename) if code else module.__module__
