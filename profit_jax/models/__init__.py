@@ -5,13 +5,14 @@ name known to the process that runs it.
 """
 
 import dataclasses
+import importlib
 import math
+import pkgutil
 
 import flax.linen as nn
 
 from profit_jax.config import ConfigError, ModelSettings, Settings
 from profit_jax.fields import require
-from profit_jax.models import mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet
 from profit_jax.models.naming import Naming
 from profit_jax.models.registry import REGISTRY, ModelEntry, register
 from profit_jax.nn.spec import ModelSpec, describe
@@ -24,22 +25,20 @@ __all__ = [
   "Naming",
   "build",
   "check",
-  "mobilenet_v1",
-  "mobilenet_v2",
-  "mobilenet_v3",
   "options",
   "register",
-  "resnet",
   "student_spec",
 ]
+for _file in pkgutil.iter_modules(__path__):  # each registers its models
+  importlib.import_module(f"{__name__}.{_file.name}")
 
 
 def check(settings: Settings) -> None:
   """Checks what only the models know of their settings.
 
   Raises:
-    ConfigError: strides of another number, or too many of them for the image; a width where there
-      is none; bits for a model without quantizers; what a quantizer does not offer.
+    ConfigError: strides of another number, or too many of them for the image; strides or a width
+      where there are none; bits for a model without quantizers; what a quantizer does not offer.
   """
   _check_quantizer(settings)
   _check_shape(settings.model, settings.data.image_size, "model")

@@ -327,18 +327,23 @@ def _authors_names(layers: Collection[Path]) -> dict[Path, str]:
 
 def _names(variant: str) -> tuple[Naming, ...]:
   """What other codebases call a member of the family."""
-  published = {"squeeze_excite": "after", "pad_value": 0.0, "channel_rounding": "nearest"}
+  timm = {
+    "squeeze_excite": "after",
+    "bn_epsilon": 1e-5,
+    "pad_value": 0.0,
+    "channel_rounding": "nearest",
+  }
   return (
     Naming(
       source="torchvision",
       layer_names=_torchvision_names,
-      settings={**published, "bn_epsilon": 1e-3},
+      settings={**timm, "bn_epsilon": 1e-3},
       pointwise=frozenset({"reduce", "expand"}),
     ),
     Naming(
       source="timm",
       layer_names=functools.partial(_timm_names, variant=variant),
-      settings={**published, "bn_epsilon": 1e-5},
+      settings=timm,
       pointwise=frozenset({"reduce", "expand", "pre_classifier"}),
     ),
     Naming(
