@@ -12,7 +12,7 @@ from email.parser import Parser
 
 import profit_jax
 from profit_jax import optional
-from tests.train.conftest import tiny_config
+from tests.train.shared import tiny_config
 from tests.wheel import installed, python, wheel
 
 __all__ = ["installed", "python", "wheel"]
