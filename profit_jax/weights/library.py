@@ -45,8 +45,8 @@ def load_weights(
   """Reads a model's variables from a file; nothing is guessed, and nothing is left over.
 
   Args:
-    path: a file of `save_weights`. Of a registered model, also one under torchvision's, timm's or the
-      authors' names, or a run's directory.
+    path: a file of `save_weights`. Of a registered model, also one under the names of torchvision,
+      timm or the authors, or a run's directory.
     model: whose variables they are.
     image_shape: `(H, W, C)` of its images.
     quantizer: of its layers. Scalars that a file in full precision lacks are 1.
