@@ -229,7 +229,7 @@ def float_litert(net, path):
 
     def _quantizer(self, node, result):
       x = self._names[node.input]
-      return x if node.signed or node.margin else self._op("RELU6", [x], result, self._shapes[x])
+      return x if node.signed or node.margin else self._op("RELU6", [x], result)
 
     def _value(self, node, result):
       return self._names[node.input]
