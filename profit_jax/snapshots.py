@@ -254,7 +254,7 @@ def read_newest(
   for number, damage in damaged.items():
     place = directory / str(number)
     if set_aside:
-      distributed.first_does(functools.partial(_move, place, aside / str(number)))
+      distributed.on_first_host(functools.partial(_move, place, aside / str(number)))
       warn(
         f"checkpoint {place} is damaged ({damage}); it was moved to {aside}, and the run goes on "
         f"from {found.number}."
@@ -266,7 +266,7 @@ def read_newest(
 
 def _listed(directory: epath.Path) -> list[int]:
   """The moments that the first process sees, on all."""
-  return distributed.numbers_of_first(distributed.together(lambda: saved_numbers(directory)))
+  return distributed.on_first_host(lambda: saved_numbers(directory))
 
 
 def newest_of(
@@ -307,8 +307,8 @@ def _read_on_all(
     except Exception as error:  # damaged files raise whatever their parsers stumble over
       return None, _short(error)
 
-  found, damage = distributed.together(read)
-  if not distributed.on_all(found is not None):
+  found, damage = distributed.on_all_hosts(read)
+  if not distributed.true_on_all_hosts(found is not None):
     return None, damage or "another process could not read it"
   return found, ""
 

@@ -74,7 +74,7 @@ def snapshot(
   Raises:
     ConfigError: there is no such run, it has other settings or data, or kept no such checkpoint.
   """
-  count = distributed.together(lambda: _allowed(settings, source, origin))
+  count = distributed.on_all_hosts(lambda: _allowed(settings, source, origin))
   wanted = ends(settings, count, source.facts.train_examples)
   for number in reversed(_saved(origin)):
     if number not in wanted:
@@ -103,9 +103,7 @@ def snapshot(
 
 
 def _saved(origin: epath.Path) -> list[int]:
-  return distributed.numbers_of_first(
-    distributed.together(lambda: snapshots.saved_numbers(origin / "checkpoints"))
-  )
+  return distributed.on_first_host(lambda: snapshots.saved_numbers(origin / "checkpoints"))
 
 
 def _allowed(settings: Settings, source: data.Source, origin: epath.Path) -> int:
