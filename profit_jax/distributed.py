@@ -192,7 +192,7 @@ def on_first_host(action: Callable[[], _T]) -> _T:
     ConfigError: as `on_all_hosts`.
   """
   content = on_all_hosts(lambda: json.dumps(action()).encode() if is_first() else b"")
-  size = multihost_utils.broadcast_one_to_all(np.asarray(len(content), np.int32))
+  size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(content), np.int32)))
   padded = np.resize(np.frombuffer(content, np.uint8), size)
   return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
