@@ -222,7 +222,9 @@ def float_litert(net, path):
 
     def _scaled(self, x, node, result):
       # The output must have its name: a sum with 0.
-      return self._add(x, self._constant(0.0), result) if result == litert_file.LOGITS else x
+      if result != litert_file.LOGITS:
+        return x
+      return self._op("ADD", [x, self._constant(0.0)], result)
 
     def _bias(self, node):
       return self._array(f"{node.name}/bias", node.bias)

@@ -142,8 +142,7 @@ class Graph:
     self._tensor(IMAGE, shape, schema.TensorType.UINT8)
     factor, summand = net.pixel_scale()
     x = self._op("CAST", [IMAGE], f"{IMAGE}/float")
-    x = self._mul(x, self._array(f"{IMAGE}/factor", factor), f"{IMAGE}/scaled")
-    return self._add(x, self._array(f"{IMAGE}/summand", summand), f"{IMAGE}/normalized")
+    return self._line(x, IMAGE, factor, summand, f"{IMAGE}/normalized")
 
   def _tensor(self, name: str, shape: Shape, kind: int, content: bytes | None = None) -> str:
     """Adds a tensor: a constant with that content, or else one whose first axis is the batch."""
@@ -188,11 +187,11 @@ class Graph:
     self.operators.append(operator)
     return output
 
-  def _mul(self, x: str, other: str, result: str) -> str:
-    return self._op("MUL", [x, other], result)
-
-  def _add(self, x: str, other: str, result: str) -> str:
-    return self._op("ADD", [x, other], result)
+  def _line(self, x: str, name: str, multiplier: np.ndarray, bias: np.ndarray, result: str) -> str:
+    """`x * multiplier + bias`."""
+    read = [x, self._array(f"{name}/multiplier", multiplier)]
+    x = self._op("MUL", read, f"{name}/scaled")
+    return self._op("ADD", [x, self._array(f"{name}/bias", bias)], result)
 
   def _between(self, x: str, low: float, high: float, name: str, result: str) -> str:
     x = self._op("MAXIMUM", [x, self._constant(low)], f"{name}/raised")
@@ -224,16 +223,15 @@ class Graph:
     x = self._op(kind, read, sums, self._shapes[node.name], **options)
     return self._scaled(x, node, result)
 
+  def _scaled(self, x: str, node: Layer, result: str) -> str:
+    return self._line(x, node.name, node.multiplier, node.bias, result)
+
   def _bias(self, node: Layer) -> str:
     features = node.kernel.shape[-1]
     return self._array(f"zeros_{features}", np.zeros(features, np.float32))
 
   def _affine(self, node: Affine, result: str) -> str:
-    return self._scaled(self._names[node.input], node, result)
-
-  def _scaled(self, x: str, node: Layer | Affine, result: str) -> str:
-    x = self._mul(x, self._array(f"{node.name}/multiplier", node.multiplier), f"{node.name}/scaled")
-    return self._add(x, self._array(f"{node.name}/bias", node.bias), result)
+    return self._line(self._names[node.input], node.name, node.multiplier, node.bias, result)
 
   def _padded(
     self, x: str, padding: tuple[tuple[int, int], ...], name: str, value: float = 0.0
@@ -250,8 +248,8 @@ class Graph:
   def _quantizer(self, node: Quantizer, result: str) -> str:
     x = self._names[node.input]
     if node.margin:
-      x = self._add(x, self._constant(node.margin), f"{node.name}/shifted")
-    x = self._mul(x, self._constant(node.inverse), f"{node.name}/scaled")
+      x = self._op("ADD", [x, self._constant(node.margin)], f"{node.name}/shifted")
+    x = self._op("MUL", [x, self._constant(node.inverse)], f"{node.name}/scaled")
     x = self._op("ROUND", [x], f"{node.name}/rounded")
     return self._between(x, float(node.low), float(node.high), node.name, result + _CODES)
 
@@ -262,15 +260,15 @@ class Graph:
     if node.function == "relu6":
       return self._between(x, 0.0, 6.0, node.name, result)
     # Not HardSwish, which is computed in another order: other roundings.
-    gate = self._add(x, self._constant(3.0), f"{node.name}/shifted")
+    gate = self._op("ADD", [x, self._constant(3.0)], f"{node.name}/shifted")
     gate = self._between(gate, 0.0, 6.0, node.name, f"{node.name}/gate")
     if node.function == "hard_swish":
-      gate = self._mul(x, gate, f"{node.name}/gated")
-    return self._mul(gate, self._constant(float(np.float32(1 / 6))), result)
+      gate = self._op("MUL", [x, gate], f"{node.name}/gated")
+    return self._op("MUL", [gate, self._constant(float(np.float32(1 / 6)))], result)
 
   def _value(self, node: Value, result: str) -> str:
-    x = self._mul(self._names[node.input], self._constant(node.scale), f"{node.name}/scaled")
-    return self._add(x, self._constant(node.offset), result)
+    scale, offset = np.float32([[node.scale], [node.offset]])
+    return self._line(self._names[node.input], node.name, scale, offset, result)
 
   def _mean(self, node: Mean, result: str) -> str:
     axes = self._array("space", np.int32([1, 2]))
