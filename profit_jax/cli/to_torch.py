@@ -25,8 +25,8 @@ def write(run: str, file: str, names: str | None) -> str:
   Args:
     run: the `--workdir` of a run that has reached its plan's last bits.
     file: where to, a `.safetensors`.
-    names: `authors`, `torchvision`, `timm` or `profit_jax`; None takes the first of these that the
-      model has.
+    names: `authors`, `torchvision`, `timm`, `profit_jax`, or other names that the model is
+      registered with; None takes those that include the quantizers' scalars, or the model's first.
 
   Raises:
     ConfigError: anything that the user can mend.
@@ -34,16 +34,13 @@ def write(run: str, file: str, names: str | None) -> str:
   directory = paths.opened("The run", run)
   settings = read_settings(directory)
   model = settings.model.name
+  known = namings(model)
   if names is None:
-    names = next(
-      source
-      for source in ("authors", "torchvision", "timm", "profit_jax")
-      if source in namings(model)
-    )
+    names = next((source for source in known if known[source].duq_only), next(iter(known)))
   spec = student_spec(settings, read_data(directory)["num_classes"])
-  if names == "authors" and settings.quant != QuantSettings():
+  if names in known and known[names].duq_only and settings.quant != QuantSettings():
     raise ConfigError(
-      "--names=authors is not allowed: their quantizers are DuQ's, and this run has config.quant "
+      f"--names={names} is not allowed: their quantizers are DuQ's, and this run has config.quant "
       "= "
       f"{dataclasses.asdict(settings.quant)}. Use --names=profit_jax."
     )
@@ -59,9 +56,7 @@ def write(run: str, file: str, names: str | None) -> str:
       "the file; the weights "
       f"were trained for {bits} and lose accuracy without them."
     )
-  for name, (theirs, ours) in differing_settings(
-    namings(model)[names].settings, settings.model
-  ).items():
+  for name, (theirs, ours) in differing_settings(known[names].settings, settings.model).items():
     told.append(
       f"WARNING: the code behind {names} names computes with {name} = {theirs!r}, these weights "
       "were trained with "

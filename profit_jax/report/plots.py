@@ -358,10 +358,14 @@ def _codes(params: Any, bits: int) -> plt.Figure:
 
 
 def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
-  """Per layer, the share of its kernel's elements on each code from -n to n."""
+  """Per layer of DuQ, the share of its kernel's elements on each code from -n to n."""
   flat = traverse_util.flatten_dict(params)
   qmax = Bits(weight=bits).kernel_qmax()
-  kernels = {path[:-1]: np.ravel(leaf) for path, leaf in flat.items() if path[-1] == "kernel"}
+  kernels = {
+    path[:-1]: np.ravel(leaf)
+    for path, leaf in flat.items()
+    if path[-1] == "kernel" and (*path[:-1], "quant_a") in flat
+  }
   sizes = [kernel.size for kernel in kernels.values()]
   # All layers in one array: a call per layer would compile for every shape.
   # An interval for every element, of the whole kernel or of its output channel.
