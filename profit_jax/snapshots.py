@@ -237,12 +237,11 @@ def read_newest(
       stay where they are.
   """
   directory = epath.Path(directory)
-  numbers = saved_on_all_hosts(directory)
   for _ in range(_LISTINGS):
+    numbers = saved_on_all_hosts(directory)
     found, damaged = newest_of(directory, numbers, read_file)
-    before, numbers = numbers, saved_on_all_hosts(directory)
     # A run that is going on may have written a newer one meanwhile, and deleted these.
-    if found is not None or before == numbers:
+    if found is not None or numbers == saved_on_all_hosts(directory):
       break
   if damaged and found is None:
     listing = "\n  ".join(
