@@ -191,6 +191,8 @@ def on_first_host(action: Callable[[], _T]) -> _T:
   Raises:
     ConfigError: as `on_all_hosts`.
   """
+  if jax.process_count() == 1:  # 150 us sooner, of every step
+    return action()
   content = on_all_hosts(lambda: json.dumps(action()).encode() if is_first() else b"")
   size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(content), np.int32)))
   padded = np.resize(np.frombuffer(content, np.uint8), size)
