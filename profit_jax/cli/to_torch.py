@@ -2,12 +2,11 @@
 [--names=authors].
 """
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 from profit_jax import paths, schedule
+from profit_jax.cli import command
 from profit_jax.config import ConfigError, QuantSettings
 from profit_jax.models import student_spec
 from profit_jax.train.run_directory import read_data, read_settings
@@ -68,16 +67,14 @@ def write(run: str, file: str, names: str | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
-  parser = argparse.ArgumentParser(prog="profit to-torch", description=__doc__)
+  parser = command.parser("to-torch", __doc__)
   parser.add_argument("run", help="the --workdir of a run")
   parser.add_argument("file", help="to be written: a .safetensors")
   parser.add_argument(
     "--names", help="authors, torchvision, timm or profit_jax; the first that the model has"
   )
-  options = parser.parse_args(arguments)
-  try:
+
+  def execute(options):
     print(write(options.run, options.file, options.names))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+
+  return command.run(parser, arguments, execute)

@@ -170,7 +170,9 @@ def hold(workdir: epath.Path) -> Iterator[None]:
   """Keeps other runs out of a directory until the end of this process, however it ends: the lock is
   the kernel's.
 
-  Not in remote file systems (`gs://`), which have none.
+  Not in remote file systems (`gs://`), which have none. Not by `filelock`: where a file system has
+  no locks, it leaves a file in their place, which outlives a killed run and would keep it from
+  being resumed on another machine.
 
   Raises:
     ConfigError: a run that lives holds it, or it cannot be written.
