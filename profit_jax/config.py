@@ -9,7 +9,7 @@ frozen `Settings`. Every later module trusts these.
 import dataclasses
 import itertools
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import ml_collections
 
@@ -367,7 +367,6 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
     bits = getattr(settings.quant, name)
     allowed = f"0 (as all layers), or {MIN_BITS} to {MAX_BITS}"
     require(bits == 0 or MIN_BITS <= bits <= MAX_BITS, f"quant.{name}", bits, allowed)
-  _check_oscillation(settings.oscillation)
   epochs = settings.plan.full_precision_epochs
   needed = "1 or above without init.weights, and with init.reset_head"
   require(epochs >= 1 or not settings.new_classifier, "plan.full_precision_epochs", epochs, needed)
@@ -377,39 +376,14 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
     settings.init.reset_head,
     "False without init.weights: from random weights the head is new anyway",
   )
-  train = settings.train
   require(0 <= settings.seed < 2**32, "seed", settings.seed, "0 or above, below 2^32")
-  for name in ("batch_size", "accumulation_steps", "eval_batch_size"):
-    require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "1 or above")
-  parts, fitting = train.accumulation_steps, f"a divisor of train.batch_size = {train.batch_size}"
-  require(train.batch_size % parts == 0, "train.accumulation_steps", parts, fitting)
-  part, every = train.batch_size // parts, settings.plan.sampling_every
-  fitting = f"a divisor of {part}, the images in a part of a batch"
-  require(every >= 1 and part % every == 0, "plan.sampling_every", every, fitting)
-  for name in ("learning_rate", "full_precision_learning_rate"):
-    require(
-      0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10"
-    )
-  require(
-    0 <= train.quantizer_lr_scale <= 1,
-    "train.quantizer_lr_scale",
-    train.quantizer_lr_scale,
-    "0 to 1",
+  check_training(
+    settings.train,
+    settings.oscillation,
+    settings.checkpoint,
+    settings.recovery,
+    settings.plan.sampling_every,
   )
-  for name in ("weight_decay", "momentum", "ema_rate"):
-    require(
-      0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1"
-    )
-  require(settings.checkpoint.keep >= 1, "checkpoint.keep", settings.checkpoint.keep, "1 or above")
-  require(
-    settings.checkpoint.minutes >= 0,
-    "checkpoint.minutes",
-    settings.checkpoint.minutes,
-    "0 or above",
-  )
-  recovery, factor = settings.recovery, settings.recovery.learning_rate_factor
-  require(recovery.retries >= 0, "recovery.retries", recovery.retries, "0 or above")
-  require(0 < factor < 1, "recovery.learning_rate_factor", factor, "above 0, below 1")
   return settings
 
 
@@ -430,6 +404,50 @@ def _refuse_old_names(config: Mapping[str, Any]) -> None:
         told = f"The value {value!r} of `{field}` is now {RENAMED_VALUES[field, value]!r}."
       if told:
         raise ConfigError(f"{told} Change it in the configuration.")
+
+
+def check_training(
+  train: TrainSettings,
+  oscillation: OscillationSettings,
+  checkpoint: CheckpointSettings,
+  recovery: RecoverySettings,
+  sampling_every: int,
+) -> None:
+  """Checks the sections of training, and `plan.sampling_every`; raises as `parse`."""
+  _check_oscillation(oscillation)
+  dtypes = get_args(get_type_hints(TrainSettings)["dtype"])
+  require(train.dtype in dtypes, "train.dtype", train.dtype, f"one of {listed(dtypes)}")
+  for name in ("batch_size", "accumulation_steps", "eval_batch_size"):
+    require(getattr(train, name) >= 1, f"train.{name}", getattr(train, name), "1 or above")
+  parts, fitting = train.accumulation_steps, f"a divisor of train.batch_size = {train.batch_size}"
+  require(train.batch_size % parts == 0, "train.accumulation_steps", parts, fitting)
+  part, every = train.batch_size // parts, sampling_every
+  fitting = f"a divisor of {part}, the images in a part of a batch"
+  require(every >= 1 and part % every == 0, "plan.sampling_every", every, fitting)
+  for name in ("learning_rate", "full_precision_learning_rate"):
+    require(
+      0 < getattr(train, name) <= 10, f"train.{name}", getattr(train, name), "above 0, at most 10"
+    )
+  require(
+    0 <= train.quantizer_lr_scale <= 1,
+    "train.quantizer_lr_scale",
+    train.quantizer_lr_scale,
+    "0 to 1",
+  )
+  for name in ("weight_decay", "momentum", "ema_rate"):
+    require(
+      0 <= getattr(train, name) < 1, f"train.{name}", getattr(train, name), "0 or above, below 1"
+    )
+  require(checkpoint.keep >= 1, "checkpoint.keep", checkpoint.keep, "1 or above")
+  require(
+    checkpoint.minutes >= 0,
+    "checkpoint.minutes",
+    checkpoint.minutes,
+    "0 or above",
+  )
+  factor = recovery.learning_rate_factor
+  require(recovery.retries >= 0, "recovery.retries", recovery.retries, "0 or above")
+  require(0 < factor < 1, "recovery.learning_rate_factor", factor, "above 0, below 1")
 
 
 def _check_model(settings: Settings, models: Collection[str]) -> None:

@@ -106,9 +106,9 @@ def test_a_run_without_the_packages_of_other_features(python, tmp_path):
   values = tiny_config(**{"compilation_cache": ""}).to_dict()
   (tmp_path / "own.py").write_text(
     "import ml_collections\n"
-    "from profit_jax.models import REGISTRY\n"
+    "from profit_jax.models import register\n"
     "from tiny import TinyNet\n"
-    "REGISTRY['tiny'] = TinyNet\n"
+    "register('tiny')(TinyNet)\n"
     f"def get_config():\n  return ml_collections.ConfigDict({values!r})\n"
   )
   hidden = [name for name in HEAVY if name != "sklearn"]

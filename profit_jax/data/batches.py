@@ -56,9 +56,10 @@ class Data:
   normalization: Normalization | None = None
 
   def __post_init__(self):
-    if self.steps_per_epoch < 1:
+    steps = self.steps_per_epoch
+    if not isinstance(steps, int) or steps < 1:
       raise ConfigError(
-        f"Data.steps_per_epoch = {self.steps_per_epoch} is not allowed: it must be 1 or more."
+        f"Data.steps_per_epoch = {steps!r} is not allowed: it must be a whole number, 1 or more."
       )
     for name in ("train", "eval"):
       given = getattr(self, name)
@@ -99,17 +100,23 @@ class BatchSource:
     """
     self._data = data
     self.num_classes = 0
-    first = next(iter(self._epoch(0, 0)), None)
+    first = next(self._epoch(0, 0), None)
     if first is None:
       raise ConfigError("Data.train has no batch in epoch 0. Give at least one.")
     image = _array(first, "image", "the first training batch")
-    if image.ndim != 4:
+    if image.ndim != 4 or not len(image):
       raise ConfigError(
         f"The images of the first training batch have the shape {image.shape}: it must be "
         "[N, H, W, C]."
       )
     self.image_shape = image.shape[1:]
     self.image_dtype = np.dtype(np.uint8 if image.dtype == np.uint8 else np.float32)
+    given = data.normalization
+    if given is not None and {len(given.mean), len(given.std)} != {self.image_shape[-1]}:
+      raise ConfigError(
+        f"Data.normalization has {len(given.mean)} means and {len(given.std)} deviations: the "
+        f"images have {self.image_shape[-1]} channels, and it must have one of each for each."
+      )
     self._rows = len(image)
     self.batch_size = self._rows * host.count
 
@@ -146,46 +153,48 @@ class BatchSource:
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """See `Source.eval_batches`."""
     del batch_size
-    given = self._data.eval
+    given, examples = self._data.eval, 0
     for number, batch in enumerate(given() if callable(given) else given):
-      yield self._checked(batch, f"evaluation batch {number}", train=False)
+      checked = self._checked(batch, f"evaluation batch {number}", train=False)
+      examples += int(checked["mask"].sum())
+      yield checked
+    if not examples:
+      raise ConfigError(
+        "Data.eval has no example. Give at least one at each call, from a new iterator."
+      )
 
   def _epoch(self, epoch: int, start: int) -> Iterator[UserBatch]:
     given = self._data.train
-    if callable(given):
+    if not callable(given):
+      return itertools.islice(given, start, None)
+    try:
       return iter(given(epoch, start))
-    return itertools.islice(given, start, None)
+    except TypeError as error:
+      raise ConfigError(
+        f"Data.train cannot be called as train(epoch, first_step) for an iterator: {error}."
+      ) from error
 
   def _checked(self, batch: UserBatch, what: str, *, train: bool) -> Batch:
     image, label = _array(batch, "image", what), _array(batch, "label", what)
+    what = what.capitalize()
+    if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
+      raise ConfigError(
+        f"{what} has labels of the type {label.dtype} and shape {label.shape}: they must be "
+        "integers [N]."
+      )
     size = len(label)
     if image.shape[1:] != self.image_shape or not 1 <= size <= self._rows or len(image) != size:
       wanted = ", ".join(map(str, self.image_shape))
       raise ConfigError(
-        f"{what.capitalize()} has images of the shape {image.shape} and {label.shape} labels: each "
-        f"batch must have the shapes [N, {wanted}] and [N], with N at most {self._rows}, as the "
-        "first training batch. Resize the images, or cut the batch."
-      )
-    if not np.issubdtype(label.dtype, np.integer) or label.ndim != 1:
-      raise ConfigError(
-        f"{what.capitalize()} has labels of the type {label.dtype} and shape {label.shape}: they "
-        "must be integers [N]."
-      )
-    if label.min() < 0 or label.max() >= self.num_classes:
-      raise ConfigError(
-        f"{what.capitalize()} has labels from {label.min()} to {label.max()}: they must be 0 to "
-        f"{self.num_classes - 1}, because the model has {self.num_classes} outputs."
-      )
-    if self.image_dtype != np.uint8:
-      image = image.astype(np.float32)
-      if not np.isfinite(image).all():
-        raise ConfigError(f"{what.capitalize()} has images with NaN or infinity. Remove them.")
-    elif image.dtype != np.uint8:
-      raise ConfigError(
-        f"{what.capitalize()} has {image.dtype} images, the first training batch uint8. Give one "
-        "type."
+        f"{what} has images of the shape {image.shape} and {size} labels: each batch must have "
+        f"the shapes [N, {wanted}] and [N], with N at most {self._rows}, as the first batch. "
+        "Resize the images, or cut the batch."
       )
     mask = np.asarray(batch.get("mask", np.ones(size, bool)), bool)
+    if mask.shape != (size,):
+      raise ConfigError(f"{what} has a mask of the shape {mask.shape}: it must be ({size},).")
+    label = self._checked_labels(np.where(mask, label, 0), what)
+    image = self._checked_images(image, what)
     missing = self._rows - size
     rows = np.resize(np.arange(size), missing) if train else np.zeros(missing, np.int64)
     order = np.concatenate([np.arange(size), rows])
@@ -194,6 +203,32 @@ class BatchSource:
       "label": label[order].astype(np.int32),
       "mask": np.concatenate([mask, np.zeros(missing, bool)]),
     }
+
+  def _checked_labels(self, label: np.ndarray, what: str) -> np.ndarray:
+    if label.min() < 0 or label.max() >= self.num_classes:
+      raise ConfigError(
+        f"{what} has labels from {label.min()} to {label.max()}: they must be 0 to "
+        f"{self.num_classes - 1}, because the model has {self.num_classes} outputs."
+      )
+    return label
+
+  def _checked_images(self, image: np.ndarray, what: str) -> np.ndarray:
+    if self.image_dtype == np.uint8:
+      allowed = image.dtype == np.uint8
+    else:
+      # ml_dtypes' bfloat16 is no subtype of NumPy's floating.
+      allowed = image.dtype.kind not in "biuSUO" and image.dtype.kind != "c"
+    if not allowed:
+      raise ConfigError(
+        f"{what} has {image.dtype} images: they must be {self.image_dtype.name}, as the first "
+        "batch. Convert them, floats as the model should see them."
+      )
+    if self.image_dtype == np.uint8:
+      return image
+    image = image.astype(np.float32)
+    if not np.isfinite(image).all():
+      raise ConfigError(f"{what} has images with NaN or infinity. Remove them.")
+    return image
 
 
 def _array(batch: UserBatch, key: str, what: str) -> np.ndarray:

@@ -28,12 +28,14 @@ What a layer is, and which of its parameters is what, it says itself: see `nn/sp
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from profit_jax.config import ConfigError
 from profit_jax.kernels import products
 from profit_jax.nn import tracing
 from profit_jax.nn.fused import Activation, Normalized, activate, moments, moments_near
@@ -50,6 +52,14 @@ _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 # Deviations up to this many units in the last place of the mean count as 0.
 NOISE_UNITS = 8
+
+
+def _require(module: nn.Module, field: str, value: Any, allowed: Sequence[Any] | str) -> None:
+  """Raises a ConfigError of a layer's argument, unless `allowed` has it."""
+  if isinstance(allowed, str) or value not in allowed:
+    listed = allowed if isinstance(allowed, str) else ", ".join(map(repr, allowed))
+    name = "/".join(module.path) or type(module).__name__
+    raise ConfigError(f"The layer {name} has {field} = {value!r}: it must be {listed}.")
 
 
 def _keep(_, new):
@@ -146,6 +156,8 @@ class QuantConv(nn.Module):
   def __call__(self, x: jax.Array | Quantized, bits: Bits = Bits()) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H', W', features]`, in the dtype of x."""
     record(self, "conv", bits)
+    if self.kernel_size < 1 or not self.kernel_size % 2:
+      _require(self, "kernel_size", self.kernel_size, "odd")
     if tracing.active():
       return tracing.conv(self, x, bits)
     x, size = _input(x), self.kernel_size
@@ -244,6 +256,7 @@ class QuantAct(nn.Module):
     Directly behind a `BatchNorm` both are computed at once.
     """
     record(self, "act", bits)
+    _require(self, "kind", self.kind, get_args(Kind))
     if tracing.active():
       return tracing.quantizer(self, x, bits)
     quantizer, qmax = bits.quantizer, bits.act_qmax(self.kind)
@@ -327,6 +340,7 @@ class BatchNorm(nn.Module):
       An array of x's shape and dtype.
     """
     record(self, "norm", Bits())
+    _require(self, "activation", activation, (None, *get_args(Activation)))
     if tracing.active():
       return tracing.norm(self, x, activation)
     made_of = parts_of(x)

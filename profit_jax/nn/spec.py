@@ -43,12 +43,16 @@ class Layer:
     kind: what it is.
     bits: what it was told, but for the widths, which change from phase to phase.
     attributes: of its module, by name.
+    has_weight_bits: whether it was told a width of kernels in this call.
+    has_act_bits: likewise, of activations.
   """
 
   path: str
   kind: LayerKind
   bits: Bits
   attributes: Mapping[str, Any]
+  has_weight_bits: bool = False
+  has_act_bits: bool = False
 
 
 def record(module: nn.Module, kind: LayerKind, bits: Bits) -> None:
@@ -57,7 +61,8 @@ def record(module: nn.Module, kind: LayerKind, bits: Bits) -> None:
   if layers is not None:
     names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
     attributes = {name: getattr(module, name) for name in names}
-    layers.append(Layer("/".join(module.path), kind, bits.at(None, None), attributes))
+    told = bits.weight is not None, bits.act is not None
+    layers.append(Layer("/".join(module.path), kind, bits.at(None, None), attributes, *told))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,7 +161,48 @@ def describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits = Bits()
       `batch_stats`.
   """
   _check_module(model)
+  try:
+    hash(model)
+  except TypeError as error:
+    lists = [
+      f.name for f in dataclasses.fields(model) if _has_no_hash(getattr(model, f.name, None))
+    ]
+    raise ConfigError(
+      f"{type(model).__name__} cannot be used: the fields {', '.join(lists)} cannot be hashed. "
+      "Give tuples instead of lists, and frozen dictionaries."
+    ) from error
   return _describe(model, tuple(input_shape), bits.at(None, None))
+
+
+def _has_no_hash(value: Any) -> bool:
+  try:
+    hash(value)
+  except TypeError:
+    return True
+  return False
+
+
+def never_quantized(spec: ModelSpec, weights: bool, acts: bool) -> list[str]:
+  """The layers of a model that do not get the bits of a phase: they were called without `bits`.
+
+  Args:
+    spec: of the model.
+    weights: whether some phase quantizes weights.
+    acts: whether some phase quantizes activations.
+  """
+  bits = spec.bits.at(8 if weights else None, 8 if acts else None)
+  recorded: list[Layer] = []
+  token = _recorded.set(recorded)
+  try:
+    jax.eval_shape(_init(spec.model, spec.input_shape, bits), jax.random.key(0))
+  finally:
+    _recorded.reset(token)
+  return [
+    layer.path
+    for layer in recorded
+    if (weights and layer.kind in ("conv", "dense") and not layer.has_weight_bits)
+    or (acts and layer.kind == "act" and not layer.has_act_bits)
+  ]
 
 
 def _check_module(model: Any) -> None:

@@ -126,7 +126,12 @@ def _is_masked(node: Any) -> bool:
 
 def scaled_by_epoch(factory: OptimizerFactory) -> optax.GradientTransformationExtraArgs:
   """A transformation whose learning rate is an argument of `update`, as ours."""
-  inner = optax.inject_hyperparams(factory)(learning_rate=0.0)
+
+  # Only the rate is part of the state, whatever the factory calls it.
+  def transformation(learning_rate):
+    return factory(learning_rate)
+
+  inner = optax.inject_hyperparams(transformation)(learning_rate=0.0)
 
   def update(updates, state, params=None, *, learning_rate, **_):
     rate = jnp.asarray(learning_rate, jnp.asarray(state.hyperparams["learning_rate"]).dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from profit_jax.config import OscillationSettings
+from profit_jax.config import ConfigError, OscillationSettings
 from profit_jax.data.normalize import Normalization, normalize
 from profit_jax.nn.layers import at_least_float32
 from profit_jax.nn.spec import KERNEL, ModelSpec, split_path
@@ -139,7 +139,7 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
     metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(sums)
     state = jax.tree.map(lambda n, o: jnp.where(metrics["finite"], n, o), new, state)
     if sampling is not None:
-      sampling = aiwq.update(sampling, updates["moments"], updates["quantized"])
+      sampling = aiwq.update(sampling, updates.get("moments", {}), updates.get("quantized", {}))
     return state, metrics, sampling
 
   return step
@@ -175,7 +175,7 @@ def _share_of_gradient(forward, params, batch, teacher_logits, examples, loss):
   def loss_fn(params):
     logits, updates = forward(params)
     logits = value_of(logits)
-    parts = {"ce": share(loss(logits, batch["label"]))}
+    parts = {"ce": share(_losses(loss, logits, batch["label"]))}
     if teacher_logits is not None:
       parts["kd"] = share(distillation_loss(logits, teacher_logits))
     return sum(parts.values()), (parts, logits, updates)
@@ -184,6 +184,17 @@ def _share_of_gradient(forward, params, batch, teacher_logits, examples, loss):
   right = jax.lax.argmax(logits, 1, jnp.int32) == batch["label"]
   metrics = {**parts, "loss": sum(parts.values()), "correct": jnp.sum(right & batch["mask"])}
   return grads, metrics, updates
+
+
+def _losses(loss, logits, labels):
+  """The losses of a user's function, of logits in at least float32."""
+  losses = loss(at_least_float32(logits), labels)
+  if losses.shape != labels.shape:
+    raise ConfigError(
+      f"loss gives an array of the shape {losses.shape} for {labels.shape[0]} examples: it must "
+      f"give one number for each, of the shape {labels.shape}."
+    )
+  return losses
 
 
 def _accumulate(gradient, batch, key, count):

@@ -8,6 +8,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import time
 import warnings
@@ -23,6 +24,8 @@ from jax.sharding import Mesh
 
 from profit_jax import __version__, distributed, paths, snapshots
 from profit_jax.config import (
+  MAX_BITS,
+  MIN_BITS,
   CheckpointSettings,
   ConfigError,
   DataSettings,
@@ -30,12 +33,13 @@ from profit_jax.config import (
   RecoverySettings,
   Settings,
   TrainSettings,
+  check_training,
 )
 from profit_jax.data.base import Host
 from profit_jax.data.batches import BatchSource, Data
 from profit_jax.data.normalize import Normalization
 from profit_jax.fields import as_lists
-from profit_jax.nn.spec import ModelSpec, describe
+from profit_jax.nn.spec import ModelSpec, describe, never_quantized
 from profit_jax.quant import Bits, DuQ, Quantizer
 from profit_jax.schedule import Phase, with_separate_bn_programs
 from profit_jax.train import run_directory
@@ -227,7 +231,10 @@ class Trainer:
     Raises:
       ConfigError: no schedule, or a directory that cannot be reached.
     """
-    phases = tuple(schedule)
+    # Own and joined schedules are numbered anew: a run counts its phases.
+    phases = tuple(
+      dataclasses.replace(phase, index=index) for index, phase in enumerate(schedule, 1)
+    )
     if not phases:
       raise ConfigError("The schedule has no phase. Use profit_schedule(...).")
     distills = any(phase.distill for phase in phases)
@@ -263,7 +270,8 @@ class Trainer:
       Stopped: by SIGINT or SIGTERM; everything is saved.
     """
     options = self._options
-    source = BatchSource(data, Host(jax.process_index(), jax.process_count()))
+    host = Host(jax.process_index(), jax.process_count())
+    source = distributed.on_all_hosts(lambda: BatchSource(data, host))
     bits = Bits(
       quantizer=self._quantizer,
       first=options.first_bits,
@@ -274,11 +282,18 @@ class Trainer:
     source.num_classes = spec.outputs
     _check_layers(spec, self._phases)
     settings = self._settings(seed, source)
+    _check_options(dataclasses.replace(options, train=settings.train), self._quantizer)
     student = Student(spec, lambda: self._first_variables(spec, seed), None, None)
     teacher = Teacher(None, None, None)
     if self._teacher is not None:
       model, variables = self._teacher
-      teacher = Teacher(describe(model, source.image_shape), jax.device_get(variables), None)
+      teacher_spec = describe(model, source.image_shape, bits)
+      if teacher_spec.outputs != spec.outputs:
+        raise ConfigError(
+          f"The teacher has {teacher_spec.outputs} outputs, the model {spec.outputs}: both must "
+          "have the same classes."
+        )
+      teacher = Teacher(teacher_spec, _filled(teacher_spec, variables, "teacher", {}), None)
     run = Run(
       settings,
       self._phases,
@@ -289,8 +304,9 @@ class Trainer:
       self._loss,
       self._optimizer,
     )
-    with contextlib.ExitStack() as closing:
-      identity = self._identity(settings, spec, source)
+    identity = self._identity(settings, spec, source)
+    distributed.require_equal("run", json.dumps(identity, sort_keys=True, default=str))
+    with distributed.peers_needed(), contextlib.ExitStack() as closing:
       writer = claim(self._workdir, identity, options.checkpoint.keep, closing)
       snapshot = writer.read_newest(lambda text: warnings.warn(text, stacklevel=2))
       for callback in self._callbacks:
@@ -322,19 +338,7 @@ class Trainer:
 
   def _first_variables(self, spec: ModelSpec, seed: int) -> Variables:
     drawn = jax.device_get(spec.init(jax.random.key(seed)))
-    if self._variables is None:
-      return drawn
-    given = traverse_util.flatten_dict(jax.device_get(dict(self._variables)), sep="/")
-    found = traverse_util.flatten_dict(drawn, sep="/")
-    for name, value in given.items():
-      if name not in found or np.shape(value) != found[name].shape:
-        shape = found[name].shape if name in found else "no such variable"
-        raise ConfigError(
-          f"variables has {name} of the shape {np.shape(value)}, but the model has {shape}. Give "
-          "variables of this model, as model.init and trained results have them."
-        )
-      found[name] = np.asarray(value, found[name].dtype)
-    return {"batch_stats": {}, **traverse_util.unflatten_dict(found, sep="/")}
+    return drawn if self._variables is None else _filled(spec, self._variables, "variables", drawn)
 
   def _identity(
     self, settings: Settings, spec: ModelSpec, source: BatchSource
@@ -361,7 +365,8 @@ class Trainer:
       "checkpoint": dataclasses.asdict(settings.checkpoint),
       "recovery": dataclasses.asdict(settings.recovery),
     }
-    return run_directory.Identity(as_lists(config), run_directory.data_identity(source))
+    plain = json.loads(json.dumps(as_lists(config), default=_plain))
+    return run_directory.Identity(plain, run_directory.data_identity(source))
 
   def _result(self, end: Moment, spec: ModelSpec, data: Data, source: BatchSource) -> Result:
     progress, last = end.progress, self._phases[-1]
@@ -382,6 +387,59 @@ class Trainer:
     )
 
 
+def _plain(value: Any) -> Any:
+  """NumPy's numbers, for JSON."""
+  return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _filled(spec: ModelSpec, given: Variables, what: str, drawn: Variables) -> Variables:
+  """Given variables, and drawn ones for what they lack.
+
+  Raises:
+    ConfigError: a variable that the model does not have, or has in another shape; one that is
+      nowhere.
+  """
+  shapes = traverse_util.flatten_dict(spec.shapes, sep="/")
+  found = traverse_util.flatten_dict(drawn, sep="/")
+  for name, value in traverse_util.flatten_dict(jax.device_get(dict(given)), sep="/").items():
+    if name not in shapes or np.shape(value) != shapes[name].shape:
+      shape = shapes[name].shape if name in shapes else "no such variable"
+      raise ConfigError(
+        f"{what} has {name} of the shape {np.shape(value)}, but the model has {shape}. Give "
+        "variables of this model, as model.init and trained results have them."
+      )
+    found[name] = np.asarray(value, shapes[name].dtype)
+  if missing := sorted(shapes.keys() - found.keys()):
+    raise ConfigError(f"{what} lacks {', '.join(missing[:5])}. Give all variables of the model.")
+  return {"batch_stats": {}, **traverse_util.unflatten_dict(found, sep="/")}
+
+
+def _check_options(options: Options, quantizer: Quantizer) -> None:
+  """Checks what a configuration's parser checks, under the names of `Options`."""
+  try:
+    check_training(
+      options.train,
+      options.oscillation,
+      options.checkpoint,
+      options.recovery,
+      options.sampling_every,
+    )
+  except ConfigError as error:
+    raise ConfigError(str(error).replace("config.", "Options.")) from None
+  for name in ("first_bits", "last_bits"):
+    bits = getattr(options, name)
+    if bits and not MIN_BITS <= bits <= MAX_BITS:
+      raise ConfigError(
+        f"Options.{name} = {bits!r} is not allowed: it must be 0, or {MIN_BITS} to {MAX_BITS}."
+      )
+  oscillation = options.oscillation
+  if (oscillation.dampening or oscillation.freeze_thresholds) and not quantizer.one_interval:
+    raise ConfigError(
+      f"Options.oscillation is not allowed with {type(quantizer).__name__}: it needs a quantizer "
+      "whose codes come from one interval, as DuQ or LSQ."
+    )
+
+
 def _check_layers(spec: ModelSpec, phases: Sequence[Phase]) -> None:
   """Checks that there is something to quantize where a schedule does."""
   kinds = {layer.kind for layer in spec.layers.values()}
@@ -395,4 +453,11 @@ def _check_layers(spec: ModelSpec, phases: Sequence[Phase]) -> None:
     raise ConfigError(
       f"{name} never quantizes its activations: it has no QuantAct. Put one before each QuantConv "
       "and QuantDense, or give the schedule act_bits=()."
+    )
+  weights = any(phase.weight_bits for phase in phases)
+  acts = any(phase.act_bits for phase in phases)
+  if (weights or acts) and (silent := never_quantized(spec, weights, acts)):
+    raise ConfigError(
+      f"The layer {silent[0]} is called without bits, so that it is never quantized. Call it with "
+      "bits, as layer(x, bits); or use nn.Conv or nn.Dense."
     )

@@ -67,10 +67,9 @@ class Training:
 
   def _calibrated(self, variables, given, key):
     image = next(iter(self._source.train_batches(0, 128)))["image"]
-    params = steps.calibrate_acts(
-      self._model, variables, image, self._normalization, key, given.act
-    )
-    return steps.fit_weights(params, given.weight)
+    acts = given.at(None, given.act)
+    params = steps.calibrate_acts(self._model, variables, image, self._normalization, key, acts)
+    return steps.fit_weights(params, given.at(given.weight, None), self._spec)
 
   def _top1(self, variables, given):
     (batch,) = self._source.eval_batches(450)

@@ -1,7 +1,7 @@
 """The library: own models and batches, resumed to the bit; and what users get wrong."""
 
 import dataclasses
-import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.nnx
@@ -62,10 +62,13 @@ class Seen(pj.Observer):
   """Collects what it is told; stops the run at a step of a phase."""
 
   def __init__(self, stop_at=None):
-    self.epochs, self._stop_at, self._steps = [], stop_at, 0
+    self.epochs, self.losses, self.params = [], [], []
+    self._stop_at, self._steps = stop_at, 0
 
   def epoch_done(self, report):
     self.epochs.append((report.phase.name, report.evaluation["top1"]))
+    self.losses.append(report.train)
+    self.params.append(report.params)
 
   def stop_point(self, number):
     self._steps += 1
@@ -161,6 +164,30 @@ class CalledTwice(nn.Module):
     return dense(dense(jnp.mean(x, (1, 2)) * jnp.ones(3), bits), bits)
 
 
+class WithoutBits(nn.Module):
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    x = pj.QuantAct("symmetric", name="quant")(jnp.mean(x, (1, 2)), bits)
+    return pj.QuantDense(3, name="dense")(x)
+
+
+class WithList(WithoutBits):
+  widths: Any = ()
+
+
+class Wrong(nn.Module):
+  kind: str = "unsigned"
+  activation: str = "relu"
+  size: int = 3
+
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    x = pj.QuantConv(4, self.size, name="conv")(x, bits)
+    x = pj.BatchNorm(name="norm")(x, train, self.activation)
+    x = pj.QuantAct(self.kind, name="quant")(x, bits)
+    return pj.QuantDense(3, name="head")(jnp.mean(x, (1, 2)), bits)
+
+
 class OfNnx(flax.nnx.Module):
   pass
 
@@ -173,6 +200,22 @@ class OfNnx(flax.nnx.Module):
     ({"model": TwoOutputs()}, r"returns 2 arrays .*one array \[N, classes\]"),
     ({"model": TwoInputs()}, r"model\(x, bits, train\)"),
     ({"model": CalledTwice()}, "dense is called twice"),
+    ({"model": WithoutBits()}, "The layer dense is called without bits"),
+    ({"model": WithList(widths=[4, 4])}, "widths cannot be hashed.*tuples"),
+    ({"model": Wrong(kind="relu")}, "quant has kind = 'relu': it must be 'symmetric'"),
+    ({"model": Wrong(activation="silu")}, "norm has activation = 'silu'.*'relu6'"),
+    ({"model": Wrong(size=4)}, "conv has kernel_size = 4: it must be odd"),
+    ({"loss": lambda logits, labels: jnp.mean(logits)}, r"loss gives an array of the shape \(\)"),
+    (
+      {"data": of_batches({**batch(0), "image": np.zeros((8, 8, 8, 1), int)}, steps=1)},
+      "int64 images",
+    ),
+    ({"data": pj.Data(train=train, eval=[], steps_per_epoch=4)}, "Data.eval has no example"),
+    (
+      {"data": pj.Data(train=lambda: None, eval=EVAL, steps_per_epoch=4)},
+      "train.epoch, first_step",
+    ),
+    ({"teacher": (Net(), {"params": {}})}, "teacher lacks batch_stats/norm/mean.*all variables"),
     ({"model": OfNnx()}, "flax.nnx.*to_linen"),
     ({"model": Net}, r"Give Net\(\), not Net"),
     ({"data": of_batches(batch(0), batch(1, size=9))}, r"shape \(8, 9, 9, 1\).*\[N, 8, 8, 1\]"),
@@ -202,6 +245,47 @@ def test_what_cannot_be_trained_is_one_clear_error(tmp_path, given, message):
     fit(tmp_path, **given)
 
 
+class Dense(nn.Module):
+  """Without convolutions, norms and a teacher."""
+
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    x = pj.QuantAct("symmetric", name="quant")(x.reshape(len(x), -1), bits)
+    x = nn.relu(pj.QuantDense(8, name="dense")(x, bits))
+    return pj.QuantDense(3, name="head")(pj.QuantAct("unsigned", name="act")(x, bits), bits)
+
+
+def test_a_model_of_dense_layers_without_an_average(tmp_path):
+  options = pj.Options(train=pj.TrainSettings(ema_rate=0.0))
+  result = pj.Trainer(Dense(), SCHEDULE, tmp_path, options=options).fit(DATA)
+  assert result.weights == "raw"
+  assert [phase.frozen for phase in result.phases] == [[]] * len(SCHEDULE)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"first_bits": 16}, r"Options\.first_bits = 16"),
+    ({"sampling_every": 3}, r"Options\.plan\.sampling_every = 3"),
+    ({"train": pj.TrainSettings(ema_rate=3.0)}, r"Options\.train\.ema_rate = 3"),
+    ({"train": pj.TrainSettings(dtype="float16")}, r"Options\.train\.dtype = 'float16'"),
+  ],
+)
+def test_options_that_are_not_allowed(tmp_path, options, message):
+  with pytest.raises(pj.ConfigError, match=message):
+    pj.Trainer(Net(), SCHEDULE, tmp_path, options=pj.Options(**options)).fit(DATA)
+
+
+def test_padding_has_no_label_to_check():
+  from profit_jax.data.batches import BatchSource
+
+  padded = {**batch(0), "label": np.array([0, 1, 2, 0, 1, 2, -1, -1]), "mask": np.arange(8) < 6}
+  source = BatchSource(of_batches(padded))
+  source.num_classes = 3
+  (seen,) = source.train_batches(0, 0)
+  assert seen["mask"].sum() == 6
+
+
 @pytest.mark.parametrize(
   ("given", "message"),
   [
@@ -217,32 +301,40 @@ def test_what_is_no_data(given, message):
 
 
 def test_own_loss_optimizer_teacher_and_first_weights(tmp_path):
-  teacher = Net()
-  taught = describe(teacher, (8, 8, 1)).init(jax.random.key(7))
+  spec = describe(Net(), (8, 8, 1))
+  first = spec.init(jax.random.key(3))
   schedule = pj.profit_schedule(
-    weight_bits=(),
-    act_bits=(4,),
-    full_precision_epochs=0,
-    finetune_epochs=1,
-    stabilize=False,
-    learning_rate=1e-9,
-  )
-  first = describe(Net(), (8, 8, 1)).init(jax.random.key(3))
-  result = fit(
-    tmp_path,
-    schedule=schedule,
-    loss=lambda logits, labels: jnp.sum(logits**2, 1),
+    weight_bits=(4,), act_bits=(4,), full_precision_epochs=0, finetune_epochs=1, sampling_epochs=1,
+    freeze_fractions=(0.5,), stabilize=False, learning_rate=0.01,
+  )  # fmt: skip
+  seen = Seen()
+  given = {
+    "schedule": schedule,
+    "loss": lambda logits, labels: 0.0 * jnp.sum(logits, 1) + 7.0,
     # Not adamw, which mixes dtypes: tests forbid that (tests/conftest.py).
-    optimizer=functools.partial(optax.sgd, momentum=0.9),
-    teacher=(teacher, taught),
-    variables={"params": first["params"]},
-  )
+    "optimizer": lambda rate: optax.chain(optax.add_decayed_weights(1.0), optax.sgd(rate, 0.9)),
+    "teacher": (Net(), spec.init(jax.random.key(7))),
+    "variables": {"params": first["params"]},
+  }
+  result = fit(tmp_path, **given, callbacks=[seen])
   assert result.full_precision_top1 is None
-  # The learning rate is next to 0: the first weights stay what they were.
-  for name in ("conv", "head"):
-    np.testing.assert_allclose(
-      result.variables["params"][name]["kernel"], first["params"][name]["kernel"], atol=1e-6
-    )
+  assert {round(losses["ce"], 4) for losses in seen.losses} == {7.0}
+  assert all(losses["kd"] > 0 for losses in seen.losses)
+  (frozen,) = result.phases[-1].frozen
+  before, after = seen.params[-2:]
+  held = [
+    layer
+    for layer in ("conv", "depthwise", "plain", "head")
+    if np.array_equal(after[layer]["kernel"], before[layer]["kernel"])
+  ]
+  # The decay of the optimizer moves all kernels but the frozen one.
+  assert held == [frozen]
+  # Stopped in the phase that freezes, it ends the same.
+  stopped = tmp_path / "stopped"
+  with pytest.raises(pj.Stopped):
+    fit(stopped, **given, callbacks=[Seen(stop_at=13)])
+  again = fit(stopped, **given)
+  jax.tree.map(np.testing.assert_array_equal, again.variables, result.variables)
 
 
 def test_the_library_is_quiet_and_changes_no_setting_of_jax(whole, capfd, tmp_path):
