@@ -20,9 +20,12 @@ if TYPE_CHECKING:
   )
   from profit_jax.data.batches import Data
   from profit_jax.data.normalize import Normalization
+  from profit_jax.export.write import NotEqual, Report, export
   from profit_jax.fields import ConfigError, ProfitError
+  from profit_jax.nn.functions import hard_sigmoid, hard_swish, relu, relu6, spatial_mean
   from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
   from profit_jax.quant import HSWISH_MINIMUM, LSQ, PACT, QIL, Bits, DuQ, Quantized, Quantizer
+  from profit_jax.report.tensorboard import TensorBoard
   from profit_jax.schedule import Phase, profit_schedule
   from profit_jax.train.interrupt import Stopped
   from profit_jax.train.nonfinite import NotFinite
@@ -42,6 +45,7 @@ _MODULES = {
   "HSWISH_MINIMUM": "profit_jax.quant",
   "LSQ": "profit_jax.quant",
   "Normalization": "profit_jax.data.normalize",
+  "NotEqual": "profit_jax.export.write",
   "NotFinite": "profit_jax.train.nonfinite",
   "Observer": "profit_jax.train.observer",
   "Options": "profit_jax.train.trainer",
@@ -56,11 +60,18 @@ _MODULES = {
   "Quantized": "profit_jax.quant",
   "Quantizer": "profit_jax.quant",
   "RecoverySettings": "profit_jax.config",
+  "Report": "profit_jax.export.write",
   "Result": "profit_jax.train.trainer",
   "Stopped": "profit_jax.train.interrupt",
+  "TensorBoard": "profit_jax.report.tensorboard",
   "TrainSettings": "profit_jax.config",
   "Trainer": "profit_jax.train.trainer",
+  "hard_sigmoid": "profit_jax.nn.functions",
+  "hard_swish": "profit_jax.nn.functions",
   "profit_schedule": "profit_jax.schedule",
+  "relu": "profit_jax.nn.functions",
+  "relu6": "profit_jax.nn.functions",
+  "spatial_mean": "profit_jax.nn.functions",
 }
 
 __all__ = [
@@ -77,6 +88,7 @@ __all__ = [
   "DuQ",
   "EpochReport",
   "Normalization",
+  "NotEqual",
   "NotFinite",
   "Observer",
   "Options",
@@ -89,16 +101,26 @@ __all__ = [
   "Quantized",
   "Quantizer",
   "RecoverySettings",
+  "Report",
   "Result",
   "Stopped",
+  "TensorBoard",
   "TrainSettings",
   "Trainer",
   "__version__",
+  "export",
+  "hard_sigmoid",
+  "hard_swish",
   "profit_schedule",
+  "relu",
+  "relu6",
+  "spatial_mean",
 ]
 
 
 def __getattr__(name: str) -> Any:
+  if name == "export":  # the package, which can be called
+    return importlib.import_module("profit_jax.export")
   if name not in _MODULES:
     raise AttributeError(f"module 'profit_jax' has no attribute {name!r}")
   return getattr(importlib.import_module(_MODULES[name]), name)

@@ -300,6 +300,11 @@ class Settings:
     """The settings with `train.dtype` decided."""
     return dataclasses.replace(self, train=dataclasses.replace(self.train, dtype=dtype))
 
+  def with_batch_size(self, size: int) -> "Settings":
+    """The settings with another batch size, of evaluation too."""
+    train = dataclasses.replace(self.train, batch_size=size, eval_batch_size=size)
+    return dataclasses.replace(self, train=train)
+
   @property
   def from_scratch(self) -> bool:
     """Whether the student starts from random weights."""

@@ -3,69 +3,22 @@ extras install.
 """
 
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 import zipfile
 from email.parser import Parser
 
-import pytest
-
 import profit_jax
 from profit_jax import optional
-from tests.train.conftest import tiny_config
+from tests.train.shared import tiny_config
+from tests.wheel import installed, python, wheel
+
+__all__ = ["installed", "python", "wheel"]
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEAVY = sorted({name for names in optional.PACKAGES.values() for name in names})
-
-
-def pip(*arguments):
-  done = subprocess.run(
-    [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-  """The path of the built wheel."""
-  folder = tmp_path_factory.mktemp("wheel")
-  pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", folder, ROOT)
-  (built,) = folder.glob("*.whl")
-  return built
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
-  """A directory that holds the installed wheel and nothing else."""
-  target = tmp_path_factory.mktemp("installed")
-  pip("install", "--no-deps", "--no-index", "--target", target, wheel)
-  return target
-
-
-@pytest.fixture
-def python(installed, tmp_path):
-  """Runs Python in an empty directory, with the installed wheel before everything else."""
-
-  def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": os.fspath(installed), "PYTHONSAFEPATH": "1"}
-    return subprocess.run(
-      [sys.executable, *arguments],
-      cwd=tmp_path,
-      env=environment,
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-
-  return run
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):

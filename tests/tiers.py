@@ -34,6 +34,7 @@ SLOW = (
   "models/test_mobilenet_v3.py::test_authors_logits",
   "models/test_registry.py::test_published_code_has_the_same_logits",
   "cli/test_ablation.py::test_without_gpus_the_runs_at_once_share_the_devices",
+  "test_examples.py::test_an_example_runs_without_a_checkout",
   "test_package.py::test_a_run_without_the_packages_of_other_features",
   "test_tutorial.py",
   "test_wrong_input.py::test_a_configuration_of_a_published_net_that_is_accepted_can_be_traced",

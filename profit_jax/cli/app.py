@@ -401,12 +401,19 @@ def run_export(
     formats.load(name)  # now, not after the evaluation: a package may be missing
   with _trained(settings, workdir) as best:
     evaluated = _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
+    result = summary(best.progress, phases)
     trained = verify.TrainedModel(
       settings=settings,
       source=best.source,
       spec=best.spec,
       variables=best.variables,
-      result=summary(best.progress, phases),
+      normalization=data.normalization(settings.data.normalization, best.source.facts),
+      weight_bits=phases[-1].weight_bits,
+      act_bits=phases[-1].act_bits,
+      preparation=data.eval_preparation(settings),
+      phases=result["phases"],
+      weights=result["final"]["weights"],
+      full_precision_top1=result["final"]["full_precision_top1"],
       top1=evaluated["top1"],
     )
     export.export(trained, names, workdir / "export", Console(highlight=False, markup=False))

@@ -13,7 +13,6 @@ import numpy as np
 from etils import epath
 
 from profit_jax.config import ConfigError
-from profit_jax.data import eval_preparation
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
@@ -42,7 +41,7 @@ def make(
     reference: the trained model's codes beside the reference's.
     check: the verification of the file, which found no problem.
   """
-  settings, facts, run = trained.settings, trained.source.facts, trained.result
+  settings, facts = trained.settings, trained.source.facts
   content, rows = path.read_bytes(), costs(net)
   float_bytes, macs = (
     sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs")
@@ -50,7 +49,6 @@ def make(
   before, after = (
     round(100.0 * count / check.examples, 4) for count in (check.trained_correct, check.correct)
   )
-  share, interpolation = eval_preparation(settings)
   return {
     "file": path.name,
     "format": name,
@@ -65,8 +63,7 @@ def make(
       "layout": "NHWC, RGB" if net.image_shape[-1:] == (3,) else "NHWC",
       "shape": net.image_shape,
       "image_size": net.image_shape[0],
-      "crop_pct": share,
-      "interpolation": interpolation,
+      **_preparation(trained),
     },
     "num_classes": net.num_classes,
     "class_names": list(facts.class_names),
@@ -81,7 +78,7 @@ def make(
       "float_bops": macs * _FLOAT_BITS**2,
     },
     "top1": {
-      "full_precision": run["final"]["full_precision_top1"],
+      "full_precision": trained.full_precision_top1,
       "trained": before,
       "file": after,
       "equal": verify.top1_equal(check.correct, check.trained_correct, check.examples),
@@ -114,13 +111,13 @@ def make(
       "train_examples": facts.train_examples,
       "eval_examples": facts.eval_examples,
       "seed": settings.seed,
-      "weights": run["final"]["weights"],
+      "weights": trained.weights,
       "phases": [
         {
           field: phase[field]
           for field in ("index", "name", "weight_bits", "act_bits", "epochs", "top1", "top1_ema")
         }
-        for phase in run["phases"]
+        for phase in trained.phases
       ],
     },
     "versions": {
@@ -132,6 +129,13 @@ def make(
     },
     "runtime": FORMATS[name].runtime,
   }
+
+
+def _preparation(trained: verify.TrainedModel) -> dict[str, Any]:
+  if trained.preparation is None:
+    return {}
+  share, interpolation = trained.preparation
+  return {"crop_pct": share, "interpolation": interpolation}
 
 
 def _bits(nodes: Sequence[Layer | Quantizer]) -> str:
@@ -237,7 +241,7 @@ def _input_rows(pixels: dict[str, Any]) -> list[str]:
   """What is said of the images, in two rows at most."""
   sizes = ", ".join(map(str, pixels["shape"]))
   row = f"| input | `{pixels['name']}`, {pixels['type']} `[N, {sizes}]`, "
-  if pixels["type"] != "uint8":
+  if pixels["type"] != "uint8" or "crop_pct" not in pixels:
     return [f"{row}as the model was trained with |"]
   size, share = pixels["image_size"], pixels["crop_pct"]
   return [

@@ -31,7 +31,7 @@ from profit_jax.kernels import target
 from profit_jax.nn.layers import QuantAct
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.quant.bits import Bits
-from profit_jax.quant.quantized import Quantized
+from profit_jax.quant.quantized import Quantized, value_of
 
 Codes = dict[str, np.ndarray]
 
@@ -55,11 +55,18 @@ class TrainedModel:
   """A run's best checkpoint, which exported files must equal.
 
   Attributes:
-    settings: of the run.
+    settings: of the run; the model's name, the data set's, the seed and the batch size count.
     source: the run's data.
     spec: of the model that was trained.
     variables: the checkpoint's `params` and `batch_stats`, on the host.
-    result: `phases` and `final` as in the run's `result.json`.
+    normalization: of uint8 images; None where images are floats.
+    weight_bits: that it was trained for.
+    act_bits: likewise.
+    preparation: of images, the share of their shorter side that is kept and the interpolation; None
+      where nobody says.
+    phases: as in the run's `result.json`.
+    weights: which they are, `raw` or `ema`.
+    full_precision_top1: of the run; None without.
     top1: of these variables on the whole evaluation set, in percent.
   """
 
@@ -67,7 +74,13 @@ class TrainedModel:
   source: Source
   spec: ModelSpec
   variables: Any
-  result: dict[str, Any]
+  normalization: Normalization | None
+  weight_bits: int
+  act_bits: int
+  preparation: tuple[float, str] | None
+  phases: list[dict[str, Any]]
+  weights: str
+  full_precision_top1: float | None
   top1: float
 
 
@@ -203,6 +216,13 @@ def trained_codes(
   return run
 
 
+def trained_logits(
+  spec: ModelSpec, variables: Any, normalization: Normalization | None, bits: Bits
+) -> Callable[[np.ndarray], Any]:
+  """What the trained model itself computes: images -> logits."""
+  return lambda image: _trained_values(spec.model, normalization, variables, image, bits)[0]
+
+
 # One program per model, not per call: two exports in one process share it.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _trained_values(
@@ -226,7 +246,7 @@ def _trained_values(
       capture_intermediates=lambda module, _: isinstance(module, QuantAct),
       mutable=["intermediates"],
     )
-  return logits, state["intermediates"]
+  return value_of(logits), state["intermediates"]
 
 
 def file_codes(runner: Runner) -> Callable[[np.ndarray], Any]:

@@ -78,7 +78,7 @@ def _quantized_kernel(module: nn.Module, kernel: jax.Array, bits: Bits) -> jax.A
   scalars = _quantizer_params(module, quantizer.kernel_scalars, shape)
   if qmax is None:
     return kernel
-  if module.is_mutable_collection("clip_rate"):
+  if module.is_mutable_collection("clip_rate") and not module.is_initializing():
     clipped = quantizer.of_kernel(quantizer.kernel_clipped, kernel, scalars)
     _sow(module, "clip_rate", "kernel", jnp.mean(clipped, dtype=jnp.float32))
   return quantizer.of_kernel(quantizer.quantize_kernel, kernel, scalars, qmax)
@@ -248,20 +248,24 @@ class QuantAct(nn.Module):
       return tracing.quantizer(self, x, bits)
     quantizer, qmax = bits.quantizer, bits.act_qmax(self.kind)
     scalars = _quantizer_params(self, quantizer.act_scalars)
-    watched = self.is_mutable_collection("calibration") or self.is_mutable_collection("clip_rate")
+    # `init` without `mutable` makes every collection mutable, and asks for nothing.
+    calibrates, rates = (
+      self.is_mutable_collection(name) and not self.is_initializing()
+      for name in ("calibration", "clip_rate")
+    )
     normalized = parts_of(x)
-    if isinstance(normalized, Normalized) and qmax is not None and not watched:
+    if isinstance(normalized, Normalized) and qmax is not None and not (calibrates or rates):
       interval = quantizer.act_interval(scalars, qmax, max(1, x.size // len(x)))
       if interval is not None:
         return normalized.quantized(interval, qmax, self.kind)
     x = value_of(x)
-    if self.is_mutable_collection("calibration"):
+    if calibrates:
       for leaf, first in quantizer.first_act(x, qmax, self.kind, self.largest_interval).items():
         _sow(self, "calibration", leaf, first)
       return Unquantized(x)
     if qmax is None:
       return Unquantized(x)
-    if self.is_mutable_collection("clip_rate"):
+    if rates:
       # Per example, so that the caller can leave out the examples that only pad a batch.
       beyond = quantizer.act_clipped(x, scalars, self.kind)
       _sow(

@@ -204,10 +204,10 @@ def _describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> Mod
     layers[layer.path] = layer
   leaves = jax.tree.leaves(output)
   if len(leaves) != 1 or leaves[0].ndim != 2 or leaves[0].shape[0] != 1:
-    found = ", ".join(str(("N", *leaf.shape[1:])) for leaf in leaves)
+    found = ", ".join(str(leaf.shape) for leaf in leaves)
     raise ConfigError(
-      f"{type(model).__name__} returns {len(leaves)} arrays, of the shapes {found}: it must return "
-      "one array [N, classes]."
+      f"{type(model).__name__} returns {len(leaves)} array{'s' * (len(leaves) != 1)} of the shape "
+      f"{found} for one image: it must return one array [N, classes], here (1, classes)."
     )
   if others := sorted(shapes.keys() - {"params", "batch_stats"}):
     raise ConfigError(

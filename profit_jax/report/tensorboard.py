@@ -1,12 +1,15 @@
 """TensorBoard through clu: scalars per epoch, and the training loss per step."""
 
 import contextlib
+import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from etils import epath
 
-from profit_jax import optional
+from profit_jax import distributed, optional
 from profit_jax.schedule import Phase
 from profit_jax.train.nonfinite import quantizer_scalars
 from profit_jax.train.observer import EpochReport, Observer
@@ -145,3 +148,20 @@ class TensorBoardObserver(Observer):
     if self._writer is not None:
       with contextlib.suppress(Exception):  # what it still had to write, and could not
         self._writer.close()
+
+
+class TensorBoard(TensorBoardObserver):
+  """A callback of `Trainer`: writes what `TensorBoardObserver` lists, from the first process."""
+
+  def __init__(self, logdir: str | None = None, pictures: bool = True):
+    """Args:
+    logdir: where to; None is the run's directory.
+    pictures: whether the heat map is drawn at the end.
+    """
+    self._logdir, self._pictures = logdir, pictures
+    self._writer, self._step = None, 0
+
+  def opened(self, workdir: epath.Path) -> None:
+    """See `Observer`."""
+    if distributed.is_first():
+      super().__init__(self._logdir or os.fspath(workdir), warnings.warn, self._pictures)

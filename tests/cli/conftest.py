@@ -9,9 +9,6 @@ from profit_jax.train import run_directory
 from profit_jax.train.progress import Best, PhaseRecord, Progress
 from tests.export.nets import random_variables, small_settings
 from tests.export.tiny import TinyV1
-from tests.train.conftest import finished_run, tiny
-
-__all__ = ["finished_run", "tiny"]
 
 MODEL = "tiny_v1"
 

@@ -19,11 +19,11 @@ from profit_jax.cli import app, export, predict
 from profit_jax.config import ConfigError
 from profit_jax.data import preprocess
 from profit_jax.data.picture import read_picture
-from profit_jax.export import formats, onnx_file, verify
+from profit_jax.export import formats, onnx_file, verify, write
 from profit_jax.export.build import build_net
 from profit_jax.models import student_spec
 from tests.cli.conftest import MODEL, tiny_settings, write_run
-from tests.export.nets import changed, digits, random_variables
+from tests.export.nets import NORMALIZATION, changed, digits, random_variables
 from tests.wrong_input import command as run_command
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -74,10 +74,20 @@ def test_nothing_else_lies_there(exported):
 def trained_model(top1):
   """What `exported` was made of."""
   settings = tiny_settings()
-  spec = student_spec(settings, 10)
-  final = {"weight_bits": 4, "act_bits": 4, "full_precision_top1": 99.0, "weights": "raw"}
-  result = {"phases": [], "final": final}
-  return verify.TrainedModel(settings, digits(), spec, random_variables(settings), result, top1)
+  return verify.TrainedModel(
+    settings=settings,
+    source=digits(),
+    spec=student_spec(settings, 10),
+    variables=random_variables(settings),
+    normalization=NORMALIZATION,
+    weight_bits=4,
+    act_bits=4,
+    preparation=(1.0, "bicubic"),
+    phases=[],
+    weights="raw",
+    full_precision_top1=99.0,
+    top1=top1,
+  )
 
 
 class OneCodeChanged:
@@ -100,7 +110,7 @@ def test_a_file_that_is_not_what_was_trained_is_not_kept(exported, tmp_path):
   screen = Console(file=io.StringIO(), width=100)
   # The second file is a right one; its format does not matter, and onnx needs no compilation.
   modules = {"onnx": OneCodeChanged(), "jax": onnx_file}
-  with pytest.raises(export.NotEqual, match=r"^onnx: ") as caught:
+  with pytest.raises(write.NotEqual, match=r"^onnx: ") as caught:
     export.export(
       trained_model(top1), list(modules), epath.Path(tmp_path), screen, load=modules.get
     )
@@ -119,9 +129,9 @@ def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path, m
     stem = net.layers[0]
     return changed(net, stem.name, multiplier=np.float32(0.9) * stem.multiplier)
 
-  monkeypatch.setattr(export, "build_net", another_net)
+  monkeypatch.setattr(write, "build_net", another_net)
   screen = Console(file=io.StringIO(), width=100)
-  with pytest.raises(export.NotEqual, match="nothing was written"):
+  with pytest.raises(write.NotEqual, match="nothing was written"):
     export.export(trained_model(100.0), ["onnx"], epath.Path(tmp_path) / "export", screen)
   assert "stem_quant" in screen.file.getvalue()
   assert not list(tmp_path.iterdir())

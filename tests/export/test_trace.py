@@ -305,7 +305,7 @@ def over_time(x, bits, conv):
     (full_precision_weights, r"the weights of the layer 'float' are in full precision"),
     (full_precision_activations, r"the activations of the layer 'float' are in full precision"),
     (bounds, r"a bound that differs by element"),
-    (across_images, r"a reshape to \(90, 4, 1, 1\) for a batch of 2"),
+    (across_images, r"1 array of the shape \(45, 3\) for one image"),
     (inside_vmap, r"the operation integer_pow \(after layer 'conv_quant'\)"),
     (spread_alone, r"repeating a tensor along an axis"),
     (over_time, r"the operation (integer_pow|square) \(after layer 'conv_quant'\)"),
@@ -326,7 +326,7 @@ class Spatial(nn.Module):
 
 
 def test_an_output_that_is_no_logits():
-  with pytest.raises(ConfigError, match=r"\('N', 15, 12, 4\).*\[N, classes\]"):
+  with pytest.raises(ConfigError, match=r"\(1, 15, 12, 4\).*\[N, classes\]"):
     own_net(Spatial())
 
 

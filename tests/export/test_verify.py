@@ -123,7 +123,9 @@ def test_a_file_is_what_was_trained_or_why_it_is_not(net, runner):
   settings = small_settings("mobilenet_v1")
 
   def check(runner, top1):
-    trained = verify.TrainedModel(settings, digits(), None, None, {}, top1)
+    trained = verify.TrainedModel(
+      settings, digits(), None, None, None, 4, 4, None, [], "raw", None, top1
+    )
     return verify.check_file(net, [images()], runner, trained)
 
   other = check(runner, 100.0)

@@ -4,9 +4,9 @@ import jax
 
 from profit_jax.cli import app
 from profit_jax.models import REGISTRY
-from tests.train.conftest import tiny_config
 from tests.train.forked import redirect
 from tests.train.runs import WITHOUT_PLOTS
+from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 
 

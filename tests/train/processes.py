@@ -10,9 +10,9 @@ from profit_jax import distributed
 from profit_jax.cli import app
 from profit_jax.config import ProfitError
 from profit_jax.models import REGISTRY
-from tests.train.conftest import tiny_config
 from tests.train.forked import redirect
 from tests.train.runs import WITHOUT_PLOTS, SignalAt
+from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 
 

@@ -11,7 +11,6 @@ from profit_jax.cli import app
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY
 from profit_jax.train import fork
-from tests.train.conftest import tiny_config
 from tests.train.runs import (
   WITHOUT_PLOTS,
   assert_same_checkpoint,
@@ -21,6 +20,7 @@ from tests.train.runs import (
   result_of,
   without_times,
 )
+from tests.train.shared import tiny_config
 
 # Checkpoints at the ends of the last three phases, which the finished run keeps.
 ENDS = {7: number(7), 8: number(8), 9: number(9)}

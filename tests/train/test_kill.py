@@ -9,8 +9,8 @@ from profit_jax import snapshots
 from profit_jax.cli import app
 from profit_jax.config import ConfigError
 from tests.train import forked, killed
-from tests.train.conftest import tiny_config
 from tests.train.runs import assert_same_run, number
+from tests.train.shared import tiny_config
 
 
 @pytest.fixture(scope="module")

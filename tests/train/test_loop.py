@@ -19,7 +19,6 @@ from profit_jax.train.observer import Observer
 from profit_jax.train.programs import Programs
 from profit_jax.train.state import create_state, saved_form
 from tests.specs import spec_of
-from tests.train.conftest import PHASES, tiny_config
 from tests.train.runs import (
   WITHOUT_PLOTS,
   SaveAt,
@@ -30,6 +29,7 @@ from tests.train.runs import (
   number,
   result_of,
 )
+from tests.train.shared import PHASES, tiny_config
 from tests.train.tiny import CONVS, TinyNet
 
 

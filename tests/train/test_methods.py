@@ -18,7 +18,7 @@ from profit_jax.quant import Bits, DuQ, bits_of
 from profit_jax.train import steps
 from tests.export.nets import settings_of
 from tests.specs import hand_made, spec_of
-from tests.train.conftest import tiny_config
+from tests.train.shared import tiny_config
 
 # Full precision, activations, sampling, one fine-tuning with half of the kernels frozen. Without a
 # teacher, which every program would compile.

@@ -25,8 +25,8 @@ from profit_jax.train.interrupt import Stopped
 from profit_jax.train.packing import pack
 from profit_jax.train.state import create_state
 from tests.specs import hand_made, spec_of
-from tests.train.conftest import tiny_config
 from tests.train.runs import STEPS_PER_EPOCH, WITHOUT_PLOTS, SignalAt, assert_same_run, number
+from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 
 BITS = Bits(weight=3)  # codes -3 to 3

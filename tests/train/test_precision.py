@@ -16,7 +16,7 @@ from profit_jax.train.packing import pack, unpack
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.state import create_state
 from tests.specs import spec_of
-from tests.train.conftest import tiny_config
+from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 
 SEEDS = (0, 1)

@@ -17,7 +17,7 @@ from profit_jax.data.digits import FACTS
 from profit_jax.models import REGISTRY
 from profit_jax.train.programs import Programs, make_mesh
 from tests.specs import spec_of
-from tests.train.conftest import tiny_config
+from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 
 SIZE = 40  # of a batch of evaluation; no other test compiles these programs

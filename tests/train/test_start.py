@@ -22,8 +22,8 @@ from profit_jax.train import start
 from profit_jax.weights.save import named_tensors, write_safetensors
 from tests import golden_data
 from tests.specs import init_variables, variable_shapes
-from tests.train.conftest import tiny_config
 from tests.train.runs import WITHOUT_PLOTS, SaveAt, number
+from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 
 # Full precision alone: taught by the weights that it starts from.

@@ -170,7 +170,7 @@ class OfNnx(flax.nnx.Module):
   [
     ({"model": NeverQuantizes()}, "never quantizes its weights.*QuantConv"),
     ({"model": OnlyWeights()}, "never quantizes its activations.*QuantAct"),
-    ({"model": TwoOutputs()}, r"returns 2 arrays.*one array \[N, classes\]"),
+    ({"model": TwoOutputs()}, r"returns 2 arrays .*one array \[N, classes\]"),
     ({"model": TwoInputs()}, r"model\(x, bits, train\)"),
     ({"model": CalledTwice()}, "dense is called twice"),
     ({"model": OfNnx()}, "flax.nnx.*to_linen"),

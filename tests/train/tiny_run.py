@@ -1,6 +1,6 @@
 """The configuration of the shared whole run, for the command line."""
 
-from tests.train.conftest import tiny_config
+from tests.train.shared import tiny_config
 
 
 def get_config():

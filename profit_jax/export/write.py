@@ -1,0 +1,247 @@
+"""Writes a trained model as verified files: `export` for the library, `Exporter` for both sides."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from profit_jax.config import ConfigError, DataSettings, ModelSettings, Settings
+from profit_jax.data.batches import BatchSource, Data, EvalBatches
+from profit_jax.export import card, formats, verify
+from profit_jax.export.build import build_net
+from profit_jax.fields import ProfitError
+
+if TYPE_CHECKING:
+  from profit_jax.train.trainer import Result
+
+
+class NotEqual(ProfitError):
+  """An exported file is not what was trained.
+
+  Attributes:
+    comparison: of its codes, layer by layer; None where something else differs.
+  """
+
+  label = "export failed"
+  comparison: verify.Comparison | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """A file that was written and verified; printed, it is one line.
+
+  Attributes:
+    path: of the file. Beside it are its cards, `.json` and `.md`.
+    format: as `formats.FORMATS` names it.
+    bytes: size of the file.
+    float_bytes: of its kernels and biases, had they been float32.
+    codes: of activations that were compared with the trained model's, on the first images.
+    differing: how many of them differ, all of them at ties.
+    top1: in percent, of the file; it equals the trained model's.
+    examples: evaluated.
+  """
+
+  path: epath.Path
+  format: str
+  bytes: int
+  float_bytes: int
+  codes: int
+  differing: int
+  top1: float
+  examples: int
+
+  def __str__(self) -> str:
+    return (
+      f"{self.path.name}  {self.bytes:,} bytes ({self.float_bytes / self.bytes:.1f}x smaller than "
+      f"float32)  {self.differing} of {self.codes:,} codes differ  top-1 {self.top1:.2f} % of "
+      f"{self.examples} images: top-1 equal"
+    )
+
+
+class Exporter:
+  """Writes and verifies the files of one trained model, one after the other.
+
+  Attributes:
+    net: the code-domain net.
+    reference: its codes beside the trained model's.
+  """
+
+  def __init__(self, trained: verify.TrainedModel):
+    """Raises ConfigError where a file cannot hold the model."""
+    self._trained = trained
+    self.net = build_net(
+      trained.spec,
+      trained.variables,
+      name=trained.settings.model.name,
+      normalization=trained.normalization,
+      weight_bits=trained.weight_bits,
+      act_bits=trained.act_bits,
+    )
+    batch_size = trained.settings.train.eval_batch_size
+    self._images = verify.eval_images(self.net, trained.source, batch_size)
+    codes = verify.trained_codes(self.net, trained.spec, trained.variables, trained.normalization)
+    self.reference = verify.compare(self.net, self._images, codes)
+
+  def require_equal(self) -> None:
+    """Raises NotEqual where the net differs from the trained model other than by rounding."""
+    if not self.reference.at_ties:
+      error = NotEqual(
+        "the code-domain net does not compute what the trained model does; nothing was written."
+      )
+      error.comparison = self.reference
+      raise error
+
+  def write(self, name: str, module: formats.Module, to: epath.Path) -> tuple[Any, Report | None]:
+    """Writes a file and verifies it.
+
+    Args:
+      name: of the format.
+      module: of the format.
+      to: where the file goes, and its cards. What an earlier export left there goes first.
+
+    Returns:
+      The check, and what was written; None if the file is not the trained model, and not kept.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    _clear(to)
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / to.name
+      module.write(self.net, path)
+      check = verify.check_file(self.net, self._images, module.open_file(path), self._trained)
+      if check.problem is not None:
+        return check, None
+      content = card.make(
+        name=name,
+        path=path,
+        net=self.net,
+        trained=self._trained,
+        reference=self.reference,
+        check=check,
+      )
+      _keep(path, to, content)
+    size, compared = content["size"], check.comparison
+    top1 = 100.0 * check.correct / check.examples
+    return check, Report(
+      to,
+      name,
+      size["bytes"],
+      size["float_bytes"],
+      compared.codes,
+      compared.differing,
+      top1,
+      check.examples,
+    )
+
+
+def export(
+  result: "Result",
+  path: str | os.PathLike[str],
+  eval_batches: EvalBatches,
+  load: Callable[[str], formats.Module] = formats.load,
+) -> Report:
+  """Writes a trained model as an integer model file, and verifies it.
+
+  The file is read back and run in its own runtime: each quantizer's codes are compared with the
+  trained model's on the first images, and top-1 on all of them.
+
+  Args:
+    result: of `Trainer.fit`.
+    path: of the file; its suffix is the format: `.onnx`, `.jax`, `.safetensors`, `.qonnx.onnx`,
+      `.tflite`. Cards are written beside it.
+    eval_batches: images and labels, as `Data.eval`.
+    load: returns the module of a format, given its name.
+
+  Returns:
+    What was written.
+
+  Raises:
+    ConfigError: a model that files cannot hold, an unknown suffix, a runtime that is not installed.
+    NotEqual: the file is not what was trained; it is not kept.
+  """
+  bits = result.bits
+  for what, width in (("weights", bits.weight), ("activations", bits.act)):
+    if width is None:
+      raise ConfigError(
+        f"The result's {what} are in full precision, and only a model whose weights and "
+        "activations are both quantized can be exported. Give the schedule bits for both."
+      )
+  name = formats.of_file(path)
+  module = load(name)
+  to = epath.Path(os.path.abspath(os.fspath(path)))
+  opened = eval_batches if callable(eval_batches) else lambda: iter(eval_batches)
+  data = Data(train=lambda epoch, step: opened(), eval=eval_batches, steps_per_epoch=1)
+  source = BatchSource(dataclasses.replace(data, class_names=result.class_names))
+  source.num_classes = result.spec.outputs
+  trained = _trained(result, source)
+  exporter = Exporter(trained)
+  exporter.require_equal()
+  check, report = exporter.write(name, module, to)
+  if report is None:
+    error = NotEqual(f"{to.name}: {check.problem}; the file was not kept.")
+    error.comparison = check.comparison
+    raise error
+  return report
+
+
+def _trained(result: "Result", source: BatchSource) -> verify.TrainedModel:
+  """A result with its top-1 on these batches."""
+  weight_bits, act_bits = int(result.bits.weight), int(result.bits.act)
+  trained = verify.TrainedModel(
+    settings=dataclasses.replace(
+      Settings(
+        model=ModelSettings(name=type(result.spec.model).__name__),
+        data=DataSettings(name="own batches"),
+      ),
+    ).with_batch_size(source.batch_size),
+    source=source,
+    spec=result.spec,
+    variables=result.variables,
+    normalization=result.normalization,
+    weight_bits=weight_bits,
+    act_bits=act_bits,
+    preparation=None,
+    phases=[dataclasses.asdict(phase) for phase in result.phases],
+    weights=result.weights,
+    full_precision_top1=result.full_precision_top1,
+    top1=0.0,
+  )
+  logits = verify.trained_logits(result.spec, result.variables, result.normalization, result.bits)
+  correct, examples = verify.count_correct(
+    lambda image: np.asarray(jax.device_get(logits(image))), source, source.batch_size
+  )
+  return dataclasses.replace(trained, top1=100.0 * correct / examples)
+
+
+def _clear(path: epath.Path) -> None:
+  """What an earlier export left must not stand for this one, should it fail."""
+  try:
+    for suffix in ("", ".json", ".md"):
+      (path.parent / f"{path.name}{suffix}").unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(
+      f"{path.parent} cannot be written: {error}. Give a place that can."
+    ) from error
+
+
+def _keep(path: pathlib.Path, to: epath.Path, content: dict[str, Any]) -> None:
+  """Puts a verified file and its cards where they belong; the file last, by renaming it."""
+  unfinished = to.parent / f"{to.name}.unfinished"
+  try:
+    (to.parent / f"{to.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (to.parent / f"{to.name}.md").write_text(card.markdown(content))
+    unfinished.write_bytes(path.read_bytes())
+    unfinished.replace(to)
+  except OSError as error:
+    raise ConfigError(
+      f"{to} cannot be written: {error}. Make room, and export it again."
+    ) from error
