@@ -1,8 +1,8 @@
-"""Which requirements cannot be installed on which platform.
+"""Which pinned requirements cannot be installed on which platform.
 
     python -m pip install uv
-    python tools/check_resolution.py                   # requirements.txt
-    python tools/check_resolution.py pyproject.toml    # the package with all its extras
+    python tools/check_resolution.py                         # requirements.txt
+    python tools/check_resolution.py requirements*.txt       # with those of extras
 
 Asks the package index for the metadata of every requirement and of what it requires in turn, for
 each platform and Python, and downloads nothing else. Packages are only accepted as wheels, except
@@ -19,7 +19,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PLATFORMS = {
@@ -34,11 +33,7 @@ _LEFT_OUT = "its marker leaves it out"
 
 
 def read(file: pathlib.Path) -> list[str]:
-  """The requirements of a requirements file, or of a pyproject.toml with all its extras."""
-  if file.suffix == ".toml":
-    project = tomllib.loads(file.read_text())["project"]
-    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
-    return list(dict.fromkeys(line for line in lines if not line.startswith(project["name"])))
+  """The lines of a requirements file, without comments."""
   lines = [line.split("#")[0].strip() for line in file.read_text().splitlines()]
   return [line for line in lines if line]
 
@@ -101,8 +96,8 @@ def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("file", nargs="?", type=pathlib.Path, default=ROOT / "requirements.txt")
-  requirements = read(parser.parse_args().file)
+  parser.add_argument("files", nargs="*", type=pathlib.Path, default=[ROOT / "requirements.txt"])
+  requirements = [line for file in parser.parse_args().files for line in read(file)]
   found = {
     (name, python): missing(requirements, platform, python)
     for name, platform in PLATFORMS.items()
