@@ -22,8 +22,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PLATFORMS = {
-  "Linux x86-64": "x86_64-manylinux_2_28",
-  "Linux aarch64": "aarch64-manylinux_2_28",
+  "Linux x86-64": "x86_64-manylinux_2_31",
+  "Linux aarch64": "aarch64-manylinux_2_31",
   "macOS 14 arm64": "aarch64-apple-darwin",
 }
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
