@@ -15,11 +15,11 @@ from benchmarks.train_step import PROGRAMS
 from configs import mbv2_w4
 from profit_jax import data
 from profit_jax.config import ConfigError, Settings, parse
-from profit_jax.models import REGISTRY, TEACHERS_ONLY, check, student_spec
+from profit_jax.models import REGISTRY, check, student_spec
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.train.programs import Programs, default_dtype
 
-MODELS = sorted(REGISTRY.keys() - TEACHERS_ONLY)
+MODELS = sorted(name for name, entry in REGISTRY.items() if entry.quantized)
 FACTS = data.KNOWN["imagenet2012"]
 
 

@@ -222,14 +222,16 @@ def float_litert(net, path):
 
     def _scaled(self, x, node, result):
       # The output must have its name: a sum with 0.
-      return self._add(x, self._constant(0.0), result) if result == litert_file.LOGITS else x
+      if result != litert_file.LOGITS:
+        return x
+      return self._op("ADD", [x, self._constant(0.0)], result)
 
     def _bias(self, node):
       return self._array(f"{node.name}/bias", node.bias)
 
     def _quantizer(self, node, result):
       x = self._names[node.input]
-      return x if node.signed or node.margin else self._op("RELU6", [x], result, self._shapes[x])
+      return x if node.signed or node.margin else self._op("RELU6", [x], result)
 
     def _value(self, node, result):
       return self._names[node.input]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
   from profit_jax.train.nonfinite import NotFinite
   from profit_jax.train.observer import EpochReport, Observer
   from profit_jax.train.trainer import Options, Result, Trainer
+  from profit_jax.weights.library import load_weights, save_weights
 
 # Imported when first used: the schedule and `--help` need no JAX.
 _MODULES = {
@@ -68,9 +69,11 @@ _MODULES = {
   "Trainer": "profit_jax.train.trainer",
   "hard_sigmoid": "profit_jax.nn.functions",
   "hard_swish": "profit_jax.nn.functions",
+  "load_weights": "profit_jax.weights.library",
   "profit_schedule": "profit_jax.schedule",
   "relu": "profit_jax.nn.functions",
   "relu6": "profit_jax.nn.functions",
+  "save_weights": "profit_jax.weights.library",
   "spatial_mean": "profit_jax.nn.functions",
 }
 
@@ -111,9 +114,11 @@ __all__ = [
   "export",
   "hard_sigmoid",
   "hard_swish",
+  "load_weights",
   "profit_schedule",
   "relu",
   "relu6",
+  "save_weights",
   "spatial_mean",
 ]
 

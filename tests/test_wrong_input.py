@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from configs import base, digits_w4
 from profit_jax.config import ConfigError, parse
-from profit_jax.models import REGISTRY, build
+from profit_jax.models import REGISTRY, ModelEntry, build
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import named_tensors
@@ -55,7 +55,7 @@ def root_directory():
 def small():
   """Registers a small net as `small`."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(REGISTRY, "small", TwoBlocks)
+    patch.setitem(REGISTRY, "small", ModelEntry(TwoBlocks))
     yield
 
 

@@ -28,6 +28,7 @@ class TwoBlocks(nn.Module):
   """
 
   num_classes: int = 10
+  width: float = 1.0
   dropout: float = 0.1
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from etils import epath
 
 from profit_jax import optional, paths, snapshots
+from profit_jax.cli import command
 from profit_jax.config import ConfigError, Settings
 from profit_jax.report import ablation
 from profit_jax.train import fork, run_directory
@@ -29,7 +30,7 @@ from profit_jax.train import fork, run_directory
 # Checkpoints that a run keeps which others begin with: one of every end of a phase, and those
 # between.
 _ALL = 1000
-_DEVICES = "import jax; print(jax.default_backend(), jax.local_device_count())"
+_GPUS = "import jax; print(jax.local_device_count() if jax.default_backend() == 'gpu' else 0)"
 
 
 def one_per_gpu(jobs: int | None) -> list[dict[str, str]]:
@@ -39,16 +40,10 @@ def one_per_gpu(jobs: int | None) -> list[dict[str, str]]:
     jobs: number of runs at once; None is one for each GPU, or one in all without GPUs.
   """
   # In a process of its own: this one must not take the devices' memory.
-  found = subprocess.run(
-    [sys.executable, "-c", _DEVICES], capture_output=True, text=True, check=False
-  )
-  backend, count = (
-    found.stdout.split()[-2:] if found.returncode == 0 and found.stdout else ("cpu", "1")
-  )
-  if backend in ("gpu", "cuda"):
-    return [
-      {"CUDA_VISIBLE_DEVICES": str(index % int(count))} for index in range(jobs or int(count))
-    ]
+  found = subprocess.run([sys.executable, "-c", _GPUS], capture_output=True, text=True, check=False)
+  gpus = 0 if found.returncode else int(found.stdout.split()[-1])
+  if gpus:
+    return [{"CUDA_VISIBLE_DEVICES": str(index % gpus)} for index in range(jobs or gpus)]
   return [{}] * (jobs or 1)
 
 
@@ -77,11 +72,7 @@ def main(arguments: Sequence[str] | None = None, launcher: Launcher = Launcher()
   Returns:
     The exit code: 1 where a run failed, 2 for wrong input.
   """
-  parser = argparse.ArgumentParser(
-    prog="profit ablate",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command.parser("ablate", __doc__)
   parser.add_argument(
     "--config", required=True, help="a file with a function get_grid, as configs/ablation_digits.py"
   )
@@ -103,41 +94,40 @@ def main(arguments: Sequence[str] | None = None, launcher: Launcher = Launcher()
     help="every run trains all its phases, those in common with others too",
   )
   parser.add_argument("--plan", action="store_true", help="print the commands and train nothing")
-  options = parser.parse_args(arguments)
-  try:
-    grid = ablation.narrowed(ablation.read_grid(options.config), options.only, options.seeds)
-    if options.jobs is not None and options.jobs < 1:
-      raise ConfigError(f"--jobs={options.jobs} is not allowed: it must be 1 or more.")
-    root = paths.opened("--workdir", options.workdir)
-    runs = [(labels, seed) for seed in range(grid.seeds) for labels in grid.cells()]
-    if not runs:
-      raise ConfigError("The grid has no cell: --only, or the grid's keep, leaves nothing.")
-    settings = {run: ablation.settings_of(grid, run) for run in runs}
-    trunks = {} if options.alone else ablation.trunks(settings)
-    if options.plan:
-      for run in runs:
-        print(shlex.join(_command(launcher, grid, root, run, trunks, fork=run in trunks)))
-      return 0
-    optional.require("plots", "profit ablate")  # now, not when days of training are over
-    failed = train(grid, root, settings, trunks, options.jobs, launcher)
-    report(grid, root)
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  for labels, seed, log in failed:
+  return command.run(parser, arguments, lambda options: _execute(options, launcher))
+
+
+def _execute(options: argparse.Namespace, launcher: Launcher) -> int:
+  grid = ablation.narrowed(ablation.read_grid(options.config), options.only, options.seeds)
+  if options.jobs is not None and options.jobs < 1:
+    raise ConfigError(f"--jobs={options.jobs} is not allowed: it must be 1 or more.")
+  root = paths.opened("--workdir", options.workdir)
+  runs = [(labels, seed) for seed in range(grid.seeds) for labels in grid.cells()]
+  if not runs:
+    raise ConfigError("The grid has no cell: --only, or the grid's keep, leaves nothing.")
+  settings = {run: ablation.settings_of(grid, run) for run in runs}
+  parents = {} if options.alone else ablation.parents(settings)
+  if options.plan:
+    for run in runs:
+      print(shlex.join(_command(launcher, grid, root, run, parents, fork=run in parents)))
+    return 0
+  optional.require("plots", "profit ablate")  # now, not when days of training are over
+  failed = train(grid, root, settings, parents, options.jobs, launcher)
+  report(grid, root)
+  for (labels, seed), log in failed.items():
     print(f"FAILED: {', '.join(labels)}, seed {seed}: see {log}", file=sys.stderr)
   return 1 if failed else 0
 
 
-def _command(launcher, grid, root, run, trunks, *, fork):
+def _command(launcher, grid, root, run, parents, *, fork):
   command = [
     *launcher.command,
     *grid.arguments(*run),
     f"--workdir={ablation.directory_of(root, *run)}",
   ]
   if fork:
-    command.append(f"--fork_from={ablation.directory_of(root, *trunks[run].run)}")
-  if any(trunk.run == run for trunk in trunks.values()):
+    command.append(f"--fork_from={ablation.directory_of(root, *parents[run].run)}")
+  if any(parent.run == run for parent in parents.values()):
     command.append(f"--config.checkpoint.keep={_ALL}")
   return command
 
@@ -146,98 +136,84 @@ def train(
   grid: ablation.Grid,
   root: epath.Path,
   settings: Mapping[ablation.Run, Settings],
-  trunks: Mapping[ablation.Run, ablation.Trunk],
+  parents: Mapping[ablation.Run, ablation.Parent],
   jobs: int | None,
   launcher: Launcher = Launcher(),
-) -> list[tuple[ablation.Labels, int, pathlib.Path]]:
+) -> dict[ablation.Run, pathlib.Path]:
   """Trains the runs that have no result yet; returns those that failed, and their logs.
 
-  A run with a trunk begins when that has trained what both have in common. What can begin does so
+  A run with a parent begins when that has trained what both have in common. What can begin does so
   in the order given, seed by seed: a grid that is stopped has whole ones. `jobs` is the number of
   runs at once, as `--jobs`.
   """
-  waiting = [
-    run for run in settings if not (ablation.directory_of(root, *run) / "result.json").exists()
-  ]
+  waiting = [run for run in settings if ablation.final_of(root, run) is None]
   count = len(waiting)
   print(f"{len(settings)} runs, {count} of them to be trained.", flush=True)
   if not waiting:
-    return []
+    return {}
   logs = pathlib.Path(root if "://" not in os.fspath(root) else ".") / "logs"
   try:
     logs.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise ConfigError(f"{logs} cannot be written: {error}. Give another --workdir.") from error
-  devices, failed, done = list(launcher.environments(jobs)), [], 0
-  running: dict[concurrent.futures.Future, tuple[ablation.Run, Mapping[str, str]]] = {}
-  with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+  log_of = {run: logs / f"{ablation.directory_of(root, *run).name}.log" for run in settings}
+  slots = list(launcher.environments(jobs))
+  failed: dict[ablation.Run, pathlib.Path] = {}
+  running: dict[concurrent.futures.Future, ablation.Run] = {}
+  with concurrent.futures.ThreadPoolExecutor(len(slots)) as pool:
     while waiting or running:
-      for run in list(waiting):
-        if not devices:
+      for run in waiting[:]:
+        if not slots:
           break
-        trunk = trunks.get(run)
-        saved = trunk is not None and _is_saved(root, settings, trunk)
-        # A trunk that has ended, well or not, will save no more.
-        ended = trunk is not None and trunk.run not in (
-          *waiting,
-          *(other for other, _ in running.values()),
-        )
-        if trunk is None or saved or ended:
+        parent = parents.get(run)
+        forks = parent is not None and _is_saved(root, settings, parent)
+        # A parent that has ended, well or not, will save no more.
+        if forks or parent is None or parent.run not in (*waiting, *running.values()):
           waiting.remove(run)
-          command = _command(launcher, grid, root, run, trunks, fork=saved)
-          device = devices.pop(0)
-          running[pool.submit(_run, command, device, _log(logs, run))] = run, device
-      done_now, _ = concurrent.futures.wait(
+          line = _command(launcher, grid, root, run, parents, fork=forks)
+          running[pool.submit(_run, line, slots.pop(0), log_of[run])] = run
+      ended, _ = concurrent.futures.wait(
         running, timeout=launcher.poll, return_when=concurrent.futures.FIRST_COMPLETED
       )
-      for future in done_now:
-        run, device = running.pop(future)
-        devices.append(device)
-        code, seconds = future.result()
-        done += 1
-        told = "failed" if code else _top1(root, *run)
+      for future in ended:
+        run = running.pop(future)
+        code, seconds, environment = future.result()
+        slots.append(environment)
+        if code:
+          failed[run] = log_of[run]
+        told = "failed" if code else f"{ablation.final_of(root, run)['top1']:.2f} %"
+        done = count - len(waiting) - len(running)
         print(
           f"{done:>4}/{count}  {', '.join(run[0])}, seed {run[1]}: {told}, {seconds:.0f} s",
           flush=True,
         )
-        if code:
-          failed.append((*run, _log(logs, run)))
   return failed
 
 
 def _run(command, environment, log):
-  """The exit code and the seconds that it took."""
+  """The exit code, the seconds that it took, and the environment, which is free again."""
   start = time.perf_counter()
   with log.open("a") as opened:
-    environment = {**os.environ, **environment}
     done = subprocess.run(
-      command, env=environment, stdout=opened, stderr=subprocess.STDOUT, check=False
+      command,
+      env={**os.environ, **environment},
+      stdout=opened,
+      stderr=subprocess.STDOUT,
+      check=False,
     )
-  return done.returncode, time.perf_counter() - start
+  return done.returncode, time.perf_counter() - start, environment
 
 
-def _log(logs, run):
-  return logs / f"{ablation.directory_of(epath.Path('.'), *run).name}.log"
-
-
-def _is_saved(root, settings, trunk):
-  """Whether the trunk has a checkpoint at the end of what it has in common."""
-  directory = ablation.directory_of(root, *trunk.run)
+def _is_saved(root, settings, parent):
+  """Whether the parent has a checkpoint at the end of the phases in common."""
+  directory = ablation.directory_of(root, *parent.run)
   try:
-    ends = fork.ends(
-      settings[trunk.run], trunk.phases, run_directory.read_data(directory)["train_examples"]
-    )
-    return ends[-1] in snapshots.saved_numbers(directory / "checkpoints")
+    examples = run_directory.read_data(directory)["train_examples"]
+    end = fork.ends(settings[parent.run], parent.phases, examples)[-1]
+    return end in snapshots.saved_numbers(directory / "checkpoints")
   # It has not begun, or what is there cannot be read: then nobody begins with it.
   except ConfigError:
     return False
-
-
-def _top1(root, labels, seed):
-  final = json.loads((ablation.directory_of(root, labels, seed) / "result.json").read_text())[
-    "final"
-  ]
-  return f"{final['top1']:.2f} %"
 
 
 def report(grid: ablation.Grid, root: epath.Path) -> None:

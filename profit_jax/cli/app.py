@@ -189,7 +189,7 @@ def _say(line: str) -> None:
 
 
 def _load_data(settings: Settings) -> data.Source:
-  source = distributed.together(
+  source = distributed.on_all_hosts(
     lambda: data.load(settings, data.Host(jax.process_index(), jax.process_count()))
   )
   distributed.require_equal("data", source.fingerprint())
@@ -230,11 +230,11 @@ def train(
   with contextlib.ExitStack() as closing:
     # A fresh directory is claimed only when what the run starts from has been read: files of
     # weights, or another run.
-    begun = distributed.from_first(run_directory.is_begun(workdir))
+    begun = distributed.on_first_host(lambda: run_directory.is_begun(workdir))
     writer = _claim(workdir, settings, source, closing) if begun else None
     snapshot = writer and writer.read_newest(lambda text: _warn(screen, text))
     if snapshot is None and fork_from:
-      origin = distributed.together(lambda: paths.opened("--fork_from", fork_from))
+      origin = distributed.on_all_hosts(lambda: paths.opened("--fork_from", fork_from))
       snapshot = fork.snapshot(settings, source, origin, lambda text: _warn(screen, text))
       writer = writer or _claim_fresh(workdir, settings, source, closing)
       # A run of its own from here on.
@@ -245,10 +245,10 @@ def train(
         f"{fork_from}."
       )
     progress = snapshot and progress_of(snapshot)
-    student = distributed.together(
+    student = distributed.on_all_hosts(
       lambda: start.load_student(settings, facts.num_classes, progress)
     )
-    teacher = distributed.together(
+    teacher = distributed.on_all_hosts(
       lambda: start.load_teacher(settings, student, facts.num_classes, progress)
     )
     writer = writer or _claim_fresh(workdir, settings, source, closing)
@@ -354,7 +354,7 @@ class Trained(NamedTuple):
 def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   run_directory.read_config(workdir)  # before the data, which takes longer
   mesh, source = make_mesh(settings), _load_data(settings)
-  distributed.first_does(
+  distributed.on_first_host(
     lambda: run_directory.require_same_run(workdir, run_directory.identity_of(settings, source))
   )
   spec = student_spec(settings, source.facts.num_classes)

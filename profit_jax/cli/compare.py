@@ -5,9 +5,7 @@ With --plot FILE.png also draws their accuracy and their instability over the ep
 differ in their seed alone are one group, with its mean.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from profit_jax import paths, snapshots
+from profit_jax.cli import command
 from profit_jax.config import ConfigError
 from profit_jax.schedule import bits_name, plan, summary_line
 from profit_jax.train import run_directory
@@ -169,21 +168,16 @@ def plot(runs: Sequence[str], file: str, screen: Console) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="profit compare",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command.parser("compare", __doc__)
   parser.add_argument(
     "runs", nargs="+", metavar="RUN", help="the --workdir of a run that has ended"
   )
   parser.add_argument("--plot", metavar="FILE.png", help="draw them over the epochs")
-  options, screen = parser.parse_args(arguments), Console(highlight=False, markup=False)
-  try:
+
+  def execute(options):
+    screen = Console(highlight=False, markup=False)
     print_runs(options.runs, screen)
     if options.plot:
       plot(options.runs, options.plot, screen)
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+
+  return command.run(parser, arguments, execute)

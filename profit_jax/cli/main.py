@@ -19,6 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from profit_jax.cli import command
 from profit_jax.config import RENAMED_FIELDS, ConfigError, ProfitError, renamed_field
 
 # With a configuration file or a run; the others have a module each, with a `main`.
@@ -141,8 +142,7 @@ def _execute(values, rest):
 
 
 def _report(ending):
-  print(f"{ending.label}: {ending}", file=sys.stderr)
-  return ending.code, ending.everywhere
+  return command.report(ending), ending.everywhere
 
 
 def _parse_or_exit(argv):
@@ -171,23 +171,22 @@ def profit() -> int | None:
   # Configuration files import others beside them, as `configs/base.py`; so does `python -m`.
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
-  command = rest[0] if rest else "--help"
-  if command in MODES:
-    sys.argv = [program, f"--mode={command}", *rest[1:]]
+  name = rest[0] if rest else "--help"
+  if name in MODES:
+    sys.argv = [program, f"--mode={name}", *rest[1:]]
     return main()
-  if command in COMMANDS:
-    return importlib.import_module(f"profit_jax.cli.{command.replace('-', '_')}").main(rest[1:])
-  if command in ("--help", "-h", "help"):
+  if name in COMMANDS:
+    return importlib.import_module(f"profit_jax.cli.{name.replace('-', '_')}").main(rest[1:])
+  if name in ("--help", "-h", "help"):
     print(_help())
     return 0
-  if command == "--version":
+  if name == "--version":
     from profit_jax import __version__
 
     print(__version__)
     return 0
   allowed = ", ".join((*MODES, *COMMANDS))
-  print(f"error: {command!r} is not a command: it must be one of {allowed}.", file=sys.stderr)
-  return 2
+  return command.report(ConfigError(f"{name!r} is not a command: it must be one of {allowed}."))
 
 
 def _help() -> str:

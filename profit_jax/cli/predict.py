@@ -2,15 +2,14 @@
 (prints the top 5).
 """
 
-import argparse
 import hashlib
 import os
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from profit_jax.cli import command
 from profit_jax.config import ConfigError
 from profit_jax.data.picture import read_picture
 from profit_jax.export import card, formats
@@ -73,18 +72,16 @@ def predict(
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
-  parser = argparse.ArgumentParser(prog="profit predict", description=__doc__)
+  parser = command.parser("predict", __doc__)
   parser.add_argument(
     "file", help=f"exported: {', '.join(format.suffix for format in formats.FORMATS.values())}"
   )
   parser.add_argument("images", nargs="+", help="JPEG or PNG files")
-  options = parser.parse_args(arguments)
-  try:
+
+  def execute(options):
     for image, best in zip(options.images, predict(options.file, options.images), strict=True):
       print(image)
       for name, probability in best:
         print(f"  {100.0 * probability:6.2f} %  {name}")
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+
+  return command.run(parser, arguments, execute)

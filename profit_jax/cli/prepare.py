@@ -6,21 +6,15 @@
 TFDS's own command, `tfds build`, asks for Apache Beam, even where none is needed.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 
-from profit_jax.config import ConfigError
+from profit_jax.cli import command
 from profit_jax.data.prepare import prepare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    prog="profit prepare",
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
+  parser = command.parser("prepare", __doc__)
   parser.add_argument(
     "name", help="of the data set, with its configuration where it has several: imagenette/320px-v2"
   )
@@ -30,10 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help="where to, local or gs://; else $TFDS_DATA_DIR or ~/tensorflow_datasets",
   )
   parser.add_argument("--manual_dir", default="", help="where files lie that were fetched by hand")
-  options = parser.parse_args(arguments)
-  try:
+
+  def execute(options):
     print(prepare(options.name, options.data_dir, options.manual_dir))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+
+  return command.run(parser, arguments, execute)

@@ -2,12 +2,11 @@
 [--names=authors].
 """
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 
 from profit_jax import paths, schedule
+from profit_jax.cli import command
 from profit_jax.config import ConfigError, QuantSettings
 from profit_jax.models import student_spec
 from profit_jax.train.run_directory import read_data, read_settings
@@ -26,8 +25,8 @@ def write(run: str, file: str, names: str | None) -> str:
   Args:
     run: the `--workdir` of a run that has reached its plan's last bits.
     file: where to, a `.safetensors`.
-    names: `authors`, `torchvision`, `timm` or `profit_jax`; None takes the first of these that the
-      model has.
+    names: `authors`, `torchvision`, `timm`, `profit_jax`, or other names that the model is
+      registered with; None takes those that include the quantizers' scalars, or the model's first.
 
   Raises:
     ConfigError: anything that the user can mend.
@@ -35,16 +34,13 @@ def write(run: str, file: str, names: str | None) -> str:
   directory = paths.opened("The run", run)
   settings = read_settings(directory)
   model = settings.model.name
+  known = namings(model)
   if names is None:
-    names = next(
-      source
-      for source in ("authors", "torchvision", "timm", "profit_jax")
-      if source in namings(model)
-    )
+    names = next((source for source in known if known[source].duq_only), next(iter(known)))
   spec = student_spec(settings, read_data(directory)["num_classes"])
-  if names == "authors" and settings.quant != QuantSettings():
+  if names in known and known[names].duq_only and settings.quant != QuantSettings():
     raise ConfigError(
-      "--names=authors is not allowed: their quantizers are DuQ's, and this run has config.quant "
+      f"--names={names} is not allowed: their quantizers are DuQ's, and this run has config.quant "
       "= "
       f"{dataclasses.asdict(settings.quant)}. Use --names=profit_jax."
     )
@@ -60,9 +56,7 @@ def write(run: str, file: str, names: str | None) -> str:
       "the file; the weights "
       f"were trained for {bits} and lose accuracy without them."
     )
-  for name, (theirs, ours) in differing_settings(
-    namings(model)[names].settings, settings.model
-  ).items():
+  for name, (theirs, ours) in differing_settings(known[names].settings, settings.model).items():
     told.append(
       f"WARNING: the code behind {names} names computes with {name} = {theirs!r}, these weights "
       "were trained with "
@@ -73,16 +67,14 @@ def write(run: str, file: str, names: str | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """The command line; returns the exit code."""
-  parser = argparse.ArgumentParser(prog="profit to-torch", description=__doc__)
+  parser = command.parser("to-torch", __doc__)
   parser.add_argument("run", help="the --workdir of a run")
   parser.add_argument("file", help="to be written: a .safetensors")
   parser.add_argument(
     "--names", help="authors, torchvision, timm or profit_jax; the first that the model has"
   )
-  options = parser.parse_args(arguments)
-  try:
+
+  def execute(options):
     print(write(options.run, options.file, options.names))
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+
+  return command.run(parser, arguments, execute)

@@ -121,8 +121,8 @@ def _images(settings, host, memory_limit):
 
     splits = Splits(settings.data, memory_limit)
   # Whether the hosts can share both.
-  splits.train.count(records.Pass(settings.train.batch_size, host, shuffle=(0, 0)))
-  splits.eval.count(records.Pass(settings.train.eval_batch_size, host))
+  splits.train.count(records.EpochRequest(settings.train.batch_size, host, shuffle=(0, 0)))
+  splits.eval.count(records.EpochRequest(settings.train.eval_batch_size, host))
   known = _known(settings.data.name)
   return images.Images(
     splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, host

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from profit_jax import paths
 from profit_jax.config import ConfigError, DataSettings
-from profit_jax.data.records import Record, Table
+from profit_jax.data.records import InMemoryRecords, Record
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 EVAL_NAMES = ("validation", "val", "test")
@@ -85,7 +85,7 @@ def _classes(split):
   return found
 
 
-class _Files(Table):
+class _Files(InMemoryRecords):
   """The images of a split, in the order of classes and names."""
 
   def __init__(self, split, classes):
@@ -121,8 +121,8 @@ class _Files(Table):
     )
 
   def sample(self) -> Iterable[bytes]:
-    """See `Table.sample`: the first of every class, so that two directories whose files have the
-    same names differ.
+    """See `InMemoryRecords.sample`: the first of every class, so that two directories whose files
+    have the same names differ.
 
     Raises:
       ConfigError: one cannot be read.
@@ -141,9 +141,9 @@ class _Files(Table):
       ) from error
 
   def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
-    """See `Records.read`."""
+    """See `InMemoryRecords`."""
     return tf.io.read_file(record["path"]), record["label"]
 
   def name(self, key) -> str:
-    """See `Records.name`."""
+    """What a log calls the record with this key."""
     return self._paths[key[0]]

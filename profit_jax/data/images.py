@@ -14,7 +14,7 @@ from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data import preprocess
 from profit_jax.data.base import Batch, Facts, Host
 from profit_jax.data.normalize import Normalization
-from profit_jax.data.records import Pass, Records
+from profit_jax.data.records import EpochRequest, Records
 
 # Batches in the making at once: while the last images of one are decoded, threads that are free
 # begin the next.
@@ -87,7 +87,7 @@ class Images:
 
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
-    wanted = Pass(batch_size, self._host, start, (self._seed, epoch))
+    wanted = EpochRequest(batch_size, self._host, start, (self._seed, epoch))
     # Two words, because a seed has two: every place of every epoch has its own.
     first = (
       np.random.SeedSequence((self._seed, epoch)).generate_state(1, np.uint64).astype(np.int64)[0]
@@ -100,7 +100,7 @@ class Images:
     """See `Source.eval_batches`."""
     yield from self._batches(
       self._splits.eval,
-      Pass(batch_size, self._host),
+      EpochRequest(batch_size, self._host),
       lambda contents, place: self._center(contents),
     )
 
@@ -122,7 +122,7 @@ class Images:
       contents, settings.image_size, settings.crop_pct, settings.interpolation
     )
 
-  def _batches(self, records: Records, wanted: Pass, pixels) -> Iterator[Batch]:
+  def _batches(self, records: Records, wanted: EpochRequest, pixels) -> Iterator[Batch]:
     size, part = self._settings.image_size, wanted.batch_size // self._host.count
     cores = _cores()
 

@@ -47,12 +47,8 @@ def decode(contents: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
     tf.io.is_jpeg(contents),
     # The exact inverse DCT is what PIL takes; TensorFlow's default is a faster approximation.
     lambda: tf.io.decode_and_crop_jpeg(contents, window, channels=3, dct_method="INTEGER_ACCURATE"),
-    lambda: tf.slice(_decode_other(contents), [top, left, 0], [height, width, 3]),
+    lambda: tf.slice(tf.io.decode_png(contents, channels=3), [top, left, 0], [height, width, 3]),
   )
-
-
-def _decode_other(contents):
-  return tf.io.decode_png(contents, channels=3)
 
 
 def random_part(shape: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

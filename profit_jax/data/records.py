@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -28,7 +28,7 @@ SHUFFLE_BUFFER = 8192
 _READ_AT_ONCE = 16  # of a host's readers
 
 
-class Pass(NamedTuple):
+class EpochRequest(NamedTuple):
   """One pass over the data, or the rest of one.
 
   Attributes:
@@ -45,45 +45,7 @@ class Pass(NamedTuple):
   shuffle: tuple[int, int] | None = None
 
 
-class Records(Protocol):
-  """The encoded images of a split.
-
-  Attributes:
-    examples: their number.
-  """
-
-  examples: int
-
-  def rows(self, wanted: Pass) -> tf.data.Dataset:
-    """The host's rows of the pass, batch after batch, one record each.
-
-    A record has `place` (int64, row number in the global order of the pass), `key` (int64 `[2]`,
-    what `name` takes; -1 in a row that only pads), and what `read` needs.
-    """
-    ...
-
-  def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
-    """The bytes of a record's image, and its label. Runs in a tf.data map."""
-    ...
-
-  def name(self, key: np.ndarray) -> str:
-    """What a log calls the record with this key."""
-    ...
-
-  def count(self, wanted: Pass) -> int:
-    """How many of the host's rows hold an example.
-
-    Raises:
-      ConfigError: a number of hosts that cannot share the pass.
-    """
-    ...
-
-  def fingerprint(self) -> str:
-    """The same wherever the same records are in the same order; where they lie does not matter."""
-    ...
-
-
-def table_rows(examples: int, wanted: Pass) -> tuple[np.ndarray, np.ndarray]:
+def table_rows(examples: int, wanted: EpochRequest) -> tuple[np.ndarray, np.ndarray]:
   """Which example stands in which row, where every example can be had at any time.
 
   Args:
@@ -105,9 +67,15 @@ def table_rows(examples: int, wanted: Pass) -> tuple[np.ndarray, np.ndarray]:
   return order[places].astype(np.int64), places.astype(np.int64)
 
 
-class Table:
-  """Records that can be had in any order: the base of those that know how to `read` and `name`
-  them.
+class InMemoryRecords:
+  """The encoded images of a split, which can be had in any order: the base of those that know how
+  to read and name them.
+
+  `read` gives the bytes of a record's image, and its label; it runs in a tf.data map. `name` gives
+  what a log calls the record with a key.
+
+  Attributes:
+    examples: their number.
   """
 
   def __init__(self, columns: Record, names: Sequence[str] = ()):
@@ -117,8 +85,12 @@ class Table:
     self._columns, self._names = columns, names
     self.examples = int(next(iter(columns.values())).shape[0])
 
-  def rows(self, wanted: Pass) -> tf.data.Dataset:
-    """See `Records.rows`."""
+  def rows(self, wanted: EpochRequest) -> tf.data.Dataset:
+    """The host's rows of the pass, batch after batch, one record each.
+
+    A record has `place` (int64, row number in the global order of the pass), `key` (int64 `[2]`,
+    what `name` takes; -1 in a row that only pads), and what `read` needs.
+    """
     examples, places = table_rows(self.examples, wanted)
 
     def record(example, place):
@@ -127,12 +99,16 @@ class Table:
 
     return tf.data.Dataset.from_tensor_slices((examples, places)).map(record)
 
-  def count(self, wanted: Pass) -> int:
-    """See `Records.count`."""
+  def count(self, wanted: EpochRequest) -> int:
+    """How many of the host's rows hold an example.
+
+    Raises:
+      ConfigError: a number of hosts that cannot share the pass.
+    """
     return int((table_rows(self.examples, wanted)[0] >= 0).sum())
 
   def fingerprint(self) -> str:
-    """See `Records.fingerprint`."""
+    """The same wherever the same records are in the same order; where they lie does not matter."""
     digest = hashlib.sha256(self._columns["label"].numpy().tobytes())
     for name in self._names:
       digest.update(name.encode())
@@ -169,7 +145,7 @@ class Plan(NamedTuple):
   steps: int
 
 
-def reader_plan(examples: int, readers: int, wanted: Pass) -> Plan:
+def reader_plan(examples: int, readers: int, wanted: EpochRequest) -> Plan:
   """Shares the readers out.
 
   Args:
@@ -196,8 +172,8 @@ def reader_plan(examples: int, readers: int, wanted: Pass) -> Plan:
   return Plan(range(host.index * share, (host.index + 1) * share), rows, steps)
 
 
-class Stream:
-  """Records in TFRecord files that are read from front to end.
+class ShardedRecords:
+  """As `InMemoryRecords`, in TFRecord files that are read from front to end.
 
   Attributes:
     examples: of the split.
@@ -213,8 +189,8 @@ class Stream:
     self._readers, self._shards_of = readers, shards_of
     self._paths: list[str] = []
 
-  def rows(self, wanted: Pass) -> tf.data.Dataset:
-    """See `Records.rows`."""
+  def rows(self, wanted: EpochRequest) -> tf.data.Dataset:
+    """See `InMemoryRecords.rows`."""
     plan = reader_plan(self.examples, self._readers, wanted)
     count = wanted.batch_size // plan.rows
     shards, first, seeds = [], [0], []
@@ -271,11 +247,11 @@ class Stream:
     )
 
   def name(self, key: np.ndarray) -> str:
-    """See `Records.name`."""
+    """What a log calls the record with this key."""
     return f"{self._paths[key[0]]}, record {key[1]}"
 
-  def count(self, wanted: Pass) -> int:
-    """See `Records.count`."""
+  def count(self, wanted: EpochRequest) -> int:
+    """See `InMemoryRecords.count`."""
     plan = reader_plan(self.examples, self._readers, wanted)
     if wanted.shuffle is not None:
       return len(plan.readers) * plan.rows * (plan.steps - wanted.start)
@@ -283,9 +259,12 @@ class Stream:
     return plan.readers.stop * self.examples // count - plan.readers.start * self.examples // count
 
   def fingerprint(self) -> str:
-    """See `Records.fingerprint`."""
+    """See `InMemoryRecords.fingerprint`."""
     shards = [
       (os.path.basename(shard.path), shard.skip, shard.take)
       for shard in self._shards_of(0, self.examples)
     ]
     return hashlib.sha256(repr(shards).encode()).hexdigest()
+
+
+Records = InMemoryRecords | ShardedRecords

@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data.base import MEMORY_LIMIT
-from profit_jax.data.records import Record, Shard, Stream, Table
+from profit_jax.data.records import InMemoryRecords, Record, Shard, ShardedRecords
 
 
 class Splits:
@@ -188,7 +188,7 @@ def cut(shards: list[Shard], first: int, last: int) -> list[Shard]:
   return found
 
 
-class _InMemory(Table):
+class _InMemory(InMemoryRecords):
   """A small split, its images still encoded."""
 
   def __init__(self, builder, split, image, label):
@@ -211,19 +211,19 @@ class _InMemory(Table):
     super().__init__({"contents": tf.constant(contents), "label": tf.constant(labels, tf.int32)})
 
   def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
-    """See `Records.read`."""
+    """See `InMemoryRecords`."""
     return record["contents"], record["label"]
 
   def sample(self) -> Iterable[bytes]:
-    """See `Table.sample`: all of them."""
+    """See `InMemoryRecords.sample`: all of them."""
     return self._columns["contents"].numpy()
 
   def name(self, key) -> str:
-    """See `Records.name`."""
+    """What a log calls the record with this key."""
     return f"{self._title}, example {key[0]}"
 
 
-class _Streamed(Stream):
+class _Streamed(ShardedRecords):
   """A large split."""
 
   def __init__(self, examples, readers, shards, features, image, label):
@@ -231,7 +231,7 @@ class _Streamed(Stream):
     self._features, self._image, self._label = features, image, label
 
   def read(self, record: Record) -> tuple[tf.Tensor, tf.Tensor]:
-    """See `Records.read`."""
+    """See `InMemoryRecords`."""
     example = self._features.deserialize_example(
       record["data"], decoders={self._image: tfds.decode.SkipDecoding()}
     )

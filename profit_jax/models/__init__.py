@@ -1,61 +1,58 @@
-"""The models, by the name that `config.model.name` takes."""
+"""The models, by the name that `config.model.name` takes; each is one file of this package.
+
+A file registers its model by `register`. So can a configuration file or a script, which makes the
+name known to the process that runs it.
+"""
 
 import dataclasses
-import functools
+import importlib
 import math
-from collections.abc import Callable
+import pkgutil
 
 import flax.linen as nn
 
 from profit_jax.config import ConfigError, ModelSettings, Settings
 from profit_jax.fields import require
-from profit_jax.models import mobilenet_v1, mobilenet_v2, mobilenet_v3, resnet
+from profit_jax.models.naming import Naming
+from profit_jax.models.registry import REGISTRY, ModelEntry, register
 from profit_jax.nn.spec import ModelSpec, describe
 from profit_jax.quant import QUANTIZERS, Quantizer
 from profit_jax.quant.bits import bits_of
 
-REGISTRY: dict[str, Callable[..., nn.Module]] = {
-  "mobilenet_v1": mobilenet_v1.MobileNetV1,
-  "mobilenet_v2": mobilenet_v2.MobileNetV2,
-  "mobilenet_v3_large": functools.partial(mobilenet_v3.MobileNetV3, "large"),
-  "mobilenet_v3_small": functools.partial(mobilenet_v3.MobileNetV3, "small"),
-  "resnet18": functools.partial(resnet.ResNet, 18),
-  "resnet50": functools.partial(resnet.ResNet, 50),
-  "resnet101": functools.partial(resnet.ResNet, 101),
-}
-# The published strides, which `strides = ()` stands for; another list must be as long.
-STRIDES: dict[str, tuple[int, ...]] = {
-  "mobilenet_v1": mobilenet_v1.IMAGENET_STRIDES,
-  "mobilenet_v2": mobilenet_v2.IMAGENET_STRIDES,
-  "mobilenet_v3_large": mobilenet_v3.VARIANTS["large"].strides,
-  "mobilenet_v3_small": mobilenet_v3.VARIANTS["small"].strides,
-  "resnet18": resnet.IMAGENET_STRIDES,
-  "resnet50": resnet.IMAGENET_STRIDES,
-  "resnet101": resnet.IMAGENET_STRIDES,
-}
-# They have no quantizers and no width multiplier.
-TEACHERS_ONLY = frozenset({"resnet18", "resnet50", "resnet101"})
+__all__ = [
+  "REGISTRY",
+  "ModelEntry",
+  "Naming",
+  "build",
+  "check",
+  "options",
+  "register",
+  "student_spec",
+]
+for _file in pkgutil.iter_modules(__path__):  # each registers its models
+  importlib.import_module(f"{__name__}.{_file.name}")
 
 
 def check(settings: Settings) -> None:
   """Checks what only the models know of their settings.
 
   Raises:
-    ConfigError: strides of another number, or too many of them for the image; a width where there
-      is none; bits for a model without quantizers; what a quantizer does not offer.
+    ConfigError: strides of another number, or too many of them for the image; strides or a width
+      where there are none; bits for a model without quantizers; what a quantizer does not offer.
   """
   _check_quantizer(settings)
   _check_shape(settings.model, settings.data.image_size, "model")
   if settings.teacher.model in REGISTRY:
     _check_shape(settings.teacher.as_model(), settings.data.image_size, "teacher")
   name, plan = settings.model.name, settings.plan
-  if name in TEACHERS_ONLY and (plan.weight_bits or plan.act_bits):
+  if not REGISTRY[name].quantized and (plan.weight_bits or plan.act_bits):
+    quantized = [other for other, entry in REGISTRY.items() if entry.quantized]
     raise ConfigError(
       f"config.model.name = {name!r} is not allowed with config.plan.weight_bits = "
       f"{plan.weight_bits!r} and "
       f"config.plan.act_bits = {plan.act_bits!r}: {name} has no quantizers. Set both to () to "
       "train it in full precision, "
-      f"as a teacher, or choose one of {', '.join(sorted(REGISTRY.keys() - TEACHERS_ONLY))}."
+      f"as a teacher, or choose one of {', '.join(sorted(quantized))}."
     )
 
 
@@ -81,7 +78,13 @@ def _check_quantizer(settings: Settings) -> None:
 
 
 def _check_shape(model: ModelSettings, image_size: int, section: str) -> None:
-  strides, published = model.strides, STRIDES.get(model.name, ())
+  entry = REGISTRY[model.name]
+  strides, published = model.strides, entry.strides
+  if strides and "strides" not in entry.options:
+    raise ConfigError(
+      f"config.{section}.strides = {strides!r} is not allowed: {model.name} has no such option, it "
+      "must be ()."
+    )
   if strides and published and len(strides) != len(published):
     raise ConfigError(
       f"config.{section}.strides = {strides!r} is not allowed: {model.name} takes "
@@ -95,7 +98,7 @@ def _check_shape(model: ModelSettings, image_size: int, section: str) -> None:
       f"{strides or published!r} must be at most "
       f"data.image_size = {image_size}; it is {reduction}, use fewer 2s."
     )
-  if model.name in TEACHERS_ONLY and model.width != 1:
+  if "width" not in entry.options and model.width != 1:
     raise ConfigError(
       f"config.{section}.width = {model.width!r} is not allowed: {model.name} has no width "
       "multiplier, it must be 1.0."
@@ -118,6 +121,4 @@ def student_spec(settings: Settings, num_classes: int) -> ModelSpec:
 
 def options(name: str) -> frozenset[str]:
   """The fields of `ModelSettings` that a registered model has."""
-  make = REGISTRY[name]
-  own = {field.name for field in dataclasses.fields(getattr(make, "func", make))}
-  return frozenset(own & {field.name for field in dataclasses.fields(ModelSettings)} - {"name"})
+  return REGISTRY[name].options

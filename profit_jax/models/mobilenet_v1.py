@@ -3,15 +3,21 @@
 The PROFIT paper trains it, the authors' code does not have it: an unsigned quantizer stands after
 every ReLU. There is no shortcut and no layer without a ReLU after it, so none is symmetric. The
 classifier sees the mean of quantized values.
+
+Options: width, strides, activation, dropout, bn_momentum, bn_epsilon; see `MobileNetV1`. timm has
+weights.
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 
-from profit_jax.models.common import RELU6_BOUND, divisible_by_8
+from profit_jax.models.common import divisible_by_8, timm_names
+from profit_jax.models.naming import Naming, Path
+from profit_jax.models.registry import register
 from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Bits
@@ -21,6 +27,9 @@ STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
 # Strides of the stem and of the first block of each stage: 224 -> 7.
 IMAGENET_STRIDES = (2, 1, 2, 2, 2, 2)
 STEM_CHANNELS = 32
+# A ReLU6 quantizer's interval starts at 6 or below, whether the non-linearity itself is bounded or
+# not.
+RELU6_BOUND = 6.0
 
 
 class DepthwiseSeparable(nn.Module):
@@ -49,6 +58,19 @@ class DepthwiseSeparable(nn.Module):
     return QuantAct("unsigned", RELU6_BOUND, name="pointwise_quant")(x, bits)
 
 
+def _timm_names(layers: Collection[Path]) -> dict[Path, str]:
+  """Our layers -> those of timm's mobilenetv1_100."""
+  return timm_names(layers, [blocks for _, blocks in STAGES], ("depthwise", "pointwise"))
+
+
+_TIMM = Naming(
+  source="timm",
+  layer_names=_timm_names,
+  settings={"activation": "relu6", "bn_epsilon": 1e-5},
+)
+
+
+@register("mobilenet_v1", strides=IMAGENET_STRIDES, names=(_TIMM,))
 class MobileNetV1(nn.Module):
   """MobileNet-v1.
 

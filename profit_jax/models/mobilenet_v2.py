@@ -4,15 +4,23 @@ authors put them.
 A symmetric quantizer stands on the input of every inverted-residual block except the first, and
 before the last 1x1 convolution; an unsigned one after every ReLU; the residual add stays in full
 precision.
+
+Options: width, strides, activation, dropout, bn_momentum, bn_epsilon; see `MobileNetV2`.
+torchvision, timm and the authors have weights. The authors started from torchvision's code and kept
+its names; their `Q_Sequential` numbers the modules in it, except that a symmetric quantizer of its
+input is called `-N`, N being the number of the module after it.
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 
-from profit_jax.models.common import RELU6_BOUND, divisible_by_8
+from profit_jax.models.common import divisible_by_8, timm_names
+from profit_jax.models.naming import Naming, Path
+from profit_jax.models.registry import register
 from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Bits
@@ -22,6 +30,9 @@ STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3
 # Strides of the stem and of the first block of each stage: 224 -> 7.
 IMAGENET_STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
+# A ReLU6 quantizer's interval starts at 6 or below, whether the non-linearity itself is bounded or
+# not.
+RELU6_BOUND = 6.0
 
 
 class InvertedResidual(nn.Module):
@@ -62,6 +73,72 @@ class InvertedResidual(nn.Module):
     return x + shortcut if x.shape == shortcut.shape else x
 
 
+_AUTHORS_BLOCK = {
+  "input_quant": "-0",
+  "expand_conv": "0.0",
+  "expand_norm": "0.1",
+  "expand_quant": "0.2",
+  "depthwise_conv": "1.0",
+  "depthwise_norm": "1.1",
+  "depthwise_quant": "1.2",
+  "project_conv": "2",
+  "project_norm": "3",
+}
+# The first block has no expansion, so that all of its places are one lower.
+_AUTHORS_FIRST_BLOCK = {
+  "depthwise_conv": "0.0",
+  "depthwise_norm": "0.1",
+  "depthwise_quant": "0.2",
+  "project_conv": "1",
+  "project_norm": "2",
+}
+_AUTHORS_OUTSIDE = {
+  "stem_conv": "features.0.0",
+  "stem_norm": "features.0.1",
+  "stem_quant": "features.0.2",
+  "head_input_quant": "features.-18",
+  "head_conv": "features.18.0",
+  "head_norm": "features.18.1",
+  "head_quant": "relu6",
+  "classifier": "classifier.1",
+}
+
+
+def _authors_names(layers: Collection[Path]) -> dict[Path, str]:
+  """Our layers -> the authors': `("block01", "expand_conv")` -> `features.2.conv.0.0`."""
+  names = {}
+  for layer in layers:
+    if len(layer) == 1:
+      names[layer] = _AUTHORS_OUTSIDE[layer[0]]
+    else:
+      index = int(layer[0].removeprefix("block"))
+      places = _AUTHORS_FIRST_BLOCK if index == 0 else _AUTHORS_BLOCK
+      names[layer] = f"features.{index + 1}.conv.{places[layer[1]]}"
+  return names
+
+
+def _timm_names(layers: Collection[Path]) -> dict[Path, str]:
+  """Our layers -> those of timm's mobilenetv2_100."""
+  blocks = [blocks for _, _, blocks in STAGES]
+  names = timm_names(layers, blocks, ("expand", "depthwise", "project"))
+  return names | {("head_conv",): "conv_head", ("head_norm",): "bn2"}
+
+
+_RELU6 = {"activation": "relu6", "bn_epsilon": 1e-5}
+_NAMES = (
+  # Without the quantizers' scalars, the authors' files are torchvision's.
+  Naming(source="torchvision", layer_names=_authors_names, settings=_RELU6),
+  Naming(source="timm", layer_names=_timm_names, settings=_RELU6),
+  Naming(
+    source="authors",
+    layer_names=_authors_names,
+    settings={"activation": "relu", "bn_epsilon": 1e-5},
+    quantizers=True,
+  ),
+)
+
+
+@register("mobilenet_v2", strides=IMAGENET_STRIDES, names=_NAMES)
 class MobileNetV2(nn.Module):
   """MobileNet-v2.
 

@@ -17,15 +17,23 @@ Two layouts are about, and the fields reproduce both exactly:
 
 In both, what is quantized is the input of the next convolution. After h-swish and a squeeze-excite
 in (0, 1) the minimum is still -3/8 or above, so the h-swish quantizer covers either order.
+
+Options: these four, and width, strides, dropout, bn_momentum; see `MobileNetV3`. The authors' code
+does not have MobileNet-v3 small; their class gives it the names below when it is handed the small
+table. Their `Q_Sequential` numbers the modules in it, except that a quantizer of its input is
+called `-N`, N being the number of the module after it.
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 
-from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
+from profit_jax.models.common import blocks_of, divisible_by_8, timm_names
+from profit_jax.models.naming import Naming, Path
+from profit_jax.models.registry import register
 from profit_jax.nn.functions import hard_sigmoid, hard_swish, relu, spatial_mean
 from profit_jax.nn.fused import activate
 from profit_jax.nn.layers import (
@@ -121,6 +129,11 @@ VARIANTS = {
 }
 
 
+def up_to_multiple_of_8(channels: float) -> int:
+  """Rounds up to a multiple of 8."""
+  return int((channels + 7) // 8) * 8
+
+
 class SqueezeExcite(nn.Module):
   """Scales each channel by a number in [0, 1] that two dense layers make of the channels' means.
 
@@ -209,6 +222,156 @@ class Block(nn.Module):
     return x + shortcut if x.shape == shortcut.shape else x
 
 
+_NORM_SUFFIX = {"conv": 0, "norm": 1}
+
+
+def _torchvision_names(layers: Collection[Path]) -> dict[Path, str]:
+  """Our layers -> torchvision's: `("block03", "depthwise_conv")` -> `features.4.block.1.0`."""
+  blocks = blocks_of(layers)
+  last = len(blocks) + 1
+  single = {"pre_classifier": "classifier.0", "classifier": "classifier.3"}
+  for part, number in _NORM_SUFFIX.items():
+    single |= {f"stem_{part}": f"features.0.{number}", f"head_{part}": f"features.{last}.{number}"}
+  names = {(layer,): name for layer, name in single.items()}
+  for block, inside in blocks.items():
+    prefix = f"features.{int(block.removeprefix('block')) + 1}.block"
+    # A block is a list of what it has.
+    stages = ["expand"] if ("expand_conv",) in inside else []
+    stages += (
+      ["depthwise"]
+      + (["squeeze_excite"] if ("squeeze_excite", "reduce") in inside else [])
+      + ["project"]
+    )
+    for place, stage in enumerate(stages):
+      if stage == "squeeze_excite":
+        names |= {
+          (block, stage, "reduce"): f"{prefix}.{place}.fc1",
+          (block, stage, "expand"): f"{prefix}.{place}.fc2",
+        }
+      else:
+        names |= {
+          (block, f"{stage}_{part}"): f"{prefix}.{place}.{number}"
+          for part, number in _NORM_SUFFIX.items()
+        }
+  return names
+
+
+def _timm_names(layers: Collection[Path], variant: str) -> dict[Path, str]:
+  """Our layers -> those of timm's mobilenetv3_large_100 and mobilenetv3_small_100."""
+  blocks = [len(stage) for stage in VARIANTS[variant].stages]
+  names = timm_names(layers, blocks, ("expand", "depthwise", "project"))
+  for layer in layers:
+    if len(layer) == 3 and layer[2] in ("reduce", "expand"):
+      of_block = names[layer[0], "depthwise_conv"].rpartition(".")[0]
+      names[layer] = f"{of_block}.se.conv_{layer[2]}"
+  last = f"blocks.{len(blocks)}.0"  # the last convolution is a stage of its own
+  return names | {
+    ("head_conv",): f"{last}.conv",
+    ("head_norm",): f"{last}.bn1",
+    ("pre_classifier",): "conv_head",
+  }
+
+
+# Squeeze-excite has a place of its own also where there is none.
+_AUTHORS_BLOCK = (
+  "expand_conv",
+  "expand_norm",
+  "expand_quant",
+  "depthwise_conv",
+  "depthwise_norm",
+  "squeeze_excite",
+  "depthwise_quant",
+  "project_conv",
+  "project_norm",
+)
+_AUTHORS_SQUEEZE_EXCITE = {
+  "input_quant": "fc.-0",
+  "reduce": "fc.0",
+  "reduce_quant": "fc.1",
+  "expand": "fc.2",
+}
+
+
+def _authors_names(layers: Collection[Path]) -> dict[Path, str]:
+  """Our layers -> the authors': `("block03", "squeeze_excite", "reduce")` ->
+  `features.4.conv.5.fc.0`.
+  """
+  blocks = blocks_of(layers)
+  last = len(blocks) + 1
+  single = {
+    "stem_conv": "features.0.0",
+    "stem_norm": "features.0.1",
+    "head_input_quant": f"features.-{last}",
+    "head_conv": f"features.{last}.0",
+    "head_norm": f"features.{last}.1",
+    "head_quant": "classifier.-0",
+    "pre_classifier": "classifier.0",
+    "pre_classifier_quant": "classifier.1",
+    "classifier": "classifier.3",  # 2 is the dropout
+  }
+  names = {(layer,): name for layer, name in single.items()}
+  for block, inside in blocks.items():
+    order = _AUTHORS_BLOCK if ("expand_conv",) in inside else _AUTHORS_BLOCK[3:]
+    prefix = f"features.{int(block.removeprefix('block')) + 1}.conv"
+    names[block, "input_quant"] = f"{prefix}.-0"
+    for place, layer in enumerate(order):
+      if layer == "squeeze_excite":
+        names |= {
+          (block, layer, part): f"{prefix}.{place}.{name}"
+          for part, name in _AUTHORS_SQUEEZE_EXCITE.items()
+        }
+      else:
+        names[block, layer] = f"{prefix}.{place}"
+  return {layer: names[layer] for layer in layers}
+
+
+def _names(variant: str) -> tuple[Naming, ...]:
+  """What other codebases call a member of the family."""
+  timm = {
+    "squeeze_excite": "after",
+    "bn_epsilon": 1e-5,
+    "pad_value": 0.0,
+    "channel_rounding": "nearest",
+  }
+  return (
+    Naming(
+      source="torchvision",
+      layer_names=_torchvision_names,
+      settings={**timm, "bn_epsilon": 1e-3},
+      pointwise=frozenset({"reduce", "expand"}),
+    ),
+    Naming(
+      source="timm",
+      layer_names=functools.partial(_timm_names, variant=variant),
+      settings=timm,
+      pointwise=frozenset({"reduce", "expand", "pre_classifier"}),
+    ),
+    Naming(
+      source="authors",
+      layer_names=_authors_names,
+      settings={
+        "squeeze_excite": "before",
+        "bn_epsilon": 1e-5,
+        "pad_value": HSWISH_MINIMUM,
+        "channel_rounding": "up",
+      },
+      quantizers=True,
+    ),
+  )
+
+
+@register(
+  "mobilenet_v3_small",
+  fixed={"variant": "small"},
+  strides=VARIANTS["small"].strides,
+  names=_names("small"),
+)
+@register(
+  "mobilenet_v3_large",
+  fixed={"variant": "large"},
+  strides=VARIANTS["large"].strides,
+  names=_names("large"),
+)
 class MobileNetV3(nn.Module):
   """MobileNet-v3.
 

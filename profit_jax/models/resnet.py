@@ -1,15 +1,21 @@
 """ResNet-18, -50 and -101 (He et al., CVPR 2016, arXiv 1512.03385) in full precision: teachers.
 
 A bottleneck's stride stands on its 3x3 convolution, as in torchvision's and timm's weights.
+
+Options: strides, bn_momentum, bn_epsilon; see `ResNet`. torchvision has weights; timm's have the
+same names.
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from profit_jax.models.naming import Naming, Path
+from profit_jax.models.registry import register
 from profit_jax.nn.layers import BatchNorm
 from profit_jax.quant.bits import Bits
 
@@ -76,6 +82,29 @@ class ResidualBlock(nn.Module):
     return nn.relu(x + shortcut)
 
 
+def _torchvision_names(layers: Collection[Path]) -> dict[Path, str]:
+  """Our layers -> torchvision's: `("stage2_block00", "norm1")` -> `layer2.0.bn1`."""
+  names = {("stem_conv",): "conv1", ("stem_norm",): "bn1", ("classifier",): "fc"}
+  for layer in layers:
+    if len(layer) == 2:
+      stage, block = layer[0].removeprefix("stage").split("_block")
+      part = layer[1].replace("norm", "bn")
+      part = {"shortcut_conv": "downsample.0", "shortcut_bn": "downsample.1"}.get(part, part)
+      names[layer] = f"layer{stage}.{int(block)}.{part}"
+  return names
+
+
+_TORCHVISION = Naming(
+  source="torchvision", layer_names=_torchvision_names, settings={"bn_epsilon": 1e-5}
+)
+_register = functools.partial(
+  register, strides=IMAGENET_STRIDES, quantized=False, names=(_TORCHVISION,)
+)
+
+
+@_register("resnet101", fixed={"depth": 101})
+@_register("resnet50", fixed={"depth": 50})
+@_register("resnet18", fixed={"depth": 18})
 class ResNet(nn.Module):
   """ResNet in full precision.
 

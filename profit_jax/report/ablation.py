@@ -9,9 +9,10 @@ import re
 import runpy
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import scipy.stats
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
@@ -22,6 +23,7 @@ from profit_jax.train import fork
 
 Labels = tuple[str, ...]
 Run = tuple[Labels, int]  # a cell and a seed
+_NAMED = re.compile(r"\{([^}]*)\}")  # an axis in a grid's `config`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Grid:
     axes: by name, labels and the fields that they set.
     keep: whether a cell, labels by axis, is run.
     seeds: runs of a cell.
+
+  Raises:
+    ConfigError: a wrong number of seeds, an axis without labels, or a name in `config` that is not
+      an axis.
   """
 
   config: str
@@ -41,6 +47,17 @@ class Grid:
   axes: Mapping[str, Mapping[str, Mapping[str, Any]]]
   keep: Callable[[dict[str, str]], bool]
   seeds: int
+
+  def __post_init__(self):
+    if not isinstance(self.seeds, int) or self.seeds < 1:
+      raise ConfigError(f"seeds={self.seeds!r} is not allowed: a cell must have 1 seed or more.")
+    if empty := [axis for axis, labels in self.axes.items() if not labels]:
+      raise ConfigError(f"The grid's axis {empty[0]!r} is empty: it must have at least one label.")
+    if unknown := set(_NAMED.findall(self.config)) - self.axes.keys():
+      raise ConfigError(
+        f"The grid's config {self.config!r} names {sorted(unknown)}, which must be an axis: one of "
+        f"{', '.join(self.axes)}."
+      )
 
   def cells(self) -> list[Labels]:
     """The labels of every cell, one of each axis, in the order of the axes."""
@@ -53,7 +70,7 @@ class Grid:
     fields = dict(self.fields)
     for axis, label in named.items():
       fields |= self.axes[axis][label]
-    config = re.sub(r"\{([^}]*)\}", lambda match: named[match[1]], self.config)
+    config = _NAMED.sub(lambda match: named[match[1]], self.config)
     return [
       f"--config={config}",
       *(f"--config.{field}={value}" for field, value in {**fields, "seed": seed}.items()),
@@ -67,29 +84,15 @@ def read_grid(path: str) -> Grid:
     ConfigError: there is none, or it is not one.
   """
   try:
-    content = runpy.run_path(path)["get_grid"]()
+    return Grid(**runpy.run_path(path)["get_grid"]())
+  except ConfigError:
+    raise
   except Exception as error:  # a configuration file is code: it can raise anything
+    names = ", ".join(field.name for field in dataclasses.fields(Grid))
     raise ConfigError(
-      f"--config={path} cannot be read: {error!r}. Give a file with a function get_grid."
+      f"--config={path} cannot be read: {error!r}. Give a file with a function get_grid that "
+      f"returns a dictionary of {names}."
     ) from error
-  names = [field.name for field in dataclasses.fields(Grid)]
-  if not isinstance(content, dict) or sorted(content) != sorted(names):
-    raise ConfigError(f"--config={path}: get_grid must give a dictionary of {', '.join(names)}.")
-  grid = Grid(**content)
-  if not isinstance(grid.seeds, int) or grid.seeds < 1:
-    raise ConfigError(
-      f"--config={path}: seeds = {grid.seeds!r} is not allowed: it must be 1 or more."
-    )
-  for axis, labels in grid.axes.items():
-    if not labels:
-      raise ConfigError(
-        f"--config={path}: axis {axis!r} is empty: it must have at least one label."
-      )
-  if unknown := {name for name in re.findall(r"\{([^}]*)\}", grid.config) if name not in grid.axes}:
-    raise ConfigError(
-      f"--config={path}: {grid.config!r} names {sorted(unknown)}, which is no axis."
-    )
-  return grid
 
 
 def narrowed(grid: Grid, only: Sequence[str], seeds: int | None) -> Grid:
@@ -110,13 +113,11 @@ def narrowed(grid: Grid, only: Sequence[str], seeds: int | None) -> Grid:
       there = "; ".join(f"{name}={'|'.join(labels)}" for name, labels in grid.axes.items())
       raise ConfigError(f"--only {text} is not allowed: it must be AXIS=LABEL of {there}.")
     wanted.setdefault(axis, set()).add(label)
-  if seeds is not None and seeds < 1:
-    raise ConfigError(f"--seeds={seeds} is not allowed: it must be 1 or more.")
   axes = {
     name: {label: fields for label, fields in labels.items() if label in wanted.get(name, labels)}
     for name, labels in grid.axes.items()
   }
-  return dataclasses.replace(grid, axes=axes, seeds=seeds or grid.seeds)
+  return dataclasses.replace(grid, axes=axes, seeds=grid.seeds if seeds is None else seeds)
 
 
 def directory_of(root: epath.Path, labels: Labels, seed: int) -> epath.Path:
@@ -140,7 +141,7 @@ def settings_of(grid: Grid, run: Run) -> Settings:
     raise ConfigError(f"The grid's cell {', '.join(run[0])} is no run: {error}") from error
 
 
-class Trunk(NamedTuple):
+class Parent(NamedTuple):
   """What a run has in common with one before it.
 
   Attributes:
@@ -152,16 +153,16 @@ class Trunk(NamedTuple):
   phases: int
 
 
-def trunks(settings: Mapping[Run, Settings]) -> dict[Run, Trunk]:
+def parents(settings: Mapping[Run, Settings]) -> dict[Run, Parent]:
   """For every run that has phases in common with an earlier one: the one with most of them, the
   first of equals.
   """
-  found: dict[Run, Trunk] = {}
+  found: dict[Run, Parent] = {}
   for place, (run, mine) in enumerate(settings.items()):
     for earlier, other in itertools.islice(settings.items(), place):
       count = fork.shared_phases(mine, other) if earlier[1] == run[1] else 0
       if count > (found[run].phases if run in found else 0):
-        found[run] = Trunk(earlier, count)
+        found[run] = Parent(earlier, count)
   return found
 
 
@@ -173,40 +174,41 @@ class Cell:
     labels: one of each axis.
     top1: by seed, in percent, of the runs that ended.
     full_precision: likewise.
+    mean: of top-1; NaN without runs.
+    deviation: the standard deviation of top-1 over seeds (n - 1); NaN below two runs.
+    runs: their number.
   """
 
   labels: Labels
   top1: dict[int, float]
   full_precision: dict[int, float]
+  mean: float
+  deviation: float
+  runs: int
 
-  @property
-  def runs(self) -> int:
-    """Their number."""
-    return len(self.top1)
 
-  @property
-  def mean(self) -> float:
-    """Of top-1; NaN without runs."""
-    return statistics.fmean(self.top1.values()) if self.top1 else math.nan
-
-  @property
-  def deviation(self) -> float:
-    """The standard deviation of top-1 over seeds (n - 1); NaN below two runs."""
-    return statistics.stdev(self.top1.values()) if self.runs > 1 else math.nan
+def final_of(root: epath.Path, run: Run) -> dict[str, Any] | None:
+  """What a run ended with; None if it has not ended."""
+  path = directory_of(root, *run) / "result.json"
+  return json.loads(path.read_text())["final"] if path.exists() else None
 
 
 def read_cells(grid: Grid, root: epath.Path) -> list[Cell]:
   """The results that are there."""
   cells = []
   for labels in grid.cells():
-    top1, full = {}, {}
-    for seed in range(grid.seeds):
-      path = directory_of(root, labels, seed) / "result.json"
-      if path.exists():
-        final = json.loads(path.read_text())["final"]
-        top1[seed], full[seed] = final["top1"], final["full_precision_top1"]
-    cells.append(Cell(labels, top1, full))
+    finals = {seed: final_of(root, (labels, seed)) for seed in range(grid.seeds)}
+    ended = {seed: final for seed, final in finals.items() if final}
+    top1 = {seed: final["top1"] for seed, final in ended.items()}
+    full = {seed: final["full_precision_top1"] for seed, final in ended.items()}
+    cells.append(Cell(labels, top1, full, *_mean_and_deviation(top1.values()), len(top1)))
   return cells
+
+
+def _mean_and_deviation(values: Collection[float]) -> tuple[float, float]:
+  """The mean and the standard deviation (n - 1); NaN where there are too few values."""
+  mean = statistics.fmean(values) if values else math.nan
+  return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 LEAST_SEEDS = 3  # below, no difference is said to exceed the spread
@@ -236,43 +238,6 @@ class Difference:
   exceeds: bool
 
 
-# Two-sided 95 % points of Student's t, for 1 to 30 degrees of freedom; beyond, that of the normal
-# distribution.
-# Fmt: skip.
-_T95 = (
-  12.706,
-  4.303,
-  3.182,
-  2.776,
-  2.571,
-  2.447,
-  2.365,
-  2.306,
-  2.262,
-  2.228,
-  2.201,
-  2.179,
-  2.160,
-  2.145,
-  2.131,
-  2.120,
-  2.110,
-  2.101,
-  2.093,
-  2.086,
-  2.080,
-  2.074,
-  2.069,
-  2.064,
-  2.060,
-  2.056,
-  2.052,
-  2.048,
-  2.045,
-  2.042,
-)
-
-
 def differences(grid: Grid, cells: Sequence[Cell]) -> list[Difference]:
   """Every pair of cells that differ in one axis, one of them with the axis's first label."""
   by_labels = {cell.labels: cell for cell in cells}
@@ -281,29 +246,19 @@ def differences(grid: Grid, cells: Sequence[Cell]) -> list[Difference]:
     first = next(iter(labels))
     for cell in cells:
       base = by_labels.get((*cell.labels[:position], first, *cell.labels[position + 1 :]))
-      if cell.labels[position] != first and base is not None:
+      if base not in (None, cell):
         found.append(_difference(axis, base, cell))
   return found
 
 
 def _difference(axis, base, other):
-  pairs = [
-    other.top1[seed] - base.top1[seed] for seed in sorted(base.top1.keys() & other.top1.keys())
-  ]
-  count = len(pairs)
-  mean = statistics.fmean(pairs) if pairs else math.nan
-  error = statistics.stdev(pairs) / math.sqrt(count) if count > 1 else math.nan
-  limit = math.nan if count < 2 else (_T95[count - 2] if count - 2 < len(_T95) else 1.960)
+  seeds = base.top1.keys() & other.top1.keys()
+  runs = len(seeds)
+  mean, deviation = _mean_and_deviation([other.top1[seed] - base.top1[seed] for seed in seeds])
+  error = deviation / math.sqrt(max(runs, 1))
   # Top-1 is counted in whole images: two differences can be equal by chance, and their error 0.
-  return Difference(
-    axis,
-    base.labels,
-    other.labels,
-    mean,
-    error,
-    count,
-    count >= LEAST_SEEDS and abs(mean) > limit * error,
-  )
+  exceeds = runs >= LEAST_SEEDS and abs(mean) > scipy.stats.t.ppf(0.975, runs - 1) * error
+  return Difference(axis, base.labels, other.labels, mean, error, runs, bool(exceeds))
 
 
 def markdown(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) -> str:
@@ -321,7 +276,7 @@ def markdown(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) 
       _number(cell.mean),
       _number(cell.deviation),
       f"{cell.runs}" if cell.runs == grid.seeds else f"{cell.runs} of {grid.seeds}",
-      _number(statistics.fmean(full) if full else math.nan),
+      _number(_mean_and_deviation(full)[0]),
     ]
     lines.append(f"| {' | '.join(cell.labels)} | {' | '.join(numbers)} |")
   lines += ["", *sentences(axes, compared)]
@@ -366,18 +321,15 @@ def _number(value):
 def to_json(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) -> dict[str, Any]:
   """The same for programs; what has no value is null."""
 
-  def plain(item, **more):
-    values = {**dataclasses.asdict(item), **more}
+  def plain(item):
     return {
       name: None if isinstance(value, float) and math.isnan(value) else value
-      for name, value in values.items()
+      for name, value in dataclasses.asdict(item).items()
     }
 
   return {
     "axes": {axis: list(labels) for axis, labels in grid.axes.items()},
-    "cells": [
-      plain(cell, mean=cell.mean, deviation=cell.deviation, runs=cell.runs) for cell in cells
-    ],
+    "cells": [plain(cell) for cell in cells],
     "differences": [plain(row) for row in compared],
   }
 

@@ -24,6 +24,7 @@ from profit_jax.quant import duq
 from profit_jax.quant.base import PREFIX
 from profit_jax.quant.bits import Bits
 from profit_jax.schedule import Phase
+from profit_jax.train import aiwq
 from profit_jax.train.progress import EpochRecord, Progress
 
 # Names of layers in the order of the network: around the blocks (1), and within one.
@@ -313,18 +314,20 @@ def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   # The ranking is that of the last sampling phase.
   last = max(p.index for p in phases if p.kind == "sampling")
   frozen = [p for p in phases if p.frozen_fraction > 0 and p.index > last]
-  fractions, names = [p.frozen_fraction for p in frozen], [p.name for p in frozen]
   count = len(progress.ranking)
-  bounds = [int(count * fraction + 1e-9) for fraction in fractions]
+  bounds = [len(aiwq.frozen_layers(progress.ranking, p.frozen_fraction)) for p in frozen]
   colours = [
     _FROZEN[min(sum(i >= bound for bound in bounds), len(_FROZEN) - 1)] for i in range(count)
   ]
   figure, axis = plt.subplots(figsize=(9, max(4.0, 0.19 * count + 1)), layout="constrained")
   axis.barh(range(count), [progress.metric[layer] for layer in progress.ranking], color=colours)
-  for bound, name in zip(bounds, names, strict=True):
+  for bound, phase in zip(bounds, frozen, strict=True):
     axis.axhline(bound - 0.5, color="0.2", linewidth=0.9, linestyle="--")
     axis.annotate(
-      f"frozen from {name} on", (0.99, bound - 0.6), xycoords=("axes fraction", "data"), ha="right"
+      f"frozen from {phase.name} on",
+      (0.99, bound - 0.6),
+      xycoords=("axes fraction", "data"),
+      ha="right",
     )
   axis.set_yticks(range(count), progress.ranking, fontsize=7)
   axis.set(xlabel="AIWQ (running KL divergence)", ylim=(count - 0.4, -0.6))
@@ -355,10 +358,14 @@ def _codes(params: Any, bits: int) -> plt.Figure:
 
 
 def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
-  """Per layer, the share of its kernel's elements on each code from -n to n."""
+  """Per layer of DuQ, the share of its kernel's elements on each code from -n to n."""
   flat = traverse_util.flatten_dict(params)
   qmax = Bits(weight=bits).kernel_qmax()
-  kernels = {path[:-1]: np.ravel(leaf) for path, leaf in flat.items() if path[-1] == "kernel"}
+  kernels = {
+    path[:-1]: np.ravel(leaf)
+    for path, leaf in flat.items()
+    if path[-1] == "kernel" and (*path[:-1], "quant_a") in flat
+  }
   sizes = [kernel.size for kernel in kernels.values()]
   # All layers in one array: a call per layer would compile for every shape.
   # An interval for every element, of the whole kernel or of its output channel.

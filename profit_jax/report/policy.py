@@ -7,10 +7,8 @@ import pathlib
 import subprocess
 from typing import Any
 
-from flax import traverse_util
-
 from profit_jax.config import Settings
-from profit_jax.quant.base import PREFIX
+from profit_jax.nn.spec import ModelSpec
 from profit_jax.schedule import Phase, bits_name, summary_line
 
 
@@ -43,7 +41,7 @@ def markdown(
   phases: tuple[Phase, ...],
   data: dict[str, Any],
   environment: dict[str, Any],
-  params: Any,
+  spec: ModelSpec,
 ) -> list[str]:
   """Lines of Markdown.
 
@@ -52,21 +50,11 @@ def markdown(
     phases: its plan.
     data: its `data.json`.
     environment: of its `result.json`.
-    params: its best, for the layers' names and shapes.
+    spec: of its model.
   """
   last, teacher, train, plan = phases[-1], settings.teacher, settings.train, settings.plan
   bits = bits_name(last.weight_bits, last.act_bits)
-  kernels = {
-    "/".join(path[:-1]): leaf.shape
-    for path, leaf in traverse_util.flatten_dict(params).items()
-    if path[-1] == "kernel"
-  }
-  found = {
-    "/".join(path[:-1])
-    for path in traverse_util.flatten_dict(params)
-    if path[-1].startswith(PREFIX)
-  }
-  quantizers = found - kernels.keys()
+  quantizers = [path for path, layer in spec.layers.items() if layer.kind == "act"]
   schedule = [f"weights {_ladder(plan.weight_bits)}", f"activations {_ladder(plan.act_bits)}"]
   schedule.append("progressive" if plan.progressive else "straight to the last")
   schedule.append("BN phases" if plan.stabilize else "no BN phases")
@@ -111,11 +99,11 @@ def markdown(
     "|:--|:--|",
     *(f"| {name} | {text} |" for name, text in rows.items()),
   ]
-  lines += ["", f"{len(kernels)} kernels, {len(quantizers)} quantizers of activations:", ""]
+  lines += ["", f"{len(spec.kernels)} kernels, {len(quantizers)} quantizers of activations:", ""]
   lines += ["| layer | kernel | bits |", "|:--|:--|--:|"]
   lines += [
     f"| {layer} | {'x'.join(map(str, shape))} | {last.weight_bits or 'float'} |"
-    for layer, shape in sorted(kernels.items())
+    for layer, shape in sorted(spec.kernels.items())
   ]
   lines += [
     f"| {layer} | activations | {last.act_bits or 'float'} |" for layer in sorted(quantizers)

@@ -11,6 +11,7 @@ from etils import epath
 
 from profit_jax import optional
 from profit_jax.config import ConfigError, Settings
+from profit_jax.models import student_spec
 from profit_jax.report import policy
 from profit_jax.report.console import final_line, start_lines
 from profit_jax.schedule import Phase, bits_name
@@ -85,7 +86,9 @@ def write_report(
       from profit_jax.report.plots import write_plots  # here, because it needs matplotlib
 
       captions = write_plots(workdir / "plots", progress, phases, params)
-    stated = policy.markdown(settings, phases, read_data(workdir), result["environment"], params)
+    data = read_data(workdir)
+    spec = student_spec(settings, data["num_classes"])
+    stated = policy.markdown(settings, phases, data, result["environment"], spec)
     write_text(workdir / "report.md", _markdown(result, start, captions, stated))
     write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
   except OSError as error:

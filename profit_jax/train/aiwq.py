@@ -36,31 +36,32 @@ class AiwqState(NamedTuple):
   has_previous: jax.Array
 
 
-def kl_divergence(present: Moments, previous: Moments) -> jax.Array:
+def kl_divergence(present: Moments, previous: Moments, noise: float | None = None) -> Any:
   """Mean over channels of `log(s_prev/s) + (s^2 + (m - m_prev)^2) / (2 s_prev^2) - 1/2` (paper
   equation 2).
 
   Args:
     present: per-channel mean m and unbiased standard deviation s of the output with the present
-      quantized kernel.
+      quantized kernel; NumPy's arrays or JAX's.
     previous: the same with the previous step's kernel.
+    noise: the largest s that rounding gives a constant channel, as a share of its m. The default is
+      that of the arrays' type.
 
   Returns:
     A scalar. Channels whose s is 0 on either side, up to rounding, are left out; NaN if that leaves
     none.
   """
   (mean, std), (mean_prev, std_prev) = present, previous
-  alive = _varies(mean, std) & _varies(mean_prev, std_prev)
-  s, s_prev = jnp.where(alive, std, 1.0), jnp.where(alive, std_prev, 1.0)
-  kl = jnp.log(s_prev / s) + (s**2 + (mean - mean_prev) ** 2) / (2 * s_prev**2) - 0.5
-  return jnp.sum(jnp.where(alive, kl, 0.0)) / jnp.sum(alive, dtype=kl.dtype)
-
-
-def _varies(mean: jax.Array, std: jax.Array) -> jax.Array:
+  array = np if isinstance(std, np.ndarray) else jnp
   # A constant channel that is not 0 (negative padding makes such) has an s of 1e-17 by rounding,
   # and one of these makes the layer's KL 1e28. The authors' code compares with 0, and drops the
   # layer's value wherever it meets one.
-  return std > NOISE_UNITS * jnp.finfo(std.dtype).eps * jnp.abs(mean)
+  noise = NOISE_UNITS * jnp.finfo(std.dtype).eps if noise is None else noise
+  alive = (std > noise * array.abs(mean)) & (std_prev > noise * array.abs(mean_prev))
+  s, s_prev = array.where(alive, std, 1.0), array.where(alive, std_prev, 1.0)
+  kl = array.log(s_prev / s) + (s**2 + (mean - mean_prev) ** 2) / (2 * s_prev**2) - 0.5
+  with np.errstate(invalid="ignore"):  # NumPy warns of 0 / 0
+    return array.sum(array.where(alive, kl, 0.0)) / array.sum(alive, dtype=kl.dtype)
 
 
 def start(convs: Mapping[str, tuple[int, ...]], dtype: Any = np.float32) -> AiwqState:

@@ -74,9 +74,10 @@ def snapshot(
   Raises:
     ConfigError: there is no such run, it has other settings or data, or kept no such checkpoint.
   """
-  count = distributed.together(lambda: _allowed(settings, source, origin))
+  count = distributed.on_all_hosts(lambda: _allowed(settings, source, origin))
   wanted = ends(settings, count, source.facts.train_examples)
-  for number in reversed(_saved(origin)):
+  saved = snapshots.saved_on_all_hosts(origin / "checkpoints")
+  for number in reversed(saved):
     if number not in wanted:
       continue
     found, damaged = snapshots.newest_of(origin / "checkpoints", [number])
@@ -96,15 +97,9 @@ def snapshot(
   raise ConfigError(
     f"--fork_from {origin}: that run has {count} phases in common with this one, but no "
     "checkpoint at the end of any of "
-    f"them that can be used: those would be {wanted}, and there are {_saved(origin)}. Wait until "
+    f"them that can be used: those would be {wanted}, and there are {saved}. Wait until "
     "it has got there, train "
     f"it with a larger --config.checkpoint.keep, or begin without --fork_from."
-  )
-
-
-def _saved(origin: epath.Path) -> list[int]:
-  return distributed.numbers_of_first(
-    distributed.together(lambda: snapshots.saved_numbers(origin / "checkpoints"))
   )
 
 

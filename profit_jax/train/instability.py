@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from profit_jax.nn.layers import NOISE_UNITS
 from profit_jax.nn.spec import split_path
+from profit_jax.train.aiwq import kl_divergence
 
 WINDOW = 8  # steps at the end of an epoch whose codes are watched
 _DIGITS = 4  # significant ones that are kept
@@ -53,19 +54,34 @@ def observe(window: Window, codes: Mapping[str, jax.Array]) -> Window:
   first = window.observed == 0
   direction, flips, reversals = {}, {}, {}
   for layer, code in codes.items():
-    moved = jnp.where(first, jnp.int8(0), moves(window.codes[layer], code))
-    turned = moved * window.direction[layer] == -1
-    direction[layer] = jnp.where(moved == 0, window.direction[layer], moved)
+    moved, turned, direction[layer] = changes(
+      window.codes[layer], window.direction[layer], code, ~first
+    )
     flips[layer] = window.flips[layer] + jnp.sum(moved != 0, dtype=jnp.float32)
     reversals[layer] = window.reversals[layer] + jnp.sum(turned, dtype=jnp.float32)
   return Window(dict(codes), direction, flips, reversals, window.observed + 1)
 
 
-def moves(before: jax.Array, after: jax.Array) -> jax.Array:
-  """-1, 0 or 1 as int8: whether codes have fallen, stayed or grown. Their difference need not fit
-  into 8 bits.
+def changes(
+  before: jax.Array, direction: jax.Array, after: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """How a step changes codes.
+
+  Args:
+    before: the codes before it, int8.
+    direction: -1 or 1, where each went when it changed last; 0 before it has.
+    after: the codes after it.
+    counts: bool scalar; False where there was no step before.
+
+  Returns:
+    moved: -1, 0 or 1 as int8, whether each has fallen, stayed or grown. The difference of two codes
+      need not fit into 8 bits.
+    turned: whether it moved against its last change.
+    direction: after the step.
   """
-  return (after > before).astype(jnp.int8) - (after < before).astype(jnp.int8)
+  moves = (after > before).astype(jnp.int8) - (after < before).astype(jnp.int8)
+  moved = jnp.where(counts, moves, jnp.int8(0))
+  return moved, moved * direction == -1, jnp.where(moved == 0, direction, moved)
 
 
 def rates(window: Window) -> ByLayer:
@@ -119,11 +135,8 @@ def bn_distances(before: Any, after: Any, momenta: Mapping[str, float]) -> dict[
       for key, value in zip(("mean", "var"), running, strict=True)
     ]
     noise = NOISE_UNITS * np.finfo(np.float32).eps / (1 - momentum)
-    alive = np.logical_and(
-      *(np.sqrt(np.maximum(v, 0)) > noise * np.abs(m) for m, v in (running, batch))
-    )
-    if alive.any():
-      (m, v), (m_run, v_run) = ([values[alive] for values in pair] for pair in (batch, running))
-      kl = 0.5 * np.log(v_run / v) + (v + (m - m_run) ** 2) / (2 * v_run) - 0.5
-      found[name] = rounded(np.mean(kl))
+    moments = [(mean, np.sqrt(np.maximum(var, 0))) for mean, var in (batch, running)]
+    kl = kl_divergence(*moments, noise)
+    if not np.isnan(kl):  # it is where all channels are constant
+      found[name] = rounded(kl)
   return dict(sorted(found.items()))

@@ -297,8 +297,8 @@ class Loop:
     """Whether the time between two saves is over; the same in all processes."""
     if jax.process_count() > 1 and self._moment.progress.step % _STEPS_BETWEEN_CLOCKS:
       return False
-    return distributed.from_first(
-      self._clock() - self._saved_at >= 60.0 * self._settings.checkpoint.minutes
+    return distributed.on_first_host(
+      lambda: self._clock() - self._saved_at >= 60.0 * self._settings.checkpoint.minutes
     )
 
   def _save(self) -> None:

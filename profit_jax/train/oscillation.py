@@ -21,7 +21,7 @@ from profit_jax.config import OscillationSettings
 from profit_jax.nn.spec import KERNEL, ModelSpec, split_path
 from profit_jax.quant.bits import Bits
 from profit_jax.schedule import Phase
-from profit_jax.train.instability import moves
+from profit_jax.train.instability import changes
 
 FREEZING_BITS = 4  # the most at which codes are fixed
 _NEVER = 2.0  # a threshold that no frequency reaches
@@ -155,13 +155,13 @@ def fix_codes(
     kernel, step = kernels[layer]
     fixed, mean = state.fixed[layer], state.mean[layer]
     code = jnp.where(fixed, jnp.round(mean).astype(jnp.int8), code)
-    moved = jnp.where(state.started, moves(state.codes[layer], code), jnp.int8(0))
-    turned = moved * state.direction[layer] == -1
+    _, turned, new.direction[layer] = changes(
+      state.codes[layer], state.direction[layer], code, state.started
+    )
     frequency = momentum * turned.astype(jnp.float32) + (1 - momentum) * state.frequency[layer]
     fixed = fixed | (frequency > threshold)
     value = code.astype(jnp.float32)
     present = jnp.where(state.started, momentum * value + (1 - momentum) * mean, value)
-    new.direction[layer] = jnp.where(moved == 0, state.direction[layer], moved)
     new.frequency[layer] = frequency
     new.mean[layer] = mean = jnp.where(fixed, mean, present)
     new.fixed[layer] = fixed

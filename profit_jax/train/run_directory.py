@@ -18,6 +18,7 @@ from etils import epath
 from profit_jax import snapshots
 from profit_jax.config import ConfigError, Settings, parse, with_new_names
 from profit_jax.data import Source
+from profit_jax.fields import listed
 from profit_jax.models import REGISTRY
 
 
@@ -169,7 +170,9 @@ def hold(workdir: epath.Path) -> Iterator[None]:
   """Keeps other runs out of a directory until the end of this process, however it ends: the lock is
   the kernel's.
 
-  Not in remote file systems (`gs://`), which have none.
+  Not in remote file systems (`gs://`), which have none. Not by `filelock`: where a file system has
+  no locks, it leaves a file in their place, which outlives a killed run and would keep it from
+  being resumed on another machine.
 
   Raises:
     ConfigError: a run that lives holds it, or it cannot be written.
@@ -261,6 +264,14 @@ def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
     TypeError,
     AttributeError,
   ) as error:
+    model = config.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if isinstance(name, str) and name not in REGISTRY:
+      raise ConfigError(
+        f"{flag} {workdir}: config.json names the model {name!r}, which is not registered; "
+        f"{listed(REGISTRY)} are. Give the configuration file that registers it as --config, or "
+        "run the command from a script that imports that file."
+      ) from error
     raise ConfigError(
       f"{flag} {workdir}: config.json is damaged, or of another release: {error}"
     ) from error

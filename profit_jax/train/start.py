@@ -16,7 +16,7 @@ from profit_jax.train.evaluate import evaluate
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Best, Progress, Start
-from profit_jax.weights.load import HEAD, Loaded, Variables, differing_settings, load_variables
+from profit_jax.weights.load import Loaded, Variables, differing_settings, head_of, load_variables
 
 
 class Student(NamedTuple):
@@ -84,9 +84,10 @@ def load_student(settings: Settings, num_classes: int, progress: Progress | None
     return Student(spec, random, None, None)
   head = None
   if settings.init.reset_head:
-    # Of a whole initialization, XLA compiles what is asked for: the classifier.
-    key = jax.random.key(settings.seed)
-    head = {"params": {HEAD: jax.jit(lambda key: spec.init(key)["params"][HEAD])(key)}}
+    # Of a whole initialization, XLA compiles what is asked for: the head.
+    head = jax.jit(lambda key: head_of(settings.model.name, spec.init(key)))(
+      jax.random.key(settings.seed)
+    )
   loaded = load_variables(settings.init.weights, settings.model.name, spec.shapes, new_head=head)
   return Student(
     spec, lambda: loaded.variables, loaded, with_padding(loaded.settings.get("pad_value"))

@@ -232,7 +232,7 @@ def _fix_codes(state, strengths, bits, momentum, spec):
     unpack(state.params),
     bits,
     strengths.threshold,
-    oscillation.freeze_momentum,
+    momentum,
     spec,
   )
   return state.replace(params=state.params.with_kernels(params), oscillation=oscillating)

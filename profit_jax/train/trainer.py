@@ -76,9 +76,9 @@ def claim(
     closing.enter_context(run_directory.hold(workdir))
     run_directory.claim_workdir(workdir, identity)
 
-  distributed.first_does(claim_it)
+  distributed.on_first_host(claim_it)
   # A directory that only the first process sees.
-  distributed.together(lambda: run_directory.read_data(workdir))
+  distributed.on_all_hosts(lambda: run_directory.read_data(workdir))
   writer = snapshots.Writer(workdir / "checkpoints", keep=keep)
 
   def close(error, *_):

@@ -15,11 +15,16 @@ TORCH_LEAF = {
 _SCALARS = ("quant_a", "quant_c")
 
 
+def torch_leaf(leaf: str) -> str:
+  """The name in torch of a leaf of ours; other parameters keep theirs."""
+  return TORCH_LEAF.get(leaf, leaf)
+
+
 def torch_shape(leaf: str, shape: tuple[int, ...], pointwise: bool = False) -> tuple[int, ...]:
   """The shape that torch's tensor has for a leaf of ours with `shape`.
 
   Args:
-    leaf: its name, a key of `TORCH_LEAF`.
+    leaf: its name. Only kernels and quantizers' scalars have another layout.
     shape: ours.
     pointwise: our dense layer is a 1x1 convolution there.
   """

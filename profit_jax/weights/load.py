@@ -8,15 +8,13 @@ import numpy as np
 from flax import traverse_util
 
 from profit_jax.config import ConfigError, ModelSettings
-from profit_jax.models import REGISTRY, STRIDES, options
+from profit_jax.models import REGISTRY, options
 from profit_jax.nn.spec import describe
-from profit_jax.weights import authors, timm, torchvision
 from profit_jax.weights.files import read_contents
-from profit_jax.weights.naming import QUANTIZER_LEAVES, Naming, OwnNaming, Path
+from profit_jax.weights.naming import QUANTIZER_LEAVES, Names, OwnNames, Path, TorchNames
 
 Variables = dict[str, Any]
 
-HEAD = "classifier"  # the layer that depends on the number of classes
 # Settings that change what a net computes without changing the shape of any tensor, or its channels
 # at other widths.
 _TELLING = frozenset(
@@ -24,15 +22,33 @@ _TELLING = frozenset(
 )
 _RAW_ONE = np.log(np.expm1(1.0))  # the raw value of a quantizer's scalar that is 1
 
-# Of equally good names the first counts: without quantizer scalars, the authors' MobileNet-v2 is
-# torchvision's.
-_SOURCES = (torchvision.NAMINGS, timm.NAMINGS, authors.NAMINGS)
+
+def namings(model: str) -> dict[str, Names]:
+  """The names of a model's tensors by source; of equally good ones the first count."""
+  known = [*map(TorchNames, REGISTRY[model].names), OwnNames()]
+  return {names.source: names for names in known}
 
 
-def namings(model: str) -> dict[str, Naming]:
-  """The namings that a model is known by, by source."""
-  known = [source[model] for source in _SOURCES if model in source] + [OwnNaming()]
-  return {naming.source: naming for naming in known}
+def head_of(model: str, variables: Variables) -> Variables:
+  """Of a model's variables, those of the layer that depends on the number of classes.
+
+  Raises:
+    ConfigError: there is no such layer.
+  """
+  flat = traverse_util.flatten_dict(variables)
+  found = {path: leaf for path, leaf in flat.items() if _is_of_head(model, path)}
+  if not found:
+    head = REGISTRY[model].head
+    raise ConfigError(
+      f"The model {model} has no layer {head!r}, which it should have for the classes. Register it "
+      "with head=PATH, the path of its last layer."
+    )
+  return traverse_util.unflatten_dict(found)
+
+
+def _is_of_head(model: str, path: Path) -> bool:
+  head = tuple(REGISTRY[model].head.split("/"))
+  return path[1 : 1 + len(head)] == head
 
 
 class Loaded(NamedTuple):
@@ -98,8 +114,7 @@ def import_variables(
       in part.
     source: what to call the file in a message.
     role: whose weights they are, for the message.
-    new_head: variables whose classifier is taken; what the file has for it, of any shape, is passed
-      over.
+    new_head: variables whose head is taken; what the file has for it, of any shape, is passed over.
     dtype: of the result.
 
   Raises:
@@ -126,9 +141,7 @@ def import_variables(
     if path[-1] in QUANTIZER_LEAVES
   }
   if new_head is not None:
-    head = {
-      path: leaf for path, leaf in traverse_util.flatten_dict(new_head).items() if path[1] == HEAD
-    }
+    head = traverse_util.flatten_dict(head_of(model, new_head))
     leaves |= {path: np.asarray(leaf, dtype) for path, leaf in head.items()}
     passed_over |= {expected.pop(path) for path in head if path in expected}
 
@@ -146,7 +159,7 @@ def import_variables(
     elif name not in unset:
       leaves[path] = naming.read(path, given[name], shapes[path]).astype(dtype)
   if problems:
-    head_names = {name for path, name in expected.items() if path[1] == HEAD}
+    head_names = {name for path, name in expected.items() if _is_of_head(model, path)}
     only_head = all(
       name in head_names and told.startswith("wrong shape") for name, told in problems.items()
     )
@@ -193,7 +206,7 @@ def differing_settings(
     ours = getattr(settings, name)
     if name == "strides":
       theirs, ours = (
-        tuple(strides) or STRIDES.get(settings.name, ()) for strides in (theirs, ours)
+        tuple(strides) or REGISTRY[settings.name].strides for strides in (theirs, ours)
       )
     if ours != theirs and not (name == "channel_rounding" and settings.width == 1):
       found[name] = theirs, ours
@@ -202,7 +215,7 @@ def differing_settings(
 
 def _recognise(
   model: str, paths: Collection[Path], given: Mapping[str, Any]
-) -> tuple[Naming, dict[Path, str]]:
+) -> tuple[Names, dict[Path, str]]:
   """The naming that explains most of a file's names, and its names for a model's leaves."""
   candidates = [(naming, naming.tensor_names(paths)) for naming in namings(model).values()]
   return max(candidates, key=lambda candidate: len(given.keys() & set(candidate[1].values())))
@@ -213,7 +226,8 @@ def _advice(
 ) -> str:
   """What to do about a file that does not fit."""
   if only_head and role == "teacher":
-    classes = template["params"][HEAD]["bias"].shape[0]
+    head = traverse_util.flatten_dict(head_of(model, template)).values()
+    classes = next(leaf.shape[-1] for leaf in head if leaf.shape)
     return f"Only its number of classes differs: a teacher needs those of the data, {classes}."
   if only_head:
     return (
@@ -238,12 +252,18 @@ def _looks_like(given: Mapping[str, Any], model: str, template: Variables) -> st
   # Otherwise all models are traced, which takes ten seconds or more.
   if _common_share(given, model, template) > 0.9:
     return model
-  scores = {
-    other: _common_share(given, other, describe(make(), (224, 224, 3)).shapes)
-    for other, make in REGISTRY.items()
-  }
+  scores = {other: _likeness(given, other) for other in REGISTRY}
   best = max(scores, key=scores.get)
   return best if scores[best] > 0 else None
+
+
+def _likeness(given: Mapping[str, Any], model: str) -> float:
+  """`_common_share` of any registered model; 0 where it does not take ImageNet's images."""
+  try:
+    shapes = describe(REGISTRY[model](num_classes=1000), (224, 224, 3)).shapes
+    return _common_share(given, model, shapes)
+  except Exception:  # a model of a user is code that can raise anything
+    return 0.0
 
 
 def _common_share(given: Mapping[str, Any], model: str, template: Variables) -> float:

@@ -1,11 +1,15 @@
-"""What a source calls our tensors, and with which model settings its own code computes."""
+"""The tensors of a model's leaves in files, under other codebases' names or our own."""
 
+import abc
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import types
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from profit_jax.models.naming import Naming
+from profit_jax.models.registry import OWN_NAMES
 from profit_jax.quant import QUANTIZERS
 from profit_jax.weights import layout
 
@@ -16,76 +20,103 @@ QUANTIZER_LEAVES = frozenset(
 )
 
 
-def blocks_of(layers: Collection[Path]) -> dict[str, set[Path]]:
-  """The layers inside of each block, as paths without the block's name."""
-  blocks: dict[str, set[Path]] = {}
-  for layer in layers:
-    if layer[0].startswith("block"):
-      blocks.setdefault(layer[0], set()).add(layer[1:])
-  return blocks
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Naming:
-  """The names of a model's tensors in torch files of one source.
+class Names(abc.ABC):
+  """What one kind of file calls a model's tensors, and how it stores them.
 
   Attributes:
-    source: `torchvision`, `timm`, `authors`.
-    layer_names: our layers (paths without collection and leaf) -> their modules' names. Layers that
-      it leaves out, quantizers, have no tensors there.
+    source: whose names.
     settings: of `config.model`, with which the source's own code computes.
-    pointwise: dense layers of ours that are 1x1 convolutions there, by their own name.
-    quantizers: whether the source has DuQ's scalars.
+    duq_only: whether there is a place for DuQ's scalars, but not for other quantizers'.
   """
 
   source: str
-  layer_names: Callable[[Collection[Path]], Mapping[Path, str]]
   settings: Mapping[str, Any]
-  pointwise: frozenset[str] = frozenset()
-  quantizers: bool = False
+  duq_only: bool
 
+  @abc.abstractmethod
   def tensor_names(self, paths: Collection[Path]) -> dict[Path, str]:
     """Our leaves -> their tensors, without those that the source does not have."""
-    layers = self.layer_names({path[1:-1] for path in paths})
-    return {
-      path: f"{layers[path[1:-1]]}.{layout.TORCH_LEAF[path[-1]]}"
-      for path in paths
-      if path[1:-1] in layers
-      and (path[-1] not in QUANTIZER_LEAVES or (self.quantizers and path[-1] in layout.TORCH_LEAF))
-    }
 
+  @abc.abstractmethod
   def tensor_shape(self, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of their tensor for a leaf of ours."""
-    return layout.torch_shape(path[-1], shape, path[-2] in self.pointwise)
 
+  @abc.abstractmethod
   def read(self, path: Path, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Their tensor as our leaf."""
+
+  @abc.abstractmethod
+  def write(self, path: Path, array: np.ndarray) -> np.ndarray:
+    """Our leaf as their tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchNames(Names):
+  """Another codebase's names, and torch's layout."""
+
+  naming: Naming
+
+  @property
+  def source(self) -> str:
+    """See `Names`."""
+    return self.naming.source
+
+  @property
+  def settings(self) -> Mapping[str, Any]:
+    """See `Names`."""
+    return self.naming.settings
+
+  @property
+  def duq_only(self) -> bool:
+    """See `Names`."""
+    return self.naming.quantizers
+
+  def tensor_names(self, paths: Collection[Path]) -> dict[Path, str]:
+    """See `Names`."""
+    layers = self.naming.layer_names({path[1:-1] for path in paths})
+    return {
+      path: f"{layers[path[1:-1]]}.{layout.torch_leaf(path[-1])}"
+      for path in paths
+      if path[1:-1] in layers and self._has(path[-1])
+    }
+
+  def _has(self, leaf: str) -> bool:
+    if leaf not in QUANTIZER_LEAVES:
+      return True
+    return self.naming.quantizers and leaf in layout.TORCH_LEAF
+
+  def tensor_shape(self, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """See `Names`."""
+    return layout.torch_shape(path[-1], shape, path[-2] in self.naming.pointwise)
+
+  def read(self, path: Path, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """See `Names`."""
     return layout.from_torch(path[-1], tensor, shape)
 
   def write(self, path: Path, array: np.ndarray) -> np.ndarray:
-    """Our leaf as their tensor."""
-    return layout.to_torch(path[-1], array, path[-2] in self.pointwise)
+    """See `Names`."""
+    return layout.to_torch(path[-1], array, path[-2] in self.naming.pointwise)
 
 
-class OwnNaming(Naming):
-  """Our own names and layout: `params/block01/expand_conv/kernel`."""
+class OwnNames(Names):
+  """Our own names and layout, one rule for every model: `params/block01/expand_conv/kernel`."""
 
-  def __init__(self):
-    """Has no arguments: every model has the same rule."""
-    super().__init__(source="profit_jax", layer_names=dict, settings={}, quantizers=True)
+  source = OWN_NAMES
+  settings: Mapping[str, Any] = types.MappingProxyType({})
+  duq_only = False
 
   def tensor_names(self, paths: Collection[Path]) -> dict[Path, str]:
-    """See `Naming`."""
+    """See `Names`."""
     return {path: "/".join(path) for path in paths}
 
   def tensor_shape(self, path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """See `Naming`."""
+    """See `Names`."""
     return tuple(shape)
 
   def read(self, path: Path, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """See `Naming`."""
+    """See `Names`."""
     return tensor
 
   def write(self, path: Path, array: np.ndarray) -> np.ndarray:
-    """See `Naming`."""
+    """See `Names`."""
     return np.asarray(array, order="C")

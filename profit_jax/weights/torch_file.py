@@ -2,9 +2,9 @@
 
 Such a file is a pickle, and a pickle is a program for a small machine, which may call any function
 that it names and change any object that it reaches. The machine here knows only the instructions
-that tensors need; it can name only what `_NAMES` has, stand-ins that note what they are told and
-cannot be changed; and what it builds is measured against the size of the file, so that a small file
-cannot fill the memory.
+that tensors need; it can name only what it has a stand-in for, none of which can be changed; and
+what it builds is measured against the size of the file, so that a small file cannot fill the
+memory.
 
 Both formats are read: the zip archive (torch 1.6 and later) and the stream of pickles before it, in
 which older files of torchvision and timm are published.
@@ -15,7 +15,7 @@ import io
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
@@ -23,7 +23,7 @@ import numpy as np
 
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 _STREAM_PROTOCOL = 1001
-# Tensors may share memory, and each becomes an array of its own; more than this times the file is
+# Tensors may share memory, and whoever reads them may copy each; more than this times the file is
 # no honest sharing.
 _LARGEST_GROWTH = 8
 _DTYPES = {
@@ -51,49 +51,17 @@ class _StorageType(NamedTuple):
 
 
 class _Storage(NamedTuple):
-  """A flat piece of memory that tensors look into; its content comes after the pickle."""
+  """A flat piece of memory that tensors look into; the file has its content after the pickle."""
 
-  dtype: str
   key: str
-  size: int
+  data: np.ndarray
 
 
-class _Tensor(NamedTuple):
-  """What the pickle says of a tensor; nothing of it is checked yet."""
+class _Function(NamedTuple):
+  """A function that a pickle may call."""
 
-  storage: Any
-  offset: Any
-  shape: Any
-  strides: Any
+  call: Callable[..., Any]
 
-
-class _Function:
-  """A callable that a pickle may use but not change."""
-
-  __slots__ = ("_call",)
-
-  def __init__(self, call: Callable[..., Any]):
-    self._call = call
-
-  def __call__(self, *args: Any) -> Any:
-    return self._call(*args)
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *_):
-  """Stands in for torch's constructors; their other arguments are gradients, hooks and metadata."""
-  return _Tensor(storage, offset, shape, strides)
-
-
-_NAMES: dict[tuple[str, str], Any] = {
-  ("collections", "OrderedDict"): _Function(lambda items=(): collections.OrderedDict(items)),
-  ("torch", "Size"): _Function(lambda shape=(): tuple(shape)),
-  ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
-  ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
-  ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),
-  # The options that training scripts save beside the weights: what stands in it is not kept.
-  ("argparse", "Namespace"): _Function(lambda *_: collections.OrderedDict()),
-  **{("torch", name): _StorageType(name) for name in _DTYPES},
-}
 
 _OPCODES = (
   *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK),
@@ -141,24 +109,40 @@ _OPCODES = (
 # The one in Python, not the fast one in C: its instructions can be taken away, and a place number
 # of 2^32 in its memo does not reserve the memory for so many.
 class _Machine(pickle._Unpickler):
-  """Knows only `_OPCODES`, and these three in a form that cannot reach anything but `_NAMES`."""
+  """Knows only `_OPCODES`, and these three in a form that cannot reach anything but `names`.
+
+  Attributes:
+    storages: that the pickle has referred to, by their names in the file; filled with zeros.
+  """
 
   dispatch: ClassVar[dict[int, Callable[..., None]]] = {
     code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES
   }
 
-  def __init__(self, file: io.BytesIO):
+  def __init__(self, file: io.BytesIO, limit: int):
+    """Args: file: with the pickle; limit: bytes that storages and tensors may have."""
     super().__init__(file, encoding="utf-8")
+    self.storages: dict[str, _Storage] = {}
+    self._left = limit
+    self._names = {
+      ("collections", "OrderedDict"): _Function(collections.OrderedDict),
+      ("torch", "Size"): _Function(tuple),
+      ("torch._utils", "_rebuild_tensor"): _Function(self._tensor),
+      ("torch._utils", "_rebuild_tensor_v2"): _Function(self._tensor),
+      ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),
+      # The options that training scripts save beside the weights: what stands in it is not kept.
+      ("argparse", "Namespace"): _Function(lambda *_: collections.OrderedDict()),
+      **{("torch", name): _StorageType(name) for name in _DTYPES},
+    }
 
   def find_class(self, module: str, name: str) -> Any:
     """See `pickle.Unpickler`."""
-    found = _NAMES.get((module, name))
-    if found is None:
+    if (module, name) not in self._names:
       raise TorchFileError(
         f"it asks to run {module}.{name}, which weights do not need and which is not run here. "
         f"In torch, save the plain weights: torch.save(model.state_dict(), FILE)"
       )
-    return found
+    return self._names[module, name]
 
   def persistent_load(self, pid: Any) -> _Storage:
     """See `pickle.Unpickler`: torch keeps storages outside of the pickle."""
@@ -171,13 +155,45 @@ class _Machine(pickle._Unpickler):
       raise TorchFileError(
         "it has views of storages, which torch stopped writing in version 0.4; save it again"
       )
-    return _Storage(kind.name, str(key), size)
+    key, dtype = str(key), np.dtype(_DTYPES[kind.name])
+    if key not in self.storages:
+      self._take(size * dtype.itemsize)
+      self.storages[key] = _Storage(key, np.zeros(size, dtype))
+    storage = self.storages[key]
+    if (storage.data.dtype, storage.data.size) != (dtype, size):
+      raise TorchFileError(f"storage {key} is described in two ways")
+    return storage
+
+  def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
+    """What torch's constructors make; their other arguments are gradients, hooks and metadata."""
+    if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
+      raise TorchFileError("a tensor without a storage, a shape or strides")
+    numbers = (offset, *shape, *strides)
+    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides):
+      raise TorchFileError(f"a tensor with offset, shape and strides {numbers} makes no sense")
+    data, size = storage.data, math.prod(shape)
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if size and (last >= data.size or size > data.size):
+      raise TorchFileError(
+        f"a tensor of shape {shape} reaches beyond its {data.size} stored elements"
+      )
+    self._take(size * data.itemsize)
+    if not size:
+      return np.zeros(shape, data.dtype)
+    byte_strides = [stride * data.itemsize for stride in strides]
+    # A view, because the storage's content is not there yet.
+    return np.lib.stride_tricks.as_strided(data[offset:], shape, byte_strides, writeable=False)
+
+  def _take(self, size: int) -> None:
+    self._left -= size
+    if self._left < 0:
+      raise TorchFileError("its tensors are many times larger than the file")
 
   def _call(self) -> None:
     arguments, function = self.stack.pop(), self.stack.pop()
     if type(function) is not _Function or type(arguments) is not tuple:
       raise TorchFileError("it calls something that cannot be called")
-    self.stack.append(function(*arguments))
+    self.stack.append(function.call(*arguments))
 
   def _forget_state(self) -> None:
     # What torch hangs on a state dict, `_metadata`, is not needed.
@@ -203,10 +219,7 @@ def read(content: bytes) -> Any:
     TorchFileError: not a torch file, a damaged one, or one that asks for more than tensors.
   """
   try:
-    tree, storages = (
-      _read_archive(content) if content[:4] == b"PK\x03\x04" else _read_stream(content)
-    )
-    return _Arrays(storages, limit=_LARGEST_GROWTH * len(content)).replace(tree)
+    return _read_archive(content) if content[:4] == b"PK\x03\x04" else _read_stream(content)
   except TorchFileError:
     raise
   # A damaged pickle raises whatever its instructions stumble over.
@@ -216,7 +229,7 @@ def read(content: bytes) -> Any:
     ) from error
 
 
-def _read_archive(content: bytes) -> tuple[Any, Callable[[_Storage], bytes]]:
+def _read_archive(content: bytes) -> Any:
   archive = zipfile.ZipFile(io.BytesIO(content))
   if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
     raise TorchFileError("its entries are compressed, which torch never does")
@@ -224,107 +237,36 @@ def _read_archive(content: bytes) -> tuple[Any, Callable[[_Storage], bytes]]:
   root = pickled.removesuffix("data.pkl")
   if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
     raise TorchFileError("it was written on a big-endian machine; save it again on another")
-  tree = _Machine(io.BytesIO(archive.read(pickled))).load()
-  return tree, lambda storage: archive.read(f"{root}data/{storage.key}")
+  machine = _Machine(io.BytesIO(archive.read(pickled)), _LARGEST_GROWTH * len(content))
+  tree = machine.load()
+  for storage in machine.storages.values():
+    _fill(storage, archive.read(f"{root}data/{storage.key}"))
+  return tree
 
 
-def _read_stream(content: bytes) -> tuple[Any, Callable[[_Storage], bytes]]:
-  file = io.BytesIO(content)
-
-  def load():
-    return _Machine(file).load()
-
-  if load() != _STREAM_MAGIC:
+def _read_stream(content: bytes) -> Any:
+  file, limit = io.BytesIO(content), _LARGEST_GROWTH * len(content)
+  if _Machine(file, limit).load() != _STREAM_MAGIC:
     raise TorchFileError("it does not begin as a file of torch.save does")
-  protocol, system = load(), load()
+  protocol, system = _Machine(file, limit).load(), _Machine(file, limit).load()
   if protocol != _STREAM_PROTOCOL or not system.get("little_endian", True):
     raise TorchFileError(
       f"its version is {protocol}, on {system}: only {_STREAM_PROTOCOL}, little-endian, is known"
     )
-  tree, keys = load(), [str(key) for key in load()]
-  # Only a tensor tells how many bytes an element of a storage has.
-  places, rest = {}, content[file.tell() :]
-  item_sizes = {
-    storage.key: np.dtype(_DTYPES[storage.dtype]).itemsize for storage in _storages_of(tree, set())
-  }
-  position = 0
+  machine = _Machine(file, limit)
+  tree, keys = machine.load(), [str(key) for key in _Machine(file, limit).load()]
+  if machine.storages.keys() != set(keys):
+    raise TorchFileError(f"its storages {keys} are not those of its tensors")
   for key in keys:
-    size = int.from_bytes(rest[position : position + 8], "little") * item_sizes[key]
-    places[key] = slice(position + 8, position + 8 + size)
-    position += 8 + size
-  return tree, lambda storage: rest[places[storage.key]]
+    size, data = int.from_bytes(file.read(8), "little"), machine.storages[key].data
+    _fill(machine.storages[key], file.read(size * data.itemsize))
+  return tree
 
 
-def _storages_of(tree: Any, seen: set[int]) -> Any:
-  if isinstance(tree, (dict, list, tuple)) and id(tree) not in seen:
-    seen.add(id(tree))
-    if type(tree) is _Storage:
-      yield tree
-    else:
-      for value in tree.values() if isinstance(tree, dict) else tree:
-        yield from _storages_of(value, seen)
-
-
-class _Arrays:
-  """Puts arrays in place of tensors; every object once, however often the file refers to it."""
-
-  def __init__(self, content: Callable[[_Storage], bytes], *, limit: int):
-    self._content, self._left = content, limit
-    self._storages: dict[str, tuple[_Storage, np.ndarray]] = {}
-    self._made: dict[int, Any] = {}
-
-  def replace(self, tree: Any) -> Any:
-    if id(tree) not in self._made:
-      if type(tree) is _Tensor:
-        self._made[id(tree)] = self._array(tree)
-      elif isinstance(tree, Mapping):
-        self._made[id(tree)] = {key: self.replace(value) for key, value in tree.items()}
-      elif type(tree) in (list, tuple):
-        self._made[id(tree)] = type(tree)(self.replace(value) for value in tree)
-      else:
-        return tree
-    return self._made[id(tree)]
-
-  def _array(self, tensor: _Tensor) -> np.ndarray:
-    storage, offset, shape, strides = tensor
-    if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
-      raise TorchFileError("a tensor without a storage, a shape or strides")
-    numbers = (offset, *shape, *strides)
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(strides):
-      raise TorchFileError(f"a tensor with offset, shape and strides {numbers} makes no sense")
-    data = self._data(storage)
-    size = math.prod(shape)
-    last = offset + sum(
-      (length - 1) * stride for length, stride in zip(shape, strides, strict=True)
+def _fill(storage: _Storage, content: bytes) -> None:
+  data = storage.data
+  if len(content) != data.nbytes:
+    raise TorchFileError(
+      f"storage {storage.key} has {len(content)} bytes, {data.size} x {data.dtype} are expected"
     )
-    if size and (last >= data.size or size > data.size):
-      raise TorchFileError(
-        f"a tensor of shape {shape} reaches beyond its {data.size} stored elements"
-      )
-    self._take(size * data.itemsize)
-    if not size:
-      return np.zeros(shape, data.dtype)
-    byte_strides = [stride * data.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(
-      data[offset:], shape, byte_strides, writeable=False
-    ).copy()
-
-  def _data(self, storage: _Storage) -> np.ndarray:
-    if storage.key not in self._storages:
-      data = self._content(storage)
-      self._take(len(data))
-      dtype = np.dtype(_DTYPES[storage.dtype])
-      if len(data) != storage.size * dtype.itemsize:
-        raise TorchFileError(
-          f"storage {storage.key} has {len(data)} bytes, {storage.size} x {dtype} are expected"
-        )
-      self._storages[storage.key] = storage, np.frombuffer(data, dtype)
-    known, data = self._storages[storage.key]
-    if known != storage:
-      raise TorchFileError(f"storage {storage.key} is described in two ways")
-    return data
-
-  def _take(self, size: int) -> None:
-    self._left -= size
-    if self._left < 0:
-      raise TorchFileError("its tensors are many times larger than the file")
+  data[:] = np.frombuffer(content, data.dtype)

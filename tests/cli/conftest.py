@@ -4,7 +4,7 @@ import pytest
 from etils import epath
 
 from profit_jax import data, snapshots
-from profit_jax.models import REGISTRY
+from profit_jax.models import REGISTRY, register
 from profit_jax.train import run_directory
 from profit_jax.train.progress import Best, PhaseRecord, Progress
 from tests.export.nets import random_variables, small_settings
@@ -16,7 +16,7 @@ MODEL = "tiny_v1"
 @pytest.fixture(scope="session")
 def tiny_v1():
   """Registers the tiny net."""
-  REGISTRY[MODEL] = TinyV1
+  register(MODEL)(TinyV1)
   yield
   del REGISTRY[MODEL]
 

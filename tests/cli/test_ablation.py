@@ -64,7 +64,7 @@ def test_a_part_of_a_grid():
   assert (grid.cells(), grid.seeds) == ([("mobilenet_v1", "on"), ("mobilenet_v2", "on")], 5)
   with pytest.raises(ConfigError, match=r"freezing=maybe .* freezing=on\|off"):
     ablation.narrowed(small_grid(), ["freezing=maybe"], None)
-  with pytest.raises(ConfigError, match="--seeds=0"):
+  with pytest.raises(ConfigError, match="seeds=0"):
     ablation.narrowed(small_grid(), [], 0)
 
 
@@ -82,7 +82,7 @@ def test_a_part_of_a_grid():
       "def get_grid(): return dict(config='', fields={}, axes={'a': {}}, keep=bool, seeds=1)",
       "axis 'a'",
     ),
-    ("def get_grid(): return dict(config='', fields={}, axes={}, keep=bool, seeds=0)", "seeds = 0"),
+    ("def get_grid(): return dict(config='', fields={}, axes={}, keep=bool, seeds=0)", "seeds=0"),
   ],
 )
 def test_a_file_that_is_no_grid(tmp_path, text, message):
@@ -95,11 +95,11 @@ def test_phases_in_common_are_trained_once():
   grid = ablation.read_grid(str(GRIDS[0].parent / "ablation_digits.py"))
   # A run of another seed comes first: it has no phase in common with any.
   runs = [(grid.cells()[0], 0), *((labels, 1) for labels in grid.cells())]
-  trunks = ablation.trunks({run: ablation.settings_of(grid, run) for run in runs})
+  parents = ablation.parents({run: ablation.settings_of(grid, run) for run in runs})
 
   def found(model, bits, freezing, progressive, padding="on"):
-    trunk = trunks.get(((model, bits, freezing, progressive, padding), 1))
-    return trunk and (*trunk.run[0][1:], trunk.run[1], trunk.phases)
+    parent = parents.get(((model, bits, freezing, progressive, padding), 1))
+    return parent and (*parent.run[0][1:], parent.run[1], parent.phases)
 
   for model in ("mobilenet_v2", "mobilenet_v3_small"):
     assert found(model, "W3A3", "on", "on") is None
@@ -274,7 +274,7 @@ else:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_run_begins_while_its_trunk_goes_on(tmp_path, alone):
+def test_a_run_begins_while_its_parent_goes_on(tmp_path, alone):
   (tmp_path / "grid.py").write_text(GRID)
   settings = ablation.settings_of(ablation.read_grid(str(tmp_path / "grid.py")), (("x",), 0))
   end = fork.ends(settings, len(plan(settings)), 1347)[-1]
@@ -320,7 +320,7 @@ def test_plan_prints_commands_and_trains_nothing(tmp_path, capsys):
   ("more", "message"),
   [
     (["--jobs=0"], "--jobs=0"),
-    (["--seeds=-1"], "--seeds=-1"),
+    (["--seeds=-1"], "seeds=-1"),
     (["--only=b=x"], "b=x"),
     (["--config=absent.py"], "absent.py"),
   ],

@@ -11,7 +11,7 @@ import tensorflow as tf
 from profit_jax import data
 from profit_jax.config import ConfigError
 from profit_jax.data import Host, preprocess
-from profit_jax.data.records import Pass, table_rows
+from profit_jax.data.records import EpochRequest, table_rows
 from tests.data import pictures
 from tests.data.pictures import EVAL, SIZE, TRAIN, settings
 
@@ -162,7 +162,7 @@ def test_a_host_may_meet_every_broken_image(damaged):
   broken = {i for i, file in enumerate(files) if file.endswith(("003.jpeg", "004.png"))}
 
   def met(epoch):
-    return broken <= set(table_rows(TRAIN, Pass(8, Host(0, 2), shuffle=(0, epoch)))[0])
+    return broken <= set(table_rows(TRAIN, EpochRequest(8, Host(0, 2), shuffle=(0, epoch)))[0])
 
   host = load_folder(damaged, Host(0, 2), **{"data.max_broken": 0.05})
   masks = [batch["mask"] for batch in host.train_batches(next(filter(met, range(100))), 8)]

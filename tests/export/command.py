@@ -6,9 +6,9 @@ python -m tests.export.command OPTIONS
 import sys
 
 import main
-from profit_jax.models import REGISTRY
+from profit_jax.models import register
 from tests.export import tiny
 
 if __name__ == "__main__":
-  REGISTRY["tiny_v1"] = tiny.TinyV1
+  register("tiny_v1")(tiny.TinyV1)
   sys.exit(main.run(sys.argv)[0])

@@ -16,6 +16,8 @@ class TinyV1(nn.Module):
   """Takes the attributes of a registered model."""
 
   num_classes: int = 10
+  width: float = 1.0
+  strides: tuple[int, ...] = ()
   activation: str = "relu6"
   bn_epsilon: float = 1e-5
 

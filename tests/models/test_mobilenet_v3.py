@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from profit_jax.models import REGISTRY
-from profit_jax.models.common import divisible_by_8, up_to_multiple_of_8
-from profit_jax.models.mobilenet_v3 import Block
+from profit_jax.models.common import divisible_by_8
+from profit_jax.models.mobilenet_v3 import Block, up_to_multiple_of_8
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Bits
 from profit_jax.weights.load import import_variables

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from flax import traverse_util
 
 from configs import base
 from profit_jax.config import ConfigError, parse
-from profit_jax.models import REGISTRY, STRIDES, TEACHERS_ONLY, build, check
+from profit_jax.models import REGISTRY, ModelEntry, Naming, build, check, register
+from profit_jax.models.mobilenet_v1 import MobileNetV1
 from profit_jax.quant.bits import Bits
 from profit_jax.weights.load import import_variables
 from tests import golden_data
@@ -93,7 +95,7 @@ def test_parameter_counts(model, count):
   )
 
 
-@pytest.mark.parametrize("model", sorted(REGISTRY.keys() - TEACHERS_ONLY))
+@pytest.mark.parametrize("model", sorted(name for name in REGISTRY if REGISTRY[name].quantized))
 def test_every_kernel_is_quantized(model):
   params = traverse_util.flatten_dict(traced(model)["params"])
   layers = [path[:-1] for path in params if path[-1] == "kernel"]
@@ -111,7 +113,7 @@ def test_every_kernel_is_quantized(model):
 )
 def test_strides(model, last):
   # The published ones take 224 to 7.
-  for strides, pixels in (((), 7), ((*STRIDES[model][:-1], 1), 14)):
+  for strides, pixels in (((), 7), ((*REGISTRY[model].strides[:-1], 1), 14)):
     output = traced(model, strides)["intermediates"][last]["__call__"][0]
     assert output.shape[1:3] == (pixels, pixels)
 
@@ -153,6 +155,56 @@ def test_settings_reach_the_model():
 def test_settings_that_do_not_fit_the_model(changes, message):
   with pytest.raises(ConfigError, match=message):
     check(settings(**changes))
+
+
+class NoClasses(nn.Module):
+  """Without a field for the number of classes."""
+
+
+class Classes(nn.Module):
+  """The least that can be registered."""
+
+  num_classes: int = 10
+
+
+def naming(**fields):
+  return Naming(**{"source": "lab", "layer_names": dict, **fields})
+
+
+@pytest.mark.parametrize(
+  ("name", "module", "options", "message"),
+  [
+    ("self", Classes, {}, r"'self'.*none, self"),
+    ("", Classes, {}, r"''.*empty"),
+    ("mine", Classes(), {}, r"'mine'.*instance of Classes.*not a class"),
+    ("mine", dict, {}, r"dict.*flax\.linen\.Module"),
+    ("mine", NoClasses, {}, r"NoClasses.*num_classes"),
+    ("mobilenet_v1", Classes, {}, r"'mobilenet_v1'.*mobilenet_v1\.MobileNetV1.*another"),
+    ("mine", Classes, {"fixed": {"depth": 3}}, r"Classes.*\bdepth\b"),
+    ("mine", Classes, {"names": [naming(), naming()]}, r"lab, lab.*once"),
+    ("mine", Classes, {"names": [naming(source="profit_jax")]}, r"profit_jax.*our own"),
+    ("mine", MobileNetV1, {"names": [naming(settings={"pad": 0})]}, r"\bpad\b.*bn_epsilon"),
+    (
+      "mine",
+      MobileNetV1,
+      {"fixed": {"width": 0.5}, "names": [naming(settings={"width": 1.0})]},
+      r"have width\. Allowed.*activation",
+    ),
+  ],
+)
+def test_what_cannot_be_registered(name, module, options, message):
+  before = dict(REGISTRY)
+  with pytest.raises(ConfigError, match=message):
+    register(name, **options)(module)
+  assert before == REGISTRY
+
+
+def test_a_model_without_a_width_or_strides_refuses_them(monkeypatch):
+  monkeypatch.setitem(REGISTRY, "mine", ModelEntry(Classes))
+  for changes in ({"model.width": 0.5}, {"model.strides": (2, 1)}):
+    with pytest.raises(ConfigError, match=rf"{next(iter(changes))} = .*mine"):
+      check(settings(**{"model.name": "mine", **changes}))
+  check(settings(**{"model.name": "mine"}))
 
 
 def test_resnet_refuses_bits():

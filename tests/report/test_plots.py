@@ -1,6 +1,16 @@
-"""What the plots' axes say."""
+"""What plots and reports say of layers."""
 
-from profit_jax.report import plots
+import flax.linen as nn
+import jax
+import numpy as np
+
+from configs import base
+from profit_jax.config import parse
+from profit_jax.nn.layers import QuantAct, QuantDense
+from profit_jax.nn.spec import describe
+from profit_jax.quant import PACT, Bits
+from profit_jax.report import plots, policy
+from profit_jax.schedule import plan
 
 
 def test_layers_stand_from_input_to_output():
@@ -25,3 +35,32 @@ def test_layers_stand_from_input_to_output():
   assert names == layers
   assert list(values[:, 0]) == [sorted(layers).index(layer) for layer in layers]
   assert plots.layer_matrix([{"stem_norm": 0.0}]) is None
+
+
+class Mixed(nn.Module):
+  """A quantized layer and a plain one."""
+
+  @nn.compact
+  def __call__(self, x, bits=Bits(), train=False):
+    x = QuantAct("symmetric", name="input")(nn.Dense(6, name="plain")(x), bits)
+    return QuantDense(5, name="quantized")(x, bits)
+
+
+def test_plain_kernels_have_no_codes():
+  params = describe(Mixed(), (4,)).init(jax.random.key(0))["params"]
+  shares = plots.code_shares(params, 4)
+  assert list(shares) == ["quantized"]
+  np.testing.assert_allclose(shares["quantized"].sum(), 1.0)
+
+
+def test_the_policy_lists_what_is_quantized():
+  settings = parse(base.get_config(), ["mobilenet_v2"])
+  data = {"train_examples": 10, "eval_examples": 5, "num_classes": 5, "fingerprint": ""}
+  environment = {"devices": 1, "device": "cpu", "packages": {}, "commit": None}
+  # PACT's kernels have no scalars.
+  spec = describe(Mixed(), (4,), Bits(quantizer=PACT()))
+  lines = policy.markdown(settings, plan(settings), data, environment, spec)
+  assert "1 kernels, 1 quantizers of activations:" in lines
+  assert "| quantized | 6x5 | 4 |" in lines
+  assert "| input | activations | 4 |" in lines
+  assert not any("plain" in line for line in lines)

@@ -3,7 +3,7 @@
 import jax
 
 from profit_jax.cli import app
-from profit_jax.models import REGISTRY
+from profit_jax.models import register
 from tests.train.forked import redirect
 from tests.train.runs import WITHOUT_PLOTS
 from tests.train.shared import tiny_config
@@ -16,7 +16,7 @@ def train(workdir, cache, log, changes):
   jax.config.update("jax_num_cpu_devices", 4)
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-  REGISTRY["tiny"] = TinyNet
+  register("tiny")(TinyNet)
   app.main(
     tiny_config(**{"compilation_cache": cache, **changes}), workdir, "train", hooks=WITHOUT_PLOTS
   )

@@ -9,7 +9,7 @@ import main
 from profit_jax import distributed
 from profit_jax.cli import app
 from profit_jax.config import ProfitError
-from profit_jax.models import REGISTRY
+from profit_jax.models import register
 from tests.train.forked import redirect
 from tests.train.runs import WITHOUT_PLOTS, SignalAt
 from tests.train.shared import tiny_config
@@ -46,7 +46,7 @@ def train(workdir, coordinator, processes, process, signals):
   jax.config.update("jax_num_cpu_devices", 2)
   # As `tests/conftest.py`: the starts of a run share even the smallest programs.
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-  REGISTRY["tiny"] = TinyNet
+  register("tiny")(TinyNet)
   hooks = SignalAt(signals).hooks if process == processes - 1 else WITHOUT_PLOTS
   # Ten seconds instead of a hundred: a test waits for it.
   cluster = app.Cluster(coordinator, processes, process, heartbeat_seconds=10)

@@ -7,7 +7,7 @@ import filelock
 import pytest
 
 from configs import digits_w4
-from profit_jax.models import REGISTRY
+from profit_jax.models import REGISTRY, register
 from tests.train.tiny import TinyNet
 from tests.wrong_input import command
 
@@ -17,7 +17,7 @@ PHASES = 9  # of `tiny_config()`, an epoch each
 @pytest.fixture(scope="session")
 def tiny():
   """Registers the tiny net as `tiny`."""
-  REGISTRY["tiny"] = TinyNet
+  register("tiny")(TinyNet)
   yield
   del REGISTRY["tiny"]
 

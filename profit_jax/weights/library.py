@@ -1,0 +1,85 @@
+"""Weights files for models that are given as modules: what `Trainer` starts from and ends with."""
+
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+
+from profit_jax.config import ConfigError
+from profit_jax.models import REGISTRY
+from profit_jax.nn.spec import describe
+from profit_jax.quant import Bits, DuQ, Quantizer
+from profit_jax.weights.files import read_contents
+from profit_jax.weights.load import load_variables
+from profit_jax.weights.save import write_safetensors
+
+Variables = dict[str, Any]
+_SHOWN = 5  # names in a message
+
+
+def save_weights(variables: Variables, path: str | os.PathLike[str]) -> None:
+  """Writes variables as a `.safetensors` file, each under its path, `params/conv/kernel`.
+
+  Args:
+    variables: `params` and `batch_stats`, as `Result.variables`.
+    path: of the file, local or remote.
+
+  Raises:
+    ConfigError: a path that does not end in .safetensors, or that cannot be written.
+  """
+  flat = traverse_util.flatten_dict(jax.device_get(variables), sep="/")
+  tensors = {name: np.asarray(value, order="C") for name, value in flat.items()}
+  write_safetensors(os.fspath(path), tensors, {})
+
+
+def load_weights(
+  path: str | os.PathLike[str],
+  model: nn.Module,
+  image_shape: tuple[int, ...],
+  *,
+  quantizer: Quantizer = DuQ(),
+) -> Variables:
+  """Reads a model's variables from a file; nothing is guessed, and nothing is left over.
+
+  Args:
+    path: a file of `save_weights`. Of a registered model, also one under the names of torchvision,
+      timm or the authors, or a run's directory.
+    model: whose variables they are.
+    image_shape: `(H, W, C)` of its images.
+    quantizer: of its layers. Scalars that a file in full precision lacks are 1.
+
+  Returns:
+    `params` and `batch_stats`, for `Trainer(variables=...)` or `model.apply`.
+
+  Raises:
+    ConfigError: no such file, a damaged one, or tensors that are not this model's.
+  """
+  spec = describe(model, image_shape, Bits(quantizer=quantizer))
+  for name, entry in REGISTRY.items():
+    if entry.module is type(model) and all(
+      getattr(model, field) == value for field, value in entry.fixed.items()
+    ):
+      return load_variables(os.fspath(path), name, spec.shapes).variables
+  expected = traverse_util.flatten_dict(spec.shapes, sep="/")
+  found = read_contents(os.fspath(path)).tensors
+  problems = [
+    *(f"{name} is missing" for name in expected.keys() - found.keys()),
+    *(f"{name} is not in the model" for name in found.keys() - expected.keys()),
+    *(
+      f"{name} has the shape {found[name].shape}, not {leaf.shape}"
+      for name, leaf in expected.items()
+      if name in found and found[name].shape != leaf.shape
+    ),
+  ]
+  if problems:
+    more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    raise ConfigError(
+      f"{os.fspath(path)} does not hold the weights of {type(model).__name__}: "
+      f"{'; '.join(sorted(problems)[:_SHOWN])}{more}. Give the file of this model, with its image "
+      "shape and quantizer."
+    )
+  arrays = {name: np.asarray(found[name], np.float32) for name in expected}
+  return {"batch_stats": {}, **traverse_util.unflatten_dict(arrays, sep="/")}

@@ -1,0 +1,51 @@
+"""Weights of modules: written, read back, and refused where they are another model's."""
+
+import jax
+import numpy as np
+import pytest
+
+import profit_jax as pj
+from profit_jax.models import REGISTRY
+from tests.specs import spec_of
+from tests.train.tiny import TinyNet
+
+SHAPE = (16, 16, 3)
+
+
+@pytest.fixture(scope="module")
+def variables():
+  return jax.device_get(spec_of(TinyNet(), 16).init(jax.random.key(0)))
+
+
+def test_weights_come_back_to_the_bit(tmp_path, variables):
+  pj.save_weights(variables, tmp_path / "tiny.safetensors")
+  back = pj.load_weights(tmp_path / "tiny.safetensors", TinyNet(), SHAPE)
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+@pytest.mark.parametrize(
+  ("model", "quantizer", "message"),
+  [
+    (
+      TinyNet(num_classes=3),
+      pj.DuQ(),
+      r"classifier/kernel has the shape \(16, 10\), not \(16, 3\)",
+    ),
+    (TinyNet(), pj.LSQ(), r"params/.*/quant_c is not in the model.*and \d+ more"),
+    (TinyNet(), pj.QIL(), r"quant_width is missing|quant_center is missing"),
+  ],
+)
+def test_the_weights_of_another_model_are_refused(tmp_path, variables, model, quantizer, message):
+  file = tmp_path / "tiny.safetensors"
+  pj.save_weights(variables, file)
+  with pytest.raises(pj.ConfigError, match=message):
+    pj.load_weights(file, model, SHAPE, quantizer=quantizer)
+
+
+def test_a_registered_model_takes_every_name_that_it_has(tmp_path):
+  model = REGISTRY["mobilenet_v2"](num_classes=3, width=0.1)
+  drawn = jax.device_get(spec_of(model, 32).init(jax.random.key(0)))
+  pj.save_weights(drawn, tmp_path / "v2.safetensors")
+  back = pj.load_weights(tmp_path / "v2.safetensors", model, (32, 32, 3))
+  for name in ("params", "batch_stats"):
+    jax.tree.map(np.testing.assert_array_equal, back[name], drawn[name])
