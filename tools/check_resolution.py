@@ -9,8 +9,8 @@ each platform and Python, and downloads nothing else. Packages are only accepted
 for those in `SOURCE_ONLY`. pip cannot answer this: it evaluates environment markers for the machine
 that it runs on, whatever its `--platform` says. uv evaluates them for the target.
 
-Prints a Markdown table of what is missing, then the reasons. Exit code 1 if anything is missing
-although no marker leaves it out.
+Prints a Markdown table of what is missing, then the reasons; `(marker)` is behind what the
+requirement's own marker leaves out. Exit code 1 if anything else is missing.
 """
 
 import argparse
@@ -91,6 +91,10 @@ def missing(requirements: list[str], platform: str, python: str) -> dict[str, st
   return absent
 
 
+def _cell(line: str, reason: str) -> str:
+  return re.split("[;=]", line)[0] + (" (marker)" if reason == _LEFT_OUT else "")
+
+
 def main() -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
@@ -106,11 +110,12 @@ def main() -> int:
   print("| cannot be had | " + " | ".join(f"Python {python}" for python in PYTHONS) + " |")
   print("|:--" * (len(PYTHONS) + 1) + "|")
   for name in PLATFORMS:
-    cells = (", ".join(re.split("[;>=]", line)[0] for line in found[name, p]) for p in PYTHONS)
+    cells = (", ".join(_cell(*item) for item in found[name, p].items()) for p in PYTHONS)
     print(f"| {name} | " + " | ".join(cell or "-" for cell in cells) + " |")
   for (name, python), absent in found.items():
     for line, reason in absent.items():
-      print(f"\n{name}, Python {python}: {line}: {reason}")
+      if reason != _LEFT_OUT:
+        print(f"\n{name}, Python {python}: {line}: {reason}")
   return int(any({*absent.values()} - {_LEFT_OUT} for absent in found.values()))
 
 
