@@ -1,16 +1,16 @@
-"""Which requirements cannot be installed on which platform.
+"""Which pinned requirements cannot be installed on which platform.
 
     python -m pip install uv
-    python tools/check_resolution.py                   # requirements.txt
-    python tools/check_resolution.py pyproject.toml    # the package with all its extras
+    python tools/check_resolution.py                         # requirements.txt
+    python tools/check_resolution.py requirements*.txt       # with those of extras
 
 Asks the package index for the metadata of every requirement and of what it requires in turn, for
 each platform and Python, and downloads nothing else. Packages are only accepted as wheels, except
 for those in `SOURCE_ONLY`. pip cannot answer this: it evaluates environment markers for the machine
 that it runs on, whatever its `--platform` says. uv evaluates them for the target.
 
-Prints a Markdown table of what is missing, then the reasons. Exit code 1 if anything is missing
-although no marker leaves it out.
+Prints a Markdown table of what is missing, then the reasons; `(marker)` is behind what the
+requirement's own marker leaves out. Exit code 1 if anything else is missing.
 """
 
 import argparse
@@ -19,12 +19,11 @@ import pathlib
 import re
 import subprocess
 import sys
-import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PLATFORMS = {
-  "Linux x86-64": "x86_64-manylinux_2_28",
-  "Linux aarch64": "aarch64-manylinux_2_28",
+  "Linux x86-64": "x86_64-manylinux_2_31",
+  "Linux aarch64": "aarch64-manylinux_2_31",
   "macOS 14 arm64": "aarch64-apple-darwin",
 }
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -34,11 +33,7 @@ _LEFT_OUT = "its marker leaves it out"
 
 
 def read(file: pathlib.Path) -> list[str]:
-  """The requirements of a requirements file, or of a pyproject.toml with all its extras."""
-  if file.suffix == ".toml":
-    project = tomllib.loads(file.read_text())["project"]
-    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
-    return list(dict.fromkeys(line for line in lines if not line.startswith(project["name"])))
+  """The lines of a requirements file, without comments."""
   lines = [line.split("#")[0].strip() for line in file.read_text().splitlines()]
   return [line for line in lines if line]
 
@@ -96,13 +91,17 @@ def missing(requirements: list[str], platform: str, python: str) -> dict[str, st
   return absent
 
 
+def _cell(line: str, reason: str) -> str:
+  return re.split("[;=]", line)[0] + (" (marker)" if reason == _LEFT_OUT else "")
+
+
 def main() -> int:
   """The command line; returns the exit code."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("file", nargs="?", type=pathlib.Path, default=ROOT / "requirements.txt")
-  requirements = read(parser.parse_args().file)
+  parser.add_argument("files", nargs="*", type=pathlib.Path, default=[ROOT / "requirements.txt"])
+  requirements = [line for file in parser.parse_args().files for line in read(file)]
   found = {
     (name, python): missing(requirements, platform, python)
     for name, platform in PLATFORMS.items()
@@ -111,11 +110,12 @@ def main() -> int:
   print("| cannot be had | " + " | ".join(f"Python {python}" for python in PYTHONS) + " |")
   print("|:--" * (len(PYTHONS) + 1) + "|")
   for name in PLATFORMS:
-    cells = (", ".join(re.split("[;>=]", line)[0] for line in found[name, p]) for p in PYTHONS)
+    cells = (", ".join(_cell(*item) for item in found[name, p].items()) for p in PYTHONS)
     print(f"| {name} | " + " | ".join(cell or "-" for cell in cells) + " |")
   for (name, python), absent in found.items():
     for line, reason in absent.items():
-      print(f"\n{name}, Python {python}: {line}: {reason}")
+      if reason != _LEFT_OUT:
+        print(f"\n{name}, Python {python}: {line}: {reason}")
   return int(any({*absent.values()} - {_LEFT_OUT} for absent in found.values()))
 
 
