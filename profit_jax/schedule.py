@@ -152,8 +152,17 @@ def profit_schedule(  # noqa: PLR0913  one keyword for each setting
   References:
     Park and Yoo, PROFIT, ECCV 2020, arXiv 2008.04693, section 3.
   """
+  for name, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
+    if isinstance(bits, int):
+      raise ConfigError(f"{name} = {bits} is not allowed: give a tuple, as ({bits},).")
+  for name, rate in (
+    ("learning_rate", learning_rate),
+    ("full_precision_learning_rate", full_precision_learning_rate or learning_rate),
+  ):
+    if not 0 < rate <= 10:
+      raise ConfigError(f"{name} = {rate!r} is not allowed: it must be above 0, at most 10.")
   reached = tuple(weight_bits if progressive else weight_bits[-1:])
-  longest = min(e for e in (finetune_epochs, full_precision_epochs) if e) if finetune_epochs else 0
+  longest = min((e for e in (finetune_epochs, full_precision_epochs) if e > 0), default=0)
   options = PlanSettings(
     weight_bits=tuple(weight_bits),
     act_bits=tuple(act_bits),
@@ -174,7 +183,9 @@ def profit_schedule(  # noqa: PLR0913  one keyword for each setting
   try:
     check_plan(options)
   except ConfigError as error:
-    raise ConfigError(str(error).replace("config.plan.", "").replace("plan.", "")) from None
+    told = str(error).replace("config.plan.", "").replace("plan.", "")
+    told = told.replace("profit = False for plain fine-tuning", "() for plain fine-tuning")
+    raise ConfigError(told) from None
   rates = Rates(learning_rate, full_precision_learning_rate or learning_rate)
   phases = _Builder(options, rates, distill=teacher, first_distills=teacher).build(
     full_precision=full_precision_epochs > 0

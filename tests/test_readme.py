@@ -171,7 +171,9 @@ def test_what_is_named_exists(path):
     r"\b(?:benchmarks|configs|examples|profit_jax|tests)/[\w/.]*\.(?:py|md)\b", text
   )
   modules = re.findall(r"python -m (profit_jax[\w.]*)", text)
-  files += [module.replace(".", "/") + ".py" for module in modules]
+  files += [
+    f"{module.replace('.', '/')}{'.py' if '.' in module else '/__main__.py'}" for module in modules
+  ]
   assert [file for file in files if not (ROOT / file).exists()] == []
   targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
   named = re.findall(r"(?:^ {4}|`)make (?:PYTHON=\S+ )?([a-z][\w-]*)", text, flags=re.M)

@@ -404,6 +404,8 @@ def run_export(
     result = summary(best.progress, phases)
     trained = verify.TrainedModel(
       settings=settings,
+      width=settings.model.width,
+      train_examples=best.source.facts.train_examples,
       source=best.source,
       spec=best.spec,
       variables=best.variables,

@@ -8,6 +8,7 @@
 
 import importlib
 import os
+import re
 import sys
 import traceback
 
@@ -103,7 +104,9 @@ def _in_short(error):
   text = str(error)
   if isinstance(error, (KeyError, AttributeError)):
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
-    old = [field for field in RENAMED_FIELDS if f'"{field.rpartition(".")[2]}"' in text]
+    fields = ("remedy", *RENAMED_FIELDS)
+    words = set(re.findall(r"\w+", text))
+    old = [field for field in fields if field.rpartition(".")[2] in words]
     hint = f" {renamed_field(old[0])}" if old else ""
     return f"unknown name in the configuration: {' '.join(text.split())}{hint}"
   lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]

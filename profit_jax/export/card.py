@@ -54,7 +54,7 @@ def make(
     "format": name,
     "sha256": hashlib.sha256(content).hexdigest(),
     "model": net.model,
-    "width": settings.model.width,
+    "width": trained.width,
     "weight_bits": net.weight_bits,
     "act_bits": net.act_bits,
     "input": {
@@ -108,8 +108,8 @@ def make(
     "layers": [row._asdict() for row in rows],
     "training": {
       "dataset": settings.data.name,
-      "train_examples": facts.train_examples,
-      "eval_examples": facts.eval_examples,
+      "train_examples": trained.train_examples,
+      "eval_examples": check.examples,
       "seed": settings.seed,
       "weights": trained.weights,
       "phases": [
@@ -166,7 +166,7 @@ def markdown(card: dict[str, Any]) -> str:
   lines = [
     f"# {card['file']}",
     "",
-    f"{card['model']}, width {card['width']:g}, {name}, {card['num_classes']} classes; format "
+    f"{card['model']}, {_width(card['width'])}{name}, {card['num_classes']} classes; format "
     f"{card['format']}.",
     "",
     "| | |",
@@ -235,6 +235,10 @@ def markdown(card: dict[str, Any]) -> str:
     )
   versions = ", ".join(f"{package} {version}" for package, version in card["versions"].items())
   return "\n".join([*lines, "", f"Versions: {versions}."]) + "\n"
+
+
+def _width(width: float | None) -> str:
+  return "" if width is None else f"width {width:g}, "
 
 
 def _input_rows(pixels: dict[str, Any]) -> list[str]:

@@ -56,6 +56,8 @@ class TrainedModel:
 
   Attributes:
     settings: of the run; the model's name, the data set's, the seed and the batch size count.
+    width: of the model, or None.
+    train_examples: of an epoch of the run.
     source: the run's data.
     spec: of the model that was trained.
     variables: the checkpoint's `params` and `batch_stats`, on the host.
@@ -71,6 +73,8 @@ class TrainedModel:
   """
 
   settings: Settings
+  width: float | None
+  train_examples: int
   source: Source
   spec: ModelSpec
   variables: Any

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from profit_jax import paths
 from profit_jax.config import ConfigError, DataSettings, ModelSettings, Settings
 from profit_jax.data.batches import BatchSource, Data, EvalBatches
 from profit_jax.export import card, formats, verify
@@ -176,11 +177,18 @@ def export(
       )
   name = formats.of_file(path)
   module = load(name)
-  to = epath.Path(os.path.abspath(os.fspath(path)))
+  to = paths.opened("The file", os.fspath(path))
   opened = eval_batches if callable(eval_batches) else lambda: iter(eval_batches)
   data = Data(train=lambda epoch, step: opened(), eval=eval_batches, steps_per_epoch=1)
   source = BatchSource(dataclasses.replace(data, class_names=result.class_names))
   source.num_classes = result.spec.outputs
+  floats = result.normalization is None
+  if source.image_shape != result.spec.input_shape or floats == (source.image_dtype == np.uint8):
+    raise ConfigError(
+      f"The evaluation images are {source.image_dtype.name} of the shape {source.image_shape}, but "
+      f"the model was trained on {'float32' if floats else 'uint8'} of the shape "
+      f"{result.spec.input_shape}. Give the same kind."
+    )
   trained = _trained(result, source)
   exporter = Exporter(trained)
   exporter.require_equal()
@@ -198,10 +206,13 @@ def _trained(result: "Result", source: BatchSource) -> verify.TrainedModel:
   trained = verify.TrainedModel(
     settings=dataclasses.replace(
       Settings(
+        seed=result.seed,
         model=ModelSettings(name=type(result.spec.model).__name__),
         data=DataSettings(name="own batches"),
       ),
     ).with_batch_size(source.batch_size),
+    width=None,
+    train_examples=result.train_examples,
     source=source,
     spec=result.spec,
     variables=result.variables,

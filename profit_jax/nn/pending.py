@@ -1,4 +1,4 @@
-"""What an array that a layer gave was made of, for a layer behind it that can compute both at once.
+"""Remembers the parts of a layer's output, so that the next layer can compute both at once.
 
 Layers return plain arrays, so that any operation can follow. A `QuantConv` remembers beside its
 output the sums of codes and their scale, which a `BatchNorm` takes; a `BatchNorm` remembers what it

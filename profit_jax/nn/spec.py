@@ -1,4 +1,4 @@
-"""What a model is made of, as its layers themselves say.
+"""The layers of a model, and the role of each parameter.
 
 Which parameter is a quantized kernel, which belongs to a normalization and which to a quantizer is
 known by the layer that made it. Names decide nothing, so that any model made of `profit_jax.nn` is
@@ -157,7 +157,7 @@ def describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits = Bits()
     bits: with its quantizer and least bits; the widths do not matter.
 
   Raises:
-    ConfigError: not such a model; a layer that is called twice; variables besides `params` and
+    ConfigError: not such a model; a layer that is called twice; variables other than `params` and
       `batch_stats`.
   """
   _check_module(model)

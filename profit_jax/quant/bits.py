@@ -20,7 +20,7 @@ from profit_jax.quant.duq import DuQ
 )
 @dataclasses.dataclass(frozen=True)
 class Bits:
-  """What a model tells its layers: the bit widths, and how to quantize.
+  """The bit widths of a model's layers, and their quantizer.
 
   `None` is full precision. It is part of the tree's structure, so that whether a kind of tensor is
   quantized is static (one program each), while its width is a value (the same program).
@@ -33,7 +33,7 @@ class Bits:
     last: least bits of the last layer's kernel and of its input, by `of_last`; 0 for none.
     weight_at_least: least bits of this layer's kernel; 0 for none.
     act_at_least: likewise, of activations.
-    aiwq_every: AIWQ is measured on every so many-th image of a batch.
+    aiwq_every: AIWQ is measured on every n-th image of a batch.
 
   Raises:
     ValueError: an int outside 2 to 8.

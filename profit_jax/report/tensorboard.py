@@ -160,6 +160,8 @@ class TensorBoard(TensorBoardObserver):
     """
     self._logdir, self._pictures = logdir, pictures
     self._writer, self._step = None, 0
+    if not distributed.is_first():
+      self._pictures = False
 
   def opened(self, workdir: epath.Path) -> None:
     """See `Observer`."""

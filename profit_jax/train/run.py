@@ -1,4 +1,4 @@
-"""What a run trains, and how: what the command line and the library both make."""
+"""A run: what is trained, and how. The command line and the library both make one."""
 
 from typing import Any, NamedTuple
 

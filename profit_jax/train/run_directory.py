@@ -255,6 +255,11 @@ def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
   allowed values.
   """
   config = read_config(workdir, flag)
+  if "library" in config:
+    raise ConfigError(
+      f"{flag} {workdir} holds a run of the library (profit_jax.Trainer), which this command "
+      "cannot read. Use what Trainer.fit returns: the same call in Python gives it at once."
+    )
   try:
     return parse(ml_collections.ConfigDict(with_new_names(config)), REGISTRY)
   # ConfigDict refuses dots, and names of its methods.

@@ -139,7 +139,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What a run does besides its schedule; the defaults are the command line's.
+  """Settings of a run other than its schedule; the defaults are the command line's.
 
   Attributes:
     train: SGD, average of the weights, arithmetic. Batch sizes and learning rates are those of the
@@ -149,7 +149,7 @@ class Options:
     recovery: retries after numbers that are not finite.
     first_bits: least bits of layers that a model calls with `bits.of_first()`; 0 for none.
     last_bits: likewise, `bits.of_last()`.
-    sampling_every: AIWQ is measured on every so many-th image of a batch.
+    sampling_every: AIWQ is measured on every n-th image of a batch.
     devices: that the run uses; None is all.
     clock: in seconds; decides when the minutes between two checkpoints are over.
   """
@@ -181,6 +181,8 @@ class Result:
     epochs: every epoch's evaluation, and what was measured in it.
     class_names: of the data; empty without.
     normalization: of uint8 images; None where images are floats.
+    seed: of the run.
+    train_examples: of an epoch.
     workdir: of the run.
   """
 
@@ -195,6 +197,8 @@ class Result:
   epochs: tuple[EpochRecord, ...]
   class_names: tuple[str, ...]
   normalization: Normalization | None
+  seed: int
+  train_examples: int
   workdir: epath.Path
 
 
@@ -313,7 +317,7 @@ class Trainer:
         callback.opened(self._workdir)
       mesh = make_mesh(settings, options.devices)
       end = train(run, writer, snapshot, mesh, self._callbacks, options.clock)
-    return self._result(end, spec, data, source)
+    return self._result(end, spec, data, source, seed)
 
   def _settings(self, seed: int, source: BatchSource) -> Settings:
     options, size = self._options, source.batch_size
@@ -368,7 +372,9 @@ class Trainer:
     plain = json.loads(json.dumps(as_lists(config), default=_plain))
     return run_directory.Identity(plain, run_directory.data_identity(source))
 
-  def _result(self, end: Moment, spec: ModelSpec, data: Data, source: BatchSource) -> Result:
+  def _result(
+    self, end: Moment, spec: ModelSpec, data: Data, source: BatchSource, seed: int
+  ) -> Result:
     progress, last = end.progress, self._phases[-1]
     full_precision = progress.full_precision
     return Result(
@@ -383,6 +389,8 @@ class Trainer:
       epochs=tuple(progress.epochs),
       class_names=tuple(data.class_names),
       normalization=source.facts.normalization if source.image_dtype == np.uint8 else None,
+      seed=seed,
+      train_examples=source.facts.train_examples,
       workdir=self._workdir,
     )
 

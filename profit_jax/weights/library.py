@@ -49,7 +49,8 @@ def load_weights(
       timm or the authors, or a run's directory.
     model: whose variables they are.
     image_shape: `(H, W, C)` of its images.
-    quantizer: of its layers. Scalars that a file in full precision lacks are 1.
+    quantizer: of its layers, as the file has it. A registered model's file in full precision lacks
+      the scalars: they are 1.
 
   Returns:
     `params` and `batch_stats`, for `Trainer(variables=...)` or `model.apply`.

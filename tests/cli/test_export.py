@@ -76,6 +76,8 @@ def trained_model(top1):
   settings = tiny_settings()
   return verify.TrainedModel(
     settings=settings,
+    width=1.0,
+    train_examples=1347,
     source=digits(),
     spec=student_spec(settings, 10),
     variables=random_variables(settings),

@@ -124,7 +124,7 @@ def test_a_file_is_what_was_trained_or_why_it_is_not(net, runner):
 
   def check(runner, top1):
     trained = verify.TrainedModel(
-      settings, digits(), None, None, None, 4, 4, None, [], "raw", None, top1
+      settings, 1.0, 1347, digits(), None, None, None, 4, 4, None, [], "raw", None, top1
     )
     return verify.check_file(net, [images()], runner, trained)
 

@@ -4,5 +4,5 @@ from tests.train.shared import tiny_config
 
 
 def get_config():
-  """See `tests/train/conftest.py`."""
+  """See `tests/train/shared.py`."""
   return tiny_config()
