@@ -20,7 +20,7 @@ from profit_jax.nn.spec import ModelSpec
 from profit_jax.train.programs import Programs, default_dtype
 
 MODELS = sorted(name for name, entry in REGISTRY.items() if entry.quantized)
-FACTS = data.KNOWN["imagenet2012"]
+INFO = data.KNOWN["imagenet2012"]
 
 
 def one_of(flag: str, value: str, allowed: list[str]) -> None:
@@ -55,7 +55,7 @@ def settings_of(options: argparse.Namespace, target: Target) -> Settings:
 
 def spec_of(settings: Settings) -> ModelSpec:
   """The model of a run."""
-  return student_spec(settings, FACTS.num_classes)
+  return student_spec(settings, INFO.num_classes)
 
 
 def mesh_of(target: Target) -> Mesh:
@@ -72,7 +72,7 @@ def compile_ours(settings: Settings, spec: ModelSpec, stage: str, mesh: Mesh) ->
     stage: a key of `PROGRAMS`.
     mesh: of a target's devices.
   """
-  programs = Programs(settings, FACTS, spec, None, mesh)
+  programs = Programs(settings, INFO, spec, None, mesh)
   try:
     program = PROGRAMS[stage]
     if program is None:
@@ -92,7 +92,7 @@ def compile_plain(settings: Settings, stage: str, mesh: Mesh, dtype: str) -> Any
     dtype: of products and outputs, at JAX's default precision.
   """
   net = plain_nets.NETS[settings.model.name](
-    width=settings.model.width, num_classes=FACTS.num_classes, dtype=np.dtype(dtype)
+    width=settings.model.width, num_classes=INFO.num_classes, dtype=np.dtype(dtype)
   )
   size, batch_size = settings.data.image_size, settings.train.batch_size
   replicated = NamedSharding(mesh, PartitionSpec())

@@ -37,9 +37,9 @@ def compile_all(options: argparse.Namespace) -> None:
   spec.loader.exec_module(module)
   settings = parse(module.get_config(argument) if argument else module.get_config(), REGISTRY)
   jax.config.update("jax_compilation_cache_dir", options.cache)
-  facts = data.load(settings).facts
-  spec = student_spec(settings, facts.num_classes)
-  programs = Programs(settings, facts, spec, spec, make_mesh(settings))
+  info = data.load(settings).info
+  spec = student_spec(settings, info.num_classes)
+  programs = Programs(settings, info, spec, spec, make_mesh(settings))
   phases, seen, start = schedule.plan(settings), 0, time.perf_counter()
   programs.prefetch(phases)
   for phase in phases:

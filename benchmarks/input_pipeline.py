@@ -108,11 +108,11 @@ def accelerator_speed() -> float | None:
   config = mbv2_w4.get_config()
   config.train.dtype = "bfloat16"
   settings = parse(config, REGISTRY)
-  facts = data.facts(settings)
+  info = data.info(settings)
   phase = schedule.plan(settings)[-2]
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
-  student = start.load_student(settings, facts.num_classes)
-  programs = Programs(settings, facts, student.spec, student.spec, mesh)
+  student = start.load_student(settings, info.num_classes)
+  programs = Programs(settings, info, student.spec, student.spec, mesh)
   state = programs.fresh_optimizer(
     programs.replicate(create_state(student.make(), student.spec, ema=True)), True, frozenset()
   )

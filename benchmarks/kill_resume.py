@@ -72,9 +72,9 @@ class Run:
 
   def outcome(self) -> tuple:
     """What must be equal."""
-    from profit_jax import snapshots
+    from profit_jax import checkpoints
 
-    last = snapshots.read_newest(self.workdir / "checkpoints", sys.exit)
+    last = checkpoints.read_newest(self.workdir / "checkpoints", sys.exit)
     arrays = {path: array.tobytes() for path, array in last.arrays.items()}
     return (
       without_times(json.loads((self.workdir / "result.json").read_text())),

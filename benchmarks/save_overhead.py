@@ -22,13 +22,13 @@ import jax
 import numpy as np
 
 from configs import digits_w4
-from profit_jax import data, schedule, snapshots
+from profit_jax import checkpoints, data, schedule
 from profit_jax.config import parse
 from profit_jax.models import REGISTRY, student_spec
-from profit_jax.train import checkpoint
-from profit_jax.train.checkpoint import Moment
+from profit_jax.train import run_state
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.progress import Progress
+from profit_jax.train.run_state import RunState
 from profit_jax.train.state import create_state
 
 
@@ -47,18 +47,18 @@ def main() -> None:
   config.model.width, config.data.image_size = options.width, options.image_size
   config.train.batch_size = options.batch_size
   settings = parse(config, REGISTRY)
-  source = data.load(settings, data.Host())
-  spec = student_spec(settings, source.facts.num_classes)
-  programs = Programs(settings, source.facts, spec, spec, make_mesh(settings))
+  source = data.load(settings, data.HostShard())
+  spec = student_spec(settings, source.info.num_classes)
+  programs = Programs(settings, source.info, spec, spec, make_mesh(settings))
   phase = next(phase for phase in schedule.plan(settings) if phase.name == "w4a4 ft1")
   variables = spec.init(jax.random.key(0))
   step = programs.train_step(phase.program)
-  moment = Moment(
+  current = RunState(
     Progress(phase=phase.index), programs.replicate(create_state(variables, spec, ema=True))
   )
-  moment.state = programs.fresh_optimizer(moment.state, True, frozenset())
-  moment.best = moment.teacher = checkpoint.host_copy(moment.state.variables)
-  teacher, key = programs.replicate(moment.teacher), programs.replicate(jax.random.key(0))
+  current.state = programs.fresh_optimizer(current.state, True, frozenset())
+  current.best = current.teacher = run_state.host_copy(current.state.variables)
+  teacher, key = programs.replicate(current.teacher), programs.replicate(jax.random.key(0))
   batch = next(iter(source.train_batches(0, options.batch_size)))
 
   def turn() -> float:
@@ -73,20 +73,20 @@ def main() -> None:
         None,
         None,
       )
-      moment.state, metrics, _ = step(moment.state, *arguments)
+      current.state, metrics, _ = step(current.state, *arguments)
       jax.block_until_ready(metrics)
     return time.perf_counter() - start
 
   with tempfile.TemporaryDirectory() as directory:
-    writer = snapshots.Writer(f"{directory}/checkpoints", keep=3)
+    writer = checkpoints.Writer(f"{directory}/checkpoints", keep=3)
     turn()
-    checkpoint.save(writer, moment, 1)
+    run_state.save(writer, current, 1)
     writer.wait()
     plain, saving, blocked = [], [], []
     for pair in range(options.pairs):
       plain.append(turn())
       start = time.perf_counter()
-      checkpoint.save(writer, moment, pair + 2)
+      run_state.save(writer, current, pair + 2)
       blocked.append(time.perf_counter() - start)
       saving.append(blocked[-1] + turn())
       writer.wait()

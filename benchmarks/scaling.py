@@ -145,13 +145,13 @@ def compiled_texts(options: argparse.Namespace) -> dict[str, str]:
   config.model.name, config.model.activation = options.model, "relu"
   config.data.image_size, config.train.dtype = options.image_size, options.dtype
   config.train.batch_size = config.train.eval_batch_size = 2 * options.devices
-  settings, facts, distill = (
+  settings, info, distill = (
     parse(config, REGISTRY),
     data.KNOWN["imagenet2012"],
     options.teacher == "self",
   )
-  spec = student_spec(settings, facts.num_classes)
-  programs = Programs(settings, facts, spec, spec if distill else None, make_mesh(settings))
+  spec = student_spec(settings, info.num_classes)
+  programs = Programs(settings, info, spec, spec if distill else None, make_mesh(settings))
   stages = {stage: PROGRAMS[stage]._replace(distill=distill) for stage in ("wa", "sampling")}
   texts = {stage: programs.train_step(program).as_text() for stage, program in stages.items()}
   programs.close()

@@ -41,16 +41,16 @@ from configs import base
 from profit_jax import data
 from profit_jax.config import parse
 from profit_jax.models import REGISTRY, student_spec
-from profit_jax.schedule import Program
+from profit_jax.schedule import ProgramKey
 from profit_jax.train import aiwq
 from profit_jax.train.packing import pack_variables, unpack
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.state import create_state
 
 _FOUR = np.int32(4)  # bits
-_TRAIN = Program(True, True, train_kernels=True, sampling=False, distill=False)
+_TRAIN = ProgramKey(True, True, train_kernels=True, sampling=False, distill=False)
 # wa is a fine-tuning phase, ft1 included. Its program runs BN phases and other frozen sets too.
-PROGRAMS: dict[str, Program | None] = {
+PROGRAMS: dict[str, ProgramKey | None] = {
   "fp": _TRAIN._replace(quantized_weights=False, quantized_acts=False),
   "a": _TRAIN._replace(quantized_weights=False),
   "wa": _TRAIN,
@@ -100,15 +100,15 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
   config.train.learning_rate = config.train.full_precision_learning_rate = 1e-6
   config.plan.sampling_every = options.sampling_every
   settings = parse(config, REGISTRY)
-  facts = data.KNOWN["imagenet2012"]
-  spec = student_spec(settings, facts.num_classes)
+  info = data.KNOWN["imagenet2012"]
+  spec = student_spec(settings, info.num_classes)
   batch = host_batch(options.batch_size, options.image_size)
   variables = spec.init(jax.random.key(options.seed))
   layers = sorted(spec.kernels)
   random.Random(options.seed).shuffle(layers)
 
   teacher_spec, teacher = (spec, variables) if options.teacher == "self" else (None, None)
-  programs = Programs(settings, facts, spec, teacher_spec, make_mesh(settings))
+  programs = Programs(settings, info, spec, teacher_spec, make_mesh(settings))
   variables = programs.replicate(pack_variables(jax.device_get(variables), spec))
   teacher, key = programs.replicate(teacher), programs.replicate(jax.random.key(0))
   arrays = programs.split(batch)

@@ -25,10 +25,10 @@ from configs import digits_w4
 from profit_jax import data, schedule
 from profit_jax.config import parse
 from profit_jax.models import REGISTRY, student_spec
-from profit_jax.train.checkpoint import Moment, host_copy
 from profit_jax.train.monitor import InstabilityMonitor
 from profit_jax.train.programs import Programs, make_mesh
 from profit_jax.train.progress import Progress
+from profit_jax.train.run_state import RunState, host_copy
 from profit_jax.train.state import create_state
 
 
@@ -47,18 +47,18 @@ def main() -> None:
   config.model.width, config.data.image_size = options.width, options.image_size
   config.train.batch_size = options.batch_size
   settings = parse(config, REGISTRY)
-  source = data.load(settings, data.Host())
-  spec = student_spec(settings, source.facts.num_classes)
-  programs = Programs(settings, source.facts, spec, spec, make_mesh(settings))
+  source = data.load(settings, data.HostShard())
+  spec = student_spec(settings, source.info.num_classes)
+  programs = Programs(settings, source.info, spec, spec, make_mesh(settings))
   phase = next(phase for phase in schedule.plan(settings) if phase.name == "w4a4 ft1")
   variables = spec.init(jax.random.key(0))
   step = programs.train_step(phase.program)
-  moment = Moment(
+  current = RunState(
     Progress(phase=phase.index), programs.replicate(create_state(variables, spec, ema=True))
   )
-  moment.state = programs.fresh_optimizer(moment.state, True, frozenset())
+  current.state = programs.fresh_optimizer(current.state, True, frozenset())
   teacher, key = (
-    programs.replicate(host_copy(moment.state.variables)),
+    programs.replicate(host_copy(current.state.variables)),
     programs.replicate(jax.random.key(0)),
   )
   batch, watch = (
@@ -67,10 +67,10 @@ def main() -> None:
   )
 
   def epoch(watched: bool) -> float:
-    moment.progress.step, start = 0, time.perf_counter()
+    current.progress.step, start = 0, time.perf_counter()
     for _ in range(options.steps):
       if watched:
-        watch.before_step(moment)
+        watch.before_step(current)
       arguments = (
         programs.split(batch),
         programs.bits(phase),
@@ -80,12 +80,12 @@ def main() -> None:
         None,
         None,
       )
-      moment.state, metrics, _ = step(moment.state, *arguments)
-      moment.progress.step += 1
+      current.state, metrics, _ = step(current.state, *arguments)
+      current.progress.step += 1
       if watched:
-        watch.after_step(moment, phase)
+        watch.after_step(current, phase)
       jax.block_until_ready(metrics)
-    jax.block_until_ready(moment.state)
+    jax.block_until_ready(current.state)
     return time.perf_counter() - start
 
   epoch(watched=True)

@@ -16,7 +16,7 @@ WARMUP_START = 0.1  # multiple of the learning rate in the first warm-up epoch
 FINAL = 0.001  # multiple that the cosine falls to
 
 
-class Program(NamedTuple):
+class ProgramKey(NamedTuple):
   """What makes one compiled training program; phases that agree here share it.
 
   Attributes:
@@ -71,9 +71,9 @@ class Phase:
   distill: bool = False
 
   @property
-  def program(self) -> Program:
+  def program(self) -> ProgramKey:
     """The compiled program that runs it."""
-    return Program(
+    return ProgramKey(
       quantized_weights=self.weight_bits is not None,
       quantized_acts=self.act_bits is not None,
       train_kernels=self.trains_kernels or self.shares_program,

@@ -17,7 +17,7 @@ ORDER = [
   "memory",
   "schedule",
   "distributed",
-  "snapshots",
+  "checkpoints",
   "kernels",
   "quant",
   "nn",

@@ -8,7 +8,7 @@ import pytest
 
 from configs import base, digits_w3, digits_w4, mbv2_w4
 from profit_jax.config import RENAMED_FIELDS, ConfigError, parse, with_new_names
-from profit_jax.data import facts
+from profit_jax.data import info
 from profit_jax.models import REGISTRY
 from profit_jax.train.run_directory import differences
 
@@ -132,7 +132,7 @@ def test_no_default_stands_twice():
 
 def test_a_batch_larger_than_the_data():
   with pytest.raises(ConfigError, match=r"batch_size = 1348 .* 1347"):
-    facts(parsed(**{"data.name": "digits", "train.batch_size": 1348}))
+    info(parsed(**{"data.name": "digits", "train.batch_size": 1348}))
 
 
 def test_differences_name_the_fields():

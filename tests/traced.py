@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from configs import digits_w4
 from profit_jax import schedule
 from profit_jax.config import parse
-from profit_jax.data.digits import FACTS
+from profit_jax.data.digits import INFO
 from profit_jax.models import REGISTRY
 from profit_jax.models.mobilenet_v3 import Block
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
@@ -73,6 +73,6 @@ def deep_check(model, changes):
   student = start.load_student(settings, 10, Progress())
   teacher = start.load_teacher(settings, student, 10, Progress())
   mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
-  programs = Programs(settings, FACTS, student.spec, teacher.spec, mesh)
+  programs = Programs(settings, INFO, student.spec, teacher.spec, mesh)
   programs.close()  # nothing is compiled
   programs.trace_train_step(schedule.plan(settings)[-1].program)

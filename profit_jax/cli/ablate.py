@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from profit_jax import optional, paths, snapshots
+from profit_jax import checkpoints, optional, paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError, Settings
 from profit_jax.report import ablation
@@ -210,7 +210,7 @@ def _is_saved(root, settings, parent):
   try:
     examples = run_directory.read_data(directory)["train_examples"]
     end = fork.ends(settings[parent.run], parent.phases, examples)[-1]
-    return end in snapshots.saved_numbers(directory / "checkpoints")
+    return end in checkpoints.saved_numbers(directory / "checkpoints")
   # It has not begun, or what is there cannot be read: then nobody begins with it.
   except ConfigError:
     return False

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from profit_jax import data, distributed, optional, paths, schedule, snapshots
+from profit_jax import checkpoints, data, distributed, optional, paths, schedule
 from profit_jax.cli import export
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.export import formats, verify
@@ -25,13 +25,13 @@ from profit_jax.nn.spec import ModelSpec
 from profit_jax.report import console
 from profit_jax.report import result as result_files
 from profit_jax.train import fork, run_directory, start, trainer
-from profit_jax.train.checkpoint import best_variables, progress_of
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.observer import Observer
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.progress import Progress, summary
 from profit_jax.train.run import Run
+from profit_jax.train.run_state import best_variables, progress_of
 
 MODES = ("train", "eval", "plan", "export")
 
@@ -175,10 +175,10 @@ def print_plan(
     raise ConfigError(
       f"--images_per_second={images_per_second} is not allowed: it must be above 0 and finite."
     )
-  batch, facts = settings.train.batch_size, data.facts(settings)
+  batch, info = settings.train.batch_size, data.info(settings)
   print(
     schedule.format_table(
-      phases, facts.train_examples // batch, images_per_second and images_per_second / batch
+      phases, info.train_examples // batch, images_per_second and images_per_second / batch
     )
   )
 
@@ -190,7 +190,7 @@ def _say(line: str) -> None:
 
 def _load_data(settings: Settings) -> data.Source:
   source = distributed.on_all_hosts(
-    lambda: data.load(settings, data.Host(jax.process_index(), jax.process_count()))
+    lambda: data.load(settings, data.HostShard(jax.process_index(), jax.process_count()))
   )
   distributed.require_equal("data", source.fingerprint())
   return source
@@ -224,7 +224,7 @@ def train(
   phases = schedule.plan(settings)
   mesh = make_mesh(settings, hooks.devices)
   source = _load_data(settings)
-  facts = source.facts
+  info = source.info
   screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())
   # Closes in reverse order: the last checkpoints are written whatever else fails.
   with contextlib.ExitStack() as closing:
@@ -232,36 +232,36 @@ def train(
     # weights, or another run.
     begun = distributed.on_first_host(lambda: run_directory.is_begun(workdir))
     writer = _claim(workdir, settings, source, closing) if begun else None
-    snapshot = writer and writer.read_newest(lambda text: _warn(screen, text))
-    if snapshot is None and fork_from:
+    checkpoint = writer and writer.read_newest(lambda text: _warn(screen, text))
+    if checkpoint is None and fork_from:
       origin = distributed.on_all_hosts(lambda: paths.opened("--fork_from", fork_from))
-      snapshot = fork.snapshot(settings, source, origin, lambda text: _warn(screen, text))
+      checkpoint = fork.checkpoint(settings, source, origin, lambda text: _warn(screen, text))
       writer = writer or _claim_fresh(workdir, settings, source, closing)
       # A run of its own from here on.
-      writer.save(snapshot.number, snapshot.arrays, snapshot.values)
+      writer.save(checkpoint.number, checkpoint.arrays, checkpoint.values)
       writer.wait()
       screen.print(
-        f"Up to the end of phase {snapshot.values['forked_phases']}, this is the run in "
+        f"Up to the end of phase {checkpoint.values['forked_phases']}, this is the run in "
         f"{fork_from}."
       )
-    progress = snapshot and progress_of(snapshot)
+    progress = checkpoint and progress_of(checkpoint)
     student = distributed.on_all_hosts(
-      lambda: start.load_student(settings, facts.num_classes, progress)
+      lambda: start.load_student(settings, info.num_classes, progress)
     )
     teacher = distributed.on_all_hosts(
-      lambda: start.load_teacher(settings, student, facts.num_classes, progress)
+      lambda: start.load_teacher(settings, student, info.num_classes, progress)
     )
     writer = writer or _claim_fresh(workdir, settings, source, closing)
     screen.print(f"{schedule.summary_line(phases)}; {workdir}")
     if settings.from_scratch:
       screen.print("The student starts from random weights (config.init.weights is empty).")
-    for doubt in start.doubts(settings, student, teacher):
+    for doubt in start.weight_warnings(settings, student, teacher):
       _warn(screen, doubt)
-    watchers = _watchers(screen, facts, workdir, hooks.plots) if distributed.is_first() else []
+    watchers = _watchers(screen, info, workdir, hooks.plots) if distributed.is_first() else []
     end = trainer.train(
       Run(settings, phases, source, student, teacher),
       writer,
-      snapshot,
+      checkpoint,
       mesh,
       [*hooks.callbacks, *watchers],
       hooks.clock,
@@ -280,10 +280,10 @@ def train(
 
 def _claim_fresh(
   workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
-) -> snapshots.Writer:
+) -> checkpoints.Writer:
   """`_claim`, of a directory in which no run was a moment ago."""
   writer = _claim(workdir, settings, source, closing)
-  if snapshots.saved_numbers(workdir / "checkpoints"):
+  if checkpoints.saved_numbers(workdir / "checkpoints"):
     raise ConfigError(
       f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its "
       "end."
@@ -293,7 +293,7 @@ def _claim_fresh(
 
 def _claim(
   workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
-) -> snapshots.Writer:
+) -> checkpoints.Writer:
   """Makes the directory this run's, until `closing`; gives the writer of its checkpoints."""
   identity = run_directory.identity_of(settings, source)
   return trainer.claim(workdir, identity, settings.checkpoint.keep, closing)
@@ -325,12 +325,12 @@ def _set_cache_directory(directory: str | None) -> None:
     compilation_cache.reset_cache()  # JAX reads the setting at its first compilation only
 
 
-def _watchers(screen, facts, workdir, pictures):
+def _watchers(screen, info, workdir, pictures):
   # Here, because TensorFlow takes seconds to import, and a wrong setting should not wait for it.
   from profit_jax.report.tensorboard import TensorBoardObserver
 
   warn = functools.partial(_warn, screen)
-  watchers = [console.ConsoleObserver(screen, facts.num_classes)]
+  watchers = [console.ConsoleObserver(screen, info.num_classes)]
   without_plots = optional.missing("plots", "Drawing plots") if pictures else ""
   without_events = optional.missing("tensorboard", "Writing TensorBoard events")
   for text in filter(None, (without_plots, without_events)):
@@ -357,8 +357,8 @@ def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   distributed.on_first_host(
     lambda: run_directory.require_same_run(workdir, run_directory.identity_of(settings, source))
   )
-  spec = student_spec(settings, source.facts.num_classes)
-  programs = Programs(settings, source.facts, spec, None, mesh)
+  spec = student_spec(settings, source.info.num_classes)
+  programs = Programs(settings, source.info, spec, None, mesh)
   try:
     screen = Console(highlight=False, markup=False, quiet=not distributed.is_first(), stderr=True)
     found = best_variables(workdir / "checkpoints", spec.shapes, lambda text: _warn(screen, text))
@@ -405,11 +405,11 @@ def run_export(
     trained = verify.TrainedModel(
       settings=settings,
       width=settings.model.width,
-      train_examples=best.source.facts.train_examples,
+      train_examples=best.source.info.train_examples,
       source=best.source,
       spec=best.spec,
       variables=best.variables,
-      normalization=data.normalization(settings.data.normalization, best.source.facts),
+      normalization=data.normalization(settings.data.normalization, best.source.info),
       weight_bits=phases[-1].weight_bits,
       act_bits=phases[-1].act_bits,
       preparation=data.eval_preparation(settings),
@@ -426,14 +426,14 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
   quantizers' scalars.
   """
   mesh, source = make_mesh(settings), _load_data(settings)
-  classes = source.facts.num_classes
+  classes = source.info.num_classes
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
   screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())
-  for doubt in start.doubts(settings, student, teacher):
+  for doubt in start.weight_warnings(settings, student, teacher):
     _warn(screen, doubt)
   programs = Programs(
     settings,
-    source.facts,
+    source.info,
     student.spec,
     None,
     mesh,

@@ -14,12 +14,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax import paths, snapshots
+from profit_jax import checkpoints, paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError
 from profit_jax.schedule import bits_name, plan, summary_line
 from profit_jax.train import run_directory
-from profit_jax.train.checkpoint import progress_of
+from profit_jax.train.run_state import progress_of
 
 
 def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -145,7 +145,7 @@ def plot(runs: Sequence[str], file: str, screen: Console) -> None:
 
   def progress(run):
     directory = paths.opened("The run", run) / "checkpoints"
-    found = snapshots.read_newest(
+    found = checkpoints.read_newest(
       directory, lambda text: screen.print(f"WARNING: {text}", style="yellow")
     )
     if found is None:

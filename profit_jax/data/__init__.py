@@ -7,7 +7,7 @@ import re
 from profit_jax import optional
 from profit_jax.config import ConfigError, Settings
 from profit_jax.data import digits, pairs
-from profit_jax.data.base import MEMORY_LIMIT, Facts, Host, Source
+from profit_jax.data.base import MEMORY_LIMIT, DatasetInfo, HostShard, Source
 from profit_jax.data.normalize import Normalization
 
 # What pretrained weights expect, by the name that `normalization` takes: torchvision's ImageNet
@@ -20,15 +20,15 @@ NORMALIZATIONS = {
 
 _IMAGENET = NORMALIZATIONS["imagenet"]
 _CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-# Facts of data sets that a plan is made for before they are there; of any other one, its files
+# Data sets that `--mode=plan` knows before they are downloaded; of any other one, its files
 # tell.
-KNOWN: dict[str, Facts] = {
-  "digits": digits.FACTS,
-  "digit_pairs": pairs.FACTS,
-  "imagenet2012": Facts(
+KNOWN: dict[str, DatasetInfo] = {
+  "digits": digits.INFO,
+  "digit_pairs": pairs.INFO,
+  "imagenet2012": DatasetInfo(
     train_examples=1_281_167, eval_examples=50_000, num_classes=1000, normalization=_IMAGENET
   ),
-  "cifar10": Facts(
+  "cifar10": DatasetInfo(
     train_examples=50_000, eval_examples=10_000, num_classes=10, normalization=_CIFAR10
   ),
 }
@@ -36,11 +36,11 @@ FOLDER = "folder"
 _MADE_OF_DIGITS = {"digits": digits.Digits, "digit_pairs": pairs.Pairs}
 
 
-def normalization(name: str, facts: Facts) -> Normalization:
+def normalization(name: str, info: DatasetInfo) -> Normalization:
   """What `data.normalization` or `teacher.normalization` stands for: one of `NORMALIZATIONS`, or
   the data set's own.
   """
-  return facts.normalization if name == "dataset" else NORMALIZATIONS[name]
+  return info.normalization if name == "dataset" else NORMALIZATIONS[name]
 
 
 def eval_preparation(settings: Settings) -> tuple[float, str]:
@@ -54,29 +54,33 @@ def eval_preparation(settings: Settings) -> tuple[float, str]:
   )
 
 
-def facts(settings: Settings) -> Facts:
-  """The facts of the configured source, for a plan; reads its files only where nothing else knows.
+def info(settings: Settings) -> DatasetInfo:
+  """What is known of the configured source, for a plan.
+
+  Reads the files of a source only where nothing else says it.
 
   Raises:
     ConfigError: a source that is not there, or a batch that it cannot fill.
   """
   data = settings.data
   whole = data.train_split == "train" and not data.eval_split
-  known = (_known(data.name) if whole else None) or load(settings).facts
+  known = (_known(data.name) if whole else None) or load(settings).info
   _check_batch(settings, known)
   return known
 
 
-def _known(name: str) -> Facts | None:
+def _known(name: str) -> DatasetInfo | None:
   return KNOWN.get(re.split("[/:]", name)[0])  # without configuration and version
 
 
-def load(settings: Settings, host: Host = Host(), *, memory_limit: int = MEMORY_LIMIT) -> Source:
+def load(
+  settings: Settings, shard: HostShard = HostShard(), *, memory_limit: int = MEMORY_LIMIT
+) -> Source:
   """Opens the configured source.
 
   Args:
     settings: validated.
-    host: whose rows of each batch it gives.
+    shard: whose rows of each batch it gives.
     memory_limit: in bytes. A TFDS split whose files are larger is streamed, not kept in memory.
 
   Raises:
@@ -85,10 +89,10 @@ def load(settings: Settings, host: Host = Host(), *, memory_limit: int = MEMORY_
   """
   train = settings.train
   for name in ("batch_size", "eval_batch_size"):
-    if getattr(train, name) % host.count:
+    if getattr(train, name) % shard.count:
       raise ConfigError(
         f"config.train.{name} = {getattr(train, name)} is not allowed: it must be a multiple of "
-        f"{host.count}, the number "
+        f"{shard.count}, the number "
         f"of processes."
       )
   if settings.data.name in _MADE_OF_DIGITS:
@@ -96,15 +100,15 @@ def load(settings: Settings, host: Host = Host(), *, memory_limit: int = MEMORY_
       image_size=settings.data.image_size,
       augment=settings.data.augment,
       seed=settings.seed,
-      host=host,
+      shard=shard,
     )
   else:
-    source = _images(settings, host, memory_limit)
-  _check_batch(settings, source.facts)
+    source = _images(settings, shard, memory_limit)
+  _check_batch(settings, source.info)
   return source
 
 
-def _images(settings, host, memory_limit):
+def _images(settings, shard, memory_limit):
   # Here, because TensorFlow takes seconds to import, and what needs no images (steps, benchmarks,
   # plans) runs without it.
   packages = ("tensorflow",) if settings.data.name == FOLDER else ()
@@ -121,11 +125,11 @@ def _images(settings, host, memory_limit):
 
     splits = Splits(settings.data, memory_limit)
   # Whether the hosts can share both.
-  splits.train.count(records.EpochRequest(settings.train.batch_size, host, shuffle=(0, 0)))
-  splits.eval.count(records.EpochRequest(settings.train.eval_batch_size, host))
+  splits.train.count(records.EpochRequest(settings.train.batch_size, shard, shuffle=(0, 0)))
+  splits.eval.count(records.EpochRequest(settings.train.eval_batch_size, shard))
   known = _known(settings.data.name)
   return images.Images(
-    splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, host
+    splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, shard
   )
 
 

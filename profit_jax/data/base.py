@@ -1,4 +1,4 @@
-"""What every data source gives: facts about it, and batches."""
+"""What every data source gives: `DatasetInfo` and batches."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ MEMORY_LIMIT = 512 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class DatasetInfo:
   """What is known of a data set without reading its images.
 
   Attributes:
@@ -37,7 +37,7 @@ class Facts:
   class_names: tuple[str, ...] = ()
 
 
-class Host(NamedTuple):
+class HostShard(NamedTuple):
   """One of the processes that share every batch.
 
   Attributes:
@@ -64,7 +64,7 @@ class Source(Protocol):
   What stands in which row of which global batch does not depend on the number of hosts.
   """
 
-  facts: Facts
+  info: DatasetInfo
 
   def fingerprint(self) -> str:
     """The same on all hosts that see the same data."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from profit_jax.config import ConfigError
-from profit_jax.data.base import Batch, Facts, Host
+from profit_jax.data.base import Batch, DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
 
 UserBatch = Mapping[str, Any]
@@ -88,12 +88,12 @@ class BatchSource:
     image_dtype: uint8 or float32.
   """
 
-  def __init__(self, data: Data, host: Host = Host()):
+  def __init__(self, data: Data, shard: HostShard = HostShard()):
     """Looks at the first training batch.
 
     Args:
       data: the user's.
-      host: which process this is.
+      shard: which process this is.
 
     Raises:
       ConfigError: a batch that is not as it must be.
@@ -118,14 +118,14 @@ class BatchSource:
         f"images have {self.image_shape[-1]} channels, and it must have one of each for each."
       )
     self._rows = len(image)
-    self.batch_size = self._rows * host.count
+    self.batch_size = self._rows * shard.count
 
   @property
-  def facts(self) -> Facts:
+  def info(self) -> DatasetInfo:
     """What is known of the data; the number of evaluation examples is not, and is 0."""
     channels = self.image_shape[-1]
     as_they_are = Normalization((0.0,) * channels, (1.0,) * channels)
-    return Facts(
+    return DatasetInfo(
       train_examples=self.batch_size * self._data.steps_per_epoch,
       eval_examples=0,
       num_classes=self.num_classes,

@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image
 
 from profit_jax import optional
-from profit_jax.data.base import Batch, Facts, Host
+from profit_jax.data.base import Batch, DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
 
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 1347, 450
 SPLIT_SEED = 0  # fixed: every run is measured on the same 450 images
-FACTS = Facts(
+INFO = DatasetInfo(
   train_examples=TRAIN_EXAMPLES,
   eval_examples=EVAL_EXAMPLES,
   num_classes=10,
@@ -23,11 +23,11 @@ FACTS = Facts(
 class Digits:
   """The digits, enlarged to `image_size`; training images move by up to 1/16 of their size."""
 
-  facts = FACTS
+  info = INFO
 
-  def __init__(self, *, image_size: int, augment: bool, seed: int, host: Host = Host()):
+  def __init__(self, *, image_size: int, augment: bool, seed: int, shard: HostShard = HostShard()):
     """Args: image_size in pixels; augment: shift the training images; seed: of order and shifts;
-    host: whose rows.
+    shard: whose rows.
     """
     scans = load_scans()
     images = np.stack([_enlarge(scan, image_size) for scan in scans.images])
@@ -36,7 +36,7 @@ class Digits:
     self._train = images[train], labels[train]
     self._eval = images[evaluation], labels[evaluation]
     self._shift = image_size // 16 if augment else 0
-    self._seed, self._host = seed, host
+    self._seed, self._shard = seed, shard
 
   def fingerprint(self) -> str:
     """See `Source.fingerprint`."""
@@ -49,13 +49,13 @@ class Digits:
     order = rng.permutation(len(labels))
     offsets = rng.integers(0, 2 * self._shift + 1, (len(labels), 2))
     for first in range(start * batch_size, len(labels) - batch_size + 1, batch_size):
-      chosen = order[first : first + batch_size][self._host.rows(batch_size)]
+      chosen = order[first : first + batch_size][self._shard.rows(batch_size)]
       yield batch(_moved(images[chosen], offsets[chosen], self._shift), labels[chosen], len(chosen))
 
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """See `Source.eval_batches`."""
     images, labels = self._eval
-    rows = self._host.rows(batch_size)
+    rows = self._shard.rows(batch_size)
     for first in range(0, len(labels), batch_size):
       own = slice(first + rows.start, first + rows.stop)
       yield batch(images[own], labels[own], rows.stop - rows.start)

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data import preprocess
-from profit_jax.data.base import Batch, Facts, Host
+from profit_jax.data.base import Batch, DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
 from profit_jax.data.records import EpochRequest, Records
 
@@ -62,18 +62,18 @@ class Images:
     settings: DataSettings,
     normalization: Normalization,
     seed: int,
-    host: Host,
+    shard: HostShard,
   ):
     """Args:
     splits: the data set.
     settings: validated.
     normalization: of the images.
     seed: of order and augmentation.
-    host: whose rows are made.
+    shard: whose rows are made.
     """
-    self._splits, self._settings, self._seed, self._host = splits, settings, seed, host
+    self._splits, self._settings, self._seed, self._shard = splits, settings, seed, shard
     self._broken: dict[str, None] = {}  # in the order in which they were met
-    self.facts = Facts(
+    self.info = DatasetInfo(
       train_examples=splits.train.examples,
       eval_examples=splits.eval.examples,
       num_classes=len(splits.class_names),
@@ -87,7 +87,7 @@ class Images:
 
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
-    wanted = EpochRequest(batch_size, self._host, start, (self._seed, epoch))
+    wanted = EpochRequest(batch_size, self._shard, start, (self._seed, epoch))
     # Two words, because a seed has two: every place of every epoch has its own.
     first = (
       np.random.SeedSequence((self._seed, epoch)).generate_state(1, np.uint64).astype(np.int64)[0]
@@ -100,7 +100,7 @@ class Images:
     """See `Source.eval_batches`."""
     yield from self._batches(
       self._splits.eval,
-      EpochRequest(batch_size, self._host),
+      EpochRequest(batch_size, self._shard),
       lambda contents, place: self._center(contents),
     )
 
@@ -123,7 +123,7 @@ class Images:
     )
 
   def _batches(self, records: Records, wanted: EpochRequest, pixels) -> Iterator[Batch]:
-    size, part = self._settings.image_size, wanted.batch_size // self._host.count
+    size, part = self._settings.image_size, wanted.batch_size // self._shard.count
     cores = _cores()
 
     def read(record):
@@ -189,11 +189,11 @@ class Images:
       )
 
   def _check_labels(self, labels: np.ndarray) -> None:
-    wrong = sorted({int(label) for label in labels if not 0 <= label < self.facts.num_classes})
+    wrong = sorted({int(label) for label in labels if not 0 <= label < self.info.num_classes})
     if wrong:
       raise ConfigError(
         f"{self._settings.name} has labels {wrong}: they must be 0 to "
-        f"{self.facts.num_classes - 1}. A split "
+        f"{self.info.num_classes - 1}. A split "
         f"without labels? Choose others with config.data.train_split and config.data.eval_split."
       )
 
@@ -203,9 +203,9 @@ class Images:
     Raises:
       ConfigError: they are too many.
     """
-    share, facts = self._settings.max_broken, self.facts
+    share, info = self._settings.max_broken, self.info
     # Of all hosts' images, because a host meets others in every epoch.
-    limit = math.ceil(share * (facts.train_examples + facts.eval_examples))
+    limit = math.ceil(share * (info.train_examples + info.eval_examples))
     for name in names:
       if name not in self._broken:
         self._broken[name] = None

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from profit_jax.data.base import Batch, Facts, Host
+from profit_jax.data.base import Batch, DatasetInfo, HostShard
 from profit_jax.data.digits import batch, load_scans, split
 from profit_jax.data.normalize import Normalization
 
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 2688, 1000
-FACTS = Facts(
+INFO = DatasetInfo(
   train_examples=TRAIN_EXAMPLES,
   eval_examples=EVAL_EXAMPLES,
   num_classes=100,
@@ -56,7 +56,7 @@ class Distortion(NamedTuple):
 class Pairs:
   """The pairs, as `image_size` pixels in height and width."""
 
-  facts = FACTS
+  info = INFO
 
   def __init__(
     self,
@@ -64,7 +64,7 @@ class Pairs:
     image_size: int,
     augment: bool,
     seed: int,
-    host: Host = Host(),
+    shard: HostShard = HostShard(),
     distortion: Distortion = Distortion(),
   ):
     """Draws the evaluation images.
@@ -73,14 +73,14 @@ class Pairs:
       image_size: in pixels.
       augment: False trains on one epoch's images.
       seed: of the training images.
-      host: whose rows.
+      shard: whose rows.
       distortion: of training and evaluation images.
     """
     self._distortion = distortion
     scans = load_scans()
     self._scans, self._digits = scans.images.astype(np.float32) / 16, scans.target
     self._train, self._eval = split(self._digits)
-    self._size, self._augment, self._seed, self._host = image_size, augment, seed, host
+    self._size, self._augment, self._seed, self._shard = image_size, augment, seed, shard
     self._evaluation = self._drawn(np.random.default_rng((0, 0, _EVAL)), self._eval, EVAL_EXAMPLES)
 
   def fingerprint(self) -> str:
@@ -93,7 +93,7 @@ class Pairs:
     drawn = np.random.default_rng((self._seed, epoch if self._augment else 0, _TRAIN))
     images, labels = self._drawn(drawn, self._train, TRAIN_EXAMPLES)
     order = np.random.default_rng((self._seed, epoch, _ORDER)).permutation(TRAIN_EXAMPLES)
-    rows = self._host.rows(batch_size)
+    rows = self._shard.rows(batch_size)
     for first in range(start * batch_size, TRAIN_EXAMPLES - batch_size + 1, batch_size):
       chosen = order[first : first + batch_size][rows]
       yield batch(images[chosen], labels[chosen], len(chosen))
@@ -101,7 +101,7 @@ class Pairs:
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """See `Source.eval_batches`."""
     images, labels = self._evaluation
-    rows = self._host.rows(batch_size)
+    rows = self._shard.rows(batch_size)
     for first in range(0, EVAL_EXAMPLES, batch_size):
       own = slice(first + rows.start, first + rows.stop)
       yield batch(images[own], labels[own], rows.stop - rows.start)

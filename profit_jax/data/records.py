@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from profit_jax.config import ConfigError
-from profit_jax.data.base import Host
+from profit_jax.data.base import HostShard
 
 Record = dict[str, tf.Tensor]
 
@@ -33,14 +33,14 @@ class EpochRequest(NamedTuple):
 
   Attributes:
     batch_size: of the global batch.
-    host: who asks.
+    shard: who asks.
     start: global batches that are passed over.
     shuffle: `(seed, epoch)`, and what fills no batch is left out; None keeps the order, and the
       last batch is padded.
   """
 
   batch_size: int
-  host: Host
+  shard: HostShard
   start: int = 0
   shuffle: tuple[int, int] | None = None
 
@@ -56,14 +56,14 @@ def table_rows(examples: int, wanted: EpochRequest) -> tuple[np.ndarray, np.ndar
     int64 vectors, for each of the host's rows: the example (-1 where the row only pads), and its
     place in the pass.
   """
-  batch, host = wanted.batch_size, wanted.host
+  batch, shard = wanted.batch_size, wanted.shard
   if wanted.shuffle is None:
     steps = -(-examples // batch)
     order = np.concatenate([np.arange(examples), np.full(steps * batch - examples, -1)])
   else:
     steps = examples // batch
     order = np.random.default_rng(wanted.shuffle).permutation(examples)[: steps * batch]
-  places = np.arange(steps * batch).reshape(steps, batch)[wanted.start :, host.rows(batch)].ravel()
+  places = np.arange(steps * batch).reshape(steps, batch)[wanted.start :, shard.rows(batch)].ravel()
   return order[places].astype(np.int64), places.astype(np.int64)
 
 
@@ -157,19 +157,19 @@ def reader_plan(examples: int, readers: int, wanted: EpochRequest) -> Plan:
   Raises:
     ConfigError: the hosts cannot share them equally.
   """
-  count, host = math.gcd(readers, wanted.batch_size), wanted.host
-  if count % host.count:
+  count, shard = math.gcd(readers, wanted.batch_size), wanted.shard
+  if count % shard.count:
     raise ConfigError(
       f"config.data.num_readers = {readers} is not allowed: with batches of {wanted.batch_size}, "
       f"{count} readers are used, and "
-      f"{host.count} processes cannot share them equally. Choose a multiple of {host.count} that "
+      f"{shard.count} processes cannot share them equally. Choose a multiple of {shard.count} that "
       "divides the batch sizes."
     )
   rows = wanted.batch_size // count
   longest = -(-examples // count)
   steps = -(-longest // rows) if wanted.shuffle is None else examples // wanted.batch_size
-  share = count // host.count
-  return Plan(range(host.index * share, (host.index + 1) * share), rows, steps)
+  share = count // shard.count
+  return Plan(range(shard.index * share, (shard.index + 1) * share), rows, steps)
 
 
 class ShardedRecords:

@@ -41,7 +41,7 @@ def make(
     reference: the trained model's codes beside the reference's.
     check: the verification of the file, which found no problem.
   """
-  settings, facts = trained.settings, trained.source.facts
+  settings, info = trained.settings, trained.source.info
   content, rows = path.read_bytes(), costs(net)
   float_bytes, macs = (
     sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs")
@@ -66,7 +66,7 @@ def make(
       **_preparation(trained),
     },
     "num_classes": net.num_classes,
-    "class_names": list(facts.class_names),
+    "class_names": list(info.class_names),
     "size": {
       "bytes": len(content),
       "float_bytes": float_bytes,

@@ -51,7 +51,7 @@ def evaluate(
   examples, clip_rate = total["examples"], total.pop("clip_rate")
   if not examples:
     raise ConfigError(
-      f"None of the {source.facts.eval_examples} evaluation images of {settings.data.name} can be "
+      f"None of the {source.info.eval_examples} evaluation images of {settings.data.name} can be "
       "decoded."
     )
   scores = {

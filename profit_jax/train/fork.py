@@ -10,10 +10,10 @@ from typing import Any
 
 from etils import epath
 
-from profit_jax import data, distributed, schedule, snapshots
+from profit_jax import checkpoints, data, distributed, schedule
 from profit_jax.config import ConfigError, Settings
 from profit_jax.train import run_directory
-from profit_jax.train.checkpoint import number_at_end, progress_of
+from profit_jax.train.run_state import number_at_end, progress_of
 
 
 def shared_phases(settings: Settings, other: Settings) -> int:
@@ -59,9 +59,9 @@ def ends(settings: Settings, count: int, train_examples: int) -> list[int]:
   return [number_at_end(total, steps) for total in itertools.accumulate(epochs)]
 
 
-def snapshot(
-  settings: Settings, source: data.Source, origin: epath.Path, warn: snapshots.Warn
-) -> snapshots.Snapshot:
+def checkpoint(
+  settings: Settings, source: data.Source, origin: epath.Path, warn: checkpoints.Warn
+) -> checkpoints.Checkpoint:
   """The latest checkpoint that the run in `origin` has of the end of a phase in common, as this
   run's own.
 
@@ -75,12 +75,12 @@ def snapshot(
     ConfigError: there is no such run, it has other settings or data, or kept no such checkpoint.
   """
   count = distributed.on_all_hosts(lambda: _allowed(settings, source, origin))
-  wanted = ends(settings, count, source.facts.train_examples)
-  saved = snapshots.saved_on_all_hosts(origin / "checkpoints")
+  wanted = ends(settings, count, source.info.train_examples)
+  saved = checkpoints.saved_on_all_hosts(origin / "checkpoints")
   for number in reversed(saved):
     if number not in wanted:
       continue
-    found, damaged = snapshots.newest_of(origin / "checkpoints", [number])
+    found, damaged = checkpoints.newest_of(origin / "checkpoints", [number])
     if found is None:
       # Or deleted meanwhile, by a run that goes on.
       warn(f"checkpoint {origin / 'checkpoints' / str(number)} cannot be used: {damaged[number]}.")

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from profit_jax import distributed, snapshots
+from profit_jax import checkpoints, distributed
 from profit_jax.schedule import Phase, target_phases
-from profit_jax.train import aiwq, checkpoint, instability, interrupt, nonfinite, phases
+from profit_jax.train import aiwq, instability, interrupt, nonfinite, phases, run_state
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.monitor import InstabilityMonitor
 from profit_jax.train.observer import EpochReport, Observer
@@ -45,7 +45,7 @@ class Loop:
     self,
     run: Run,
     programs: Programs,
-    writer: snapshots.Writer,
+    writer: checkpoints.Writer,
     observer: Observer,
     clock: Callable[[], float] = time.monotonic,
   ):
@@ -62,7 +62,7 @@ class Loop:
     self._student, self._first_teacher = run.student, run.teacher
     self._spec = programs.student
     self._targets = {phase.index for phase in target_phases(self._phases)}
-    self._steps_per_epoch = source.facts.train_examples // settings.train.batch_size
+    self._steps_per_epoch = source.info.train_examples // settings.train.batch_size
     self._watch = InstabilityMonitor(programs, self._steps_per_epoch)
     self._key = programs.replicate(jax.random.key(settings.seed))
     self._pending: collections.deque = collections.deque()
@@ -71,7 +71,7 @@ class Loop:
     self._saved_at = clock()
     self._meetings = 0
 
-  def run(self, snapshot: snapshots.Snapshot | None) -> checkpoint.Moment:
+  def run(self, checkpoint: checkpoints.Checkpoint | None) -> run_state.RunState:
     """Trains to the end of the plan; returns at once if it is there already.
 
     Args:
@@ -87,7 +87,7 @@ class Loop:
     """
     with interrupt.graceful():
       try:
-        self._begin(snapshot)
+        self._begin(checkpoint)
         while not self._to_the_end():
           self._go_back()
         self._writer.wait()
@@ -96,17 +96,17 @@ class Loop:
       except nonfinite.NotFinite:
         self._writer.wait()  # for a moment before it that is under way
         raise
-    self._observer.run_done(self._moment.progress, self._moment.best["params"])
-    return self._moment
+    self._observer.run_done(self._run_state.progress, self._run_state.best["params"])
+    return self._run_state
 
   def _to_the_end(self) -> bool:
     """False if a number was not finite and the run may go back."""
     try:
-      for phase in phases.ahead(self._phases, self._moment.progress):
+      for phase in phases.ahead(self._phases, self._run_state.progress):
         self._run_phase(phase)
       return True
     except nonfinite.NotFinite as error:
-      retries, recovery = self._moment.progress.retries, self._settings.recovery
+      retries, recovery = self._run_state.progress.retries, self._settings.recovery
       if retries >= recovery.retries:
         raise nonfinite.gives_up(error, retries, recovery.learning_rate_factor) from None
       self._observer.warned(
@@ -115,43 +115,46 @@ class Loop:
       )
       return False
 
-  def _begin(self, snapshot: snapshots.Snapshot | None, bad: Progress | None = None) -> None:
-    """Sets the moment: the plan's beginning, or a snapshot's; bad: where the run has gone back
-    from.
+  def _begin(self, checkpoint: checkpoints.Checkpoint | None, bad: Progress | None = None) -> None:
+    """Sets the run state: the schedule's beginning, or a checkpoint's.
+
+    Args:
+      checkpoint: where to resume; None begins.
+      bad: where a run that was not finite stopped; its retries count.
     """
-    progress = Progress() if snapshot is None else checkpoint.progress_of(snapshot)
+    progress = Progress() if checkpoint is None else run_state.progress_of(checkpoint)
     if bad is not None:
       progress.count_retry(bad, self._settings.recovery.learning_rate_factor)
     # First of all: compilation goes on in the background while weights are made or read.
     self._prepare(
-      progress, evaluated(self._student, self._first_teacher) if snapshot is None else ()
+      progress, evaluated(self._student, self._first_teacher) if checkpoint is None else ()
     )
     self._observer.run_started(self._phases, self._steps_per_epoch, progress)
     given = self._first_teacher.variables
-    if snapshot is None:
+    if checkpoint is None:
       state = self._programs.replicate(
         create_state(self._student.make(), self._spec, ema=self._settings.train.ema_rate > 0)
       )
       # A teacher of its own goes into every checkpoint: a run that goes on does not read the file
       # again.
       own = given if self._first_teacher.is_student else None
-      self._moment = checkpoint.Moment(progress, state, teacher=own)
+      self._run_state = run_state.RunState(progress, state, teacher=own)
     else:
       phase = self._phases[progress.phase - 1]
       untrained = phases.untrained(phase, progress, self._spec)
       state = self._programs.first_state(phase.program, untrained)
       sampling = aiwq.start(self._spec.convs) if phase.kind == "sampling" else None
       window = instability.start(self._spec.kernels)
-      self._moment = moment = checkpoint.restore(
-        snapshot, checkpoint.Shapes(state, sampling, self._spec.shapes, window)
+      self._run_state = current = run_state.restore(
+        checkpoint, run_state.Shapes(state, sampling, self._spec.shapes, window)
       )
-      moment.progress = progress
-      arrays = self._programs.replicate((moment.state, moment.sampling, moment.window))
-      moment.state, moment.sampling, moment.window = arrays
-    teacher = given if self._moment.teacher is None else self._moment.teacher
+      current.progress = progress
+      arrays = self._programs.replicate((current.state, current.sampling, current.window))
+      current.state, current.sampling, current.window = arrays
+    teacher = given if self._run_state.teacher is None else self._run_state.teacher
     self._teacher = None if teacher is None else self._programs.replicate(teacher)
     self._stop_point()
-    if snapshot is None:
+    if checkpoint is None:
       self._evaluate_start()
 
   def _prepare(self, progress: Progress, evaluated_models: Sequence[Who] = ()) -> None:
@@ -161,14 +164,14 @@ class Loop:
 
   def _evaluate_start(self) -> None:
     """What came from files is evaluated before anything is spent on it."""
-    student, teacher, moment = self._student, self._first_teacher, self._moment
+    student, teacher, current = self._student, self._first_teacher, self._run_state
     if not evaluated(student, teacher):
       return
-    variables = moment.state.variables
+    variables = current.state.variables
     start = evaluate_start(
       self._programs, self._source, self._settings, student, teacher, variables
     )
-    moment.progress.start, moment.progress.full_precision = start, baseline(start)
+    current.progress.start, current.progress.full_precision = start, baseline(start)
     self._observer.start_evaluated(start)
 
   def _go_back(self) -> None:
@@ -176,12 +179,12 @@ class Loop:
     rates.
     """
     self._pending.clear()
-    self._begin(self._writer.read_newest(self._observer.warned), self._moment.progress)
-    if self._moment.progress.begun:
+    self._begin(self._writer.read_newest(self._observer.warned), self._run_state.progress)
+    if self._run_state.progress.begun:
       self._save()  # at once, so that the retry counts whatever happens to the run
 
   def _run_phase(self, phase: Phase) -> None:
-    progress = self._moment.progress
+    progress = self._run_state.progress
     under_way = progress.phase == phase.index
     self._observer.phase_started(
       phase, progress.epoch * self._steps_per_epoch + progress.step if under_way else 0
@@ -195,26 +198,26 @@ class Loop:
       self._end_epoch(phase, frozen)
 
   def _enter(self, phase: Phase) -> None:
-    moment, progress = self._moment, self._moment.progress
+    current, progress = self._run_state, self._run_state.progress
     state = phases.calibrate(
-      phase, moment.state, self._programs, self._source, self._settings, self._key
+      phase, current.state, self._programs, self._source, self._settings, self._key
     )
     before = self._phases[progress.phase - 1] if progress.phase else None
     untrained = phases.untrained(phase, progress, self._spec)
-    moment.state = phases.start(phase, before, state, self._programs, self._settings, untrained)
+    current.state = phases.start(phase, before, state, self._programs, self._settings, untrained)
     progress.phase, progress.epoch, progress.step, progress.totals = phase.index, 0, 0, {}
     progress.phase_seconds = progress.phase_compile_seconds = 0.0
-    moment.sampling = None
+    current.sampling = None
     if phase.kind == "sampling":
-      moment.sampling = self._programs.replicate(aiwq.start(self._spec.convs))
+      current.sampling = self._programs.replicate(aiwq.start(self._spec.convs))
       progress.ranking, progress.metric = [], {}
 
   def _train_epoch(self, phase: Phase) -> None:
     """The steps of one epoch that are not done yet."""
-    moment, progress = self._moment, self._moment.progress
+    current, progress = self._run_state, self._run_state.progress
     step = self._programs.train_step(phase.program)
-    if moment.sampling is not None and not progress.step:
-      moment.sampling = moment.sampling._replace(
+    if current.sampling is not None and not progress.step:
+      current.sampling = current.sampling._replace(
         has_previous=self._programs.replicate(np.zeros((), bool))
       )
     bits = self._programs.bits(phase)
@@ -224,7 +227,7 @@ class Loop:
       progress.total_epochs, self._settings.train.batch_size, progress.step
     ):
       self._stop_point()
-      self._watch.before_step(moment)
+      self._watch.before_step(current)
       strengths = phases.strengths(
         self._phases, phase, progress, self._steps_per_epoch, self._settings
       )
@@ -235,11 +238,11 @@ class Loop:
         self._key,
         self._teacher if phase.distill else None,
       )
-      moment.state, metrics, moment.sampling = step(
-        moment.state, *given, moment.sampling, strengths
+      current.state, metrics, current.sampling = step(
+        current.state, *given, current.sampling, strengths
       )
       progress.step += 1
-      self._watch.after_step(moment, phase)
+      self._watch.after_step(current, phase)
       self._pending.append(metrics)
       if len(self._pending) > _STEPS_AHEAD.get(jax.default_backend(), 8):
         self._collect()
@@ -260,7 +263,7 @@ class Loop:
 
   def _collect(self) -> None:
     """Adds the numbers of the oldest step under way to the epoch's."""
-    progress = self._moment.progress
+    progress = self._run_state.progress
     metrics = {
       name: float(value) for name, value in jax.device_get(self._pending.popleft()).items()
     }
@@ -270,7 +273,7 @@ class Loop:
       where = f"phase {phase.index} ({phase.name}), epoch {progress.epoch + 1} of {phase.epochs}, "
       where += f"step {step}"
       state, rates = (
-        self._moment.state,
+        self._run_state.state,
         phases.learning_rates(phase, progress.epoch, progress, self._settings),
       )
       params, batch_stats = unpack(jax.device_get((state.params, state.batch_stats)))
@@ -291,11 +294,11 @@ class Loop:
 
   @property
   def _number(self) -> int:
-    return self._moment.number(self._steps_per_epoch)
+    return self._run_state.number(self._steps_per_epoch)
 
   def _save_is_due(self) -> bool:
     """Whether the time between two saves is over; the same in all processes."""
-    if jax.process_count() > 1 and self._moment.progress.step % _STEPS_BETWEEN_CLOCKS:
+    if jax.process_count() > 1 and self._run_state.progress.step % _STEPS_BETWEEN_CLOCKS:
       return False
     return distributed.on_first_host(
       lambda: self._clock() - self._saved_at >= 60.0 * self._settings.checkpoint.minutes
@@ -305,12 +308,12 @@ class Loop:
     """Begins to save the moment; what is not finite is never saved."""
     self._collect_all()
     self._keep_time()
-    checkpoint.save(self._writer, self._moment, self._number)
+    run_state.save(self._writer, self._run_state, self._number)
     self._saved_at = self._clock()
 
   def _save_at_last(self) -> str:
     """Saves, waits for it, and says where the run stands."""
-    progress = self._moment.progress
+    progress = self._run_state.progress
     if not progress.begun:
       return "before its first step; the same command begins again"
     try:
@@ -323,16 +326,16 @@ class Loop:
 
   def _end_epoch(self, phase: Phase, frozen: Frozen) -> None:
     """Evaluates; then, with nothing that could stop it half-way, counts the epoch."""
-    moment, progress = self._moment, self._moment.progress
-    variables, raw, clip_rate = self._evaluate(phase, moment.state.variables)
+    current, progress = self._run_state, self._run_state.progress
+    variables, raw, clip_rate = self._evaluate(phase, current.state.variables)
     averaged = average = None
-    if moment.state.ema_params is not None:
-      averaged, average, _ = self._evaluate(phase, moment.state.ema_variables)
-    if moment.sampling is not None:
+    if current.state.ema_params is not None:
+      averaged, average, _ = self._evaluate(phase, current.state.ema_variables)
+    if current.sampling is not None:
       progress.metric = {
-        layer: float(value) for layer, value in jax.device_get(moment.sampling.metric).items()
+        layer: float(value) for layer, value in jax.device_get(current.sampling.metric).items()
       }
-    params = unpack(jax.device_get(moment.state.params))
+    params = unpack(jax.device_get(current.state.params))
     record = phases.epoch_record(
       progress, phase, raw, average, clip_rate, params, self._spec.kernels
     )
@@ -349,7 +352,7 @@ class Loop:
       EpochReport(
         phase=phase,
         epoch=progress.epoch,
-        step=int(moment.state.step),
+        step=int(current.state.step),
         train=train,
         evaluation=raw,
         evaluation_ema=average,
@@ -370,7 +373,7 @@ class Loop:
     """What was evaluated, too: its batch statistics may be estimated anew."""
     given, epoch = (
       (self._programs, self._source, self._settings),
-      self._moment.progress.total_epochs,
+      self._run_state.progress.total_epochs,
     )
     variables = phases.for_evaluation(phase, epoch, variables, *given, self._key)
     return variables, *evaluate(
@@ -381,7 +384,7 @@ class Loop:
     """Adds what has passed since the last call to the phase: calibration, training, evaluation, the
     last save.
     """
-    progress, now = self._moment.progress, (time.perf_counter(), self._programs.waited_seconds)
+    progress, now = self._run_state.progress, (time.perf_counter(), self._programs.waited_seconds)
     progress.phase_seconds += now[0] - self._mark[0]
     progress.phase_compile_seconds += now[1] - self._mark[1]
     self._mark = now
@@ -390,7 +393,7 @@ class Loop:
     self, phase: Phase, raw: Scores, average: Scores | None, variables: dict[str, Any]
   ) -> None:
     """The first of equals stays; variables are those that were evaluated."""
-    moment, progress = self._moment, self._moment.progress
+    current, progress = self._run_state, self._run_state.progress
     full_precision, target = phase.kind == "full_precision", phase.index in self._targets
     found = phases.better(phase, progress, raw, average)
     if full_precision and (
@@ -399,10 +402,10 @@ class Loop:
       progress.full_precision = found
     if target and (progress.best is None or found.top1 > progress.best.top1):
       progress.best = found
-      moment.best = checkpoint.host_copy(variables[found.weights])
+      current.best = run_state.host_copy(variables[found.weights])
 
   def _end_phase(self, phase: Phase, frozen: Frozen) -> None:
-    moment, progress = self._moment, self._moment.progress
+    current, progress = self._run_state, self._run_state.progress
     last = progress.epochs[-1]
     if phase.kind == "sampling":
       progress.ranking = list(aiwq.rank(progress.metric))
@@ -413,10 +416,10 @@ class Loop:
       and any(p.distill for p in self._phases)
     ):
       better_ema = last.top1_ema is not None and last.top1_ema > last.top1
-      moment.teacher = checkpoint.host_copy(
-        moment.state.ema_variables if better_ema else moment.state.variables
+      current.teacher = run_state.host_copy(
+        current.state.ema_variables if better_ema else current.state.variables
       )
-      self._teacher = self._programs.replicate(moment.teacher)
+      self._teacher = self._programs.replicate(current.teacher)
     record = phases.phase_record(phase, progress, self._steps_per_epoch, frozen)
     progress.records.append(record)
     self._observer.phase_done(record)

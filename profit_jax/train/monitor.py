@@ -6,9 +6,9 @@ import jax
 
 from profit_jax.schedule import Phase
 from profit_jax.train import instability
-from profit_jax.train.checkpoint import Moment, host_copy
 from profit_jax.train.packing import unpack
 from profit_jax.train.programs import Programs
+from profit_jax.train.run_state import RunState, host_copy
 
 
 class InstabilityMonitor:
@@ -21,30 +21,30 @@ class InstabilityMonitor:
     self._programs, self._steps = programs, steps_per_epoch
     self._statistics: Any = None
 
-  def before_step(self, moment: Moment) -> None:
+  def before_step(self, current: RunState) -> None:
     """Keeps the running statistics that the epoch's last step is going to change."""
-    if moment.progress.step + 1 == self._steps:
-      self._statistics = host_copy(moment.state.batch_stats)
+    if current.progress.step + 1 == self._steps:
+      self._statistics = host_copy(current.state.batch_stats)
 
-  def after_step(self, moment: Moment, phase: Phase) -> None:
+  def after_step(self, current: RunState, phase: Phase) -> None:
     """Counts; at the epoch's end `progress.instability` is set. `progress.step` includes the step
     already.
     """
-    progress = moment.progress
+    progress = current.progress
     if phase.trains_codes and progress.step >= self._steps - instability.WINDOW:
-      if moment.window is None:
-        moment.window = self._programs.replicate(instability.start(self._programs.student.kernels))
+      if current.window is None:
+        current.window = self._programs.replicate(instability.start(self._programs.student.kernels))
       bits = self._programs.student.bits.at(phase.weight_bits, None)
-      moment.window = self._programs.observe()(moment.window, moment.state.params, bits)
+      current.window = self._programs.observe()(current.window, current.state.params, bits)
     if progress.step == self._steps:
-      progress.instability = {} if moment.window is None else instability.rates(moment.window)
-      after = unpack(jax.device_get(moment.state.batch_stats))
+      progress.instability = {} if current.window is None else instability.rates(current.window)
+      after = unpack(jax.device_get(current.state.batch_stats))
       progress.instability["bn_distance"] = instability.bn_distances(
         self._statistics, after, self._programs.student.momenta
       )
-      if moment.state.oscillation is not None:
-        fixed = jax.device_get(moment.state.oscillation.fixed)
+      if current.state.oscillation is not None:
+        fixed = jax.device_get(current.state.oscillation.fixed)
         progress.instability["fixed"] = {
           layer: float(codes.mean()) for layer, codes in sorted(fixed.items())
         }
-      moment.window = None
+      current.window = None

@@ -1,4 +1,4 @@
-"""Compiled programs: one per `plan.Program`, made in the background before need."""
+"""Compiled programs: one per `schedule.ProgramKey`, made in the background before need."""
 
 import concurrent.futures
 import functools
@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax import memory
 from profit_jax.config import ConfigError, Settings
-from profit_jax.data import Facts, normalization
+from profit_jax.data import DatasetInfo, normalization
 from profit_jax.kernels import target
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.quant.bits import Bits
-from profit_jax.schedule import Phase, Program
+from profit_jax.schedule import Phase, ProgramKey
 from profit_jax.train import aiwq, instability, interrupt, optimizer, oscillation, steps
 from profit_jax.train.packing import Packed, pack_variables, unpack
 from profit_jax.train.state import TrainState, create_state
@@ -115,7 +115,7 @@ class Programs:
   def __init__(  # noqa: PLR0913  one for each part
     self,
     settings: Settings,
-    facts: Facts,
+    info: DatasetInfo,
     student: ModelSpec,
     teacher: ModelSpec | None,
     mesh: Mesh,
@@ -128,7 +128,7 @@ class Programs:
   ):
     """Args:
     settings: validated.
-    facts: of the data.
+    info: of the data set.
     student: the model that is trained.
     teacher: its teacher; None without one.
     mesh: of the devices.
@@ -139,7 +139,7 @@ class Programs:
     optimizer_factory: replaces SGD; see `optimizer.make_optimizer`.
     """
     self._image_dtype, self._loss, self._factory = image_dtype, loss, optimizer_factory
-    self._settings, self._facts = settings, facts
+    self._settings, self._info = settings, info
     self.student = student
     self._specs: dict[Who, ModelSpec | None] = {
       "student": student,
@@ -147,8 +147,8 @@ class Programs:
       "file": file,
     }
     own, others = (
-      normalization(settings.data.normalization, facts),
-      normalization(settings.teacher.normalization, facts),
+      normalization(settings.data.normalization, info),
+      normalization(settings.teacher.normalization, info),
     )
     # A teacher that is the student sees what the student sees.
     self._normalization, self._teacher_normalization = (
@@ -254,7 +254,7 @@ class Programs:
     frozen = frozen if train_kernels else frozenset()
     return optimizer.make_optimizer(labels, sgd, frozen, self._factory)
 
-  def train_step(self, program: Program) -> Callable[..., Any]:
+  def train_step(self, program: ProgramKey) -> Callable[..., Any]:
     """The compiled step of `steps.make_train_step`; the state and the AIWQ state are donated."""
     return self._wait(("train", program), self.trace_train_step)
 
@@ -288,11 +288,11 @@ class Programs:
     """
     return self._wait(("statistics", quantized_weights, quantized_acts), self._trace_statistics)
 
-  def first_state(self, program: Program, frozen: Frozen) -> TrainState:
+  def first_state(self, program: ProgramKey, frozen: Frozen) -> TrainState:
     """A state of a phase's beginning, on the host: all 0 but for what freezes kernels."""
     return jax.device_get(self._first_state(program, frozen))
 
-  def _first_state(self, program: Program, frozen: Frozen) -> TrainState:
+  def _first_state(self, program: ProgramKey, frozen: Frozen) -> TrainState:
     tx = self.optimizer(program.train_kernels, frozen)
     _, freezes = oscillation.active(
       self._settings.oscillation, program.quantized_weights, program.train_kernels
@@ -364,7 +364,7 @@ class Programs:
     return jax.eval_shape(lambda variables: pack_variables(variables, spec), spec.shapes)
 
   @_traced_for_devices(training=True)
-  def trace_train_step(self, program: Program) -> jax.stages.Traced:
+  def trace_train_step(self, program: ProgramKey) -> jax.stages.Traced:
     """`steps.make_train_step` for the phases of a program, traced and not lowered yet.
 
     It can be lowered for any platform, and its jaxpr shows what the step computes.
@@ -421,7 +421,7 @@ class Programs:
     """`steps.make_eval_step`, traced and not lowered yet; arguments as `eval_step`'s."""
     settings, model = self._settings, self._specs[who].model
     seen = self._teacher_normalization if who == "teacher" else self._normalization
-    of_tree = steps.make_eval_step(model, normalization=seen, num_classes=self._facts.num_classes)
+    of_tree = steps.make_eval_step(model, normalization=seen, num_classes=self._info.num_classes)
 
     def step(variables, batch, bits):
       return of_tree(unpack(variables), batch, bits)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from etils import epath
 
-from profit_jax import snapshots
+from profit_jax import checkpoints
 from profit_jax.config import ConfigError, Settings, parse, with_new_names
 from profit_jax.data import Source
 from profit_jax.fields import listed
@@ -51,7 +51,7 @@ def claim_workdir(workdir: epath.Path, identity: Identity) -> None:
   if path.exists():
     require_same_run(workdir, identity)
     return
-  if snapshots.saved_numbers(workdir / "checkpoints"):
+  if checkpoints.saved_numbers(workdir / "checkpoints"):
     raise ConfigError(
       f"--workdir {workdir} has checkpoints, but {path}, which says what run they belong to, does "
       "not exist. Restore it "
@@ -124,10 +124,7 @@ def other_data(workdir: epath.Path, present: dict[str, Any], flag: str = "--work
   """
   saved = read_data(workdir, flag)
   found = differences(
-    *(
-      {name: count for name, count in facts.items() if name in _COUNTS}
-      for facts in (saved, present)
-    )
+    *({name: count for name, count in info.items() if name in _COUNTS} for info in (saved, present))
   )
   if not found and saved["fingerprint"] not in (None, present["fingerprint"]):
     found = ["as many images, but others or of other classes (another fingerprint)"]
@@ -137,7 +134,7 @@ def other_data(workdir: epath.Path, present: dict[str, Any], flag: str = "--work
 def data_identity(source: Source) -> dict[str, Any]:
   """What `data.json` holds."""
   return {
-    **{name: getattr(source.facts, name) for name in _COUNTS},
+    **{name: getattr(source.info, name) for name in _COUNTS},
     "fingerprint": source.fingerprint(),
   }
 

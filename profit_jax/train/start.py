@@ -119,7 +119,7 @@ def load_teacher(
   return Teacher(spec, loaded.variables, loaded)
 
 
-def doubts(settings: Settings, student: Student, teacher: Teacher) -> list[str]:
+def weight_warnings(settings: Settings, student: Student, teacher: Teacher) -> list[str]:
   """What the user should look at before training: settings that the files' own code does not have,
   and more.
   """

@@ -22,7 +22,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from profit_jax import __version__, distributed, paths, snapshots
+from profit_jax import __version__, checkpoints, distributed, paths
 from profit_jax.config import (
   MAX_BITS,
   MIN_BITS,
@@ -35,7 +35,7 @@ from profit_jax.config import (
   TrainSettings,
   check_training,
 )
-from profit_jax.data.base import Host
+from profit_jax.data.base import HostShard
 from profit_jax.data.batches import BatchSource, Data
 from profit_jax.data.normalize import Normalization
 from profit_jax.fields import as_lists
@@ -43,13 +43,13 @@ from profit_jax.nn.spec import ModelSpec, describe, never_quantized
 from profit_jax.quant import Bits, DuQ, Quantizer
 from profit_jax.schedule import Phase, with_separate_bn_programs
 from profit_jax.train import run_directory
-from profit_jax.train.checkpoint import Moment
 from profit_jax.train.loop import Loop
 from profit_jax.train.observer import Observer, Observers
 from profit_jax.train.optimizer import OptimizerFactory
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
 from profit_jax.train.progress import EpochRecord, PhaseRecord
 from profit_jax.train.run import Run
+from profit_jax.train.run_state import RunState
 from profit_jax.train.start import Student, Teacher
 from profit_jax.train.steps import LossFunction
 
@@ -61,7 +61,7 @@ def claim(
   identity: run_directory.Identity,
   keep: int,
   closing: contextlib.ExitStack,
-) -> snapshots.Writer:
+) -> checkpoints.Writer:
   """Makes a directory a run's, until `closing`; gives the writer of its checkpoints.
 
   Args:
@@ -83,7 +83,7 @@ def claim(
   distributed.on_first_host(claim_it)
   # A directory that only the first process sees.
   distributed.on_all_hosts(lambda: run_directory.read_data(workdir))
-  writer = snapshots.Writer(workdir / "checkpoints", keep=keep)
+  writer = checkpoints.Writer(workdir / "checkpoints", keep=keep)
 
   def close(error, *_):
     # After an error in this process alone, closing would wait for the others; and the first error
@@ -100,18 +100,18 @@ def claim(
 
 def train(
   run: Run,
-  writer: snapshots.Writer,
-  snapshot: snapshots.Snapshot | None,
+  writer: checkpoints.Writer,
+  checkpoint: checkpoints.Checkpoint | None,
   mesh: Mesh,
   observers: Sequence[Observer],
   clock: Callable[[], float] = time.monotonic,
-) -> Moment:
+) -> RunState:
   """Trains to the end of the schedule.
 
   Args:
     run: what is trained.
     writer: of checkpoints.
-    snapshot: where to resume; None begins.
+    checkpoint: where to resume; None begins.
     mesh: of the devices.
     observers: told of everything, and closed.
     clock: in seconds; decides when `checkpoint.minutes` are over.
@@ -124,7 +124,7 @@ def train(
     closing.callback(observer.close)
     programs = Programs(
       run.settings,
-      run.source.facts,
+      run.source.info,
       run.student.spec,
       run.teacher.spec,
       mesh,
@@ -134,7 +134,7 @@ def train(
       optimizer_factory=run.optimizer,
     )
     closing.callback(programs.close)
-    return Loop(run, programs, writer, observer, clock).run(snapshot)
+    return Loop(run, programs, writer, observer, clock).run(checkpoint)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,7 +274,7 @@ class Trainer:
       Stopped: by SIGINT or SIGTERM; everything is saved.
     """
     options = self._options
-    host = Host(jax.process_index(), jax.process_count())
+    host = HostShard(jax.process_index(), jax.process_count())
     source = distributed.on_all_hosts(lambda: BatchSource(data, host))
     bits = Bits(
       quantizer=self._quantizer,
@@ -312,11 +312,11 @@ class Trainer:
     distributed.require_equal("run", json.dumps(identity, sort_keys=True, default=str))
     with distributed.peers_needed(), contextlib.ExitStack() as closing:
       writer = claim(self._workdir, identity, options.checkpoint.keep, closing)
-      snapshot = writer.read_newest(lambda text: warnings.warn(text, stacklevel=2))
+      checkpoint = writer.read_newest(lambda text: warnings.warn(text, stacklevel=2))
       for callback in self._callbacks:
         callback.opened(self._workdir)
       mesh = make_mesh(settings, options.devices)
-      end = train(run, writer, snapshot, mesh, self._callbacks, options.clock)
+      end = train(run, writer, checkpoint, mesh, self._callbacks, options.clock)
     return self._result(end, spec, data, source, seed)
 
   def _settings(self, seed: int, source: BatchSource) -> Settings:
@@ -373,7 +373,7 @@ class Trainer:
     return run_directory.Identity(plain, run_directory.data_identity(source))
 
   def _result(
-    self, end: Moment, spec: ModelSpec, data: Data, source: BatchSource, seed: int
+    self, end: RunState, spec: ModelSpec, data: Data, source: BatchSource, seed: int
   ) -> Result:
     progress, last = end.progress, self._phases[-1]
     full_precision = progress.full_precision
@@ -388,9 +388,9 @@ class Trainer:
       phases=tuple(progress.records),
       epochs=tuple(progress.epochs),
       class_names=tuple(data.class_names),
-      normalization=source.facts.normalization if source.image_dtype == np.uint8 else None,
+      normalization=source.info.normalization if source.image_dtype == np.uint8 else None,
       seed=seed,
-      train_examples=source.facts.train_examples,
+      train_examples=source.info.train_examples,
       workdir=self._workdir,
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from profit_jax import paths, snapshots
+from profit_jax import checkpoints, paths
 from profit_jax.config import ConfigError
 from profit_jax.weights import torch_file
 
@@ -155,8 +155,8 @@ def _read_torch(content: bytes) -> Contents:
 def _read_run(workdir: epath.Path) -> Contents:
   """The best weights of a run of ours; it may still be going on."""
   notes: list[str] = []
-  snapshot = snapshots.read_newest(workdir / "checkpoints", notes.append)
-  best = {} if snapshot is None else snapshot.section("best")
+  checkpoint = checkpoints.read_newest(workdir / "checkpoints", notes.append)
+  best = {} if checkpoint is None else checkpoint.section("best")
   if not best:
     raise ConfigError(
       f"The directory {os.fspath(workdir)!r} holds no weights: it must be the --workdir of a run "

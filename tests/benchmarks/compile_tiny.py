@@ -39,7 +39,7 @@ def settings_of(dtype, devices):
 
 def figures(target, make_net, stage, dtype):
   settings = settings_of(dtype, len(target.devices))
-  spec = describe(make_net(num_classes=aot_programs.FACTS.num_classes), (32, 32, 3))
+  spec = describe(make_net(num_classes=aot_programs.INFO.num_classes), (32, 32, 3))
   mesh = aot_programs.mesh_of(target)
   found, _ = aot_programs.measured(
     lambda: aot_programs.compile_ours(settings, spec, stage, mesh), target.platform

@@ -3,7 +3,7 @@
 import pytest
 from etils import epath
 
-from profit_jax import data, snapshots
+from profit_jax import checkpoints, data
 from profit_jax.models import REGISTRY, register
 from profit_jax.train import run_directory
 from profit_jax.train.progress import Best, PhaseRecord, Progress
@@ -44,7 +44,7 @@ def write_run(workdir, best, **changes):
     Best(epoch=2, phase=1, top1=9.5, top5=51.0, weights="raw", examples=450) if best else None
   )
   progress = Progress(phase=2, total_epochs=2, records=[record], best=scores)
-  writer = snapshots.Writer(workdir / "checkpoints", keep=1)
+  writer = checkpoints.Writer(workdir / "checkpoints", keep=1)
   writer.save(1, {"best": random_variables(settings) if best else None}, progress.to_dict())
   writer.close()
 

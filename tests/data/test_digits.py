@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from profit_jax.data.base import Host
+from profit_jax.data.base import HostShard
 from profit_jax.data.digits import Digits, split
 
 
@@ -38,7 +38,7 @@ def test_evaluation_counts_every_image_once(source):
 @pytest.fixture(scope="module")
 def parts():
   """The same source on each of three hosts."""
-  return [Digits(image_size=32, augment=True, seed=0, host=Host(i, 3)) for i in range(3)]
+  return [Digits(image_size=32, augment=True, seed=0, shard=HostShard(i, 3)) for i in range(3)]
 
 
 # That equal ones give equal images: `test_hosts_share_the_rows_of_each_batch`.

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from profit_jax import data
 from profit_jax.config import ConfigError
-from profit_jax.data import Host, preprocess
+from profit_jax.data import HostShard, preprocess
 from profit_jax.data.records import EpochRequest, table_rows
 from tests.data import pictures
 from tests.data.pictures import EVAL, SIZE, TRAIN, settings
@@ -23,17 +23,19 @@ SOURCES = ("folder", "stream")
 def open_source(written):
   """Opens a source, given its name, a host and settings."""
 
-  def opened(name, host=Host(), **changes):
+  def opened(name, shard=HostShard(), **changes):
     if name == "folder":
-      return load_folder(written / "folder", host, **changes)
+      return load_folder(written / "folder", shard, **changes)
     given = {"data.name": "cuttings", "data.data_dir": str(written / "tfds"), **changes}
-    return data.load(settings(**given), host, memory_limit=0)
+    return data.load(settings(**given), shard, memory_limit=0)
 
   return opened
 
 
-def load_folder(root, host=Host(), **changes):
-  return data.load(settings(**{"data.name": "folder", "data.data_dir": str(root), **changes}), host)
+def load_folder(root, shard=HostShard(), **changes):
+  return data.load(
+    settings(**{"data.name": "folder", "data.data_dir": str(root), **changes}), shard
+  )
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,8 @@ def assert_equal_batches(some, others):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_batches_keep_the_contract(open_source, whole, name):
-  facts = open_source(name).facts
-  assert (facts.train_examples, facts.eval_examples, facts.num_classes) == (TRAIN, EVAL, 3)
+  info = open_source(name).info
+  assert (info.train_examples, info.eval_examples, info.num_classes) == (TRAIN, EVAL, 3)
   train, evaluation = whole(name)
   assert (len(train), len(evaluation)) == (3, 2)
   for batch in train + evaluation:
@@ -81,7 +83,7 @@ def test_batches_keep_the_contract(open_source, whole, name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_one_of_two_hosts_has_its_rows_of_the_rest_of_an_epoch(open_source, whole, name):
   train, evaluation = whole(name)
-  source = open_source(name, Host(1, 2))
+  source = open_source(name, HostShard(1, 2))
   assert_equal_batches(list(source.train_batches(1, 8, 1)), own_rows(train[1:]))
   assert_equal_batches(list(source.eval_batches(8)), own_rows(evaluation))
 
@@ -129,7 +131,7 @@ def test_folder_and_tfds_give_the_same_pixels(whole):
 
 def test_a_batch_that_the_processes_cannot_share_is_refused():
   with pytest.raises(ConfigError, match=r"train.batch_size = 8 .* multiple of 3"):
-    data.load(settings(**{"data.name": "digits"}), Host(0, 3))
+    data.load(settings(**{"data.name": "digits"}), HostShard(0, 3))
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +164,10 @@ def test_a_host_may_meet_every_broken_image(damaged):
   broken = {i for i, file in enumerate(files) if file.endswith(("003.jpeg", "004.png"))}
 
   def met(epoch):
-    return broken <= set(table_rows(TRAIN, EpochRequest(8, Host(0, 2), shuffle=(0, epoch)))[0])
+    return broken <= set(table_rows(TRAIN, EpochRequest(8, HostShard(0, 2), shuffle=(0, epoch)))[0])
 
-  host = load_folder(damaged, Host(0, 2), **{"data.max_broken": 0.05})
-  masks = [batch["mask"] for batch in host.train_batches(next(filter(met, range(100))), 8)]
+  shard = load_folder(damaged, HostShard(0, 2), **{"data.max_broken": 0.05})
+  masks = [batch["mask"] for batch in shard.train_batches(next(filter(met, range(100))), 8)]
   assert sum((~mask).sum() for mask in masks) == 2
 
 
@@ -245,7 +247,7 @@ def test_other_files_have_another_fingerprint(written, tmp_path):
   path.rename(path.with_name("renamed.jpg"))
   (other / "train" / "wide" / "._hidden.jpg").write_bytes(b"not an image")
   assert fingerprint("folder", written / "folder") != fingerprint("folder", other)
-  assert load_folder(other).facts.train_examples == TRAIN
+  assert load_folder(other).info.train_examples == TRAIN
 
 
 def test_classes_that_were_swapped_have_another_fingerprint(tmp_path):
@@ -275,15 +277,15 @@ def test_small_sets_differ_where_their_images_do(written, tmp_path):
 
 
 def test_a_plan_knows_published_sets_by_name_and_asks_the_files_for_parts(written):
-  assert data.facts(settings(**{"data.name": "cifar10:3.0.2"})).normalization.mean[0] == 0.4914
+  assert data.info(settings(**{"data.name": "cifar10:3.0.2"})).normalization.mean[0] == 0.4914
   part = {
     "data.name": "cuttings",
     "data.data_dir": str(written / "tfds"),
     "data.train_split": "train[:50%]",
   }
-  assert data.facts(settings(**part)).train_examples == 12
+  assert data.info(settings(**part)).train_examples == 12
   with pytest.raises(ConfigError, match="not prepared"):
-    data.facts(settings(**{"data.train_split": "train[:50%]", "data.data_dir": str(written)}))
+    data.info(settings(**{"data.train_split": "train[:50%]", "data.data_dir": str(written)}))
 
 
 def test_splits_may_be_parts(written):
@@ -291,7 +293,7 @@ def test_splits_may_be_parts(written):
   source = data.load(
     settings(**{"data.name": "cuttings", "data.data_dir": str(written / "tfds"), **chosen})
   )
-  assert (source.facts.train_examples, source.facts.eval_examples) == (18, 6)
+  assert (source.info.train_examples, source.info.eval_examples) == (18, 6)
 
 
 def test_wrong_folders_are_refused(tmp_path):

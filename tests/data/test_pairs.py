@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from profit_jax.data.base import Host
+from profit_jax.data.base import HostShard
 from profit_jax.data.digits import split
 from profit_jax.data.pairs import Distortion, Pairs
 
@@ -17,7 +17,7 @@ def source():
 @pytest.fixture(scope="module")
 def parts():
   """The same source on each of three hosts."""
-  return [Pairs(image_size=16, augment=True, seed=0, host=Host(i, 3)) for i in range(3)]
+  return [Pairs(image_size=16, augment=True, seed=0, shard=HostShard(i, 3)) for i in range(3)]
 
 
 def images_of(batches):

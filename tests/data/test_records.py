@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from profit_jax.config import ConfigError
-from profit_jax.data import Host
+from profit_jax.data import HostShard
 from profit_jax.data.folder import Folder
 from profit_jax.data.records import EpochRequest, Shard, reader_plan, table_rows
 from profit_jax.data.tfds import Splits, cut
@@ -29,9 +29,9 @@ def rows(request, written):
     splits = Splits(chosen.data, memory_limit=0)
 
   @functools.cache
-  def found(host=Host(), start=0, shuffle=EPOCH, batch_size=BATCH):
+  def found(shard=HostShard(), start=0, shuffle=EPOCH, batch_size=BATCH):
     records = splits.eval if shuffle is None else splits.train
-    wanted = EpochRequest(batch_size, host, start, shuffle)
+    wanted = EpochRequest(batch_size, shard, start, shuffle)
     rows = np.array([[r["place"], *r["key"]] for r in records.rows(wanted).as_numpy_iterator()])
     assert (rows[:, 1] >= 0).sum() == records.count(wanted)
     return rows
@@ -49,9 +49,9 @@ def test_hosts_share_the_rows_that_one_alone_would_see(rows, shuffle, hosts):
   """The records are asked anew for each host: a pass is a function of the seed and the epoch."""
   whole = rows(shuffle=shuffle).reshape(-1, BATCH, 3)
   for i in range(hosts):
-    host = Host(i, hosts)
-    own = rows(host, shuffle=shuffle).reshape(len(whole), -1, 3)
-    assert np.array_equal(own, whole[:, host.rows(BATCH)])
+    shard = HostShard(i, hosts)
+    own = rows(shard, shuffle=shuffle).reshape(len(whole), -1, 3)
+    assert np.array_equal(own, whole[:, shard.rows(BATCH)])
 
 
 def test_places_count_the_rows(rows):
@@ -62,7 +62,7 @@ def test_places_count_the_rows(rows):
 def test_a_pass_goes_on_where_it_was_left(rows):
   whole = rows().reshape(-1, BATCH, 3)
   assert np.array_equal(rows(start=2), whole[2])
-  assert np.array_equal(rows(Host(1, 2), start=1), whole[1:, BATCH // 2 :].reshape(-1, 3))
+  assert np.array_equal(rows(HostShard(1, 2), start=1), whole[1:, BATCH // 2 :].reshape(-1, 3))
 
 
 def test_every_epoch_and_seed_has_every_example_once_in_another_order(rows):
@@ -87,12 +87,12 @@ def test_evaluation_counts_every_example_once(rows):
 # ImageNet's: 50,000 images in 64 readers of 781 or 782.
 @pytest.mark.parametrize(("hosts", "batch"), [(1, 256), (2, 1000), (8, 1024), (64, 64), (64, 4096)])
 def test_evaluation_of_imagenet_counts_50000_on_any_number_of_hosts(hosts, batch):
-  rows = [table_rows(50_000, EpochRequest(batch, Host(i, hosts))) for i in range(hosts)]
+  rows = [table_rows(50_000, EpochRequest(batch, HostShard(i, hosts))) for i in range(hosts)]
   examples = np.concatenate([found for found, _ in rows])
   assert np.array_equal(np.sort(examples[examples >= 0]), np.arange(50_000))
   # As many batches on every host, or they would wait for each other.
   assert len({len(found) for found, _ in rows}) == 1
-  plans = [reader_plan(50_000, 64, EpochRequest(batch, Host(i, hosts))) for i in range(hosts)]
+  plans = [reader_plan(50_000, 64, EpochRequest(batch, HostShard(i, hosts))) for i in range(hosts)]
   count = sum(len(plan.readers) for plan in plans)
   assert [reader for plan in plans for reader in plan.readers] == list(range(count))
   assert len({(plan.rows, plan.steps) for plan in plans}) == 1
@@ -104,8 +104,8 @@ def test_evaluation_of_imagenet_counts_50000_on_any_number_of_hosts(hosts, batch
 
 def test_hosts_that_cannot_share_the_readers_are_refused():
   with pytest.raises(ConfigError, match=r"data.num_readers = 64 .* multiple of 3"):
-    reader_plan(50_000, 64, EpochRequest(768, Host(0, 3)))
-  assert len(reader_plan(50_000, 48, EpochRequest(768, Host(0, 3))).readers) == 16
+    reader_plan(50_000, 64, EpochRequest(768, HostShard(0, 3)))
+  assert len(reader_plan(50_000, 48, EpochRequest(768, HostShard(0, 3))).readers) == 16
 
 
 def test_shards_are_cut_where_the_readers_meet():

@@ -60,7 +60,7 @@ def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path, capsys, arguments
 
 def test_imagenet_as_the_guide_prepares_it(imagenet):
   source = data.load(settings(mbv2_w4.get_config(), **{"data.data_dir": str(imagenet)}))
-  assert (source.facts.train_examples, source.facts.eval_examples, source.facts.num_classes) == (
+  assert (source.info.train_examples, source.info.eval_examples, source.info.num_classes) == (
     8,
     5,
     1000,
@@ -91,7 +91,7 @@ def cifar10(tmp_path_factory):
 
 def test_the_cifar10_preset_sees_whole_small_images(cifar10):
   source = data.load(settings(cifar10_w4.get_config(), **{"data.data_dir": str(cifar10)}))
-  assert source.facts.normalization.mean == (0.4914, 0.4822, 0.4465)
+  assert source.info.normalization.mean == (0.4914, 0.4822, 0.4465)
   images = np.concatenate([batch["image"][batch["mask"]] for batch in source.eval_batches(4)])
   expected = np.stack([np.asarray(image) for image, _ in small_images(6, 2)])
   # Not scaled, not cut.

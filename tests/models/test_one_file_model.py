@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from profit_jax import snapshots
+from profit_jax import checkpoints
 from profit_jax.cli import to_torch
 from profit_jax.config import ConfigError, parse
 from profit_jax.export import verify
@@ -85,7 +85,7 @@ def test_a_file_of_the_other_codebase_is_loaded(settings, foreign, weights_file)
 def test_settings_of_the_other_codebase_are_compared(settings, weights_file):
   chosen = settings(**{"init.weights": weights_file, "model.bn_epsilon": 1e-5})
   student = start.load_student(chosen, 10)
-  (doubt,) = start.doubts(chosen, student, start.load_teacher(chosen, student, 10))
+  (doubt,) = start.weight_warnings(chosen, student, start.load_teacher(chosen, student, 10))
   assert "config.model.bn_epsilon = 1e-05" in doubt
   assert "0.001" in doubt
 
@@ -135,7 +135,7 @@ def run(settings, tmp_path):
   counts = {"train_examples": 1347, "eval_examples": 450, "num_classes": 10}
   (workdir / "data.json").write_text(json.dumps(counts))
   variables = random_variables(settings())
-  writer = snapshots.Writer(workdir / "checkpoints", keep=1)
+  writer = checkpoints.Writer(workdir / "checkpoints", keep=1)
   writer.save(5, {"best": variables}, {})
   writer.close()
   return workdir, variables

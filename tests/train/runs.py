@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from profit_jax import snapshots
+from profit_jax import checkpoints
 from profit_jax.cli.app import Hooks
 from profit_jax.train.observer import Observer
 
@@ -24,7 +24,7 @@ def result_of(workdir):
 
 
 def newest_of(workdir):
-  return snapshots.read_newest(workdir / "checkpoints", pytest.fail)
+  return checkpoints.read_newest(workdir / "checkpoints", pytest.fail)
 
 
 def without_times(tree):

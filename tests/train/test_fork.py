@@ -6,7 +6,6 @@ import shutil
 import pytest
 from etils import epath
 
-from profit_jax import snapshots
 from profit_jax.cli import app
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY
@@ -148,10 +147,10 @@ def test_what_is_refused(other, tmp_path):
     run, other, **{"plan.full_precision_epochs": 3}
   )
   # What a run goes back to, when its numbers are not finite, depends on when it had saved.
-  checkpoints = other / "checkpoints"
-  ((_, values, arrays), _) = snapshots.newest_of(checkpoints, [ENDS[7]])
-  shutil.rmtree(checkpoints)
-  writer = snapshots.Writer(checkpoints, keep=3)
+  saved = other / "checkpoints"
+  ((_, values, arrays), _) = checkpoints.newest_of(saved, [ENDS[7]])
+  shutil.rmtree(saved)
+  writer = checkpoints.Writer(saved, keep=3)
   writer.save(ENDS[7], arrays, {**values, "retries": 1})
   writer.close()
   assert "that can be used" in refused(run, other)

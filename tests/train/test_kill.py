@@ -5,7 +5,6 @@ import time
 import jax
 import pytest
 
-from profit_jax import snapshots
 from profit_jax.cli import app
 from profit_jax.config import ConfigError
 from tests.train import forked, killed
@@ -36,10 +35,10 @@ def wait(process, condition):
 
 def test_a_run_killed_again_and_again_ends_with_the_same_numbers(finished_run, started, tmp_path):
   run = tmp_path / "run"
-  checkpoints = run / "checkpoints"
+  saved = run / "checkpoints"
 
   def reached(least):
-    return lambda: max(snapshots.saved_numbers(checkpoints), default=-1) >= least
+    return lambda: max(checkpoints.saved_numbers(saved), default=-1) >= least
 
   def saving(least):
     return lambda: reached(least)() and any(checkpoints.glob("*tmp*"))

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from profit_jax import snapshots
+from profit_jax import checkpoints
 from profit_jax.cli import app
 from profit_jax.config import ConfigError
 from profit_jax.train.interrupt import Stopped
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(
   finished_run, tmp_path, capsys
 ):
   run = shutil.copytree(finished_run, tmp_path / "run")
-  newest = snapshots.saved_numbers(run / "checkpoints")[-1]
+  newest = checkpoints.saved_numbers(run / "checkpoints")[-1]
   damage(run / "checkpoints" / str(newest))
   app.main(tiny_config(), str(run), "train", hooks=WITHOUT_PLOTS)
   printed = capsys.readouterr().out
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_ends_the_same(
 
 def test_nothing_is_overwritten_where_all_checkpoints_are_damaged(finished_run, tmp_path):
   run = shutil.copytree(finished_run, tmp_path / "run")
-  for number_ in snapshots.saved_numbers(run / "checkpoints"):
+  for number_ in checkpoints.saved_numbers(run / "checkpoints"):
     damage(run / "checkpoints" / str(number_))
   before = {
     path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"

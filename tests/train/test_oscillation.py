@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from profit_jax import data, snapshots
+from profit_jax import checkpoints, data
 from profit_jax.cli import app
 from profit_jax.config import ConfigError, OscillationSettings, parse
 from profit_jax.data.normalize import Normalization
@@ -263,7 +263,7 @@ def test_all_remedies_and_profit_in_one_run(remedied):
     "| remedies | dampening up to 0.01; codes fixed above a" in (remedied / "report.md").read_text()
   )
   # The last phase's state: what is fixed has its code's value, and stays fixed from phase to phase.
-  state = snapshots.read_newest(remedied / "checkpoints", pytest.fail).section("state")
+  state = checkpoints.read_newest(remedied / "checkpoints", pytest.fail).section("state")
   shares = []
   for layer in ("conv0", "conv1", "conv2", "classifier"):
     fixed, mean = state[f"oscillation/fixed/{layer}"], state[f"oscillation/mean/{layer}"]
@@ -291,14 +291,14 @@ def test_a_stopped_run_ends_the_same(remedied, tmp_path):
 
 def test_the_best_weights_have_the_statistics_of_the_first_batches(remedied, tiny):
   settings = parse(tiny_config(**SHORT), REGISTRY)
-  snapshot = snapshots.read_newest(remedied / "checkpoints", pytest.fail)
+  checkpoint = checkpoints.read_newest(remedied / "checkpoints", pytest.fail)
   best = traverse_util.unflatten_dict(
-    {tuple(k.split("/")): v for k, v in snapshot.section("best").items()}
+    {tuple(k.split("/")): v for k, v in checkpoint.section("best").items()}
   )
   source, model = data.load(settings), build(settings.model, 10)
   found, keep, key = [], BatchNorm.momentum, jax.random.key(0)
   for batch, _ in zip(
-    source.train_batches(snapshot.values["best"]["epoch"] - 1, 128), range(3), strict=False
+    source.train_batches(checkpoint.values["best"]["epoch"] - 1, 128), range(3), strict=False
   ):
     image = (np.float32(batch["image"]) / 255 - 0.3) / 0.35
     _, updates = model.apply(

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from configs import digits_w4
 from profit_jax.config import parse
-from profit_jax.data.digits import FACTS
+from profit_jax.data.digits import INFO
 from profit_jax.models import REGISTRY
-from profit_jax.schedule import Program
+from profit_jax.schedule import ProgramKey
 from profit_jax.train.programs import Programs, default_dtype
 from tests.specs import spec_of
 from tests.traced import TwoBlocks
@@ -27,11 +27,11 @@ def traced(step, platform="cpu", dtype="bfloat16"):
   )
   settings, spec = parse(config, REGISTRY), spec_of(TwoBlocks(), 16)
   mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
-  programs = Programs(settings, FACTS, spec, spec, mesh, platform=platform)
+  programs = Programs(settings, INFO, spec, spec, mesh, platform=platform)
   programs.close()  # nothing is compiled
   if step == "eval":
     return programs.trace_eval_step(quantized_weights=True, quantized_acts=True)
-  program = Program(
+  program = ProgramKey(
     quantized_weights=True,
     quantized_acts=True,
     train_kernels=True,

@@ -8,7 +8,7 @@ import pytest
 from profit_jax import data, schedule
 from profit_jax.config import parse
 from profit_jax.data import normalization
-from profit_jax.data.digits import FACTS
+from profit_jax.data.digits import INFO
 from profit_jax.models import REGISTRY
 from profit_jax.quant.bits import Bits
 from profit_jax.train import optimizer, steps
@@ -30,7 +30,7 @@ class Training:
   def __init__(self, dtype):
     settings = parse(tiny_config(), REGISTRY)
     self._source, self._model = data.load(settings), TinyNet()
-    self._normalization = normalization(settings.data.normalization, self._source.facts)
+    self._normalization = normalization(settings.data.normalization, self._source.info)
     sgd = optimizer.SgdSettings(weight_decay=4e-5, momentum=0.9, quantizer_lr_scale=0.01)
     spec = self._spec = spec_of(TinyNet(), 16)
     params = pack(spec.init(jax.random.key(0))["params"], spec.groups)
@@ -101,7 +101,7 @@ def test_bfloat16_goes_where_float32_goes(tiny):
 def test_a_run_computes_in_its_data_type(tiny, dtype, halved):
   settings = parse(tiny_config(**{"train.dtype": dtype}), REGISTRY)
   programs = Programs(
-    settings, FACTS, spec_of(TinyNet(), 16), spec_of(TinyNet(), 16), make_mesh(settings)
+    settings, INFO, spec_of(TinyNet(), 16), spec_of(TinyNet(), 16), make_mesh(settings)
   )
   programs.close()  # nothing is compiled
   traced = programs.trace_train_step(schedule.plan(settings)[-1].program)

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from profit_jax.config import parse
-from profit_jax.data.digits import FACTS
+from profit_jax.data.digits import INFO
 from profit_jax.models import REGISTRY
 from profit_jax.train.programs import Programs, make_mesh
 from tests.specs import spec_of
@@ -27,7 +27,7 @@ SIZE = 40  # of a batch of evaluation; no other test compiles these programs
 def programs(tiny):
   settings = parse(tiny_config(**{"train.eval_batch_size": SIZE}), REGISTRY)
   made = Programs(
-    settings, FACTS, spec_of(TinyNet(), 16), spec_of(TinyNet(), 16), make_mesh(settings)
+    settings, INFO, spec_of(TinyNet(), 16), spec_of(TinyNet(), 16), make_mesh(settings)
   )
   yield made
   made.close()

@@ -8,7 +8,7 @@ import pytest
 from configs import digits_w4
 from profit_jax.cli import app
 from profit_jax.config import ConfigError, parse
-from profit_jax.data.digits import FACTS
+from profit_jax.data.digits import INFO
 from profit_jax.models import REGISTRY
 from profit_jax.train import run_directory
 
@@ -20,7 +20,7 @@ def settings(**changes):
 
 
 def source(fingerprint="these"):
-  return types.SimpleNamespace(facts=FACTS, fingerprint=lambda: fingerprint)
+  return types.SimpleNamespace(info=INFO, fingerprint=lambda: fingerprint)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from configs import base, digits_w4
-from profit_jax import snapshots
+from profit_jax import checkpoints
 from profit_jax.cli import app, to_torch
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, build
@@ -62,7 +62,7 @@ def test_from_a_file_the_student_teaches_itself_from_the_start(weights_file):
   settings, student, teacher = first(**{"init.weights": weights_file})
   jax.tree.map(np.testing.assert_array_equal, student.make(), teacher.variables)
   assert student.file_spec is None
-  (doubt,) = start.doubts(settings, student, teacher)
+  (doubt,) = start.weight_warnings(settings, student, teacher)
   assert_names(doubt, "config.model.activation", "'relu6'", "'relu'")
 
 
@@ -85,7 +85,7 @@ def test_another_model_teaches_with_its_own_settings(tiny, weights_file):
     1,
   )
   assert teacher.variables["params"]["stem_conv"]["kernel"].shape == (3, 3, 3, 8)
-  assert start.doubts(settings, student, teacher) == []
+  assert start.weight_warnings(settings, student, teacher) == []
   assert start.evaluated(student, teacher) == ["teacher"]
   with pytest.raises(ConfigError, match=r"wrong shape: features\.0\.0\.weight"):
     first(**{**changes, "teacher.width": 1.0})
@@ -111,13 +111,13 @@ def test_torchvision_v3_is_evaluated_with_its_own_padding_and_teaches_with_it(tm
   )
   assert start.evaluated(student, teacher) == ["student", "file"]
   # eps is another: torchvision's is named. The padding is not, since it is meant to change.
-  (doubt,) = start.doubts(settings, student, teacher)
+  (doubt,) = start.weight_warnings(settings, student, teacher)
   assert_names(doubt, "config.model.bn_epsilon", "1e-05", "0.001")
   # Without a teacher there is no phase in which it could.
   changes["teacher.model"] = "none"
   settings, student, teacher = first(base.get_config(), **changes)
   assert_names(
-    start.doubts(settings, student, teacher)[1], "config.model.pad_value", "no full-prec"
+    start.weight_warnings(settings, student, teacher)[1], "config.model.pad_value", "no full-prec"
   )
   # A teacher never adapts: its padding is named too.
   changes = {
@@ -126,8 +126,10 @@ def test_torchvision_v3_is_evaluated_with_its_own_padding_and_teaches_with_it(tm
     "teacher.pad_value": -0.375,
   }
   settings, student, teacher = first(digits_w4.get_config(), **changes)
-  doubts = [text for text in start.doubts(settings, student, teacher) if "pad_value" in text]
-  assert_names(doubts[0], "config.teacher.pad_value", "-0.375", "0.0")
+  weight_warnings = [
+    text for text in start.weight_warnings(settings, student, teacher) if "pad_value" in text
+  ]
+  assert_names(weight_warnings[0], "config.teacher.pad_value", "-0.375", "0.0")
 
 
 def test_a_new_classifier_teaches_nobody_before_it_has_learned(weights_file):
@@ -212,10 +214,10 @@ def test_weights_of_ours_say_how_they_were_trained(finished_run, tmp_path):
     config = tiny_config(
       **{"init.weights": weights, "model.activation": "relu", "model.strides": (1,) * 8}
     )
-    doubts = start.doubts(*first(config))
-    assert len(doubts) == 2
-    assert_names(doubts[0], "config.model.activation", "'relu'", "'relu6'")
-    assert_names(doubts[1], "config.model.strides")
+    weight_warnings = start.weight_warnings(*first(config))
+    assert len(weight_warnings) == 2
+    assert_names(weight_warnings[0], "config.model.activation", "'relu'", "'relu6'")
+    assert_names(weight_warnings[1], "config.model.strides")
 
 
 def test_eval_of_a_file_prints_full_precision_and_the_quantized_net(finished_run, tmp_path, capsys):
@@ -288,7 +290,7 @@ def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys)
   (tmp_path / "data.json").write_text(
     json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10})
   )
-  writer = snapshots.Writer(tmp_path / "checkpoints", keep=1)
+  writer = checkpoints.Writer(tmp_path / "checkpoints", keep=1)
   writer.save(5, {"best": variables}, {})
   writer.close()
   file = str(tmp_path / "w.safetensors")

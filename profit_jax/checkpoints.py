@@ -48,7 +48,7 @@ _LISTINGS = 5  # of a directory whose moments go away while they are read
 _ITEM, _FILE, _CHECKSUM = "moment", "moment.safetensors", "moment.sha256"
 
 
-class Snapshot(NamedTuple):
+class Checkpoint(NamedTuple):
   """A moment that was read back.
 
   Attributes:
@@ -150,7 +150,7 @@ class Writer:
     )
     self._newest = number
 
-  def read_newest(self, warn: Warn) -> Snapshot | None:
+  def read_newest(self, warn: Warn) -> Checkpoint | None:
     """The newest moment that is whole, as `read_newest`; damaged ones are set aside, out of the way
     of later ones.
     """
@@ -220,7 +220,7 @@ def read_newest(
   *,
   set_aside: bool = False,
   read_file: ReadFile = _READ,
-) -> Snapshot | None:
+) -> Checkpoint | None:
   """The newest moment that is whole; every process of a run must call this together.
 
   Args:
@@ -268,7 +268,7 @@ def read_newest(
 
 def newest_of(
   directory: epath.Path, numbers: list[int], read_file: ReadFile = _READ
-) -> tuple[Snapshot | None, dict[int, str]]:
+) -> tuple[Checkpoint | None, dict[int, str]]:
   """The newest of these moments (oldest first) that is whole, and what is wrong with newer ones;
   all processes together. `read_file` reads one file of a moment.
   """
@@ -289,7 +289,7 @@ def _move(place: epath.Path, target: epath.Path) -> None:
   place.rename(target)
 
 
-def _read(directory: epath.Path, number: int, read_file: ReadFile) -> tuple[Snapshot | None, str]:
+def _read(directory: epath.Path, number: int, read_file: ReadFile) -> tuple[Checkpoint | None, str]:
   """A moment as this process sees it, or what is wrong with it; raises as `_content`."""
   place = directory / str(number) / _ITEM
   try:
@@ -298,7 +298,7 @@ def _read(directory: epath.Path, number: int, read_file: ReadFile) -> tuple[Snap
       raise ValueError(f"the checksum of {_FILE} is not what {_CHECKSUM} says")
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     values = json.loads(header["__metadata__"]["values"])
-    return Snapshot(number, values, safetensors.numpy.load(content)), ""
+    return Checkpoint(number, values, safetensors.numpy.load(content)), ""
   except ConfigError:
     raise
   except Exception as error:  # damaged files raise whatever their parsers stumble over

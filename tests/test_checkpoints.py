@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from profit_jax import snapshots
+from profit_jax import checkpoints
 from profit_jax.config import ConfigError
 
 
@@ -28,21 +28,21 @@ def values(number):
 
 
 def write(directory, numbers, keep=3, size=1000):
-  writer = snapshots.Writer(directory, keep=keep)
+  writer = checkpoints.Writer(directory, keep=keep)
   for number in numbers:
     writer.save(number, trees(number, size), values(number))
   writer.close()
 
 
-def assert_is(snapshot, number, size=1000):
-  assert (snapshot.number, snapshot.values) == (number, values(number))
+def assert_is(checkpoint, number, size=1000):
+  assert (checkpoint.number, checkpoint.values) == (number, values(number))
   expected = trees(number, size)
   np.testing.assert_array_equal(
-    snapshot.restore("state", expected["state"])["kernel"], expected["state"]["kernel"]
+    checkpoint.restore("state", expected["state"])["kernel"], expected["state"]["kernel"]
   )
-  assert snapshot.arrays["state/step"].dtype == np.int32
-  assert snapshot.restore("sampling", {"metric": np.zeros(3)}) is None
-  assert snapshot.section("best")["flag"].dtype == bool
+  assert checkpoint.arrays["state/step"].dtype == np.int32
+  assert checkpoint.restore("sampling", {"metric": np.zeros(3)}) is None
+  assert checkpoint.section("best")["flag"].dtype == bool
 
 
 @pytest.fixture(scope="module")
@@ -58,28 +58,28 @@ def copy(two, tmp_path):
 
 
 def test_the_newest_comes_back(two):
-  assert_is(snapshots.read_newest(two, pytest.fail), 7)
-  assert snapshots.read_newest(two.parent / "absent", pytest.fail) is None
+  assert_is(checkpoints.read_newest(two, pytest.fail), 7)
+  assert checkpoints.read_newest(two.parent / "absent", pytest.fail) is None
 
 
 def test_the_last_few_stay(tmp_path):
   write(tmp_path / "c", [1, 2, 3, 5, 8], keep=2)
-  assert snapshots.saved_numbers(tmp_path / "c") == [5, 8]
+  assert checkpoints.saved_numbers(tmp_path / "c") == [5, 8]
   # The number that is there is the same moment; and what a killed process left unfinished is swept
   # away.
   unfinished = shutil.copytree(tmp_path / "c" / "8", tmp_path / "c" / "9.orbax-checkpoint-tmp")
   write(tmp_path / "c", [8, 9], keep=2)
   assert not unfinished.exists()
-  assert snapshots.saved_numbers(tmp_path / "c") == [8, 9]
+  assert checkpoints.saved_numbers(tmp_path / "c") == [8, 9]
 
 
 def test_saved_arrays_may_be_overwritten_at_once(tmp_path):
-  writer = snapshots.Writer(tmp_path / "c", keep=1)
+  writer = checkpoints.Writer(tmp_path / "c", keep=1)
   given = trees(1, 100_000)
   writer.save(1, given, values(1))
   given["state"]["kernel"][:] = 0
   writer.close()
-  assert_is(snapshots.read_newest(tmp_path / "c", pytest.fail), 1, 100_000)
+  assert_is(checkpoints.read_newest(tmp_path / "c", pytest.fail), 1, 100_000)
 
 
 _DAMAGES = ("truncated", "altered", "removed")
@@ -111,7 +111,7 @@ def test_any_damage_to_any_file_falls_back_or_does_not_matter(copy):
     path, warnings = copy / "7" / file, []
     content = path.read_bytes()
     damage(path, how)
-    found = snapshots.read_newest(copy, warnings.append)
+    found = checkpoints.read_newest(copy, warnings.append)
     path.write_bytes(content)
     if warnings:
       fell_back.add((file, how))
@@ -127,24 +127,24 @@ def test_any_damage_to_any_file_falls_back_or_does_not_matter(copy):
 def test_who_trains_sets_damaged_ones_aside(copy):
   damage(copy / "7" / "moment" / "moment.safetensors", "altered")
   warnings = []
-  writer = snapshots.Writer(copy, keep=3)
+  writer = checkpoints.Writer(copy, keep=3)
   assert_is(writer.read_newest(warnings.append), 3)
   assert len(warnings) == 1
   assert str(copy.parent / "damaged_checkpoints") in warnings[0]
   assert (copy.parent / "damaged_checkpoints" / "7" / "moment" / "moment.sha256").exists()
   writer.save(7, trees(7), values(7))  # the run comes to the same number again
   writer.close()
-  assert_is(snapshots.read_newest(copy, pytest.fail), 7)
+  assert_is(checkpoints.read_newest(copy, pytest.fail), 7)
 
 
 def test_nothing_is_changed_where_all_are_damaged(copy):
   for number in (3, 7):
     damage(copy / str(number) / "moment" / "moment.sha256", "truncated")
-  writer = snapshots.Writer(copy, keep=3)
+  writer = checkpoints.Writer(copy, keep=3)
   with pytest.raises(ConfigError, match=r"No checkpoint in [\s\S]*/7: [\s\S]*/3: "):
     writer.read_newest(pytest.fail)
   writer.close()
-  assert snapshots.saved_numbers(copy) == [3, 7]
+  assert checkpoints.saved_numbers(copy) == [3, 7]
 
 
 def test_a_disk_that_fails_for_a_while_is_no_damage(copy):
@@ -154,9 +154,9 @@ def test_a_disk_that_fails_for_a_while_is_no_damage(copy):
     return path.read_bytes()
 
   with pytest.raises(ConfigError, match=r"7/moment/moment.safetensors .*Input/output error"):
-    snapshots.read_newest(copy, pytest.fail, set_aside=True, read_file=failing)
+    checkpoints.read_newest(copy, pytest.fail, set_aside=True, read_file=failing)
   # Nothing was set aside, nor was 3 taken for the newest one.
-  assert_is(snapshots.read_newest(copy, pytest.fail), 7)
+  assert_is(checkpoints.read_newest(copy, pytest.fail), 7)
 
 
 def test_a_moment_that_a_run_replaces_while_it_is_read_is_looked_for_again(copy):
@@ -166,40 +166,40 @@ def test_a_moment_that_a_run_replaces_while_it_is_read_is_looked_for_again(copy)
     if not read:
       # What a run that keeps one does meanwhile.
       write(copy, [9], keep=1)
-      assert snapshots.saved_numbers(copy) == [9]
+      assert checkpoints.saved_numbers(copy) == [9]
     read.append(path)
     return path.read_bytes()
 
-  assert_is(snapshots.read_newest(copy, pytest.fail, read_file=slowly), 9)
+  assert_is(checkpoints.read_newest(copy, pytest.fail, read_file=slowly), 9)
 
 
 def test_a_run_that_is_always_faster_ends_in_a_message(copy):
   read = []
 
   def too_late(path):
-    newest = max(snapshots.saved_numbers(copy))
+    newest = max(checkpoints.saved_numbers(copy))
     (copy / str(newest)).rename(copy / str(newest + 1))
     read.append(path)
     return path.read_bytes()
 
   shutil.rmtree(copy / "3")
   with pytest.raises(ConfigError, match="No checkpoint in"):
-    snapshots.read_newest(copy, pytest.fail, read_file=too_late)
+    checkpoints.read_newest(copy, pytest.fail, read_file=too_late)
   assert len(read) > 1
 
 
 def test_a_file_in_the_place_of_the_directory_is_named(tmp_path):
   (tmp_path / "checkpoints").write_text("not a directory")
   for action in (
-    lambda: snapshots.read_newest(tmp_path / "checkpoints", pytest.fail),
-    lambda: snapshots.Writer(tmp_path / "checkpoints", keep=1),
+    lambda: checkpoints.read_newest(tmp_path / "checkpoints", pytest.fail),
+    lambda: checkpoints.Writer(tmp_path / "checkpoints", keep=1),
   ):
     with pytest.raises(ConfigError, match=r"/checkpoints .* cannot be listed"):
       action()
 
 
 def test_another_structure_is_named(two):
-  newest = snapshots.read_newest(two, pytest.fail)
+  newest = checkpoints.read_newest(two, pytest.fail)
   with pytest.raises(ConfigError, match=r"Checkpoint 7 .* state .*\['weights', 'kernel'\]"):
     newest.restore(
       "state", {"step": np.zeros((), np.int32), "weights": np.zeros((4, 1000), np.float32)}
@@ -217,18 +217,21 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path):
   try:
     size = 25_000  # 400 kB that cannot be compressed much
     write(disk / "checkpoints", [1, 2], size=size)
-    writer = snapshots.Writer(disk / "checkpoints", keep=1)
+    writer = checkpoints.Writer(disk / "checkpoints", keep=1)
     writer.save(3, trees(3, size), values(3))
     with pytest.raises(ConfigError, match=r"No space left on device.* good one is 2"):
       writer.wait()
-    assert snapshots.saved_numbers(disk / "checkpoints") == [1, 2]  # nor has the old one made room
-    assert_is(snapshots.read_newest(disk / "checkpoints", pytest.fail), 2, size)
+    assert checkpoints.saved_numbers(disk / "checkpoints") == [
+      1,
+      2,
+    ]  # nor has the old one made room
+    assert_is(checkpoints.read_newest(disk / "checkpoints", pytest.fail), 2, size)
     # With room again, the same command goes on.
     shutil.rmtree(disk / "checkpoints" / "1")
-    writer = snapshots.Writer(disk / "checkpoints", keep=5)
+    writer = checkpoints.Writer(disk / "checkpoints", keep=5)
     assert_is(writer.read_newest(pytest.fail), 2, size)
     writer.save(3, trees(3, size), values(3))
     writer.close()
-    assert_is(snapshots.read_newest(disk / "checkpoints", pytest.fail), 3, size)
+    assert_is(checkpoints.read_newest(disk / "checkpoints", pytest.fail), 3, size)
   finally:
     subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from profit_jax import snapshots
-from profit_jax.train import aiwq, checkpoint, instability
+from profit_jax import checkpoints
+from profit_jax.train import aiwq, instability, run_state
 from profit_jax.train.progress import Progress
 from profit_jax.train.state import create_state, saved_form
 from tests.specs import spec_of
@@ -24,12 +24,12 @@ def test_aiwq_goes_on_without_the_comparison_with_kernels_that_have_no_codes():
   state = jax.device_get(create_state(variables, spec, ema=False))
   sampling = aiwq.start(spec.convs)
   window = instability.start(spec.kernels)
-  template = checkpoint.Shapes(state, sampling, variables, window)
+  template = run_state.Shapes(state, sampling, variables, window)
   present = {**flat("state", saved_form(state)), **flat("sampling", sampling)}
   earlier = {path: leaf for path, leaf in present.items() if not path.startswith("sampling/scale/")}
   for arrays, compares in ((present, True), (earlier, False)):
-    snapshot = snapshots.Snapshot(1, Progress().to_dict(), arrays)
-    found = checkpoint.restore(snapshot, template).sampling
+    checkpoint = checkpoints.Checkpoint(1, Progress().to_dict(), arrays)
+    found = run_state.restore(checkpoint, template).sampling
     assert bool(found.has_previous) == compares
     assert set(map(float, found.metric.values())) == {1.0}
     assert jax.tree.structure(found) == jax.tree.structure(sampling)

@@ -1,5 +1,5 @@
 """A run's checkpoints: everything that it needs to go on as if nobody had stopped it, in one
-snapshot.
+checkpoint.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from profit_jax import snapshots
+from profit_jax import checkpoints
 from profit_jax.train.aiwq import AiwqState
 from profit_jax.train.instability import Window
 from profit_jax.train.packing import unpack
@@ -19,7 +19,7 @@ from profit_jax.train.state import TrainState, from_saved, saved_form
 
 
 class Shapes(NamedTuple):
-  """What the arrays of a moment look like; see `Moment`. The state is one of the beginning of its
+  """What the arrays of a moment look like; see `RunState`. The state is one of the beginning of its
   phase, on the host.
   """
 
@@ -30,7 +30,7 @@ class Shapes(NamedTuple):
 
 
 @dataclasses.dataclass
-class Moment:
+class RunState:
   """A run between two steps.
 
   Attributes:
@@ -65,39 +65,42 @@ def number_at_end(epochs: int, steps_per_epoch: int) -> int:
   return epochs * (steps_per_epoch + 1)
 
 
-def save(writer: snapshots.Writer, moment: Moment, number: int) -> None:
+def save(writer: checkpoints.Writer, current: RunState, number: int) -> None:
   """Begins to write a moment; raises as `Writer.save`."""
-  trees = {name: getattr(moment, name) for name in ("sampling", "best", "teacher", "window")}
-  trees["state"] = saved_form(jax.device_get(moment.state))
-  writer.save(number, trees, moment.progress.to_dict())
+  trees = {name: getattr(current, name) for name in ("sampling", "best", "teacher", "window")}
+  trees["state"] = saved_form(jax.device_get(current.state))
+  writer.save(number, trees, current.progress.to_dict())
 
 
-def progress_of(snapshot: snapshots.Snapshot) -> Progress:
-  """Where a snapshot stands. Read first: only it tells which optimizer the state was saved with."""
-  return Progress.from_dict(snapshot.values)
+def progress_of(checkpoint: checkpoints.Checkpoint) -> Progress:
+  """Where a checkpoint stands.
+
+  Read it first: it says which optimizer the state was saved with.
+  """
+  return Progress.from_dict(checkpoint.values)
 
 
-def restore(snapshot: snapshots.Snapshot, shapes: Shapes) -> Moment:
-  """The moment of a snapshot, on the host; raises as `Snapshot.restore`.
+def restore(checkpoint: checkpoints.Checkpoint, shapes: Shapes) -> RunState:
+  """The run state of a checkpoint, on the host; raises as `Checkpoint.restore`.
 
   Earlier releases saved the previous kernels' values for AIWQ, not their codes: of such a moment,
   the first step does not count.
   """
-  saved = snapshot.restore("state", saved_form(shapes.state))
-  return Moment(
-    progress_of(snapshot),
+  saved = checkpoint.restore("state", saved_form(shapes.state))
+  return RunState(
+    progress_of(checkpoint),
     from_saved(saved, shapes.state),
-    shapes.sampling and _sampling(snapshot, shapes.sampling),
-    snapshot.restore("best", shapes.variables),
-    snapshot.restore("teacher", shapes.variables),
-    snapshot.restore("window", shapes.window),
+    shapes.sampling and _sampling(checkpoint, shapes.sampling),
+    checkpoint.restore("best", shapes.variables),
+    checkpoint.restore("teacher", shapes.variables),
+    checkpoint.restore("window", shapes.window),
   )
 
 
-def _sampling(snapshot: snapshots.Snapshot, template: AiwqState) -> AiwqState | None:
-  if any(path.startswith("scale/") for path in snapshot.section("sampling")):
-    return snapshot.restore("sampling", template)
-  without_scale = snapshot.restore("sampling", template._replace(scale={}))
+def _sampling(checkpoint: checkpoints.Checkpoint, template: AiwqState) -> AiwqState | None:
+  if any(path.startswith("scale/") for path in checkpoint.section("sampling")):
+    return checkpoint.restore("sampling", template)
+  without_scale = checkpoint.restore("sampling", template._replace(scale={}))
   if without_scale is None:
     return None
   return without_scale._replace(scale=template.scale, has_previous=np.zeros((), bool))
@@ -114,6 +117,6 @@ def best_variables(
   """Where the run in a directory stands, and its best variables; it may still be going on. None if
   there are none yet.
   """
-  snapshot = snapshots.read_newest(directory, warn)
-  best = snapshot and snapshot.restore("best", shapes)
-  return None if best is None else (progress_of(snapshot), best)
+  checkpoint = checkpoints.read_newest(directory, warn)
+  best = checkpoint and checkpoint.restore("best", shapes)
+  return None if best is None else (progress_of(checkpoint), best)
