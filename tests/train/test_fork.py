@@ -6,6 +6,7 @@ import shutil
 import pytest
 from etils import epath
 
+from profit_jax import checkpoints
 from profit_jax.cli import app
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY
@@ -154,7 +155,7 @@ def test_what_is_refused(other, tmp_path):
   writer.save(ENDS[7], arrays, {**values, "retries": 1})
   writer.close()
   assert "that can be used" in refused(run, other)
-  damage(checkpoints / str(ENDS[7]))
+  damage(saved / str(ENDS[7]))
   assert "that can be used" in refused(run, other)
   data = json.loads((other / "data.json").read_text())
   (other / "data.json").write_text(json.dumps({**data, "train_examples": 1346}))

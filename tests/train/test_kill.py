@@ -5,6 +5,7 @@ import time
 import jax
 import pytest
 
+from profit_jax import checkpoints
 from profit_jax.cli import app
 from profit_jax.config import ConfigError
 from tests.train import forked, killed
@@ -41,10 +42,10 @@ def test_a_run_killed_again_and_again_ends_with_the_same_numbers(finished_run, s
     return lambda: max(checkpoints.saved_numbers(saved), default=-1) >= least
 
   def saving(least):
-    return lambda: reached(least)() and any(checkpoints.glob("*tmp*"))
+    return lambda: reached(least)() and any(saved.glob("*tmp*"))
 
   instants = {
-    "before the first checkpoint": checkpoints.exists,
+    "before the first checkpoint": saved.exists,
     "in the first save": saving(-1),
     "in mid-epoch": reached(number(3, 2)),
     "in a save in mid-sampling": saving(number(5, 1)),
