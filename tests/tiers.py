@@ -6,6 +6,7 @@
 # Files, or tests in them, relative to tests/. With parameters in brackets, one case of a test.
 SLOW = (
   "benchmarks/test_aot_compilers.py",
+  "data/test_fashion_mnist.py::test_debians_files_are_the_published_set",
   "data/test_images.py::test_a_file_that_went_away_is_no_broken_image",
   "data/test_images.py::test_a_host_may_meet_every_broken_image",
   "data/test_images.py::test_another_epoch_or_seed_gives_other_images",

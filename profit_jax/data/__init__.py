@@ -6,7 +6,7 @@ import re
 
 from profit_jax import optional
 from profit_jax.config import ConfigError, Settings
-from profit_jax.data import digits, pairs
+from profit_jax.data import digits, fashion_mnist, pairs
 from profit_jax.data.base import MEMORY_LIMIT, DatasetInfo, HostShard, Source
 from profit_jax.data.normalize import Normalization
 
@@ -20,6 +20,8 @@ NORMALIZATIONS = {
 
 _IMAGENET = NORMALIZATIONS["imagenet"]
 _CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+# Of the training images, grey in all three channels.
+_FASHION_MNIST = Normalization(mean=(0.2860,) * 3, std=(0.3530,) * 3)
 # Data sets that `--mode=plan` knows before they are downloaded; of any other one, its files
 # tell.
 KNOWN: dict[str, DatasetInfo] = {
@@ -30,6 +32,9 @@ KNOWN: dict[str, DatasetInfo] = {
   ),
   "cifar10": DatasetInfo(
     train_examples=50_000, eval_examples=10_000, num_classes=10, normalization=_CIFAR10
+  ),
+  fashion_mnist.NAME: DatasetInfo(
+    train_examples=60_000, eval_examples=10_000, num_classes=10, normalization=_FASHION_MNIST
   ),
 }
 FOLDER = "folder"
