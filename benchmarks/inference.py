@@ -169,9 +169,10 @@ def float_onnx(net, path):
       weight = self._array(
         f"{node.name}/kernel", np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
       )
+      (above, below), (left, right) = node.border
       shape = {
         "kernel_shape": kernel.shape[:2],
-        "pads": [node.margin] * 4,
+        "pads": [above, left, below, right],
         "strides": [node.stride] * 2,
       }
       group = kernel.shape[-1] if node.depthwise else 1
@@ -268,17 +269,16 @@ def float_jax(net, path):
       x, *more = (values[name] for name in reference.inputs(node))
       if isinstance(node, Layer):
         kernel, bias = arrays[f"{node.name}.kernel"], arrays[f"{node.name}.bias"]
-        margins = [(node.margin, node.margin)] * 2
         if node.dense:
           y = x @ kernel
         elif node.depthwise:
-          padded = jnp.pad(x, [(0, 0), *margins, (0, 0)])
+          padded = jnp.pad(x, [(0, 0), *node.border, (0, 0)])
           cpu = jax.default_backend() == "cpu"
           y = (sum_of_taps if cpu else grouped)(padded, kernel, stride=node.stride)
         else:
           strides = (node.stride, node.stride)
           y = jax.lax.conv_general_dilated(
-            x, kernel, strides, margins, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x, kernel, strides, node.border, dimension_numbers=("NHWC", "HWIO", "NHWC")
           )
         values[node.name] = y + bias
       elif isinstance(node, Quantizer):

@@ -66,8 +66,12 @@ class ModelSettings:
   # What depthwise convolutions after h-swish pad with: -0.375 (negative padding), or 0.0
   # (torchvision, timm).
   pad_value: float = -0.375
-  # Rounding to multiples of 8, at other widths: nearest (torchvision), up (the authors).
-  channel_rounding: Literal["nearest", "up"] = "nearest"
+  # Rounding to multiples of 8, at other widths: nearest (torchvision), up (the authors), or timm:
+  # nearest, with expansions of rounded channels and a last layer that keeps its width.
+  channel_rounding: Literal["nearest", "up", "timm"] = "nearest"
+  # EfficientNet-Lite and MobileNet-v3 only. torch: the same border on every side; same:
+  # TensorFlow's SAME, which timm's tf_* weights were trained with.
+  padding: Literal["torch", "same"] = "torch"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,8 @@ class TeacherSettings:
   bn_epsilon: float = 1e-5
   squeeze_excite: Literal["before", "after"] = "after"
   pad_value: float = 0.0
-  channel_rounding: Literal["nearest", "up"] = "nearest"
+  channel_rounding: Literal["nearest", "up", "timm"] = "nearest"
+  padding: Literal["torch", "same"] = "torch"
 
   def as_model(self) -> ModelSettings:
     """Another model's settings. Without dropout, which would only add noise to what it teaches."""

@@ -155,6 +155,8 @@ class _Builder:
     if operation.kind == "conv":
       self._check_border(operation, codes.shape[0], x, offset)
       shape = {"stride": values["stride"], "depthwise": values["depthwise"]}
+      if not isinstance(values["margin"], int):
+        shape["padding"] = values["margin"]
     elif len(operation.shape) == 3:  # a dense layer at every place
       codes = codes[None, None]
     name = self._append(

@@ -14,8 +14,8 @@ float32. Kernels are dequantized once, before the first image. What is not obvio
 
 - The format's own Quantize rounds half away from zero; Round rounds to even, as the trained net
   does.
-- `SAME` puts an even border's odd row at the end, where the trained net has it at the beginning:
-  hence Pad.
+- `SAME` puts an even border's odd row at the end, where a net with torch's padding has it at the
+  beginning: hence Pad. Nets that were trained with SAME have it in the file.
 - The file is written with the schema's own classes. Of the converters, those from JAX fix the batch
   and need a net of fake quantization, from which they find the codes again.
 """
@@ -211,12 +211,16 @@ class Graph:
     return kernel
 
   def _layer(self, node: Layer, result: str) -> str:
-    x = self._padded(self._names[node.input], ((node.margin,) * 2,) * 2, f"{node.name}/padded")
+    # A padding of its own is SAME's.
+    padding = schema.Padding.VALID if node.padding is None else schema.Padding.SAME
+    x = self._names[node.input]
+    if padding == schema.Padding.VALID:
+      x = self._padded(x, node.border, f"{node.name}/padded")
     read, sums = [x, self._kernel(node), self._bias(node)], f"{node.name}/sums"
     kind, options = "FULLY_CONNECTED", {}
     if not node.dense:
       kind = "CONV_2D"
-      options = {"padding": schema.Padding.VALID, "strideH": node.stride, "strideW": node.stride}
+      options = {"padding": padding, "strideH": node.stride, "strideW": node.stride}
     if node.depthwise:
       kind = "DEPTHWISE_CONV_2D"
       options["depthMultiplier"] = 1

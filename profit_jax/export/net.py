@@ -23,6 +23,7 @@ import numpy as np
 
 from profit_jax.data.normalize import Normalization
 from profit_jax.export.packing import field_bits
+from profit_jax.kernels.padding import Border, border_of, output_extent
 
 # The name of the input: uint8, normalized by the net, or float32 as it is.
 IMAGE = "image"
@@ -44,6 +45,8 @@ class Layer:
     depthwise: one filter per channel.
     code_bits: that its codes take as signed integers, if not `bits`: PACT's are odd numbers, twice
       as large.
+    padding: rows above and below, columns left and right of the input, all of code 0; None is
+      `(K - 1) / 2` on every side.
   """
 
   name: str
@@ -55,6 +58,7 @@ class Layer:
   stride: int = 1
   depthwise: bool = False
   code_bits: int | None = None
+  padding: Border | None = None
 
   @property
   def field_bits(self) -> int:
@@ -67,9 +71,11 @@ class Layer:
     return self.kernel.ndim == 2
 
   @property
-  def margin(self) -> int:
-    """So many zeros surround the input on every side."""
-    return 0 if self.dense else (self.kernel.shape[0] - 1) // 2
+  def border(self) -> Border:
+    """Rows above and below, columns left and right of the input."""
+    if self.padding is not None:
+      return self.padding
+    return border_of(0 if self.dense else (self.kernel.shape[0] - 1) // 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -354,7 +360,9 @@ def _shape(node: Node, read: list[Shape]) -> Shape:
   """The shape of what a node gives, from those of what it reads."""
   first = read[0]
   if isinstance(node, Layer):
-    space = [(n + 2 * node.margin - node.kernel.shape[0]) // node.stride + 1 for n in first[:-1]]
+    if node.dense:
+      return (*first[:-1], node.kernel.shape[-1])
+    space = output_extent(node.kernel.shape[0], node.stride, node.border, first[:-1])
     return (*space, node.kernel.shape[-1])
   if isinstance(node, Pool):
     sizes = zip(first, node.window, node.strides, node.padding, strict=False)

@@ -186,13 +186,14 @@ class Graph:
       x = self._op("MatMul", [x, weight], f"{node.name}/sums")
     else:
       group = node.kernel.shape[-1] if node.depthwise else 1
+      (above, below), (left, right) = node.border
       x = self._op(
         "Conv",
         [x, weight],
         f"{node.name}/sums",
         group=group,
         kernel_shape=node.kernel.shape[:2],
-        pads=[node.margin] * 4,
+        pads=[above, left, below, right],
         strides=[node.stride] * 2,
       )
     return self._line(node, x, result)

@@ -96,14 +96,14 @@ def _layer(node: Layer, x: jax.Array, kernel: jax.Array) -> jax.Array:
   elif node.depthwise:
     # Without the training's custom_vjp: nothing is differentiated here, and the artifact is
     # smaller.
-    padded = jnp.pad(x, [(0, 0), (node.margin, node.margin), (node.margin, node.margin), (0, 0)])
+    padded = jnp.pad(x, [(0, 0), *node.border, (0, 0)])
     total = lax.platform_dependent(padded, kernel, **_depthwise_forms(node.stride))
   else:
     total = lax.conv_general_dilated(
       x,
       kernel,
       (node.stride, node.stride),
-      [(node.margin, node.margin)] * 2,
+      node.border,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
       precision="highest",
     )

@@ -14,8 +14,10 @@ Tensors, of every layer:
 `mean`, `std` (of pixels / 255, per channel; null where float32 images are taken as they are),
 `weight_bits`, `act_bits`, and `nodes`, in order of execution: `[kind, name, input, ...]` with
 
-    ["Layer", name, input, shape, field, bits, stride = 1, depthwise = false, code_bits = null]
-        shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]; a code takes `field` bits here
+    ["Layer", name, input, shape, field, bits, stride = 1, depthwise = false, code_bits = null,
+     padding = null]
+        shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]; a code takes `field` bits here;
+        padding [[above, below], [left, right]] of zeros, null for `(K - 1) / 2` everywhere
     ["Quantizer", name, input, inverse, margin, low, high, bits, scale, offset = 0]
         code = clip(round((x + margin) * inverse), low, high), worth code * scale + offset
     ["Activation", name, input, function]
@@ -38,8 +40,7 @@ Tensors, of every layer:
 
 What ends a row and has the value given here is left out.
 
-Images and activations are NHWC, kernels HWIO; every border is zeros, `(K - 1) / 2` wide. Round half
-to even.
+Images and activations are NHWC, kernels HWIO. Round half to even.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ from profit_jax.export.packing import pack, unpack
 
 _KINDS = {kind.__name__: kind for kind in typing.get_args(Node)}
 _NO_DEFAULT = object()
-_LAYER_FIELDS = ("bits", "stride", "depthwise", "code_bits")
+_LAYER_FIELDS = ("bits", "stride", "depthwise", "code_bits", "padding")
 
 
 def write(net: Net, path: str | os.PathLike) -> None:

@@ -9,6 +9,7 @@ from jax import lax
 from profit_jax.kernels import depthwise_triton, target
 from profit_jax.kernels.affine import Affine
 from profit_jax.kernels.lowering import channel_sums, own_kernel
+from profit_jax.kernels.padding import Margin, border_of
 
 # XLA on CPU is 4-5x slower with `feature_group_count` than with one shifted multiply-add per tap;
 # TPUs have kernels for the grouped form.
@@ -18,7 +19,7 @@ def depthwise_conv(
   x: jax.Array,
   kernel: jax.Array,
   stride: int,
-  margin: int = 0,
+  margin: Margin = 0,
   pad_value: float = 0.0,
   source: Affine | None = None,
 ) -> jax.Array:
@@ -28,13 +29,13 @@ def depthwise_conv(
     x: `[N, H, W, C]`.
     kernel: `[KH, KW, 1, C]`.
     stride: in both directions.
-    margin: so many rows and columns are put around the images, on every side.
+    margin: what is put around the images.
     pad_value: what they are filled with.
     source: what x is computed from. GPUs compute it as they read, and x itself only takes the
       gradient.
 
   Returns:
-    `[N, (H + 2 * margin - KH) // stride + 1, (W + 2 * margin - KW) // stride + 1, C]`.
+    `[N, (H + above + below - KH) // stride + 1, (W + left + right - KW) // stride + 1, C]`.
   """
   to = target.current()
   if to.is_tuned_for("gpu") and depthwise_triton.supports(x):
@@ -56,14 +57,15 @@ def _forward(x, kernel, stride, margin, pad_value):
   return _shifted(padded, kernel, stride), (padded, kernel)
 
 
-def pad(x: jax.Array, margin: int, value: float) -> jax.Array:
-  """`[N, H, W, C]` with a border of `margin` pixels of `value` around the images."""
-  around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
+def pad(x: jax.Array, margin: Margin, value: float) -> jax.Array:
+  """`[N, H, W, C]` with `margin` pixels of `value` around the images."""
+  rows, columns = border_of(margin)
+  around = [(0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)]
   return lax.pad(x, jnp.asarray(value, x.dtype), around)
 
 
 def grouped(
-  x: jax.Array, kernel: jax.Array, stride: int, margin: int = 0, pad_value: float = 0.0
+  x: jax.Array, kernel: jax.Array, stride: int, margin: Margin = 0, pad_value: float = 0.0
 ) -> jax.Array:
   """The form of plain XLA; arguments as `depthwise_conv`'s."""
   return convolution(x, kernel, stride, margin, pad_value, groups=x.shape[-1])
@@ -73,7 +75,7 @@ def convolution(
   x: jax.Array,
   kernel: jax.Array,
   stride: int,
-  margin: int = 0,
+  margin: Margin = 0,
   pad_value: float = 0.0,
   groups: int = 1,
 ) -> jax.Array:
@@ -84,7 +86,7 @@ def convolution(
     x,
     kernel,
     (stride, stride),
-    [(margin, margin), (margin, margin)],
+    border_of(margin),
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=groups,
   )
@@ -123,10 +125,10 @@ def _backward(stride, margin, pad_value, residuals, upstream):
   padded, kernel = residuals
   # dx is the upstream, spread out by the stride, convolved with the flipped kernel.
   around = []
-  for size, extent, out in zip(
-    kernel.shape[:2], padded.shape[1:3], upstream.shape[1:3], strict=True
+  for size, (low, high), extent, out in zip(
+    kernel.shape[:2], border_of(margin), padded.shape[1:3], upstream.shape[1:3], strict=True
   ):
-    around.append((size - 1 - margin, extent - 1 - stride * (out - 1) - margin, stride - 1))
+    around.append((size - 1 - low, extent - 1 - stride * (out - 1) - high, stride - 1))
   zero = jnp.zeros((), upstream.dtype)
   spread = own_kernel(
     lambda upstream: lax.pad(upstream, zero, [(0, 0, 0), *around, (0, 0, 0)]), kernel, upstream

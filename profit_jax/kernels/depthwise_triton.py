@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from profit_jax.kernels import target
 from profit_jax.kernels.affine import Affine
+from profit_jax.kernels.padding import Margin, border_of, output_extent
 
 _DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 # Offsets into an array are 32-bit integers.
@@ -67,7 +68,7 @@ def depthwise_conv(
   x: jax.Array,
   kernel: jax.Array,
   stride: int,
-  margin: int = 0,
+  margin: Margin = 0,
   pad_value: float = 0.0,
   out_dtype: Any = None,
   codes: Affine | None = None,
@@ -81,14 +82,14 @@ def depthwise_conv(
     x: `[N, H, W, C]`, float32 or bfloat16.
     kernel: `[K, K, 1, C]`.
     stride: in both directions.
-    margin: width of the border around the images, on every side.
+    margin: what is put around the images.
     pad_value: of the border.
     out_dtype: of the result; x's by default.
     codes: what the kernels read instead of x. Only the gradient uses x then, whose values must be
       these codes: XLA does not compute them. `codes` gets no gradient.
 
   Returns:
-    `[N, (H + 2 * margin - K) // stride + 1, (W + 2 * margin - K) // stride + 1, C]`.
+    `[N, (H + above + below - K) // stride + 1, (W + left + right - K) // stride + 1, C]`.
 
   Raises:
     ValueError: x or `codes.x` is not supported, see `supports`, or their shapes differ.
@@ -409,7 +410,7 @@ def forward(
   x: jax.Array | Affine,
   kernel: jax.Array,
   stride: int,
-  margin: int = 0,
+  margin: Margin = 0,
   pad_value: float = 0.0,
   *,
   out_dtype: Any = None,
@@ -419,19 +420,21 @@ def forward(
   """The convolution of one device; arguments and result as `depthwise_conv`'s."""
   size = kernel.shape[0]
   pixels = _pixels_of(x)
-  height, width = ((extent + 2 * margin - size) // stride + 1 for extent in pixels.shape[1:3])
+  height, width = output_extent(size, stride, margin, pixels.shape[1:3])
   shape = pixels.shape[0], height, width, pixels.shape[3]
   out = jax.ShapeDtypeStruct(shape, out_dtype or pixels.dtype)
   tile = tile or choose_tile(out.shape, size, stride)
-  window = _Window(stride, margin, pad_value, flip=False)
+  window = _Window(stride, _first(margin), pad_value, flip=False)
   return _correlate(x, kernel, out, window, _Walk(out.shape, tile, interpret))
 
 
 class _Window(NamedTuple):
-  """How a kernel moves over x: steps, border, the border's value, and whether it is reversed."""
+  """How a kernel moves over x: steps, rows above and columns left, the border's value, and whether
+  it is reversed.
+  """
 
   stride: int
-  margin: int
+  first: tuple[int, int]
   pad_value: float
   flip: bool
 
@@ -446,14 +449,14 @@ def _correlate(x, kernel, out, window, walk):
     *x_refs, kernel_ref, y_ref = refs
     walk.start()
     taps = walk.taps(kernel_ref, size, window.flip)
-    source = _source(walk, x_refs, _pixels_of(x).shape, stride, -window.margin)
+    above, left = window.first
+    source = _source(walk, x_refs, _pixels_of(x).shape, stride, -left)
     result = _Pixels(walk, y_ref, out.shape, 1, 0)
 
     def step(number, begun):
       group = walk.first + number
       rows = [
-        source.load(group * stride + q - window.margin, reach, window.pad_value)
-        for q in range(stride)
+        source.load(group * stride + q - above, reach, window.pad_value) for q in range(stride)
       ]
       # sums[d] is of row `group - d` of y.
       sums = [[None] * columns, *map(list, begun)]
@@ -479,7 +482,7 @@ def input_gradient(
   kernel: jax.Array,
   extent: tuple[int, int],
   stride: int,
-  margin: int = 0,
+  margin: Margin = 0,
   *,
   dtype: Any = None,
   interpret: bool = False,
@@ -491,38 +494,47 @@ def input_gradient(
   out = jax.ShapeDtypeStruct((images, *extent, channels), dtype or upstream.dtype)
   cells = images, *(pl.cdiv(each, stride) for each in extent), channels
   walk = _Walk(cells, tile or choose_tile(cells, size, stride), interpret)
+  first = _first(margin)
   if stride == 1:
-    window = _Window(1, size - 1 - margin, 0.0, flip=True)
-    return _correlate(upstream, kernel, out, window, walk)
-  return _spread(upstream, kernel, out, stride, margin, walk)
+    before = size - 1 - first[0], size - 1 - first[1]
+    return _correlate(upstream, kernel, out, _Window(1, before, 0.0, flip=True), walk)
+  return _spread(upstream, kernel, out, stride, first, walk)
 
 
-def _spread(upstream, kernel, out, stride, margin, walk):
+def _first(margin: Margin) -> tuple[int, int]:
+  """Rows above and columns left: what follows the images is masked anyway."""
+  (above, _), (left, _) = border_of(margin)
+  return above, left
+
+
+def _spread(upstream, kernel, out, stride, first, walk):
   # A cell is stride by stride pixels of dx. Pixel (u, v) of cell (R, C) has a term of
-  # upstream[R + a, C + e] for each tap (u + margin - stride * a, v + margin - stride * e).
+  # upstream[R + a, C + e] for each tap (u + above - stride * a, v + left - stride * e).
   size, columns = kernel.shape[0], walk.tile.columns
-  lowest = -((size - 1 - margin) // stride)
-  highest = (stride - 1 + margin) // stride
-  reach = columns + highest - lowest
+  above, left = first
+  (top, bottom), (start, end) = (
+    (-((size - 1 - each) // stride), (stride - 1 + each) // stride) for each in first
+  )
+  reach = columns + end - start
 
   def compute(upstream_ref, kernel_ref, dx_ref):
     walk.start()
     taps = walk.taps(kernel_ref, size)
-    source = _Pixels(walk, upstream_ref, upstream.shape, 1, lowest)
+    source = _Pixels(walk, upstream_ref, upstream.shape, 1, start)
     result = _Pixels(walk, dx_ref, out.shape, stride, 0)
 
     def pixel(rows, u, v, p):
       total = None
-      for a in range(lowest, highest + 1):
-        for e in range(lowest, highest + 1):
-          i, j = u + margin - stride * a, v + margin - stride * e
+      for a in range(top, bottom + 1):
+        for e in range(start, end + 1):
+          i, j = u + above - stride * a, v + left - stride * e
           if 0 <= i < size and 0 <= j < size:
-            total = walk.add_product(total, rows[a - lowest][p + e - lowest], taps[i][j])
+            total = walk.add_product(total, rows[a - top][p + e - start], taps[i][j])
       return walk.zeros if total is None else total
 
-    def step(number, above):
+    def step(number, earlier):
       cell = walk.first + number
-      rows = [*above, source.load(cell + highest, reach)]
+      rows = [*earlier, source.load(cell + bottom, reach)]
       for u in range(stride):
         for p in range(columns):
           for v in range(stride):
@@ -530,8 +542,8 @@ def _spread(upstream, kernel, out, stride, margin, walk):
             result.store(cell * stride + u, p * stride + v, total, cell < walk.height)
       return rows[1:]
 
-    above = [source.load(walk.first + a, reach) for a in range(lowest, highest)]
-    lax.fori_loop(0, walk.tile.rows, step, above)
+    earlier = [source.load(walk.first + a, reach) for a in range(top, bottom)]
+    lax.fori_loop(0, walk.tile.rows, step, earlier)
 
   return walk.call(compute, out, upstream, kernel)
 
@@ -549,14 +561,14 @@ def filter_gradient(
   upstream: jax.Array,
   size: int,
   stride: int,
-  margin: int = 0,
+  margin: Margin = 0,
   pad_value: float = 0.0,
   *,
   interpret: bool = False,
   tile: Tile | None = None,
 ) -> jax.Array:
   """The gradient of the kernel: `[size, size, 1, C]`, float32."""
-  channels = upstream.shape[3]
+  channels, (first_row, first_column) = upstream.shape[3], _first(margin)
   tile = tile or _filter_tile(x, upstream.shape, size, stride)
   walk = _Walk(upstream.shape, tile, interpret)
   columns, rows_walked = walk.tile.columns, walk.tile.rows
@@ -568,7 +580,7 @@ def filter_gradient(
   def compute(*refs):
     *x_refs, upstream_ref, sums_ref = refs
     walk.start()
-    source = _source(walk, x_refs, _pixels_of(x).shape, stride, -margin)
+    source = _source(walk, x_refs, _pixels_of(x).shape, stride, -first_column)
     gradient = _Pixels(walk, upstream_ref, upstream.shape, 1, 0)
 
     def step(number, carry):
@@ -577,7 +589,7 @@ def filter_gradient(
       # recent[d] is row `group - d` of the gradient.
       new = gradient.load(group, columns, below=number < rows_walked)
       recent = [[value.astype(jnp.float32) for value in new], *above]
-      rows = [source.load(group * stride + q - margin, reach, pad_value) for q in range(stride)]
+      rows = [source.load(group * stride + q - first_row, reach, pad_value) for q in range(stride)]
       for q in range(stride):
         for p in range(columns):
           for j in range(size):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from profit_jax.kernels import target
 from profit_jax.kernels.affine import Affine
 from profit_jax.kernels.depthwise import convolution, depthwise_conv
+from profit_jax.kernels.padding import Margin
 
 Linear = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -23,29 +24,33 @@ def conv(
   stride: int,
   pad_value: float,
   *,
+  margin: Margin,
   depthwise: bool,
   exact: bool,
   source: Affine | None = None,
 ) -> jax.Array:
-  """A convolution that pads `(K - 1) / 2` on every side.
+  """A convolution.
 
   Args:
     x: `[N, H, W, C]`.
     kernel: `[K, K, C, features]`, or `[K, K, 1, C]` if depthwise, K odd; of x's dtype.
     stride: in both directions.
     pad_value: of the padding.
+    margin: what is put around the images.
     depthwise: one filter per channel.
     exact: whether both operands are codes.
     source: what x is computed from, for a depthwise form that can compute it as it reads.
   """
   if depthwise and source is not None:
-    return _depthwise(x, kernel, stride, pad_value, source)  # multiplies in float32 anyway
+    return depthwise_conv(
+      x, kernel, stride, margin, pad_value, source
+    )  # multiplies in float32 anyway
   if depthwise:
-    form = functools.partial(_depthwise, stride=stride, pad_value=pad_value)
+    form = functools.partial(depthwise_conv, stride=stride, margin=margin, pad_value=pad_value)
   elif kernel.shape[0] == stride == 1 and not _needs_images():
     form = _rows
   else:
-    form = functools.partial(_convolution, stride=stride, pad_value=pad_value)
+    form = functools.partial(convolution, stride=stride, margin=margin, pad_value=pad_value)
   return _product(form, x, kernel, exact)
 
 
@@ -84,17 +89,9 @@ def _backward(form, operands, upstream):
 _one_pass.defvjp(_forward, _backward)
 
 
-def _depthwise(x, kernel, stride, pad_value, source=None):
-  return depthwise_conv(x, kernel, stride, (kernel.shape[0] - 1) // 2, pad_value, source)
-
-
 def _rows(x, kernel):
   # Rows by channels: of three contracted axes, XLA on CPU copies both operands first to make one.
   # The kernel's gradient at [16, 112, 112, 96] and 24 features takes 6 ms so, and 28 ms as an
   # einsum of the images. On a TPU the batch lies in the lanes, and every reshape is a copy.
   y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
   return y.reshape(*x.shape[:-1], -1)
-
-
-def _convolution(x, kernel, stride, pad_value):
-  return convolution(x, kernel, stride, (kernel.shape[0] - 1) // 2, pad_value)

@@ -5,9 +5,10 @@ every ReLU. There is no shortcut and no layer without a ReLU after it, so none i
 classifier sees the mean of quantized values.
 
 Options: width, strides, activation, dropout, bn_momentum, bn_epsilon; see `MobileNetV1`. timm has
-weights.
+weights. Its mobilenetv1_100h has one more convolution and is a model of its own, `mobilenet_v1_h`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Collection
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-from profit_jax.models.common import divisible_by_8, timm_names
+from profit_jax.models.common import RELU6_BOUND, divisible_by_8, timm_names
 from profit_jax.models.naming import Naming, Path
 from profit_jax.models.registry import register
 from profit_jax.nn.functions import spatial_mean
@@ -26,10 +27,7 @@ from profit_jax.quant.bits import Bits
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
 # Strides of the stem and of the first block of each stage: 224 -> 7.
 IMAGENET_STRIDES = (2, 1, 2, 2, 2, 2)
-STEM_CHANNELS = 32
-# A ReLU6 quantizer's interval starts at 6 or below, whether the non-linearity itself is bounded or
-# not.
-RELU6_BOUND = 6.0
+STEM_CHANNELS, HEAD_CHANNELS = 32, 1024
 
 
 class DepthwiseSeparable(nn.Module):
@@ -59,17 +57,24 @@ class DepthwiseSeparable(nn.Module):
 
 
 def _timm_names(layers: Collection[Path]) -> dict[Path, str]:
-  """Our layers -> those of timm's mobilenetv1_100."""
-  return timm_names(layers, [blocks for _, blocks in STAGES], ("depthwise", "pointwise"))
+  """Our layers -> those of timm's mobilenetv1_100 and mobilenetv1_100h."""
+  names = timm_names(layers, [blocks for _, blocks in STAGES], ("depthwise", "pointwise"))
+  head = {("head_conv",): "conv_head", ("head_norm",): "bn2"}
+  return names | {layer: name for layer, name in head.items() if layer in layers}
 
 
 _TIMM = Naming(
   source="timm",
   layer_names=_timm_names,
   settings={"activation": "relu6", "bn_epsilon": 1e-5},
+  variants={"mobilenetv1_100": {"width": 1.0}, "mobilenetv1_125": {"width": 1.25}},
 )
+_TIMM_HEAD = dataclasses.replace(_TIMM, variants={"mobilenetv1_100h": {"width": 1.0}})
 
 
+@register(
+  "mobilenet_v1_h", fixed={"head_conv": True}, strides=IMAGENET_STRIDES, names=(_TIMM_HEAD,)
+)
 @register("mobilenet_v1", strides=IMAGENET_STRIDES, names=(_TIMM,))
 class MobileNetV1(nn.Module):
   """MobileNet-v1.
@@ -82,6 +87,7 @@ class MobileNetV1(nn.Module):
     dropout: rate before the classifier.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
+    head_conv: a 1x1 convolution before the mean.
   """
 
   num_classes: int = 1000
@@ -91,6 +97,7 @@ class MobileNetV1(nn.Module):
   dropout: float = 0.0
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
+  head_conv: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, bits: Bits = Bits(), train: bool = False) -> jax.Array:
@@ -115,6 +122,10 @@ class MobileNetV1(nn.Module):
         )(x, bits, train)
         index += 1
 
+    if self.head_conv:
+      x = QuantConv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, bits)
+      x = norm(name="head_norm")(x, train, self.activation)
+      x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits)
     x = spatial_mean(x)
     x = Dropout(self.dropout, name="dropout")(x, train)
     return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())

@@ -5,7 +5,9 @@ A symmetric quantizer stands on the input of every inverted-residual block excep
 before the last 1x1 convolution; an unsigned one after every ReLU; the residual add stays in full
 precision.
 
-Options: width, strides, activation, dropout, bn_momentum, bn_epsilon; see `MobileNetV2`.
+Options: width, strides, activation, dropout, bn_momentum, bn_epsilon; see `MobileNetV2`. timm's
+deeper nets are models of their own, `mobilenet_v2_110d` and `mobilenet_v2_120d`.
+
 torchvision, timm and the authors have weights. The authors started from torchvision's code and kept
 its names; their `Q_Sequential` numbers the modules in it, except that a symmetric quantizer of its
 input is called `-N`, N being the number of the module after it.
@@ -13,12 +15,18 @@ input is called `-N`, N being the number of the module after it.
 
 import functools
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
 
-from profit_jax.models.common import divisible_by_8, timm_names
+from profit_jax.models.common import (
+  RELU6_BOUND,
+  InvertedResidual,
+  divisible_by_8,
+  scaled_depths,
+  timm_names,
+)
 from profit_jax.models.naming import Naming, Path
 from profit_jax.models.registry import register
 from profit_jax.nn.functions import spatial_mean
@@ -30,48 +38,6 @@ STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3
 # Strides of the stem and of the first block of each stage: 224 -> 7.
 IMAGENET_STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
-# A ReLU6 quantizer's interval starts at 6 or below, whether the non-linearity itself is bounded or
-# not.
-RELU6_BOUND = 6.0
-
-
-class InvertedResidual(nn.Module):
-  """1x1 expansion, depthwise 3x3, 1x1 projection; the input is added where the shapes agree.
-
-  Attributes:
-    features: output channels.
-    expansion: hidden channels over input channels; 1 leaves the expansion convolution out.
-    stride: of the depthwise convolution.
-    quantize_input: a symmetric quantizer on the convolutions' input (the shortcut stays in full
-      precision).
-    activation: relu or relu6.
-    norm: makes a batch normalization, given its name.
-  """
-
-  features: int
-  expansion: int
-  stride: int
-  quantize_input: bool
-  activation: Literal["relu", "relu6"]
-  norm: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array, bits: Bits, train: bool) -> jax.Array:
-    """`[N, H, W, C]` -> `[N, H / stride, W / stride, features]`."""
-    shortcut, hidden = x, x.shape[-1] * self.expansion
-    if self.quantize_input:
-      x = QuantAct("symmetric", name="input_quant")(x, bits)
-    if self.expansion != 1:
-      x = QuantConv(hidden, name="expand_conv")(x, bits)
-      x = self.norm(name="expand_norm")(x, train, self.activation)
-      x = QuantAct("unsigned", RELU6_BOUND, name="expand_quant")(x, bits)
-    x = QuantConv(hidden, 3, self.stride, depthwise=True, name="depthwise_conv")(x, bits)
-    x = self.norm(name="depthwise_norm")(x, train, self.activation)
-    x = QuantAct("unsigned", RELU6_BOUND, name="depthwise_quant")(x, bits)
-    x = QuantConv(self.features, name="project_conv")(x, bits)
-    x = self.norm(fused=False, name="project_norm")(x, train)
-    return x + shortcut if x.shape == shortcut.shape else x
-
 
 _AUTHORS_BLOCK = {
   "input_quant": "-0",
@@ -117,18 +83,34 @@ def _authors_names(layers: Collection[Path]) -> dict[Path, str]:
   return names
 
 
-def _timm_names(layers: Collection[Path]) -> dict[Path, str]:
+def depths(factor: float) -> tuple[int, ...]:
+  """The number of blocks of every stage."""
+  return scaled_depths([blocks for _, _, blocks in STAGES], factor)
+
+
+def _timm_names(layers: Collection[Path], depth: float = 1.0) -> dict[Path, str]:
   """Our layers -> those of timm's mobilenetv2_100."""
-  blocks = [blocks for _, _, blocks in STAGES]
-  names = timm_names(layers, blocks, ("expand", "depthwise", "project"))
+  names = timm_names(layers, depths(depth), ("expand", "depthwise", "project"))
   return names | {("head_conv",): "conv_head", ("head_norm",): "bn2"}
 
 
 _RELU6 = {"activation": "relu6", "bn_epsilon": 1e-5}
 _NAMES = (
   # Without the quantizers' scalars, the authors' files are torchvision's.
-  Naming(source="torchvision", layer_names=_authors_names, settings=_RELU6),
-  Naming(source="timm", layer_names=_timm_names, settings=_RELU6),
+  Naming(
+    source="torchvision",
+    layer_names=_authors_names,
+    settings=_RELU6,
+    variants={"mobilenet_v2": {"width": 1.0}},
+  ),
+  Naming(
+    source="timm",
+    layer_names=_timm_names,
+    settings=_RELU6,
+    variants={
+      f"mobilenetv2_{percent:03d}": {"width": percent / 100} for percent in (35, 50, 75, 100, 140)
+    },
+  ),
   Naming(
     source="authors",
     layer_names=_authors_names,
@@ -138,6 +120,26 @@ _NAMES = (
 )
 
 
+def _register_deep(name: str, width: float, depth: float):
+  """Registers timm's model of that name, `mobilenetv2_110d`: deeper, with the stem and head of
+  width 1.
+  """
+  timm = Naming(
+    source="timm",
+    layer_names=functools.partial(_timm_names, depth=depth),
+    settings=_RELU6,
+    variants={f"mobilenetv2_{name}": {}},
+  )
+  return register(
+    f"mobilenet_v2_{name}",
+    fixed={"width": width, "depth": depth, "scaled_ends": False},
+    strides=IMAGENET_STRIDES,
+    names=(timm,),
+  )
+
+
+@_register_deep("120d", 1.2, 1.4)
+@_register_deep("110d", 1.1, 1.2)
 @register("mobilenet_v2", strides=IMAGENET_STRIDES, names=_NAMES)
 class MobileNetV2(nn.Module):
   """MobileNet-v2.
@@ -152,6 +154,8 @@ class MobileNetV2(nn.Module):
     dropout: rate before the classifier.
     bn_momentum: share of the old running statistics that a step keeps.
     bn_epsilon: added to variances.
+    depth: multiplies the number of blocks of every stage but the first and the last.
+    scaled_ends: whether the width multiplies the channels of the stem and the head too.
   """
 
   num_classes: int = 1000
@@ -161,6 +165,8 @@ class MobileNetV2(nn.Module):
   dropout: float = 0.2
   bn_momentum: float = 0.9
   bn_epsilon: float = 1e-5
+  depth: float = 1.0
+  scaled_ends: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array, bits: Bits = Bits(), train: bool = False) -> jax.Array:
@@ -173,14 +179,16 @@ class MobileNetV2(nn.Module):
     """
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
-    x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
+    ends = self.width if self.scaled_ends else 1.0
+    x = QuantConv(divisible_by_8(STEM_CHANNELS * ends), 3, strides[0], name="stem_conv")(
       x, bits.of_first()
     )
     x = norm(name="stem_norm")(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, bits)
 
     index = 0
-    for (expansion, channels, blocks), stage_stride in zip(STAGES, strides[1:], strict=True):
+    stages = zip(STAGES, depths(self.depth), strides[1:], strict=True)
+    for (expansion, channels, _), blocks, stage_stride in stages:
       for position in range(blocks):
         x = InvertedResidual(
           features=divisible_by_8(channels * self.width),
@@ -194,7 +202,7 @@ class MobileNetV2(nn.Module):
         index += 1
 
     x = QuantAct("symmetric", name="head_input_quant")(x, bits)
-    x = QuantConv(divisible_by_8(HEAD_CHANNELS * max(1.0, self.width)), name="head_conv")(x, bits)
+    x = QuantConv(divisible_by_8(HEAD_CHANNELS * max(1.0, ends)), name="head_conv")(x, bits)
     x = norm(name="head_norm")(x, train, self.activation)
     x = spatial_mean(x)
     x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits.of_last())

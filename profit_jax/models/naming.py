@@ -19,6 +19,10 @@ class Naming:
     settings: of `config.model`, with which the source's own code computes.
     pointwise: dense layers of ours that are 1x1 convolutions there, by their own name.
     quantizers: whether the source has DuQ's scalars.
+    variants: names of the source's models that are this net -> settings of `config.model` that
+      make it that one, beyond `settings`.
+    unsupported: names of its models whose tensors look the same, but which compute something else
+      -> what.
   """
 
   source: str
@@ -26,3 +30,9 @@ class Naming:
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   pointwise: frozenset[str] = frozenset()
   quantizers: bool = False
+  variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def variant_settings(self, name: str) -> dict[str, Any]:
+    """All settings of `config.model` that make the model one of `variants`."""
+    return {**self.settings, **self.variants[name]}

@@ -124,7 +124,8 @@ def _naming_problem(entry: ModelEntry) -> str | None:
       "taken by our own names."
     )
   for naming in entry.names:
-    if unknown := naming.settings.keys() - entry.options:
+    told = naming.settings.keys() | {key for each in naming.variants.values() for key in each}
+    if unknown := told - entry.options:
       return (
         f"the settings of its {naming.source} names have {listed(sorted(unknown))}. Allowed are "
         f"the fields of {entry.module.__name__} that config.model has too: "

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 
 from profit_jax.config import ConfigError
 from profit_jax.kernels import products
+from profit_jax.kernels.padding import Margin, Padding, margin_of
 from profit_jax.nn import tracing
 from profit_jax.nn.fused import Activation, Normalized, activate, moments, moments_near
 from profit_jax.nn.pending import parts_of, remember
@@ -133,8 +134,6 @@ def _every(x: Any, count: int) -> Any:
 class QuantConv(nn.Module):
   """A convolution without bias whose kernel is quantized when `bits.weight` is given.
 
-  Pads `(k - 1) / 2` on every side, as torch does (`SAME` differs for strides above 1).
-
   Attributes:
     features: number of output channels; ignored by a depthwise convolution, which keeps its
       input's.
@@ -144,6 +143,8 @@ class QuantConv(nn.Module):
       `[K, K, C_in, features]`.
     pad_value: what the border is padded with: 0, or -3/8 where the input is quantized after h-swish
       (paper section 3.3).
+    padding: how wide the border is. `torch`: `(kernel_size - 1) / 2` on every side. `same`:
+      TensorFlow's SAME, which differs at strides above 1, and depends on the input's size there.
   """
 
   features: int
@@ -151,6 +152,7 @@ class QuantConv(nn.Module):
   stride: int = 1
   depthwise: bool = False
   pad_value: float = 0.0
+  padding: Padding = "torch"
 
   @nn.compact
   def __call__(self, x: jax.Array | Quantized, bits: Bits = Bits()) -> jax.Array:
@@ -158,6 +160,7 @@ class QuantConv(nn.Module):
     record(self, "conv", bits)
     if self.kernel_size < 1 or not self.kernel_size % 2:
       _require(self, "kernel_size", self.kernel_size, "odd")
+    _require(self, "padding", self.padding, get_args(Padding))
     if tracing.active():
       return tracing.conv(self, x, bits)
     x, size = _input(x), self.kernel_size
@@ -184,6 +187,10 @@ class QuantConv(nn.Module):
       _sow(self, "quantized", "scale", jnp.broadcast_to(scale, kernel.shape[-1:]))
     return remember(y.value(), y) if isinstance(y, Product) else y
 
+  def margin_for(self, shape: Sequence[int]) -> Margin:
+    """What it puts around an input `[N, H, W, C]`."""
+    return margin_of(self.padding, self.kernel_size, self.stride, tuple(shape[1:3]))
+
   def _convolve(
     self, x: jax.Array | Quantized, kernel: jax.Array | Quantized
   ) -> jax.Array | Product:
@@ -193,6 +200,7 @@ class QuantConv(nn.Module):
       _operand(kernel).astype(x.dtype),
       self.stride,
       pad_value,
+      margin=self.margin_for(x.shape),
       depthwise=self.depthwise,
       exact=isinstance(x, Quantized) and isinstance(kernel, Quantized),
       source=x.source if isinstance(x, Quantized) else None,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from profit_jax.kernels.padding import output_extent
 from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import Unquantized, value_of
 
@@ -57,8 +58,8 @@ def traced() -> Iterator[None]:
 
 def conv(layer: nn.Module, x: Any, bits: Bits) -> jax.Array:
   """A `QuantConv`."""
-  size, stride = layer.kernel_size, layer.stride
-  height, width = ((n + 2 * ((size - 1) // 2) - size) // stride + 1 for n in x.shape[1:3])
+  margin = layer.margin_for(x.shape)
+  height, width = output_extent(layer.kernel_size, layer.stride, margin, x.shape[1:3])
   features = x.shape[-1] if layer.depthwise else layer.features
   return _bind(
     layer,
@@ -66,7 +67,8 @@ def conv(layer: nn.Module, x: Any, bits: Bits) -> jax.Array:
     bits.kernel_qmax(),
     kind="conv",
     shape=(x.shape[0], height, width, features),
-    stride=stride,
+    stride=layer.stride,
+    margin=margin,
     depthwise=layer.depthwise,
     pad_value=layer.pad_value,
     quantizer=bits.quantizer,

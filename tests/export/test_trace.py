@@ -22,7 +22,13 @@ from profit_jax.quant.quantized import value_of
 from tests.export import own_models, tiny
 from tests.export.nets import NORMALIZATION, images, random_values, raw
 
-OWN = (own_models.Branches, own_models.Plain, own_models.Codes, own_models.Vectors)
+OWN = (
+  own_models.Branches,
+  own_models.Plain,
+  own_models.Codes,
+  own_models.Vectors,
+  own_models.Same,
+)
 
 
 def variables_of(model, shape=own_models.IMAGE_SHAPE):

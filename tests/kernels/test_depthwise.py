@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from profit_jax.kernels import depthwise
+from profit_jax.kernels.padding import margin_of
 from profit_jax.kernels.target import Target, platform_of, tracing_for
 
 
@@ -31,6 +32,27 @@ def test_forms_agree_forward_and_backward(size, kernel, stride):
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13)
     for left, right in zip(ours, theirs, strict=True):
       np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("extent", [(8, 7), (9, 8)])
+def test_forms_agree_with_another_border_on_each_side(extent):
+  rng = np.random.default_rng(0)
+  margin, stride, value = margin_of("same", 5, 2, extent), 2, -0.375
+  assert isinstance(margin, tuple)
+  with jax.enable_x64(True):
+    x, k = jnp.asarray(rng.normal(size=(2, *extent, 3))), jnp.asarray(rng.normal(size=(5, 5, 1, 3)))
+
+    def gradients(form):
+      def loss(x, k):
+        return jnp.sum(jnp.sin(form(x, k, stride, margin, value)))
+
+      return jax.value_and_grad(loss, (0, 1))(x, k)
+
+    for ours, theirs in zip(
+      *map(jax.tree.leaves, map(gradients, (depthwise.depthwise_conv, depthwise.grouped))),
+      strict=True,
+    ):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_is_summed_in_float32():

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax.kernels import depthwise, depthwise_triton, target
 from profit_jax.kernels.affine import Affine
+from profit_jax.kernels.padding import border_of, output_extent
 
 # Kernel, stride, height and width, channels, margin, pad_value.
 CASES = {
@@ -20,6 +21,9 @@ CASES = {
   "5x5": (5, 1, (6, 9), 8, 2, -0.375),
   "5x5, stride 2": (5, 2, (9, 8), 5, 2, 0.5),
   "a row and columns that no window reaches": (5, 2, (8, 12), 8, 0, 0.0),
+  "TensorFlow's SAME, stride 2": (3, 2, (8, 7), 8, ((0, 1), (1, 1)), -0.375),
+  "TensorFlow's SAME, 5x5, stride 2": (5, 2, (9, 8), 5, ((2, 2), (1, 2)), 0.0),
+  "a border on one side": (3, 1, (4, 6), 8, ((0, 2), (1, 0)), 1.0),
   "a border wider than the kernel": (3, 1, (4, 5), 8, 4, 1.0),
   "a border wider than the kernel, stride 2": (3, 2, (5, 4), 8, 3, 1.0),
 }
@@ -28,7 +32,7 @@ CASES = {
 def _drawn(case, dtype=np.float32, images=2):
   size, stride, extent, channels, margin, _ = case
   rng = np.random.default_rng(size)
-  height, width = ((each + 2 * margin - size) // stride + 1 for each in extent)
+  height, width = output_extent(size, stride, margin, extent)
   shapes = (
     (images, *extent, channels),
     (size, size, 1, channels),
@@ -54,7 +58,8 @@ def _ours(case, out_dtype=None):
 
 def _expected(case, *arrays):
   _, stride, _, _, margin, pad_value = case
-  around = [(0, 0, 0), (margin, margin, 0), (margin, margin, 0), (0, 0, 0)]
+  rows, columns = border_of(margin)
+  around = [(0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)]
 
   def convolve(x, kernel):
     padded = jax.lax.pad(x, jnp.asarray(pad_value, x.dtype), around)

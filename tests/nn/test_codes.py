@@ -204,6 +204,7 @@ def test_sums_of_codes_are_exact_in_one_pass(size, stride, depthwise):
         jnp.asarray(kernel, dtype),
         stride,
         0.0,
+        margin=(size - 1) // 2,
         depthwise=depthwise,
         exact=True,
       )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from profit_jax.config import ConfigError
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Bits
 from profit_jax.train import aiwq
@@ -83,6 +84,42 @@ def test_stride_pads_both_sides_as_torch(depthwise):
   assert y.shape == (1, 4, 4, 4)
   assert y[0, 0, 0, 0] == 4 * per_channel
   assert y[0, -1, -1, 0] == 9 * per_channel
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize(
+  ("size", "stride", "extent"),
+  [(3, 2, (8, 7)), (5, 2, (8, 9)), (5, 2, (3, 2)), (3, 1, (5, 4)), (1, 2, (6, 5))],
+)
+def test_same_pads_as_tensorflow(size, stride, extent, depthwise):
+  per_channel = 1 if depthwise else 4
+  rng = np.random.default_rng(size)
+  x, kernel = rng.normal(size=(2, *extent, 4)), rng.normal(size=(size, size, per_channel, 4))
+  module = QuantConv(4, size, stride, depthwise=depthwise, padding="same")
+  with jax.enable_x64(True):
+    # XLA's "SAME" is TensorFlow's.
+    expected = jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      (stride, stride),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      feature_group_count=4 // per_channel,
+    )
+    y = output(module, x, kernel)
+  np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_same_pads_with_the_padding_value():
+  x, kernel = np.zeros((1, 4, 4, 1), np.float32), np.ones((3, 3, 1, 1), np.float32)
+  y = output(QuantConv(1, 3, 2, True, -3 / 8, "same"), x, kernel)
+  # Only the last windows hang over the border: by a column, a row, and both.
+  np.testing.assert_allclose(y[0, :, :, 0], [[0, -9 / 8], [-9 / 8, -15 / 8]])
+
+
+def test_a_padding_that_is_unknown_is_refused():
+  with pytest.raises(ConfigError, match=r"padding = 'SAME'.*'torch', 'same'"):
+    output(QuantConv(4, 3, padding="SAME"), np.zeros((1, 8, 8, 4), np.float32))
 
 
 def test_negative_padding_is_code_0_of_the_hswish_quantizer():
