@@ -48,6 +48,12 @@ def normalization(name: str, info: DatasetInfo) -> Normalization:
   return info.normalization if name == "dataset" else NORMALIZATIONS[name]
 
 
+def normalization_of(name: str) -> Normalization:
+  """A data set's own normalization; ImageNet's where nothing else is known."""
+  known = _known(name)
+  return known.normalization if known else _IMAGENET
+
+
 def eval_preparation(settings: Settings) -> tuple[float, str]:
   """How evaluation images are prepared: the share of their shorter side that is kept, and the
   interpolation.
@@ -132,10 +138,8 @@ def _images(settings, shard, memory_limit):
   # Whether the hosts can share both.
   splits.train.count(records.EpochRequest(settings.train.batch_size, shard, shuffle=(0, 0)))
   splits.eval.count(records.EpochRequest(settings.train.eval_batch_size, shard))
-  known = _known(settings.data.name)
-  return images.Images(
-    splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, shard
-  )
+  own = normalization_of(settings.data.name)
+  return images.Images(splits, settings.data, own, settings.seed, shard)
 
 
 _SMALL_BATCH = 1024  # of which nobody minds the padding

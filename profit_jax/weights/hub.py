@@ -181,11 +181,11 @@ def _hub_file(weights: str, filename: str) -> str | None:
   from huggingface_hub import errors
 
   repository, _, revision = weights.removeprefix(HUGGING_FACE).partition("@")
-  endpoint = huggingface_hub.constants.ENDPOINT
+  endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT).rstrip("/")
   try:
     if not re.fullmatch(r"[^/@]+/[^/@]+", repository):
       raise errors.HFValidationError("a repository is OWNER/NAME")
-    return huggingface_hub.hf_hub_download(repository, filename, revision=revision or None)
+    return _from_hub(repository, filename, revision or None, endpoint)
   except errors.HFValidationError as error:
     raise ConfigError(
       f"{weights} is not a name of the hub: {error}. It must be hf:OWNER/NAME or "
@@ -206,29 +206,48 @@ def _hub_file(weights: str, filename: str) -> str | None:
       f"{weights} is not known: {endpoint}/{repository} has no revision {revision}."
     ) from error
   except errors.LocalEntryNotFoundError as error:
-    raise _no_connection(weights, repository, revision, endpoint, error) from error
+    url = f"{endpoint}/{repository}/resolve/{revision or 'main'}"
+    raise ConfigError(
+      f"{weights} cannot be fetched from {endpoint}, and is not in the cache "
+      f"{huggingface_hub.constants.HF_HUB_CACHE}: {_first_cause(error)}. Without a network: fetch "
+      f"{url}/{_HUB_FILES[0]} and {url}/{_DESCRIPTION} elsewhere, put both files into one directory "
+      f"of this machine, and set config.init.weights=DIRECTORY/{_HUB_FILES[0]}."
+    ) from error
   except errors.EntryNotFoundError:
     return None
-  # Connections, proxies and full disks raise what their libraries like; which, depends on the
+
+
+def _from_hub(repository: str, filename: str, revision: str | None, endpoint: str) -> str:
+  """The path of a file in the hub's cache; raises as `hf_hub_download`, and its
+  LocalEntryNotFoundError whatever keeps the file from being fetched.
+  """
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  options = {"revision": revision, "endpoint": endpoint}
+  try:
+    # `hf_hub_download` alone asks again for half a minute where nothing answers.
+    huggingface_hub.get_hf_file_metadata(
+      huggingface_hub.hf_hub_url(repository, filename, **options)
+    )
+    return huggingface_hub.hf_hub_download(repository, filename, **options)
+  except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
+    raise
+  except errors.HFValidationError:
+    raise
+  # Connections, proxies and full disks raise what their libraries like, another one in each
   # version.
   except Exception as error:
-    raise _no_connection(weights, repository, revision, endpoint, error) from error
+    try:
+      return huggingface_hub.hf_hub_download(repository, filename, local_files_only=True, **options)
+    except errors.LocalEntryNotFoundError as absent:
+      raise absent from error
 
 
-def _no_connection(
-  weights: str, repository: str, revision: str, endpoint: str, error: Exception
-) -> ConfigError:
-  import huggingface_hub
-
-  root = error.__cause__ or error
-  told = " ".join(str(root).split())[:200] or type(root).__name__
-  url = f"{endpoint}/{repository}/resolve/{revision or 'main'}"
-  return ConfigError(
-    f"{weights} cannot be fetched from {endpoint}, and is not in the cache "
-    f"{huggingface_hub.constants.HF_HUB_CACHE}: {told}. Without a network: fetch "
-    f"{url}/{_HUB_FILES[0]} and {url}/{_DESCRIPTION} elsewhere, put both files into one directory "
-    f"of this machine, and set config.init.weights=DIRECTORY/{_HUB_FILES[0]}."
-  )
+def _first_cause(error: BaseException) -> str:
+  while cause := error.__cause__ or error.__context__:
+    error = cause
+  return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _check_hub_file(weights: str, path: str) -> None:
@@ -236,8 +255,8 @@ def _check_hub_file(weights: str, path: str) -> None:
   expected = os.path.basename(os.path.realpath(path))
   if re.fullmatch(r"[0-9a-f]{64}", expected) and _sha256(pathlib.Path(path)) != expected:
     raise ConfigError(
-      f"{weights} is damaged in the cache: the SHA-256 of {path} is not {expected}. Delete the file "
-      "and run the same command."
+      f"{weights} is damaged in the cache: the SHA-256 of {path} is not {expected}. Delete the "
+      "file and run the same command."
     )
 
 
@@ -260,8 +279,8 @@ def _torchvision_file(weights: str) -> pathlib.Path:
     _download(f"{TORCHVISION_URL}/{filename}", path, digits, weights)
   elif not _sha256(path).startswith(digits):
     raise ConfigError(
-      f"{weights}: {path} is damaged; its SHA-256 does not begin with {digits}. Delete the file and "
-      "run the same command."
+      f"{weights}: {path} is damaged; its SHA-256 does not begin with {digits}. Delete the file "
+      "and run the same command."
     )
   return path
 
