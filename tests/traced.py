@@ -49,8 +49,8 @@ class TwoBlocks(nn.Module):
       dense=dense,
       norm=norm,
     )
-    first = block(stride=2, squeezed=8, hswish=True, hswish_input=True, name="block00")
-    second = block(stride=1, squeezed=0, hswish=False, hswish_input=False, name="block01")
+    first = block(stride=2, squeezed=8, hswish=True, input_kind="hswish", name="block00")
+    second = block(stride=1, squeezed=0, hswish=False, input_kind="symmetric", name="block01")
 
     x = QuantConv(8, 3, 2, name="stem_conv")(x, bits.of_first())
     x = norm(fused=False, name="stem_norm")(x, train, "hard_swish")

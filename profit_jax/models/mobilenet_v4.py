@@ -143,7 +143,7 @@ class Block(nn.Module):
     x = self.norm(fused=False, name="project_norm")(x, train)
     return x + shortcut if x.shape == shortcut.shape else x
 
-  def _relu(  # noqa: PLR0913  what a convolution, its norm and its quantizer are given
+  def _relu(
     self, x: Any, part: str, features: int, size: int, stride: int, bits: Bits, train: bool
   ) -> Any:
     """A convolution, depthwise without features, with norm, ReLU and quantizer."""

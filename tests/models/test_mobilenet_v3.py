@@ -120,7 +120,7 @@ def test_an_hswish_quantizer_never_sees_less_than_its_code_0(order):
     stride=1,
     squeezed=8,
     hswish=True,
-    hswish_input=False,
+    input_kind="symmetric",
     squeeze_excite=order,
     pad_value=-0.375,
     dense=QuantDense,
