@@ -271,7 +271,7 @@ def _torchvision_entry(weights: str) -> tuple[str, int]:
 def _torchvision_file(weights: str) -> pathlib.Path:
   """Where torch keeps the file too, downloaded if it is not there yet."""
   filename, _ = _torchvision_entry(weights)
-  digits = filename.removesuffix(".pth").rpartition("-")[2]  # the first ones of its SHA-256
+  digits = pathlib.PurePath(filename).stem.rpartition("-")[2]  # the first ones of its SHA-256
   cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
   home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
   path = pathlib.Path(home).expanduser() / "hub" / "checkpoints" / filename
@@ -301,6 +301,8 @@ def _download(url: str, path: pathlib.Path, digits: str, weights: str) -> None:
       raise OSError(f"what came has a SHA-256 that does not begin with {digits}")
     unfinished.replace(path)
   except OSError as error:  # urllib's errors are some of these
+    if isinstance(error, urllib.error.HTTPError):
+      error.close()  # or its socket stays open
     reason = getattr(error, "reason", None) or error
     raise ConfigError(
       f"{weights} cannot be fetched from {url}: {reason}. Without a network: fetch this address "
