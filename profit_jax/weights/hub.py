@@ -210,8 +210,8 @@ def _hub_file(weights: str, filename: str) -> str | None:
     raise ConfigError(
       f"{weights} cannot be fetched from {endpoint}, and is not in the cache "
       f"{huggingface_hub.constants.HF_HUB_CACHE}: {_first_cause(error)}. Without a network: fetch "
-      f"{url}/{_HUB_FILES[0]} and {url}/{_DESCRIPTION} elsewhere, put both files into one directory "
-      f"of this machine, and set config.init.weights=DIRECTORY/{_HUB_FILES[0]}."
+      f"{url}/{_HUB_FILES[0]} and {url}/{_DESCRIPTION} elsewhere, put both files into one "
+      f"directory of this machine, and set config.init.weights=DIRECTORY/{_HUB_FILES[0]}."
     ) from error
   except errors.EntryNotFoundError:
     return None

@@ -23,7 +23,7 @@ def path(name):
 
 
 def pixels(name):
-  """The centre of a photograph whose shorter side is scaled to 256, bicubic: uint8 `[224, 224, 3]`."""
+  """uint8 `[224, 224, 3]`: the centre, after the shorter side was scaled to 256, bicubic."""
   image = Image.open(path(name)).convert("RGB")
   share = SHORTER_SIDE / min(image.size)
   image = image.resize([round(side * share) for side in image.size], Image.Resampling.BICUBIC)
