@@ -15,6 +15,7 @@ from profit_jax.weights import hub
 from profit_jax.weights.hub import Published
 from profit_jax.weights.load import published_settings
 
+_INTERPOLATIONS = ("bicubic", "bilinear")
 _DATA_FIELDS = ("image_size", "crop_pct", "interpolation", "normalization")
 # A choice: the full-precision phase adapts the weights to negative padding.
 _CHOSEN = frozenset({"pad_value"})
@@ -99,6 +100,11 @@ def differences(settings: Settings, told: Published, section: str) -> list[str]:
         f"config.{field} = {_text(_get(settings, field))}, but these weights were published with "
         f"{_text(value)}."
       )
+  if section == "model" and told.interpolation not in (None, *_INTERPOLATIONS):
+    found.append(
+      f"These weights were published with interpolation {told.interpolation}, which "
+      f"config.data.interpolation does not have: it is {' or '.join(_INTERPOLATIONS)}."
+    )
   if told.mean and told.std and _normalization(settings, told, section) is None:
     found.append(
       f"These weights were published with mean {told.mean} and std {told.std}, which no value of "
@@ -117,7 +123,7 @@ def _image_settings(settings: Settings, told: Published, section: str) -> dict[s
     if told.crop_pct is not None and 0.1 <= told.crop_pct <= 1:
       same = abs(told.crop_pct - ours.crop_pct) < _CLOSE
       found["data.crop_pct"] = ours.crop_pct if same else told.crop_pct
-    if told.interpolation in ("bicubic", "bilinear"):
+    if told.interpolation in _INTERPOLATIONS:
       found["data.interpolation"] = told.interpolation
   name = _normalization(settings, told, section)
   return found | ({_normalization_field(section): name} if name else {})

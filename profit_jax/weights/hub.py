@@ -231,9 +231,12 @@ def _from_hub(repository: str, filename: str, revision: str | None, endpoint: st
       huggingface_hub.hf_hub_url(repository, filename, **options)
     )
     return huggingface_hub.hf_hub_download(repository, filename, **options)
-  except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
-    raise
-  except errors.HFValidationError:
+  except (
+    errors.EntryNotFoundError,
+    errors.HFValidationError,
+    errors.RepositoryNotFoundError,
+    errors.RevisionNotFoundError,
+  ):
     raise
   # Connections, proxies and full disks raise what their libraries like, another one in each
   # version.

@@ -255,6 +255,14 @@ def test_a_normalization_that_no_setting_stands_for_is_named(server):
   assert "mean (0.1, 0.2, 0.3)" in line
 
 
+def test_an_interpolation_that_no_setting_stands_for_is_named(server):
+  told = hub.published(NAME)._replace(interpolation="lanczos")
+  settings = settings_of(**_applied(), **{"data.normalization": "inception"})
+  (line,) = published.differences(settings, told, "model")
+  assert "interpolation lanczos" in line
+  assert "bicubic or bilinear" in line
+
+
 def _applied():
   return {"data.crop_pct": 0.95, "data.interpolation": "bilinear"}
 
