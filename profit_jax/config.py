@@ -22,7 +22,13 @@ Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 
 # Runs of earlier versions do not have these.
 _LATER_FIELDS = frozenset(
-  {"config.plan.refit_bits", "config.quant", "config.oscillation", "config.train.kernels"}
+  {
+    "config.init.published_settings",
+    "config.oscillation",
+    "config.plan.refit_bits",
+    "config.quant",
+    "config.train.kernels",
+  }
 )
 # What fields, sections and values were called before version 0.2.
 RENAMED_FIELDS = {
@@ -79,9 +85,13 @@ class InitSettings:
   """Section `init`."""
 
   # A file of weights under torchvision's, timm's, the authors' or our names, which are recognised:
-  # .safetensors, .npz, .pth, .pt or .ckpt; or the workdir of another run. "" starts from random
+  # .safetensors, .npz, .pth, .pt or .ckpt; or the workdir of another run; or a name, as
+  # hf:timm/mobilenetv2_100.ra_in1k or torchvision:mobilenet_v2.IMAGENET1K_V2. "" starts from random
   # weights.
   weights: str = ""
+  # What is published of these weights (crop, interpolation, normalization, epsilon, ...): "apply"
+  # takes it for every field that has its default; "compare" only names what differs.
+  published_settings: Literal["apply", "compare"] = "apply"
   # The classifier starts at random, whatever the file has (another number of classes).
   reset_head: bool = False
 

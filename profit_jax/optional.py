@@ -13,6 +13,7 @@ PACKAGES = {
   "tensorboard": ("tensorflow", "tensorboard", "clu"),
   "plots": ("matplotlib",),
   "digits": ("sklearn",),
+  "hub": ("huggingface_hub",),
   "onnx": ("onnx", "onnxruntime"),
   "qonnx": ("onnx", "onnxruntime", "qonnx"),
   "litert": ("ai_edge_litert",),

@@ -20,6 +20,7 @@ from profit_jax.data.prepare import prepare
 from profit_jax.export import formats
 from profit_jax.models import REGISTRY
 from profit_jax.report.tensorboard import TensorBoardObserver
+from profit_jax.weights import hub
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -122,6 +123,14 @@ def test_formats(without, name, package):
   # In the library's base.
   assert formats.load("jax")
   assert formats.load("safetensors")
+
+
+def test_weights_by_name(without):
+  without("huggingface_hub")
+  text = refusal(hub.locate, "hf:timm/mobilenetv2_100.ra_in1k")
+  assert "hf:timm/mobilenetv2_100.ra_in1k needs huggingface_hub, which" in text
+  assert "profit_jax[hub]" in text
+  assert hub.locate("file.safetensors") == "file.safetensors"
 
 
 def test_tensorboard_and_plots(without, tmp_path):

@@ -6,6 +6,7 @@
 # Files, or tests in them, relative to tests/. With parameters in brackets, one case of a test.
 SLOW = (
   "benchmarks/test_aot_compilers.py",
+  "data/test_fashion_mnist.py::test_debians_files_are_the_published_set",
   "data/test_images.py::test_a_file_that_went_away_is_no_broken_image",
   "data/test_images.py::test_a_host_may_meet_every_broken_image",
   "data/test_images.py::test_another_epoch_or_seed_gives_other_images",
@@ -61,6 +62,7 @@ SLOW = (
   "train/test_steps.py::test_a_batch_in_parts_has_the_gradient_of_its_loss",
   "train/test_steps.py::test_a_phase_that_trains_no_kernel_needs_fewer_operations",
   "train/test_trajectory.py",
+  "weights/test_hub.py::test_a_run_from_a_name_keeps_its_settings_and_its_card_has_the_checksum",
   "weights/test_load.py::test_a_file_of_another_model_is_named",
 )
 # Exceptions: these run in the fast tier all the same.

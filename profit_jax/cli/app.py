@@ -24,12 +24,12 @@ from profit_jax.models import REGISTRY, check, student_spec
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.report import console
 from profit_jax.report import result as result_files
-from profit_jax.train import fork, run_directory, start, trainer
+from profit_jax.train import fork, published, run_directory, start, trainer
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.observer import Observer
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs, default_dtype, make_mesh
-from profit_jax.train.progress import Progress, summary
+from profit_jax.train.progress import Progress, initial_weights, summary
 from profit_jax.train.run import Run
 from profit_jax.train.run_state import best_variables, progress_of
 
@@ -99,6 +99,7 @@ def main(
     return
   with _compilation_cache(settings):
     distributed.initialize(*cluster)
+    settings = _with_published(settings, directory if workdir else None, fork_from)
     settings = _with_dtype(settings, directory if workdir else None, fork_from, hooks.devices)
     distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
     if only_file:
@@ -161,6 +162,20 @@ def _with_dtype(
   return settings.with_dtype(default_dtype((devices or jax.devices())[0].platform))
 
 
+def _with_published(settings: Settings, workdir: epath.Path | None, fork_from: str) -> Settings:
+  """The settings with what is published of `init.weights`; a run keeps what it began with."""
+  if settings.from_scratch or settings.init.published_settings == "compare":
+    return settings
+  for flag, path in (("--workdir", workdir), ("--fork_from", fork_from)):
+    origin = path and paths.opened(flag, os.fspath(path))
+    if origin and run_directory.is_begun(origin):
+      return published.as_begun(settings, run_directory.read_settings(origin, flag))
+  applied, lines = distributed.on_all_hosts(lambda: published.apply(settings))
+  for line in lines:
+    _say(line)
+  return applied
+
+
 def identity(settings: Settings, mode: str, workdir: str, fork_from: str) -> str:
   """The text in which all processes of a run must agree; where data and programs lie may differ."""
   numbers = json.dumps(run_directory.of_all_processes(settings.to_dict()), sort_keys=True)
@@ -220,6 +235,7 @@ def train(
   Returns:
     What `result.json` holds, in the first process; None in the others.
   """
+  settings = _with_published(settings, workdir, fork_from)
   settings = _with_dtype(settings, workdir, fork_from, hooks.devices)
   phases = schedule.plan(settings)
   mesh = make_mesh(settings, hooks.devices)
@@ -417,6 +433,7 @@ def run_export(
       weights=result["final"]["weights"],
       full_precision_top1=result["final"]["full_precision_top1"],
       top1=evaluated["top1"],
+      initial_weights=initial_weights(settings, best.progress),
     )
     export.export(trained, names, workdir / "export", Console(highlight=False, markup=False))
 

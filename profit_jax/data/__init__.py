@@ -6,7 +6,7 @@ import re
 
 from profit_jax import optional
 from profit_jax.config import ConfigError, Settings
-from profit_jax.data import digits, pairs
+from profit_jax.data import digits, fashion_mnist, pairs
 from profit_jax.data.base import MEMORY_LIMIT, DatasetInfo, HostShard, Source
 from profit_jax.data.normalize import Normalization
 
@@ -20,6 +20,8 @@ NORMALIZATIONS = {
 
 _IMAGENET = NORMALIZATIONS["imagenet"]
 _CIFAR10 = Normalization(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+# Of the training images, grey in all three channels.
+_FASHION_MNIST = Normalization(mean=(0.2860,) * 3, std=(0.3530,) * 3)
 # Data sets that `--mode=plan` knows before they are downloaded; of any other one, its files
 # tell.
 KNOWN: dict[str, DatasetInfo] = {
@@ -31,6 +33,9 @@ KNOWN: dict[str, DatasetInfo] = {
   "cifar10": DatasetInfo(
     train_examples=50_000, eval_examples=10_000, num_classes=10, normalization=_CIFAR10
   ),
+  fashion_mnist.NAME: DatasetInfo(
+    train_examples=60_000, eval_examples=10_000, num_classes=10, normalization=_FASHION_MNIST
+  ),
 }
 FOLDER = "folder"
 _MADE_OF_DIGITS = {"digits": digits.Digits, "digit_pairs": pairs.Pairs}
@@ -41,6 +46,12 @@ def normalization(name: str, info: DatasetInfo) -> Normalization:
   the data set's own.
   """
   return info.normalization if name == "dataset" else NORMALIZATIONS[name]
+
+
+def normalization_of(name: str) -> Normalization:
+  """A data set's own normalization; ImageNet's where nothing else is known."""
+  known = _known(name)
+  return known.normalization if known else _IMAGENET
 
 
 def eval_preparation(settings: Settings) -> tuple[float, str]:
@@ -127,10 +138,8 @@ def _images(settings, shard, memory_limit):
   # Whether the hosts can share both.
   splits.train.count(records.EpochRequest(settings.train.batch_size, shard, shuffle=(0, 0)))
   splits.eval.count(records.EpochRequest(settings.train.eval_batch_size, shard))
-  known = _known(settings.data.name)
-  return images.Images(
-    splits, settings.data, known.normalization if known else _IMAGENET, settings.seed, shard
-  )
+  own = normalization_of(settings.data.name)
+  return images.Images(splits, settings.data, own, settings.seed, shard)
 
 
 _SMALL_BATCH = 1024  # of which nobody minds the padding

@@ -4,6 +4,7 @@ import os
 
 from profit_jax import optional
 from profit_jax.config import ConfigError
+from profit_jax.data import fashion_mnist
 
 
 def prepare(name: str, data_dir: str, manual_dir: str) -> str:
@@ -20,19 +21,23 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> str:
   optional.require("tfds", "profit prepare")
   import tensorflow_datasets as tfds
 
-  from profit_jax.data.tfds import class_keys, open_builder
+  from profit_jax.data.tfds import class_keys, fashion_mnist_builder, open_builder
 
   builder = open_builder(name, data_dir)
   class_keys(builder)
   manual_dir = os.path.expanduser(manual_dir)
   if manual_dir and not os.path.isdir(manual_dir) and "://" not in manual_dir:
     raise ConfigError(f"--manual_dir={manual_dir} is not allowed: there is no such directory.")
+  if builder.name == fashion_mnist.NAME and manual_dir and not builder.is_prepared():
+    builder = fashion_mnist_builder(builder, fashion_mnist.read(manual_dir))
   options = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
   try:
     builder.download_and_prepare(download_config=options)
   except Exception as error:  # its code is another one for each set, and can raise anything
     wanted = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     hint = f" It needs files that are fetched by hand (--manual_dir): {wanted}" if wanted else ""
+    if builder.name == fashion_mnist.NAME:
+      hint = f" Without a network: --manual_dir=DIR. {fashion_mnist.DEBIAN}"
     raise ConfigError(
       f"{name} could not be prepared: {' '.join(str(error).split())[:500]}{hint}"
     ) from error

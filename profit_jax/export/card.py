@@ -112,6 +112,7 @@ def make(
       "eval_examples": check.examples,
       "seed": settings.seed,
       "weights": trained.weights,
+      "initial_weights": trained.initial_weights,
       "phases": [
         {
           field: phase[field]
@@ -207,6 +208,7 @@ def markdown(card: dict[str, Any]) -> str:
     f"{card['training']['seed']}); "
     f"the weights are the {card['training']['weights']} ones of the best evaluation at the last "
     "bits.",
+    *_initial_weights(card["training"]["initial_weights"]),
     "",
     "| # | phase | bits | epochs | top-1 raw | top-1 EMA |",
     "|--:|:--|:--|--:|--:|--:|",
@@ -235,6 +237,14 @@ def markdown(card: dict[str, Any]) -> str:
     )
   versions = ", ".join(f"{package} {version}" for package, version in card["versions"].items())
   return "\n".join([*lines, "", f"Versions: {versions}."]) + "\n"
+
+
+def _initial_weights(files: dict[str, dict[str, str | None]]) -> list[str]:
+  lines = []
+  for who, file in files.items():
+    digest = f", SHA-256 `{file['sha256']}`" if file["sha256"] else ""
+    lines += ["", f"Initial weights of the {who}: {file['name']}{digest}."]
+  return lines
 
 
 def _width(width: float | None) -> str:

@@ -70,6 +70,7 @@ class TrainedModel:
     weights: which they are, `raw` or `ema`.
     full_precision_top1: of the run; None without.
     top1: of these variables on the whole evaluation set, in percent.
+    initial_weights: the files that it started from, as in its `result.json`.
   """
 
   settings: Settings
@@ -86,6 +87,7 @@ class TrainedModel:
   weights: str
   full_precision_top1: float | None
   top1: float
+  initial_weights: dict[str, dict[str, str | None]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

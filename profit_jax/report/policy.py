@@ -5,6 +5,8 @@ below the results.
 import functools
 import pathlib
 import subprocess
+import types
+from collections.abc import Mapping
 from typing import Any
 
 from profit_jax.config import Settings
@@ -42,6 +44,7 @@ def markdown(
   data: dict[str, Any],
   environment: dict[str, Any],
   spec: ModelSpec,
+  initial_weights: Mapping[str, Mapping[str, str | None]] = types.MappingProxyType({}),
 ) -> list[str]:
   """Lines of Markdown.
 
@@ -51,6 +54,7 @@ def markdown(
     data: its `data.json`.
     environment: of its `result.json`.
     spec: of its model.
+    initial_weights: of its `result.json`.
   """
   last, teacher, train, plan = phases[-1], settings.teacher, settings.train, settings.plan
   bits = bits_name(last.weight_bits, last.act_bits)
@@ -63,8 +67,9 @@ def markdown(
     schedule.append(f"PROFIT at {', '.join(map(str, plan.profit_bits))} bits, freezing {shares}")
   else:
     schedule.append("no PROFIT")
+  files = {who: f"{file['name']}{_digest(file['sha256'])}" for who, file in initial_weights.items()}
   taught = {"none": "none", "self": "the student before quantization"}.get(
-    teacher.model, f"{teacher.model}, {teacher.weights}"
+    teacher.model, f"{teacher.model}, {files.get('teacher', teacher.weights)}"
   )
   rows = {
     "quantizers": f"{settings.quant.method}, "
@@ -75,7 +80,7 @@ def markdown(
     "remedies": _remedies(settings.oscillation),
     "plan": summary_line(phases),
     "teacher": taught,
-    "first weights": settings.init.weights or "random",
+    "first weights": files.get("student", settings.init.weights) or "random",
     "padding of h-swish": f"{settings.model.pad_value:g}",
     "optimizer": f"SGD, Nesterov {train.momentum:g}, rate {train.learning_rate:g} (a and c "
     f"{train.quantizer_lr_scale:g} of "
@@ -109,6 +114,10 @@ def markdown(
     f"| {layer} | activations | {last.act_bits or 'float'} |" for layer in sorted(quantizers)
   ]
   return lines
+
+
+def _digest(sha256: str | None) -> str:
+  return f", SHA-256 `{sha256}`" if sha256 else ""
 
 
 def _ends(quant):

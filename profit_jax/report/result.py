@@ -15,7 +15,7 @@ from profit_jax.models import student_spec
 from profit_jax.report import policy
 from profit_jax.report.console import final_line, start_lines
 from profit_jax.schedule import Phase, bits_name
-from profit_jax.train.progress import Progress, summary
+from profit_jax.train.progress import Progress, initial_weights, summary
 from profit_jax.train.run_directory import read_data, write_text
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "clu", "ml-collections", "numpy")
@@ -66,6 +66,9 @@ def write_report(
   }
   if progress.forked_phases:
     result["forked_from"] = {"run": progress.forked_from, "phases": progress.forked_phases}
+  weights = initial_weights(settings, progress)
+  if weights:
+    result["initial_weights"] = weights
   start = start_lines(progress.start) if progress.start else []
   if progress.forked_phases:
     start.append(
@@ -88,7 +91,7 @@ def write_report(
       captions = write_plots(workdir / "plots", progress, phases, params)
     data = read_data(workdir)
     spec = student_spec(settings, data["num_classes"])
-    stated = policy.markdown(settings, phases, data, result["environment"], spec)
+    stated = policy.markdown(settings, phases, data, result["environment"], spec, weights)
     write_text(workdir / "report.md", _markdown(result, start, captions, stated))
     write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")
   except OSError as error:

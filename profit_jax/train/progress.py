@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from profit_jax.config import Settings
 from profit_jax.schedule import Phase
 
 
@@ -58,6 +59,8 @@ class Start:
     file_pad_value: that padding.
     teacher_top1: of a teacher with a file of its own.
     examples: evaluated.
+    sha256: of the student's file.
+    teacher_sha256: of the teacher's.
   """
 
   source: str | None = None
@@ -69,6 +72,8 @@ class Start:
   file_pad_value: float | None = None
   teacher_top1: float | None = None
   examples: int = 0
+  sha256: str | None = None
+  teacher_sha256: str | None = None
 
 
 @dataclasses.dataclass
@@ -156,6 +161,18 @@ class Progress:
     for name, kind in (("best", Best), ("full_precision", Best), ("start", Start)):
       values[name] = kind(**values[name]) if values[name] else None
     return cls(**values)
+
+
+def initial_weights(settings: Settings, progress: Progress) -> dict[str, dict[str, str | None]]:
+  """The weights files that a run started from: `student` and `teacher`, each with its `name` as
+  configured and the `sha256` of the file (None where a run's directory was given).
+  """
+  start = progress.start or Start()
+  files = {
+    "student": (settings.init.weights, start.sha256),
+    "teacher": (settings.teacher.weights, start.teacher_sha256),
+  }
+  return {who: {"name": name, "sha256": sha} for who, (name, sha) in files.items() if name}
 
 
 def summary(progress: Progress, phases: tuple[Phase, ...]) -> dict[str, Any]:

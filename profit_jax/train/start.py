@@ -12,6 +12,7 @@ from profit_jax.config import Settings
 from profit_jax.data import Source
 from profit_jax.models import build, student_spec
 from profit_jax.nn.spec import ModelSpec, describe
+from profit_jax.train import published
 from profit_jax.train.evaluate import evaluate
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs
@@ -131,6 +132,8 @@ def weight_warnings(settings: Settings, student: Student, teacher: Teacher) -> l
     if loaded is None:
       continue
     found += loaded.notes
+    if loaded.published is not None:
+      found += published.differences(settings, loaded.published, section)
     for name, (theirs, ours) in differing_settings(loaded.settings, model).items():
       # The student's padding is a choice, to which the full-precision phase adapts it.
       if (section, name) != ("model", "pad_value"):
@@ -178,6 +181,7 @@ def evaluate_start(
     start = dataclasses.replace(
       start,
       source=student.loaded.source,
+      sha256=student.loaded.sha256,
       quantized=student.loaded.quantizers,
       file_pad_value=None if student.file_spec is None else student.file_spec.model.pad_value,
       new_head=settings.init.reset_head,
@@ -189,7 +193,10 @@ def evaluate_start(
   if teacher.loaded is not None:
     scores = of("teacher", programs.replicate(pack_variables(teacher.variables, teacher.spec)))
     start = dataclasses.replace(
-      start, teacher_top1=scores["top1"], examples=int(scores["examples"])
+      start,
+      teacher_top1=scores["top1"],
+      teacher_sha256=teacher.loaded.sha256,
+      examples=int(scores["examples"]),
     )
   return start
 

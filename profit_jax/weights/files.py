@@ -1,10 +1,11 @@
 """Reads the tensors of a weights file, by format. No format can run code."""
 
+import hashlib
 import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -14,10 +15,13 @@ from etils import epath
 
 from profit_jax import checkpoints, paths
 from profit_jax.config import ConfigError
-from profit_jax.weights import torch_file
+from profit_jax.weights import hub, torch_file
 
 _TORCH = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
-_FORMATS = f".safetensors, .npz, {', '.join(_TORCH)}, or the --workdir of a run"
+_FORMATS = (
+  f".safetensors, .npz, {', '.join(_TORCH)}, the --workdir of a run, or a name as "
+  f"{hub.HUGGING_FACE}OWNER/NAME"
+)
 _SAFETENSORS_DTYPES = {
   "F64": np.float64,
   "F32": np.float32,
@@ -43,21 +47,29 @@ class Contents(NamedTuple):
     settings: section `model` of the configuration that they were trained with, where the file says
       so: a run of ours, or a file that one wrote. Else None.
     notes: what the user should know of how it was read.
+    sha256: of the file; None for a run.
+    published: what is published of the file; None where nothing is.
   """
 
   tensors: dict[str, np.ndarray]
   settings: dict[str, Any] | None = None
   notes: tuple[str, ...] = ()
+  sha256: str | None = None
+  published: hub.Published | None = None
 
 
 def read_contents(path: str) -> Contents:
   """The content of a weights file, or of a run's best checkpoint.
 
+  Args:
+    path: of the file or the run, or a name that `hub` knows.
+
   Raises:
     ConfigError: nothing there, an unknown format, a damaged file, one that carries code, or one
       without tensors.
   """
-  place = paths.opened("The weights file", path)
+  located = hub.locate(path)
+  place = paths.opened("The weights file", located)
   is_directory = place.is_dir()
   if not place.exists():
     raise ConfigError(
@@ -68,13 +80,13 @@ def read_contents(path: str) -> Contents:
     ".npz": _read_npz,
     **dict.fromkeys(_TORCH, _read_torch),
   }
-  suffix = next((suffix for suffix in readers if path.endswith(suffix)), None)
+  suffix = next((suffix for suffix in readers if located.endswith(suffix)), None)
   if suffix is None and not is_directory:
     raise ConfigError(
       f"The weights file {path!r} has an unknown format: it must be one of {_FORMATS}."
     )
   try:
-    contents = _read_run(place) if is_directory else readers[suffix](place.read_bytes())
+    contents = _read_run(place) if is_directory else _read_file(place, readers[suffix], path)
   except ConfigError:
     raise
   # Damaged files raise whatever their parsers stumble over.
@@ -86,6 +98,12 @@ def read_contents(path: str) -> Contents:
   if not contents.tensors:
     raise ConfigError(f"The weights file {path!r} holds no tensors.")
   return contents._replace(tensors=_unwrapped(contents.tensors))
+
+
+def _read_file(place: epath.Path, reader: Callable[[bytes], Contents], name: str) -> Contents:
+  content = place.read_bytes()
+  digest = hashlib.sha256(content).hexdigest()
+  return reader(content)._replace(sha256=digest, published=hub.published(name))
 
 
 def _unwrapped(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from profit_jax.config import ConfigError, ModelSettings
 from profit_jax.models import REGISTRY, options
 from profit_jax.nn.spec import describe
 from profit_jax.weights.files import read_contents
+from profit_jax.weights.hub import Published
 from profit_jax.weights.naming import QUANTIZER_LEAVES, Names, OwnNames, Path, TorchNames
 
 Variables = dict[str, Any]
@@ -69,6 +70,8 @@ class Loaded(NamedTuple):
       computes.
     quantizers: whether its quantizer scalars came with it; they are 1 otherwise.
     notes: what the user should know of how it was read.
+    sha256: of the file; None for a run.
+    published: what is published of the file; None where nothing is.
   """
 
   variables: Variables
@@ -76,6 +79,8 @@ class Loaded(NamedTuple):
   settings: Mapping[str, Any]
   quantizers: bool
   notes: tuple[str, ...] = ()
+  sha256: str | None = None
+  published: Published | None = None
 
 
 def load_variables(
@@ -92,14 +97,64 @@ def load_variables(
     ConfigError: no such file, a damaged one, or tensors that are not this model's.
   """
   contents = read_contents(path)
+  told = contents.published and published_settings(contents.published, model, path, role)
   loaded = import_variables(model, template, contents.tensors, path, role=role, new_head=new_head)
   if contents.settings is not None:
     # Whatever names a file of ours has, it was trained with our code as it was configured then.
-    told = {
+    own = {
       name: contents.settings[name] for name in _TELLING & options(model) & contents.settings.keys()
     }
-    loaded = loaded._replace(settings=dict(sorted(told.items())))
-  return loaded._replace(notes=contents.notes + loaded.notes)
+    loaded = loaded._replace(settings=dict(sorted(own.items())))
+  elif told:
+    loaded = loaded._replace(settings=told)
+  return loaded._replace(
+    notes=contents.notes + loaded.notes, sha256=contents.sha256, published=contents.published
+  )
+
+
+def published_settings(
+  published: Published, model: str, weights: str, role: Literal["student", "teacher"] = "student"
+) -> dict[str, Any]:
+  """The settings of `config.model` with which a published net computes.
+
+  Args:
+    published: what is published of the weights.
+    model: a name of the registry.
+    weights: what to call them in a message.
+    role: whose weights they are, for the message.
+
+  Returns:
+    The settings; empty for a model that does not say which published nets it is, where the names
+    of the tensors must decide.
+
+  Raises:
+    ConfigError: the published net is another one than the model, though its tensors may look the
+      same.
+  """
+  architecture = published.architecture
+  for naming in REGISTRY[model].names:
+    if architecture in naming.variants:
+      return naming.variant_settings(architecture)
+  section = "model.name" if role == "student" else "teacher.model"
+  for name, entry in REGISTRY.items():
+    for naming in entry.names:
+      if architecture in naming.unsupported:
+        raise ConfigError(
+          f"{weights} is {architecture}, which is not supported: "
+          f"{naming.unsupported[architecture]}. Use other weights."
+        )
+      if architecture in naming.variants:
+        raise ConfigError(
+          f"{weights} is {architecture}, not {model} as configured: use config.{section}={name}, "
+          "or other weights."
+        )
+  known = sorted(name for naming in REGISTRY[model].names for name in naming.variants)
+  if known:
+    raise ConfigError(
+      f"{weights} is {architecture}, which no model here computes. Of {model} there are "
+      f"{', '.join(known)}. Use other weights."
+    )
+  return {}
 
 
 def import_variables(
