@@ -1,5 +1,5 @@
-r"""MobileNet-v4 conv small at 4 bits on ImageNet, ResNet-101 as teacher, by MobileNet-v2's recipe; 22
-phases, 200 epochs.
+r"""MobileNet-v4 conv small at 4 bits on ImageNet, ResNet-101 as teacher, by MobileNet-v2's recipe;
+22 phases, 200 epochs.
 
 Command:  python main.py --config configs/mbv4s_w4.py --workdir RUN \
             --config.init.weights=mobilenetv4_conv_small.safetensors \

@@ -1,5 +1,5 @@
-r"""MnasNet-B1 at 4 bits on ImageNet, ResNet-101 as teacher, by MobileNet-v2's recipe; 22 phases, 200
-epochs.
+r"""MnasNet-B1 at 4 bits on ImageNet, ResNet-101 as teacher, by MobileNet-v2's recipe; 22 phases,
+200 epochs.
 
 Command:  python main.py --config configs/mnasnet_w4.py --workdir RUN \
             --config.init.weights=mnasnet1.0_top1_73.512-f206786ef8.pth \
