@@ -29,7 +29,7 @@ def test_aiwq_goes_on_without_the_comparison_with_kernels_that_have_no_codes():
   earlier = {path: leaf for path, leaf in present.items() if not path.startswith("sampling/scale/")}
   for arrays, compares in ((present, True), (earlier, False)):
     checkpoint = checkpoints.Checkpoint(1, Progress().to_dict(), arrays)
-    found = run_state.restore(checkpoint, template).sampling
+    found = run_state.restore(run_state.opened(checkpoint), template).sampling
     assert bool(found.has_previous) == compares
     assert set(map(float, found.metric.values())) == {1.0}
     assert jax.tree.structure(found) == jax.tree.structure(sampling)
