@@ -1,4 +1,4 @@
-"""What a run has done so far, besides its arrays: plain data that a checkpoint holds as JSON."""
+"""What a run has done so far, without its arrays: plain data that a checkpoint holds as JSON."""
 
 import dataclasses
 from typing import Any

@@ -1,5 +1,5 @@
-"""What a run starts from: the student's and the teacher's first weights, and what they are worth
-before training.
+"""What a run starts from: the first weights of student and teacher, and their accuracy before
+training.
 """
 
 import dataclasses

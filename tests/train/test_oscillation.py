@@ -1,5 +1,6 @@
 """Remedies for oscillating weights: formulas, a hand-made history, and runs."""
 
+import functools
 import json
 import math
 import signal
@@ -7,12 +8,14 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
 from profit_jax import checkpoints, data
 from profit_jax.cli import app
 from profit_jax.config import ConfigError, OscillationSettings, parse
+from profit_jax.data.digits import INFO
 from profit_jax.data.normalize import Normalization
 from profit_jax.export.quantizers import quantized_kernel
 from profit_jax.models import REGISTRY, build, check
@@ -22,9 +25,19 @@ from profit_jax.quant.bits import Bits
 from profit_jax.schedule import plan
 from profit_jax.train import optimizer, steps
 from profit_jax.train.interrupt import Stopped
-from profit_jax.train.oscillation import Remedies, dampening, freezing
+from profit_jax.train.mesh import make_mesh
+from profit_jax.train.oscillation import (
+  REMEDIES,
+  AddedLoss,
+  Remedies,
+  Remedy,
+  added_losses,
+  dampening,
+  freezing,
+)
 from profit_jax.train.packing import pack
-from profit_jax.train.state import create_state
+from profit_jax.train.programs import Programs
+from profit_jax.train.state import create_state, saved_form
 from tests.specs import hand_made, spec_of
 from tests.train.runs import STEPS_PER_EPOCH, WITHOUT_PLOTS, SignalAt, assert_same_run, number
 from tests.train.shared import tiny_config
@@ -228,6 +241,57 @@ def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
     moved = kernels[0] - kernels[1]
     expected = 0.0 if layer == "conv1" else -0.1 * 0.5 * gradient[layer]["kernel"]
     np.testing.assert_allclose(moved, np.broadcast_to(expected, moved.shape), atol=1e-6)
+
+
+class Pull(Remedy):
+  """A remedy as a user would add it: pulls every kernel down, and counts the steps."""
+
+  name = "pull"
+  is_on = True
+
+  def summary(self):
+    return "pulls"
+
+  def strength(self, weight_bits, left):
+    return 0.5
+
+  def of_gradient(self, spec):
+    def update(updates, state, params=None, *, strengths, **_):
+      kernels = {f"{layer}/kernel" for layer in spec.kernels}
+      arrays = {
+        name: leaf + strengths["pull"] if name in kernels else leaf
+        for name, leaf in updates.arrays.items()
+      }
+      return updates.replace(arrays=arrays), state.replace(value=strengths["pull"])
+
+    first = AddedLoss(np.zeros((), np.float32), "pull")
+    return optax.GradientTransformationExtraArgs(lambda _: first, update)
+
+  def of_params(self, spec):
+    def update(params, state, before=None, **_):
+      return params, state + 1
+
+    return optax.GradientTransformationExtraArgs(lambda _: np.zeros((), np.int32), update)
+
+
+def test_a_remedy_needs_nothing_but_its_class(tiny, monkeypatch):
+  monkeypatch.setitem(REMEDIES, "pull", Pull)
+  settings = parse(tiny_config(), REGISTRY)
+  assert Remedies(settings.oscillation).summary() == "pulls"
+  spec = spec_of(TinyNet(), 16)
+  programs = Programs(settings, INFO, spec, spec, make_mesh(settings))
+  programs.close()  # nothing is compiled
+  trains = plan(settings)[-2].program
+  for program, acts in ((trains, True), (trains._replace(train_kernels=False), False)):
+    first = jax.eval_shape(functools.partial(programs.states.first, program))
+    state, metrics, _ = programs.tracer.train_step(program).out_info
+    # Steps follow on each other, and every checkpoint has what the remedy carries.
+    assert jax.tree.structure(state) == jax.tree.structure(first)
+    assert ("pull" in metrics) == ("pull" in state.oscillation) == acts
+  # Its loss term is no part of a checkpoint.
+  saved = saved_form(jax.device_get(programs.states.first(trains)))
+  assert not added_losses(saved.opt_state)
+  assert saved.oscillation == {"pull": 0}
 
 
 SHORT = {
