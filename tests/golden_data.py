@@ -1,5 +1,6 @@
 """Reads `tests/golden` and makes the tensors that its numbers were computed from."""
 
+import hashlib
 import json
 import pathlib
 import zlib
@@ -30,6 +31,17 @@ def normal(name, shape):
 def images(name, shape):
   """Input images: made as NCHW, returned as NHWC."""
   return normal(name, shape).transpose(0, 2, 3, 1)
+
+
+def variant_image(key):
+  """The image of a variant, `SOURCE:NAME`, NHWC; some layers see odd numbers of pixels."""
+  return images(f"input:{key}", (1, 3, 60, 52))
+
+
+def digest(shapes):
+  """A short digest of tensors' names and shapes, in any order."""
+  lines = sorted(f"{name} {tuple(map(int, shape))}" for name, shape in shapes.items())
+  return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def labels(index, count):

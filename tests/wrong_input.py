@@ -127,7 +127,8 @@ FIELDS = {
     st.floats().filter(lambda value: value not in (0.0, -0.375)),
     st.sampled_from([0.0, -0.375]),
   ),
-  "model.channel_rounding": choice("nearest", "up"),
+  "model.channel_rounding": choice("nearest", "up", "timm"),
+  "model.padding": choice("torch", "same"),
   "init.weights": (st.nothing(), st.just("")),  # a plan is made without reading it
   "init.reset_head": (st.just(True), st.just(False)),
   "teacher.model": choice("self", "none"),
@@ -143,7 +144,8 @@ FIELDS = {
     st.floats().filter(lambda value: value not in (0.0, -0.375)),
     st.sampled_from([0.0, -0.375]),
   ),
-  "teacher.channel_rounding": choice("nearest", "up"),
+  "teacher.channel_rounding": choice("nearest", "up", "timm"),
+  "teacher.padding": choice("torch", "same"),
   "data.name": (
     st.sampled_from(["", " ", "../digits", "digits:x", "no_such_set", "folder"]),
     st.just("digits"),

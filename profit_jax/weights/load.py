@@ -19,7 +19,15 @@ Variables = dict[str, Any]
 # Settings that change what a net computes without changing the shape of any tensor, or its channels
 # at other widths.
 _TELLING = frozenset(
-  {"activation", "strides", "bn_epsilon", "squeeze_excite", "pad_value", "channel_rounding"}
+  {
+    "activation",
+    "strides",
+    "bn_epsilon",
+    "squeeze_excite",
+    "pad_value",
+    "channel_rounding",
+    "padding",
+  }
 )
 _RAW_ONE = np.log(np.expm1(1.0))  # the raw value of a quantizer's scalar that is 1
 
