@@ -63,9 +63,9 @@ def as_begun(settings: Settings, saved: Settings) -> Settings:
     settings: of a command that resumes the run.
     saved: the run's.
   """
-  weights = settings.init.weights
+  weights = settings.init.weights, settings.teacher.weights
   same = settings.init == saved.init and settings.teacher.weights == saved.teacher.weights
-  if not same or not _may_be_described(weights):
+  if not same or not any(map(_may_be_described, filter(None, weights))):
     return settings
   fields = [f"data.{name}" for name in _DATA_FIELDS]
   for section, model in (("model", settings.model.name), ("teacher", settings.teacher.model)):

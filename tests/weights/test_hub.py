@@ -286,6 +286,17 @@ def test_a_teacher_gets_its_own_normalization_and_settings(server):
   assert len(lines) == 2
 
 
+@pytest.mark.parametrize("role", ["init", "teacher"])
+def test_a_run_keeps_what_it_took_without_the_server(server, monkeypatch, role):
+  changes = {"init.weights": "", f"{role}.weights": NAME, "data.name": "imagenet2012"}
+  given = settings_of(**changes, **({"teacher.model": "tinynet"} if role == "teacher" else {}))
+  applied, lines = published.apply(given)
+  assert lines
+  monkeypatch.setenv("HF_ENDPOINT", CLOSED)
+  monkeypatch.setattr(constants, "HF_HUB_CACHE", "/absent")
+  assert published.as_begun(given, applied) == applied
+
+
 @pytest.fixture
 def torchvision(server, weights, monkeypatch):
   """A file in torchvision's table, whose name has the first digits of its SHA-256."""
