@@ -88,6 +88,7 @@ FAST = (
       "resnet34",
     )
   ),
+  "models/test_variants.py::test_every_net_with_the_tensors_of_a_variant_is_known_by_name",
   "models/test_variants.py::test_every_variant_is_compared",
   *(
     f"models/test_variants.py::test_a_variant_has_the_parameters_and_tensors_of_its_source[{key}]"
