@@ -24,9 +24,11 @@ Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 _LATER_FIELDS = frozenset(
   {
     "config.init.published_settings",
+    "config.model.padding",
     "config.oscillation",
     "config.plan.refit_bits",
     "config.quant",
+    "config.teacher.padding",
     "config.train.kernels",
   }
 )

@@ -33,7 +33,9 @@ SLOW = (
   "models/test_mobilenet_v2.py::test_authors_logits",
   "models/test_mobilenet_v2.py::test_relu6_bounds_what_relu_does_not",
   "models/test_mobilenet_v3.py::test_authors_logits",
+  "models/test_registry.py::test_every_kernel_is_quantized",
   "models/test_registry.py::test_published_code_has_the_same_logits",
+  "models/test_variants.py",
   "cli/test_ablation.py::test_without_gpus_the_runs_at_once_share_the_devices",
   "test_examples.py::test_an_example_runs_without_a_checkout",
   "test_package.py::test_a_run_without_the_packages_of_other_features",
@@ -73,6 +75,24 @@ FAST = (
   "export/test_trace.py::test_a_file_computes_an_own_models_codes[Branches-onnx]",
   "export/test_trace.py::test_a_file_computes_an_own_models_codes[Codes-onnx]",
   "export/test_trace.py::test_every_quantizer_is_exported[pact-options1-7-8]",
+  # One of the models of every file.
+  *(
+    f"models/test_registry.py::test_every_kernel_is_quantized[{model}]"
+    for model in (
+      "efficientnet_lite0",
+      "mnasnet",
+      "mobilenet_v1",
+      "mobilenet_v2",
+      "mobilenet_v3_small",
+      "mobilenet_v4_conv_small",
+      "resnet34",
+    )
+  ),
+  "models/test_variants.py::test_every_variant_is_compared",
+  *(
+    f"models/test_variants.py::test_a_variant_has_the_parameters_and_tensors_of_its_source[{key}]"
+    for key in ("timm:mobilenetv4_conv_small_035", "timm:tf_mobilenetv3_small_075")
+  ),
   # The golden logits, one program.
   "models/test_mobilenet_v2.py::test_authors_logits[w8a8-eval]",
   "models/test_mobilenet_v2.py::test_authors_logits[w4a4-eval]",

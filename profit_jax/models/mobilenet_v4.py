@@ -208,14 +208,20 @@ def _register(variant: str, widths: dict[str, float], unsupported: dict[str, str
   )
 
 
-@_register(
-  "medium",
-  {"": 1.0},
-  {
-    "mobilenetv4_conv_aa_medium": "it pools behind convolutions with a stride",
-    "mobilenetv4_conv_blur_medium": "it blurs behind convolutions with a stride",
-  },
-)
+# timm's other nets of the family. The first two have the tensors of medium.
+_UNSUPPORTED = {
+  "mobilenetv4_conv_aa_medium": "it pools behind convolutions with a stride",
+  "mobilenetv4_conv_blur_medium": "it blurs behind convolutions with a stride",
+  "mobilenetv4_conv_large": "only small and medium are",
+  "mobilenetv4_conv_aa_large": "only small and medium are",
+  "mobilenetv4_hybrid_medium": "it has attention",
+  "mobilenetv4_hybrid_medium_075": "it has attention",
+  "mobilenetv4_hybrid_large": "it has attention",
+  "mobilenetv4_hybrid_large_075": "it has attention",
+}
+
+
+@_register("medium", {"": 1.0}, _UNSUPPORTED)
 @_register("small", {"": 1.0, "_035": 0.35, "_050": 0.5}, {})
 class MobileNetV4(nn.Module):
   """MobileNet-v4 of convolutions only.

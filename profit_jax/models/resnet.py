@@ -102,6 +102,16 @@ def _torchvision_names(layers: Collection[Path]) -> dict[Path, str]:
   return names
 
 
+# Of timm, with the same tensors.
+_UNSUPPORTED = {
+  18: {"resnetblur18": "it blurs before its strides"},
+  50: {
+    "resnetblur50": "it blurs before its strides",
+    "resnetaa50": "it pools before its strides",
+  },
+}
+
+
 def _register(depth: int, *, quantized: bool = False):
   # timm has torchvision's names, of tensors and of models.
   naming = Naming(
@@ -109,7 +119,7 @@ def _register(depth: int, *, quantized: bool = False):
     layer_names=_torchvision_names,
     settings={"bn_epsilon": 1e-5},
     variants={f"resnet{depth}": {}},
-    unsupported={f"resnetblur{depth}": "it blurs before every stride"},
+    unsupported=_UNSUPPORTED.get(depth, {}),
   )
   return register(
     f"resnet{depth}",

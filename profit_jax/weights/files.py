@@ -16,10 +16,10 @@ from etils import epath
 from profit_jax import checkpoints, paths
 from profit_jax.config import ConfigError
 from profit_jax.weights import hub, torch_file
+from profit_jax.weights.claims import TORCH_SUFFIXES
 
-_TORCH = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
 _FORMATS = (
-  f".safetensors, .npz, {', '.join(_TORCH)}, the --workdir of a run, or a name as "
+  f".safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, the --workdir of a run, or a name as "
   f"{hub.HUGGING_FACE}OWNER/NAME"
 )
 _SAFETENSORS_DTYPES = {
@@ -78,7 +78,7 @@ def read_contents(path: str) -> Contents:
   readers = {
     ".safetensors": _read_safetensors,
     ".npz": _read_npz,
-    **dict.fromkeys(_TORCH, _read_torch),
+    **dict.fromkeys(TORCH_SUFFIXES, _read_torch),
   }
   suffix = next((suffix for suffix in readers if located.endswith(suffix)), None)
   if suffix is None and not is_directory:

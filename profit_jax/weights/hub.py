@@ -23,6 +23,7 @@ from etils import epath
 
 from profit_jax import optional
 from profit_jax.config import ConfigError
+from profit_jax.weights.claims import claim_of
 
 HUGGING_FACE, TORCHVISION = "hf:", "torchvision:"
 TORCHVISION_URL = "https://download.pytorch.org/models"
@@ -65,6 +66,7 @@ class Published(NamedTuple):
     interpolation: of scaling, by timm's name: `bicubic`.
     mean: of pixels in 0..1, for each channel.
     std: likewise.
+    origin: what names the architecture, where it is the file itself.
   """
 
   architecture: str
@@ -73,6 +75,7 @@ class Published(NamedTuple):
   interpolation: str | None = None
   mean: tuple[float, ...] | None = None
   std: tuple[float, ...] | None = None
+  origin: str | None = None
 
 
 def is_name(weights: str) -> bool:
@@ -104,7 +107,8 @@ def locate(weights: str) -> str:
 
 def published(weights: str) -> Published | None:
   """What is published of weights: from torchvision's table, or the `config.json` of a repository
-  of the hub or beside a file. None where there is none, or it does not name an architecture.
+  of the hub or beside a file; else what the file says itself. None where nothing names an
+  architecture.
 
   Raises:
     ConfigError: as `locate`; or a `config.json` that cannot be understood.
@@ -123,7 +127,11 @@ def published(weights: str) -> Published | None:
   if place.is_dir():  # a run's; its config.json is another
     return None
   beside = place.parent / _DESCRIPTION
-  return _read_description(beside, weights) if beside.exists() else None
+  described = _read_description(beside, weights) if beside.exists() else None
+  if described is not None or not place.exists():
+    return described
+  claim = claim_of(place)
+  return None if claim is None else Published(claim.net, origin=claim.origin)
 
 
 def _read_description(path: epath.Path, weights: str) -> Published | None:

@@ -105,10 +105,19 @@ def load_variables(
       name: contents.settings[name] for name in _TELLING & options(model) & contents.settings.keys()
     }
     loaded = loaded._replace(settings=dict(sorted(own.items())))
-  elif told:
+  elif told and _has_variant(model, contents.published.architecture, loaded.source):
     loaded = loaded._replace(settings=told)
   return loaded._replace(
     notes=contents.notes + loaded.notes, sha256=contents.sha256, published=contents.published
+  )
+
+
+def _has_variant(model: str, architecture: str, source: str) -> bool:
+  """Whether it is this source that calls a net so: the authors' files may have a name of
+  torchvision's.
+  """
+  return any(
+    naming.source == source and architecture in naming.variants for naming in REGISTRY[model].names
   )
 
 
@@ -136,17 +145,21 @@ def published_settings(
     if architecture in naming.variants:
       return naming.variant_settings(architecture)
   section = "model.name" if role == "student" else "teacher.model"
+  by, advice = "", "Use other weights."
+  if published.origin:
+    by = f" by {published.origin}"
+    advice = "Use other weights, or save their tensors alone under another name if it is wrong."
   for name, entry in REGISTRY.items():
     for naming in entry.names:
       if architecture in naming.unsupported:
         raise ConfigError(
-          f"{weights} is {architecture}, which is not supported: "
-          f"{naming.unsupported[architecture]}. Use other weights."
+          f"{weights} is {architecture}{by}, which is not supported: "
+          f"{naming.unsupported[architecture]}. {advice}"
         )
       if architecture in naming.variants:
         raise ConfigError(
-          f"{weights} is {architecture}, not {model} as configured: use config.{section}={name}, "
-          "or other weights."
+          f"{weights} is {architecture}{by}, not {model} as configured: use "
+          f"config.{section}={name}. {advice}"
         )
   known = sorted(name for naming in REGISTRY[model].names for name in naming.variants)
   if known:

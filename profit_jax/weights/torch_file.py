@@ -57,6 +57,10 @@ class _Storage(NamedTuple):
   data: np.ndarray
 
 
+class _Options(dict):
+  """The options of a training script."""
+
+
 class _Function(NamedTuple):
   """A function that a pickle may call."""
 
@@ -130,8 +134,8 @@ class _Machine(pickle._Unpickler):
       ("torch._utils", "_rebuild_tensor"): _Function(self._tensor),
       ("torch._utils", "_rebuild_tensor_v2"): _Function(self._tensor),
       ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),
-      # The options that training scripts save beside the weights: what stands in it is not kept.
-      ("argparse", "Namespace"): _Function(lambda *_: collections.OrderedDict()),
+      # The options that training scripts save beside the weights: only texts are kept.
+      ("argparse", "Namespace"): _Function(lambda *_: _Options()),
       **{("torch", name): _StorageType(name) for name in _DTYPES},
     }
 
@@ -195,15 +199,17 @@ class _Machine(pickle._Unpickler):
       raise TorchFileError("it calls something that cannot be called")
     self.stack.append(function.call(*arguments))
 
-  def _forget_state(self) -> None:
+  def _take_state(self) -> None:
+    state, changed = self.stack.pop(), self.stack[-1]
+    if type(changed) is _Options and type(state) is dict:
+      changed.update({k: v for k, v in state.items() if type(k) is type(v) is str})
     # What torch hangs on a state dict, `_metadata`, is not needed.
-    self.stack.pop()
-    if type(self.stack[-1]) is not collections.OrderedDict:
-      raise TorchFileError(f"it changes a {type(self.stack[-1]).__name__}")
+    elif type(changed) not in (_Options, collections.OrderedDict):
+      raise TorchFileError(f"it changes a {type(changed).__name__}")
 
   dispatch[pickle.REDUCE[0]] = _call
   dispatch[pickle.NEWOBJ[0]] = _call
-  dispatch[pickle.BUILD[0]] = _forget_state
+  dispatch[pickle.BUILD[0]] = _take_state
 
 
 def read(content: bytes) -> Any:

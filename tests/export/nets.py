@@ -33,6 +33,10 @@ STRIDES = {
   "mobilenet_v2": (2, 1, 2, 2, 1, 1, 1, 1),
   "mobilenet_v3_large": (2, 1, 1, 2, 2, 1, 1),
   "mobilenet_v3_small": (2, 1, 1, 2, 1, 2),
+  "mobilenet_v4_conv_small": (2, 1, 2, 2, 1, 1),
+  "efficientnet_lite0": (2, 1, 2, 2, 1, 1, 1, 1),
+  "mnasnet": (2, 1, 2, 2, 1, 1, 1, 1),
+  "resnet34": (2, 1, 1, 2, 2, 1),
 }
 
 

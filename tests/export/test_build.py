@@ -30,6 +30,14 @@ from tests.export.nets import (
     ("mobilenet_v2", 3, 3, {}),
     ("mobilenet_v3_large", 5, 8, {"model.squeeze_excite": "before"}),
     ("mobilenet_v3_small", 2, 2, {"model.squeeze_excite": "after"}),
+    ("mobilenet_v4_conv_small", 4, 3, {}),
+    ("efficientnet_lite0", 3, 4, {"model.padding": "same"}),
+    ("mnasnet", 2, 2, {}),
+    ("resnet34", 4, 4, {}),
+    # Nets of the same files, at the same strides.
+    ("mobilenet_v1", 4, 4, {"model.name": "mobilenet_v1_h"}),
+    ("mobilenet_v3_large", 4, 4, {"model.name": "mobilenet_v3_rw"}),
+    ("mobilenet_v3_small", 4, 4, {"model.name": "mobilenet_v3_small_minimal"}),
   ],
 )
 def test_its_codes_are_the_trained_models(name, weight_bits, act_bits, changes):

@@ -1,0 +1,76 @@
+"""Which published net a weights file says it is, by more than its tensors: nets of the same tensors
+may compute different things.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from profit_jax.models import REGISTRY
+from profit_jax.weights import torch_file
+
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
+_OPTIONS = "args"  # of a training script, in torchvision's and timm's checkpoints
+_NET_OPTIONS = ("model", "arch")
+# Files that have the name of their directory.
+_NAMELESS = ("model", "pytorch_model", "checkpoint", "weights")
+
+
+class Claim(NamedTuple):
+  """A net's name, as its codebase has it, and what gives it."""
+
+  net: str
+  origin: str
+
+
+def claim_of(path: epath.Path) -> Claim | None:
+  """What a file says of its net: in a training script's options, or by its name.
+
+  Only names of published nets count that a registered model knows. Of several, the longest does:
+  `mobilenetv4_conv_small_035.safetensors` is no mobilenetv4_conv_small.
+
+  Args:
+    path: of the file.
+  """
+  if path.name.endswith(TORCH_SUFFIXES):
+    for name in _named_in(path):
+      if name in _published():
+        return Claim(name, "the options saved in it")
+  stem = path.name.partition(".")[0]
+  place = path.parent if stem in _NAMELESS else path
+  name = _name_at_start(place.name)
+  return None if name is None else Claim(name, "its name")
+
+
+def _published() -> set[str]:
+  namings = [naming for entry in REGISTRY.values() for naming in entry.names]
+  return {name for naming in namings for name in (*naming.variants, *naming.unsupported)}
+
+
+def _name_at_start(text: str) -> str | None:
+  # torchvision's file of mnasnet0_5 is called mnasnet0.5_top1_67.823-3ffadce67e.pth.
+  text, published = text.replace(".", "_"), _published()
+  # Our own names keep a file of mobilenet_v2_110d from being torchvision's mobilenet_v2.
+  found = [
+    name
+    for name in published | REGISTRY.keys()
+    if re.match(rf"{re.escape(name)}(?![A-Za-z0-9])", text)
+  ]
+  longest = max(found, key=len, default=None)
+  return longest if longest in published else None
+
+
+def _named_in(path: epath.Path) -> list[str]:
+  """The nets that a checkpoint of PyTorch names, beside its weights."""
+  try:
+    tree = torch_file.read(path.read_bytes())
+  except (torch_file.TorchFileError, OSError):
+    return []  # reading the weights says so
+  if not isinstance(tree, Mapping):
+    return []
+  options = tree.get(_OPTIONS)
+  places: list[Mapping[str, Any]] = [options] if isinstance(options, Mapping) else []
+  found = [place.get(key) for place in (*places, tree) for key in _NET_OPTIONS]
+  return [name for name in found if isinstance(name, str)]

@@ -1,0 +1,153 @@
+"""A file that says which net it is, in its name or in a training script's options, is no other."""
+
+import argparse
+import io
+import pickle
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import save
+
+from profit_jax.config import ConfigError, parse
+from profit_jax.models import REGISTRY, Naming, register, student_spec
+from profit_jax.train import published
+from profit_jax.weights.claims import claim_of
+from profit_jax.weights.load import load_variables
+from profit_jax.weights.save import named_tensors
+from tests.specs import init_variables
+from tests.train.shared import tiny_config
+from tests.train.tiny import TinyNet
+from tests.weights.test_files import crafted, tensor, text
+
+NAMING = Naming(
+  source="timm",
+  layer_names=lambda layers: {path: "_".join(path) for path in layers if "quant" not in path[-1]},
+  settings={"activation": "relu"},
+  variants={"tinynet_100": {"width": 1.0}},
+  unsupported={"tf_tinynet_100": "it pads as TensorFlow"},
+)
+
+
+@pytest.fixture(scope="module")
+def content():
+  """The bytes of a file with the weights of a registered net."""
+  register("tinynet", names=(NAMING,))(TinyNet)
+  variables = jax.device_get(init_variables(TinyNet(), jax.random.key(0), 16))
+  tensors = named_tensors("tinynet", variables, "timm")
+  yield save({name: np.asarray(value) for name, value in tensors.items()})
+  del REGISTRY["tinynet"]
+
+
+def settings_of(path, **changes):
+  changes = {"model.name": "tinynet", "init.weights": str(path), **changes}
+  return parse(tiny_config(**changes), REGISTRY)
+
+
+def load(path):
+  return load_variables(str(path), "tinynet", student_spec(settings_of(path), 10).shapes)
+
+
+def assert_refused(path, *parts):
+  """Before a run and where the file is read, in one line."""
+  for call in (load, lambda path: published.apply(settings_of(path))):
+    with pytest.raises(ConfigError) as refused:
+      call(path)
+    told = str(refused.value)
+    assert "\n" not in told
+    assert all(part in told for part in (str(path), *parts)), told
+
+
+@pytest.mark.parametrize(
+  ("path", "net"),
+  [
+    ("tf_efficientnet_lite0-0aa007d2.pth", "tf_efficientnet_lite0"),
+    ("efficientnet-lite0-57934424.pth", "efficientnet-lite0"),
+    ("mobilenetv3_large_100_ra-f55367f5.pth", "mobilenetv3_large_100"),
+    ("mobilenetv4_conv_small.e2400_r224_in1k.safetensors", "mobilenetv4_conv_small"),
+    ("mobilenetv4_conv_small_035.safetensors", "mobilenetv4_conv_small_035"),
+    ("mobilenetv4_conv_aa_medium.npz", "mobilenetv4_conv_aa_medium"),
+    ("mnasnet0.5_top1_67.823-3ffadce67e.pth", "mnasnet0_5"),
+    ("mobilenetv1_100h.npz", "mobilenetv1_100h"),
+    ("timm/mobilenetv1_100.ra4_e3600_r224_in1k/model.safetensors", "mobilenetv1_100"),
+    # Names of nobody, or of our own.
+    ("w.npz", None),
+    ("mobilenet_v2_110d.npz", None),
+    ("mobilenetv1_1000.npz", None),
+    ("my_resnet50.npz", None),
+    ("resnet50/w.npz", None),
+  ],
+)
+def test_a_files_name_says_its_net(path, net):
+  claim = claim_of(epath.Path(path))
+  assert (claim and claim.net) == net
+
+
+def test_a_name_of_another_net_is_refused_though_the_tensors_fit(content, tmp_path):
+  for name, parts in {
+    "mobilenetv2_100_ra.safetensors": ("mobilenetv2_100 by its name", "model.name=mobilenet_v2"),
+    "tf_tinynet_100-1.safetensors": ("tf_tinynet_100 by its name", "it pads as TensorFlow"),
+  }.items():
+    (tmp_path / name).write_bytes(content)
+    assert_refused(tmp_path / name, *parts, "another name if it is wrong")
+
+
+def test_a_name_of_the_net_gives_its_settings(content, tmp_path):
+  path = tmp_path / "tinynet_100.safetensors"
+  path.write_bytes(content)
+  assert load(path).settings == {"activation": "relu", "width": 1.0}
+  applied, lines = published.apply(settings_of(path))
+  assert applied.model.activation == "relu"
+  assert [line.partition(",")[0] for line in lines] == ["config.model.activation = relu"]
+
+
+def test_a_teachers_file_is_asked_too(content, tmp_path):
+  path = tmp_path / "mobilenetv2_100.safetensors"
+  path.write_bytes(content)
+  with pytest.raises(ConfigError, match=r"config\.teacher\.model=mobilenet_v2"):
+    load_variables(str(path), "tinynet", {}, role="teacher")
+
+
+WEIGHTS = (text("state_dict"), b"}(" + text("w") + tensor((4,), (1,), 4) + b"u")
+
+
+def test_a_checkpoint_that_names_another_net_is_refused(content, tmp_path):
+  path = tmp_path / "checkpoint-12.pth"
+  path.write_bytes(crafted(text("arch"), text("tf_tinynet_100"), *WEIGHTS))
+  assert_refused(path, "tf_tinynet_100 by the options saved in it", "it pads as TensorFlow")
+  path.write_bytes(crafted(text("arch"), text("mobilenetv4_conv_small_050"), *WEIGHTS))
+  assert_refused(path, "model.name=mobilenet_v4_conv_small")
+
+
+@pytest.mark.parametrize(
+  ("tree", "net"),
+  [
+    # timm's, torchvision's, and PyTorch's example of ImageNet.
+    ({"arch": "tinynet_100", "args": argparse.Namespace(model="tinynet_100")}, "tinynet_100"),
+    ({"arch": "tinynet", "args": argparse.Namespace(model="tf_tinynet_100")}, "tf_tinynet_100"),
+    ({"model": {}, "args": argparse.Namespace(lr=0.1, model="mobilenet_v2")}, "mobilenet_v2"),
+    ({"arch": "resnet50", "epoch": 3}, "resnet50"),
+    # Classes, and names that nobody here knows.
+    ({"arch": "efficientnet"}, None),
+    ({"args": argparse.Namespace(model="mine", arch=3)}, None),
+    ({"args": [1], "arch": None}, None),
+  ],
+)
+def test_options_say_the_net(content, tmp_path, tree, net):
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, "w") as file:
+    file.writestr("archive/data.pkl", pickle.dumps({"state_dict": {}, **tree}, protocol=2))
+  (tmp_path / "w.pth").write_bytes(buffer.getvalue())
+  claim = claim_of(epath.Path(tmp_path / "w.pth"))
+  assert (claim and claim.net) == net
+
+
+def test_the_authors_files_may_have_torchvisions_names(tmp_path):
+  path = tmp_path / "mobilenet_v3_large.npz"
+  np.savez(path, w=np.zeros(3))
+  settings = parse(
+    tiny_config(**{"model.name": "mobilenet_v3_large", "init.weights": str(path)}), REGISTRY
+  )
+  assert published.apply(settings) == (settings, [])
