@@ -40,7 +40,11 @@ def test_it_is_valid_and_a_whole_plan(settings, name):
 
 
 def test_images_are_as_published(settings, told):
-  assert None not in told
+  assert told.image_size
+  assert told.crop_pct
+  assert told.interpolation
+  assert told.mean
+  assert told.std
   assert published.differences(settings, told, "model") == []
 
 
