@@ -13,7 +13,7 @@ from profit_jax.models import REGISTRY
 from profit_jax.nn.spec import describe
 from profit_jax.quant import Bits, DuQ, Quantizer
 from profit_jax.weights.files import read_contents
-from profit_jax.weights.load import load_variables
+from profit_jax.weights.load import Loaded, differing_settings, load_variables
 from profit_jax.weights.save import write_safetensors
 
 Variables = dict[str, Any]
@@ -56,14 +56,15 @@ def load_weights(
     `params` and `batch_stats`, for `Trainer(variables=...)` or `model.apply`.
 
   Raises:
-    ConfigError: no such file, a damaged one, or tensors that are not this model's.
+    ConfigError: no such file, a damaged one, tensors that are not this model's, or a file that
+      names a net which computes something else.
   """
   spec = describe(model, image_shape, Bits(quantizer=quantizer))
-  for name, entry in REGISTRY.items():
-    if entry.module is type(model) and all(
-      getattr(model, field) == value for field, value in entry.fixed.items()
-    ):
-      return load_variables(os.fspath(path), name, spec.shapes).variables
+  name = _registered_name(model)
+  if name is not None:
+    loaded = load_variables(os.fspath(path), name, spec.shapes)
+    _refuse_other_settings(path, loaded, model)
+    return loaded.variables
   expected = traverse_util.flatten_dict(spec.shapes, sep="/")
   found = read_contents(os.fspath(path)).tensors
   problems = [
@@ -84,3 +85,34 @@ def load_weights(
     )
   arrays = {name: np.asarray(found[name], np.float32) for name in expected}
   return {"batch_stats": {}, **traverse_util.unflatten_dict(arrays, sep="/")}
+
+
+def _registered_name(model: nn.Module) -> str | None:
+  """The name of a registered model: of several with its class, the one that fixes the most."""
+  found = [
+    name
+    for name, entry in REGISTRY.items()
+    if entry.module is type(model)
+    and all(getattr(model, field) == value for field, value in entry.fixed.items())
+  ]
+  return max(found, key=lambda name: len(REGISTRY[name].fixed), default=None)
+
+
+def _refuse_other_settings(path: str | os.PathLike[str], loaded: Loaded, model: nn.Module) -> None:
+  """Refuses a file that names its net where the model computes something else. The padding after
+  h-swish is a choice.
+  """
+  if loaded.published is None:
+    return
+  told = {
+    name: value for name, value in loaded.settings.items() if name not in ("pad_value", "strides")
+  }
+  differing = differing_settings(told, model)
+  if differing:
+    settings = ", ".join(
+      f"{name}={theirs!r} (not {ours!r})" for name, (theirs, ours) in differing.items()
+    )
+    raise ConfigError(
+      f"{os.fspath(path)} is {loaded.published.architecture}, which computes with {settings}. Make "
+      f"the {type(model).__name__} with that."
+    )
