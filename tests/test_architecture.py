@@ -15,6 +15,7 @@ ORDER = [
   "optional",
   "paths",
   "memory",
+  "typing",
   "schedule",
   "distributed",
   "checkpoints",

@@ -4,11 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from profit_jax.data.normalize import Normalization
-
-Batch = dict[str, np.ndarray]
+from profit_jax.typing import Batch
 
 # Longer side to shorter side: of an image that is longer still, the evaluation cuts the ends off
 # first.

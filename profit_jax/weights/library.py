@@ -1,7 +1,6 @@
 """Weights files for models that are given as modules: what `Trainer` starts from and ends with."""
 
 import os
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,11 +11,11 @@ from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY
 from profit_jax.nn.spec import describe
 from profit_jax.quant import Bits, DuQ, Quantizer
+from profit_jax.typing import Variables
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import write_safetensors
 
-Variables = dict[str, Any]
 _SHOWN = 5  # names in a message
 
 

@@ -50,8 +50,8 @@ def test_every_leaf_has_its_group():
   assert label().arrays == {
     "conv1/kernel": "weight",
     "conv10/kernel": "weight",
-    "norm": "norm",
-    "quant": "quant",
+    "/norm/float64": "norm",
+    "/quant/float64": "quant",
   }
   fixed = optimizer.label_params(packed(), train_kernels=False)
   assert sorted(fixed.arrays.values()) == ["frozen", "frozen", "norm", "quant"]

@@ -31,8 +31,8 @@ def assert_same(one, other):
 def test_everything_but_kernels_is_in_three_vectors():
   packed = pack_variables(drawn(), SPEC)
   kernels = {f"{layer}/kernel" for layer in (*CONVS, "classifier")}
-  assert packed["params"].arrays.keys() == kernels | {"norm", "quant"}
-  assert packed["batch_stats"].arrays.keys() == {"statistics"}
+  assert packed["params"].arrays.keys() == kernels | {"/norm/float32", "/quant/float32"}
+  assert packed["batch_stats"].arrays.keys() == {"/statistics/float32"}
 
 
 def test_a_packed_tree_comes_back_on_the_host_and_in_a_program():
