@@ -61,7 +61,10 @@ class Source(Protocol):
   What stands in which row of which global batch does not depend on the number of hosts.
   """
 
-  info: DatasetInfo
+  @property
+  def info(self) -> DatasetInfo:
+    """What is known of the data."""
+    ...
 
   def fingerprint(self) -> str:
     """The same on all hosts that see the same data."""

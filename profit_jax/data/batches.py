@@ -167,13 +167,12 @@ class BatchSource:
     """See `Source.eval_batches`."""
     del batch_size
     examples = 0
-    for batch in (
-      self._own_eval_batches() if self._shard.count == 1 else self._shared_eval_batches()
-    ):
+    alone = self._shard.count == 1
+    for batch in self._own_eval_batches() if alone else self._shared_eval_batches():
       examples += int(batch["mask"].sum())
       yield batch
     # Of several processes, one may have none.
-    if not examples and self._shard.count == 1:
+    if alone and not examples:
       raise ConfigError(
         "Data.eval has no example. Give at least one at each call, from a new iterator."
       )

@@ -9,7 +9,7 @@ import contextvars
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.errors
@@ -24,7 +24,7 @@ from profit_jax.config import ConfigError
 from profit_jax.quant.base import PREFIX
 from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import value_of
-from profit_jax.typing import Params
+from profit_jax.typing import Params, Variables
 
 LayerKind = Literal["conv", "dense", "act", "norm"]
 # Optimizer groups. Plain parameters with two axes or more are weights, all others norms.
@@ -84,11 +84,11 @@ class ModelSpec:
   model: nn.Module
   input_shape: tuple[int, ...]
   bits: Bits
-  shapes: dict[str, Any]
+  shapes: Variables
   layers: Mapping[str, Layer]
   outputs: int
 
-  def init(self, key: jax.Array) -> dict[str, Any]:
+  def init(self, key: jax.Array) -> Variables:
     """First `params` and `batch_stats`, drawn from `key`."""
     return {"batch_stats": {}, **_initializer(self.model, self.input_shape, self.bits)(key)}
 
@@ -127,14 +127,16 @@ class ModelSpec:
 
   def kernel_qmax(self, layer: str, bits: Bits) -> jax.Array:
     """The largest code of a layer's kernel where a phase has these bits."""
-    return self.layers[layer].bits.at(bits.weight, None).kernel_qmax()
+    qmax = self.layers[layer].bits.at(bits.weight, None).kernel_qmax()
+    assert qmax is not None  # such a phase quantizes kernels
+    return qmax
 
-  def kernel_scalars(self, flat: Mapping[Path, Any], layer: str) -> dict[str, Any]:
+  def kernel_scalars(self, flat: Mapping[Path, jax.Array], layer: str) -> dict[str, jax.Array]:
     """The raw scalars of a kernel's quantizer, out of flattened parameters."""
     path = split_path(layer)
     return {leaf: flat[*path, leaf] for leaf in self.bits.quantizer.kernel_scalars}
 
-  def kernel_codes(self, params: Mapping[str, Any], bits: Bits) -> dict[str, jax.Array]:
+  def kernel_codes(self, params: Params, bits: Bits) -> dict[str, jax.Array]:
     """The integer codes of each kernel, int8 of its shape, by layer.
 
     Args:
@@ -246,12 +248,17 @@ def check_training_pass(spec: ModelSpec) -> None:
       "use_running_average=not train."
     ) from error
   for what, output in zip(("training", "evaluation"), outputs, strict=True):
-    shape = getattr(output, "shape", None)
-    if shape != (2, spec.outputs):
+    shapes = [leaf.shape for leaf in jax.tree.leaves(output)]
+    if shapes != [(2, spec.outputs)]:
       raise ConfigError(
-        f"{name} returns an array of the shape {shape} for two images in {what}: it must return "
-        f"[N, classes], here (2, {spec.outputs})."
+        f"{name} returns {_listed_shapes(shapes)} for two images in {what}: it must return one "
+        f"array [N, classes], here (2, {spec.outputs})."
       )
+
+
+def _listed_shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+  of = f" of the shape {', '.join(map(str, shapes))}" if shapes else ""
+  return f"{len(shapes)} array{'s' * (len(shapes) != 1)}{of}"
 
 
 def _first_sentence(error: Exception) -> str:
@@ -261,15 +268,16 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _check_module(model: Any) -> None:
-  kind = type(model)
+  kind = model if isinstance(model, type) else type(model)
   if any(base.__module__.startswith("flax.nnx") for base in kind.__mro__):
     raise ConfigError(
-      f"The model is a {kind.__name__} of flax.nnx, but profit_jax takes Flax linen modules. Wrap "
-      "it with flax.nnx.bridge.to_linen, or write it as flax.linen.Module."
+      f"The model {kind.__name__} is a module of flax.nnx, but profit_jax takes Flax linen "
+      f"modules. Call flax.nnx.bridge.to_linen({kind.__name__}, ...) (or ToLinen) inside a linen "
+      "module that has QuantConv or QuantDense too: layers of nnx are trained, not quantized."
     )
   if not isinstance(model, nn.Module):
     raise ConfigError(
-      f"The model is a {kind.__name__}: it must be an instance of flax.linen.Module."
+      f"The model is a {type(model).__name__}: it must be an instance of flax.linen.Module."
       + (" Give Net(), not Net." if isinstance(model, type) else "")
     )
   try:
@@ -310,10 +318,10 @@ def _describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> Mod
     layers[layer.path] = layer
   leaves = jax.tree.leaves(output)
   if len(leaves) != 1 or leaves[0].ndim != 2 or leaves[0].shape[0] != 1:
-    found = ", ".join(str(leaf.shape) for leaf in leaves)
+    found = _listed_shapes([leaf.shape for leaf in leaves])
     raise ConfigError(
-      f"{type(model).__name__} returns {len(leaves)} array{'s' * (len(leaves) != 1)} of the shape "
-      f"{found} for one image: it must return one array [N, classes], here (1, classes)."
+      f"{type(model).__name__} returns {found} for one image: it must return one array "
+      "[N, classes], here (1, classes)."
     )
   if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
     raise ConfigError(

@@ -14,7 +14,7 @@ from flax import traverse_util
 from profit_jax.fields import ConfigError
 from profit_jax.nn.spec import NORM, QUANT, WEIGHT, ModelSpec
 from profit_jax.train.packing import Packed, group_of, pack, split, unpack
-from profit_jax.typing import Params
+from profit_jax.typing import Array, Params
 
 FROZEN = "frozen"
 
@@ -46,7 +46,7 @@ class FrozenKernels(flax.struct.PyTreeNode):
     kernels: their arrays' names in `Packed`, `block01/expand_conv/kernel`.
   """
 
-  frozen: jax.Array
+  frozen: Array
   kernels: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
   def names(self) -> frozenset[str]:

@@ -122,7 +122,8 @@ def _leaf(path: Path, leaf: Any, group: str) -> Leaf:
 
 
 def _arrays(layout: tuple[Leaf, ...], flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-  arrays, parts = {}, {}
+  arrays: dict[str, Any] = {}
+  parts: dict[str, list[Any]] = {}
   for leaf in layout:
     if leaf.own:
       arrays[leaf.array] = flat[leaf.path]
@@ -138,7 +139,8 @@ def _joined(leaves: list[Any]) -> Any:
 
 
 def _unpacked(packed: Packed) -> dict[str, Any]:
-  flat, members = {}, {}
+  flat: dict[Path, Any] = {}
+  members: dict[str, list[Leaf]] = {}
   for leaf in packed.layout:
     array = packed.arrays[leaf.array]
     if isinstance(array, optax.MaskedNode):
@@ -158,7 +160,7 @@ def split(vector: Any, sizes: Sequence[int]) -> list[Any]:
   if isinstance(vector, np.ndarray):
     return np.split(vector, np.cumsum(sizes)[:-1])
   if not target.current().is_tuned_for("cpu"):
-    return jax.lax.split(vector, sizes)
+    return list(jax.lax.split(vector, sizes))
   return _split_in_a_branch(vector, tuple(sizes))
 
 

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax import memory
-from profit_jax.config import ConfigError, Settings
+from profit_jax.config import ConfigError, Dtype, Settings
 from profit_jax.data import DatasetInfo, normalization
 from profit_jax.kernels import target
 from profit_jax.nn.spec import ModelSpec
@@ -65,10 +65,10 @@ def make_mesh(settings: Settings, devices: Sequence[jax.Device] | None = None) -
   return Mesh(np.asarray(devices), ("data",))
 
 
-_PLATFORM_DTYPES = {"cpu": "float32", "gpu": "tfloat32", "tpu": "bfloat16"}
+_PLATFORM_DTYPES: dict[str, Dtype] = {"cpu": "float32", "gpu": "tfloat32", "tpu": "bfloat16"}
 
 
-def default_dtype(platform: str) -> str:
+def default_dtype(platform: str) -> Dtype:
   """The `train.dtype` that auto stands for on devices of a platform, given JAX's name of it."""
   return _PLATFORM_DTYPES[target.platform_of(platform)]
 

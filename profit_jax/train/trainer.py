@@ -29,6 +29,7 @@ from profit_jax.config import (
   CheckpointSettings,
   ConfigError,
   DataSettings,
+  Dtype,
   OscillationSettings,
   RecoverySettings,
   Settings,
@@ -175,8 +176,8 @@ class Result:
     top1: in percent, the best evaluation of the phases at the last bits.
     top5: likewise, among the five highest outputs, or all if there are fewer.
     start_top1: of the given `variables` before training, in full precision; None without.
-    full_precision_top1: the best of the full-precision phase, or of given `variables` that are whole
-      and were not trained quantized; None without either.
+    full_precision_top1: the best of the full-precision phase and of given `variables` that are
+      whole and were not trained quantized; None without either.
     weights: which of them it was, `raw` or `ema`.
     variables: these, on the host: `params` and `batch_stats`.
     bits: widths and quantizer of the last phases, for `model.apply(variables, x, bits)`.
@@ -282,6 +283,15 @@ class Trainer:
       NotFinite: a loss or gradient, more often than `options.recovery` allows.
       Stopped: by SIGINT or SIGTERM; everything is saved.
     """
+    if not isinstance(data, Data):
+      raise ConfigError(
+        f"Trainer.fit was given a {type(data).__name__}: it takes batches as Data(train=..., "
+        "eval=..., steps_per_epoch=...)."
+      )
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+      raise ConfigError(
+        f"seed = {seed!r} is not allowed: it must be a whole number, 0 to 2^32 - 1."
+      )
     options = self._options
     host = HostShard(jax.process_index(), jax.process_count())
     source = distributed.on_all_hosts(lambda: BatchSource(data, host))
@@ -299,6 +309,7 @@ class Trainer:
       check_factory(self._optimizer, spec)
     settings = self._settings(seed, source)
     _check_options(dataclasses.replace(options, train=settings.train), self._quantizer)
+    _check_batch_size(source, settings, options.devices)
     student = self._student(spec, seed)
     teacher = Teacher(None, None, None)
     if self._teacher is not None:
@@ -334,24 +345,22 @@ class Trainer:
 
   def _settings(self, seed: int, source: BatchSource) -> Settings:
     options, size = self._options, source.batch_size
-    dtype = options.train.dtype
+    dtype: Dtype = options.train.dtype
     if dtype == "auto":
       config = self._workdir / "config.json"
       devices = options.devices or jax.devices()
       dtype = default_dtype(devices[0].platform)
       if config.exists():  # a run keeps what it began with
         dtype = run_directory.read_config(self._workdir).get("train", {}).get("dtype", dtype)
-    train_settings = dataclasses.replace(
-      options.train, batch_size=size, eval_batch_size=size, dtype=dtype
-    )
+    train_settings = dataclasses.replace(options.train, batch_size=size, eval_batch_size=size)
     return Settings(
-      seed=seed,
+      seed=int(seed),
       data=DataSettings(name="Data.eval"),
       train=train_settings,
       oscillation=options.oscillation,
       checkpoint=options.checkpoint,
       recovery=options.recovery,
-    )
+    ).with_dtype(dtype)
 
   def _student(self, spec: ModelSpec, seed: int) -> Student:
     def drawn() -> Variables:
@@ -378,6 +387,7 @@ class Trainer:
     config = {
       "library": __version__,
       "model": type(self._model).__name__,
+      "images": [source.image_dtype.name, *source.image_shape],
       "params": {name: list(leaf.shape) for name, leaf in shapes.items()},
       "quantizer": {
         "method": self._quantizer.method,
@@ -452,8 +462,8 @@ def _checked_variables(spec: ModelSpec, given: Variables, what: str) -> dict[str
   if problems:
     more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     raise ConfigError(
-      f"{what} does not fit {type(spec.model).__name__}: {'; '.join(problems[:_SHOWN])}{more}. Give "
-      "variables of this model, as model.init and Result.variables have them."
+      f"{what} does not fit {type(spec.model).__name__}: {'; '.join(problems[:_SHOWN])}{more}. "
+      "Give variables of this model, as model.init and Result.variables have them."
     )
   return {name: np.asarray(value, shapes[name].dtype) for name, value in found.items()}
 
@@ -525,6 +535,20 @@ def _check_options(options: Options, quantizer: Quantizer) -> None:
     raise ConfigError(
       f"Options.oscillation is not allowed with {type(quantizer).__name__}: it needs a quantizer "
       "whose codes come from one interval, as DuQ or LSQ."
+    )
+
+
+def _check_batch_size(
+  source: BatchSource, settings: Settings, devices: Sequence[jax.Device] | None
+) -> None:
+  """Checks what `make_mesh` checks, under the names of `Data`."""
+  parts, count = settings.train.accumulation_steps, len(devices or jax.devices())
+  if source.batch_size % (parts * count):
+    of = f" from {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    raise ConfigError(
+      f"The first training batch has {source.batch_size} examples{of}: it must have a multiple of "
+      f"{parts * count}, for {count} devices and accumulation_steps = {parts}. Make batches of "
+      "another size, or give Options.devices."
     )
 
 
