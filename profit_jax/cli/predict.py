@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,16 +49,17 @@ def predict(
     content["input"],
     content["class_names"] or list(map(str, range(content["num_classes"]))),
   )
-  if pixels["type"] != "uint8":
+  if pixels["type"] != "uint8" or not {"crop_pct", "interpolation"} <= pixels.keys():
     raise ConfigError(
-      f"{os.fspath(file)!r} takes {pixels['type']} images {pixels['shape']}, which are not read "
-      "from pictures. Run it in its runtime, as its card says."
+      f"{os.fspath(file)!r} takes {pixels['type']} images {pixels['shape']} as its model was "
+      "trained with, and its card does not say how they are made of pictures. Make them yourself, "
+      f"and give them to profit_jax.export.formats.load({name!r}).open_file(file).run(images)."
     )
   pictures = [
     read_picture(image, pixels["image_size"], pixels["crop_pct"], pixels["interpolation"])
     for image in images
   ]
-  runner = formats.load(name).open_file(file)
+  runner = _opened(name, file, content)
   # All batches have one size, so that JAX compiles one program.
   size = min(_AT_ONCE, len(pictures))
   for first in range(0, len(pictures), size):
@@ -68,6 +70,19 @@ def predict(
       probabilities /= probabilities.sum()
       best = np.argsort(-row, kind="stable")[:_PRINTED]
       yield [(classes[index], float(probabilities[index])) for index in best]
+
+
+def _opened(name: str, file: str | os.PathLike, content: dict[str, Any]) -> formats.Runner:
+  module = formats.load(name)
+  try:
+    return module.open_file(file)
+  except Exception as error:  # its bytes are the card's: it is the versions that differ
+    versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
+    text = " ".join(str(error).split())
+    raise ConfigError(
+      f"{os.fspath(file)!r} cannot be opened with the versions installed here: {text} It was "
+      f"exported with {versions}. Export the run again, or install those."
+    ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -121,6 +121,7 @@ def make(
       ],
     },
     "versions": {
+      "profit_jax": __version__,
       "python": platform.python_version(),
       **{
         package: metadata.version(package)
@@ -270,9 +271,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     card = json.loads(place.read_text())
     if "eval_share" in card["input"]:  # before version 0.2
       card["input"]["crop_pct"] = card["input"].pop("eval_share")
-    for field in ("image_size", "crop_pct", "interpolation"):
+    for field in ("type", "shape", "image_size"):
       card["input"][field]
-    card["class_names"]
+    card["class_names"], card["num_classes"], card["sha256"], card["versions"]
     return card
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
