@@ -28,6 +28,9 @@ from profit_jax.data.base import DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
 from profit_jax.typing import Batch
 
+# Of several processes, each takes so many training batches before all agree that none has failed:
+# the others would wait for its part of a step, minutes long. Agreeing waits for the steps under way.
+_AGREED = 4
 UserBatch = Mapping[str, npt.ArrayLike]
 TrainBatches = Callable[[int, int], Iterator[UserBatch]] | Iterable[UserBatch]
 EvalBatches = Callable[[], Iterator[UserBatch]] | Iterable[UserBatch]
@@ -45,8 +48,8 @@ class Data:
   `jax.process_count()` gives N rows of each batch, and the global batch is all processes' rows, in
   the order of the processes. N is the same in all processes, and an example comes from one process
   only. In training each process gives `steps_per_epoch` batches. In evaluation a process may have
-  fewer batches than another. A run computes the same for any number of processes that give the same
-  global batches.
+  fewer batches than another. Runs of one and of several processes that give the same full global
+  batches agree up to rounding; padding is made of each process's own rows.
 
   Attributes:
     train: `(epoch, first_step) -> iterator` over the batches of an epoch (from 0) from a step (from
@@ -146,6 +149,11 @@ class BatchSource:
       class_names=tuple(self._data.class_names),
     )
 
+  def described(self) -> str:
+    """In what the batches of all processes must agree."""
+    shape = [self._rows, *self.image_shape]
+    return f"{shape} {self.image_dtype} {self._data.steps_per_epoch}"
+
   def fingerprint(self) -> str:
     """A user's data has none."""
     return ""
@@ -153,6 +161,16 @@ class BatchSource:
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
     del batch_size
+    own, left = self._own_train_batches(epoch, start), self._data.steps_per_epoch - start
+    if self._shard.count == 1:
+      yield from own
+      return
+    while left > 0:
+      taken = min(left, _AGREED)
+      yield from distributed.on_all_hosts(lambda taken=taken: list(itertools.islice(own, taken)))
+      left -= taken
+
+  def _own_train_batches(self, epoch: int, start: int) -> Iterator[Batch]:
     count = start
     for batch in itertools.islice(self._epoch(epoch, start), self._data.steps_per_epoch - start):
       yield self._checked(batch, f"training batch {count} of epoch {epoch}", train=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from profit_jax import __version__
 from profit_jax.config import ConfigError
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
@@ -200,7 +201,8 @@ def markdown(card: dict[str, Any]) -> str:
     "",
     *(f"- {what}: {text}." for what, text in card["policy"].items()),
     "",
-    "No speed is claimed: `python benchmarks/inference.py FILE...` measures it on your machine.",
+    "No speed is claimed. In a checkout of profit_jax, `python benchmarks/inference.py --net "
+    "FILE.safetensors` measures it on your machine.",
     "",
     "## Training",
     "",

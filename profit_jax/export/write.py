@@ -59,10 +59,12 @@ class Report:
   examples: int
 
   def __str__(self) -> str:
+    ratio = self.float_bytes / self.bytes
+    # Small nets have more graph than weights.
+    size = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"
     return (
-      f"{self.path.name}  {self.bytes:,} bytes ({self.float_bytes / self.bytes:.1f}x smaller than "
-      f"float32)  {self.differing} of {self.codes:,} codes differ  top-1 {self.top1:.2f} % of "
-      f"{self.examples} images: top-1 equal"
+      f"{self.path.name}  {self.bytes:,} bytes ({size} than float32)  {self.differing} of "
+      f"{self.codes:,} codes differ  top-1 {self.top1:.2f} % of {self.examples} images: top-1 equal"
     )
 
 
@@ -168,9 +170,15 @@ def export(
     What was written.
 
   Raises:
-    ConfigError: a model that files cannot hold, an unknown suffix, a runtime that is not installed.
+    ConfigError: a model that files cannot hold, an unknown suffix, a runtime that is not installed,
+      or a process other than the first.
     NotEqual: the file is not what was trained; it is not kept.
   """
+  if jax.process_index():
+    raise ConfigError(
+      "profit_jax.export runs in the first process only, which writes the file. Call it where "
+      "jax.process_index() is 0."
+    )
   bits = _quantized_bits(result)
   name = formats.of_file(path)
   module = load(name)

@@ -150,6 +150,8 @@ def own_transformation(factory: OptimizerFactory) -> optax.GradientTransformatio
     rate = jnp.asarray(learning_rate, jnp.asarray(state.hyperparams["learning_rate"]).dtype)
     state = state._replace(hyperparams={**state.hyperparams, "learning_rate": rate})
     changes, state = inner.update(leaves, state, unpack(params))
+    if jax.tree.structure(changes) != jax.tree.structure(leaves):
+      raise ValueError("its updates have another structure than the gradients")
     return updates.filled(changes), state
 
   return optax.GradientTransformationExtraArgs(init, update)

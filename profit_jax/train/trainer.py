@@ -295,6 +295,7 @@ class Trainer:
     options = self._options
     host = HostShard(jax.process_index(), jax.process_count())
     source = distributed.on_all_hosts(lambda: BatchSource(data, host))
+    distributed.require_equal("batches (shape, dtype or steps_per_epoch)", source.described())
     bits = Bits(
       quantizer=self._quantizer,
       first=options.first_bits,
@@ -333,7 +334,9 @@ class Trainer:
       self._optimizer,
     )
     identity = self._identity(settings, spec, source)
-    distributed.require_equal("run", json.dumps(identity, sort_keys=True, default=str))
+    distributed.require_equal(
+      "arguments of Trainer", json.dumps(identity, sort_keys=True, default=str)
+    )
     with distributed.peers_needed(), contextlib.ExitStack() as closing:
       writer = claim(self._workdir, identity, options.checkpoint.keep, closing)
       checkpoint = writer.read_newest(lambda text: warnings.warn(text, stacklevel=2))

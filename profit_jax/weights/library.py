@@ -44,8 +44,8 @@ def load_weights(
   """Reads a model's variables from a file; nothing is guessed, and nothing is left over.
 
   Args:
-    path: a file of `save_weights`. Of a registered model, also one under the names of torchvision,
-      timm or the authors, or a run's directory.
+    path: a file of `save_weights`, or a run's directory. Of a registered model, also a file under
+      the names of torchvision, timm or the authors.
     model: whose variables they are.
     image_shape: `(H, W, C)` of its images.
     quantizer: of its layers, as the file has it. A registered model's file in full precision lacks
@@ -81,5 +81,5 @@ def load_weights(
       f"{'; '.join(sorted(problems)[:_SHOWN])}{more}. Give the file of this model, with its image "
       "shape and quantizer."
     )
-  arrays = {name: np.asarray(found[name], np.float32) for name in expected}
+  arrays = {name: np.asarray(found[name], leaf.dtype) for name, leaf in expected.items()}
   return {"batch_stats": {}, **traverse_util.unflatten_dict(arrays, sep="/")}

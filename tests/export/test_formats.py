@@ -2,6 +2,7 @@
 they should be.
 """
 
+import json
 import sys
 
 import numpy as np
