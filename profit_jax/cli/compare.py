@@ -15,13 +15,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax import checkpoints, paths
+from profit_jax import paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError
 from profit_jax.schedule import Phase, bits_name, plan, summary_line
-from profit_jax.train import run_directory
+from profit_jax.train import run_directory, run_state
 from profit_jax.train.progress import Progress, summary
-from profit_jax.train.run_state import progress_of
 
 
 def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -110,10 +109,10 @@ def _comparable(directory: epath.Path, config: dict[str, Any]) -> dict[str, Any]
 
 def _progress(directory: epath.Path, warn: Callable[[str], None]) -> Progress:
   """What the last checkpoint of a run says."""
-  found = checkpoints.read_newest(directory / "checkpoints", warn)
+  found = run_state.read(directory / "checkpoints", warn)
   if found is None:
     raise ConfigError(f"{directory} has no checkpoint yet. Train the run first.")
-  return progress_of(found)
+  return found.progress
 
 
 def _result(directory: epath.Path) -> dict[str, Any]:

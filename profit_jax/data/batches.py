@@ -14,6 +14,7 @@ The first training batch says what N, H, W and C are.
 """
 
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from profit_jax.data.normalize import Normalization
 from profit_jax.typing import Batch
 
 # Of several processes, each takes so many training batches before all agree that none has failed:
-# the others would wait for its part of a step, minutes long. Agreeing waits for the steps under way.
+# else the others would wait minutes for its part of a step. Agreeing waits for the steps under way.
 _AGREED = 4
 UserBatch = Mapping[str, npt.ArrayLike]
 TrainBatches = Callable[[int, int], Iterator[UserBatch]] | Iterable[UserBatch]
@@ -166,9 +167,9 @@ class BatchSource:
       yield from own
       return
     while left > 0:
-      taken = min(left, _AGREED)
-      yield from distributed.on_all_hosts(lambda taken=taken: list(itertools.islice(own, taken)))
-      left -= taken
+      some = itertools.islice(own, min(left, _AGREED))
+      yield from distributed.on_all_hosts(functools.partial(list, some))
+      left -= _AGREED
 
   def _own_train_batches(self, epoch: int, start: int) -> Iterator[Batch]:
     count = start
