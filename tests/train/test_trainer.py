@@ -15,6 +15,7 @@ from flax import traverse_util
 import profit_jax as pj
 from profit_jax.nn.spec import describe
 from profit_jax.train.interrupt import Stopped
+from tests.export import own_models
 
 STEPS, ROWS = 4, 8
 
@@ -348,6 +349,46 @@ def test_padding_has_no_label_to_check():
   source.num_classes = 3
   (seen,) = source.train_batches(0, 0)
   assert seen["mask"].sum() == 6
+
+
+@pytest.mark.parametrize(
+  ("model", "bits"),
+  [(own_models.Branches(), 4), (own_models.Plain(), 3), (own_models.Codes(), 8)],
+  ids=["branches", "plain", "codes"],
+)
+def test_own_models_are_trained_and_exported(tmp_path, model, bits):
+  height, width, channels = own_models.IMAGE_SHAPE
+
+  def of(seed):
+    given = batch(seed, size=height, channels=channels)
+    return {**given, "image": given["image"][:, :, :width]}
+
+  data = pj.Data(train=[of(0), of(1)], eval=[of(2)], steps_per_epoch=2)
+  schedule = pj.profit_schedule(
+    weight_bits=(bits,), act_bits=(bits,), full_precision_epochs=1, finetune_epochs=1,
+    sampling_epochs=1, freeze_fractions=(0.5,), stabilize=False, learning_rate=0.01,
+  )  # fmt: skip
+  result = pj.Trainer(model, schedule, tmp_path / "run", options=OPTIONS).fit(data)
+  report = pj.export(result, tmp_path / "net.onnx", data.eval)
+  assert report.examples == ROWS
+  assert report.codes > 1000
+
+
+@pytest.mark.parametrize(
+  ("weight_bits", "act_bits", "in_full_precision"),
+  [((4,), (), "activations"), ((), (4,), "weights")],
+)
+def test_one_side_alone_is_quantized_but_not_exported(
+  tmp_path, weight_bits, act_bits, in_full_precision
+):
+  schedule = pj.profit_schedule(
+    weight_bits=weight_bits, act_bits=act_bits, full_precision_epochs=1, finetune_epochs=1,
+    stabilize=False, profit_bits=(), learning_rate=0.01,
+  )  # fmt: skip
+  result = fit(tmp_path, schedule=schedule)
+  assert (result.bits.weight is None, result.bits.act is None) == (not weight_bits, not act_bits)
+  with pytest.raises(pj.ConfigError, match=f"{in_full_precision} are in full precision"):
+    pj.export(result, tmp_path / "net.onnx", DATA.eval)
 
 
 @pytest.mark.parametrize(
