@@ -62,6 +62,7 @@ SLOW = (
   "train/test_start.py::test_both_paddings_of_a_torchvision_v3_are_evaluated",
   "train/test_steps.py::test_a_batch_in_parts_has_the_gradient_of_its_loss",
   "train/test_steps.py::test_a_phase_that_trains_no_kernel_needs_fewer_operations",
+  "train/test_trainer.py::test_own_loss_optimizer_teacher_and_first_weights",
   "train/test_trainer.py::test_own_models_are_trained_and_exported",
   "train/test_trajectory.py",
   "weights/test_load.py::test_a_file_of_another_model_is_named",

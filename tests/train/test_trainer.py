@@ -13,9 +13,11 @@ import pytest
 from flax import traverse_util
 
 import profit_jax as pj
+from profit_jax.cli import app, compare, predict, to_torch
 from profit_jax.nn.spec import describe
 from profit_jax.train.interrupt import Stopped
 from tests.export import own_models
+from tests.train.processes import config
 
 STEPS, ROWS = 4, 8
 
@@ -123,6 +125,37 @@ def test_a_directory_of_another_schedule_is_refused(whole):
   other = pj.profit_schedule(weight_bits=(3,), act_bits=(8,), finetune_epochs=1)
   with pytest.raises(pj.ConfigError, match="another run"):
     pj.Trainer(Net(), other, whole[0].workdir, options=OPTIONS).fit(DATA)
+
+
+def test_weights_are_read_from_the_runs_directory(whole):
+  result, _ = whole
+  back = pj.load_weights(result.workdir, Net(), (8, 8, 1))
+  jax.tree.map(np.testing.assert_array_equal, back, result.variables)
+
+
+def test_runs_are_compared_with_each_other(whole, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "200")
+  workdir = str(whole[0].workdir)
+  assert compare.main([workdir, workdir]) == 0
+  printed = capsys.readouterr().out
+  for text in ("Net", "8x8x1 float32", "w4a8", f"{whole[0].top1:.2f} %", "settings are the same"):
+    assert text in printed
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    lambda run: app.main(None, run, "eval"),
+    lambda run: app.main(None, run, "export"),
+    lambda run: app.main(config(), run, "train"),
+    lambda run: app.main(config(), f"{run}_new", "train", fork_from=run),
+    lambda run: to_torch.write(run, "net.safetensors", None),
+  ],
+  ids=["eval", "export", "train", "fork", "to-torch"],
+)
+def test_commands_that_need_a_configured_run_say_what_to_do(whole, tiny, command):
+  with pytest.raises(pj.ConfigError, match=r"belongs to a run of the library.*Trainer\.fit"):
+    command(str(whole[0].workdir))
 
 
 def fit(tmp_path, model=None, data=None, schedule=SCHEDULE, **more):
@@ -372,6 +405,10 @@ def test_own_models_are_trained_and_exported(tmp_path, model, bits):
   report = pj.export(result, tmp_path / "net.onnx", data.eval)
   assert report.examples == ROWS
   assert report.codes > 1000
+  np.save(tmp_path / "images.npy", data.eval[0]["image"])
+  found = list(predict.predict(report.path, [tmp_path / "images.npy"]))
+  logits = model.apply(result.variables, data.eval[0]["image"], result.bits)
+  assert [best[0][0] for best in found] == [str(index) for index in np.argmax(logits, 1)]
 
 
 @pytest.mark.parametrize(
