@@ -254,7 +254,7 @@ def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
   config = read_config(workdir, flag)
   if "library" in config:
     raise ConfigError(
-      f"{flag} {workdir} belongs to a run of the library (profit_jax.Trainer), whose model and "
+      f"{flag} {workdir} is a run of the library (profit_jax.Trainer), whose model and "
       "data are in a program that this command does not know. Give another directory. In that "
       "program, the same Trainer.fit returns the finished run's Result at once, for "
       "profit_jax.export; profit_jax.load_weights reads the weights from the directory."

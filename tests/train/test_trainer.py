@@ -154,7 +154,7 @@ def test_runs_are_compared_with_each_other(whole, capsys, monkeypatch):
   ids=["eval", "export", "train", "fork", "to-torch"],
 )
 def test_commands_that_need_a_configured_run_say_what_to_do(whole, tiny, command):
-  with pytest.raises(pj.ConfigError, match=r"belongs to a run of the library.*Trainer\.fit"):
+  with pytest.raises(pj.ConfigError, match=r"is a run of the library.*Trainer\.fit"):
     command(str(whole[0].workdir))
 
 
