@@ -189,7 +189,8 @@ class QuantConv(nn.Module):
 
   def margin_for(self, shape: Sequence[int]) -> Margin:
     """What it puts around an input `[N, H, W, C]`."""
-    return margin_of(self.padding, self.kernel_size, self.stride, tuple(shape[1:3]))
+    height, width = shape[1:3]
+    return margin_of(self.padding, self.kernel_size, self.stride, (height, width))
 
   def _convolve(
     self, x: jax.Array | Quantized, kernel: jax.Array | Quantized

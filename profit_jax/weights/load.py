@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.config import ConfigError, ModelSettings
+from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY, options
 from profit_jax.nn.spec import describe
 from profit_jax.typing import Array, Variables
@@ -279,10 +279,13 @@ def _problem(
   return None if _is_finite(tensor) else f"not finite: {name} has NaN or infinite values"
 
 
-def differing_settings(
-  told: Mapping[str, Any], settings: ModelSettings
-) -> dict[str, tuple[Any, Any]]:
-  """Where settings differ from those that weights were made for: name -> (theirs, ours)."""
+def differing_settings(told: Mapping[str, Any], settings: Any) -> dict[str, tuple[Any, Any]]:
+  """Where settings differ from those that weights were made for: name -> (theirs, ours).
+
+  Args:
+    told: theirs.
+    settings: ours, as attributes: of `ModelSettings`, or of a model.
+  """
   found = {}
   for name, theirs in told.items():
     ours = getattr(settings, name)
