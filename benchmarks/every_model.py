@@ -61,7 +61,7 @@ def figures(model: str, result: dict) -> dict:
     "w4a4_top1": final["top1"],
     "loss_points": final["full_precision_top1"] - final["top1"],
     "weights": final["weights"],
-    "minutes": result["seconds"] / 60,
+    "minutes_since_last_start": result["seconds"] / 60,
     "environment": f"jax {environment['packages']['jax']} on {environment['devices']} x "
     f"{environment['device']}",
   }
@@ -97,7 +97,7 @@ def main() -> int:
     print(
       f"{model:23} {row['width']:>5} {row['phases']:>6} {row['full_precision_top1']:>8.2f}% "
       f"{row['w4a4_top1']:>7.2f}% {row['loss_points']:>6.2f} {row['weights']:>7} "
-      f"{row['minutes']:>7.1f}",
+      f"{row['minutes_since_last_start']:>7.1f}",
       flush=True,
     )
     if options.results:

@@ -50,6 +50,7 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("model.squeeze_excite", "inside", "before"),
     ("model.pad_value", -0.5, "-0.375"),
     ("model.channel_rounding", "down", "nearest"),
+    ("model.padding", "valid", "same"),
     ("init.reset_head", True, "without init.weights"),
     ("model.width", 0.0, "above 0"),
     ("teacher.model", "resnet9000", "self"),

@@ -49,8 +49,10 @@ SLOW = (
   "train/test_loop.py::test_the_best_weights_have_the_bits_that_were_asked_for",
   "train/test_methods.py::test_a_whole_run",
   "train/test_precision.py",
+  "train/test_processes.py::test_a_fault_in_one_processs_batches_ends_both",
   "train/test_processes.py::test_a_preemption_notice_to_one_process_stops_all_at_one_step",
   "train/test_processes.py::test_the_first_process_prints_and_writes",
+  "train/test_processes.py::test_the_library_computes_in_two_processes_what_it_computes_in_one",
   "train/test_processes.py::test_two_processes_of_two_devices_compute_what_one_device_computes",
   "train/test_processes.py::test_what_fails_in_one_process_ends_all_of_them_soon",
   "train/test_processes.py::test_where_one_process_is_lost_the_others_end_and_say_so",
@@ -63,6 +65,8 @@ SLOW = (
   "train/test_start.py::test_both_paddings_of_a_torchvision_v3_are_evaluated",
   "train/test_steps.py::test_a_batch_in_parts_has_the_gradient_of_its_loss",
   "train/test_steps.py::test_a_phase_that_trains_no_kernel_needs_fewer_operations",
+  "train/test_trainer.py::test_own_loss_optimizer_teacher_and_first_weights",
+  "train/test_trainer.py::test_own_models_are_trained_and_exported",
   "train/test_trajectory.py",
   "weights/test_hub.py::test_a_run_from_a_name_keeps_its_settings_and_its_card_has_the_checksum",
   "weights/test_load.py::test_a_file_of_another_model_is_named",
@@ -88,6 +92,7 @@ FAST = (
       "resnet34",
     )
   ),
+  "models/test_variants.py::test_every_net_with_the_tensors_of_a_variant_is_known_by_name",
   "models/test_variants.py::test_every_variant_is_compared",
   *(
     f"models/test_variants.py::test_a_variant_has_the_parameters_and_tensors_of_its_source[{key}]"

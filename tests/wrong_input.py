@@ -131,6 +131,7 @@ FIELDS = {
   "model.padding": choice("torch", "same"),
   "init.weights": (st.nothing(), st.just("")),  # a plan is made without reading it
   "init.reset_head": (st.just(True), st.just(False)),
+  "init.published_settings": choice("apply", "compare"),
   "teacher.model": choice("self", "none"),
   "teacher.weights": (WORDS, st.just("")),
   "teacher.batch_stats": choice("batch", "running"),

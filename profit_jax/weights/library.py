@@ -1,7 +1,6 @@
 """Weights files for models that are given as modules: what `Trainer` starts from and ends with."""
 
 import os
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,11 +11,11 @@ from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY
 from profit_jax.nn.spec import describe
 from profit_jax.quant import Bits, DuQ, Quantizer
+from profit_jax.typing import Variables
 from profit_jax.weights.files import read_contents
-from profit_jax.weights.load import load_variables
+from profit_jax.weights.load import Loaded, differing_settings, load_variables
 from profit_jax.weights.save import write_safetensors
 
-Variables = dict[str, Any]
 _SHOWN = 5  # names in a message
 
 
@@ -45,8 +44,8 @@ def load_weights(
   """Reads a model's variables from a file; nothing is guessed, and nothing is left over.
 
   Args:
-    path: a file of `save_weights`. Of a registered model, also one under the names of torchvision,
-      timm or the authors, or a run's directory.
+    path: a file of `save_weights`, or a run's directory. Of a registered model, also a file under
+      the names of torchvision, timm or the authors.
     model: whose variables they are.
     image_shape: `(H, W, C)` of its images.
     quantizer: of its layers, as the file has it. A registered model's file in full precision lacks
@@ -56,14 +55,15 @@ def load_weights(
     `params` and `batch_stats`, for `Trainer(variables=...)` or `model.apply`.
 
   Raises:
-    ConfigError: no such file, a damaged one, or tensors that are not this model's.
+    ConfigError: no such file, a damaged one, tensors that are not this model's, or a file that
+      names a net which computes something else.
   """
   spec = describe(model, image_shape, Bits(quantizer=quantizer))
-  for name, entry in REGISTRY.items():
-    if entry.module is type(model) and all(
-      getattr(model, field) == value for field, value in entry.fixed.items()
-    ):
-      return load_variables(os.fspath(path), name, spec.shapes).variables
+  name = _registered_name(model)
+  if name is not None:
+    loaded = load_variables(os.fspath(path), name, spec.shapes)
+    _refuse_other_settings(path, loaded, model)
+    return loaded.variables
   expected = traverse_util.flatten_dict(spec.shapes, sep="/")
   found = read_contents(os.fspath(path)).tensors
   problems = [
@@ -82,5 +82,36 @@ def load_weights(
       f"{'; '.join(sorted(problems)[:_SHOWN])}{more}. Give the file of this model, with its image "
       "shape and quantizer."
     )
-  arrays = {name: np.asarray(found[name], np.float32) for name in expected}
+  arrays = {name: np.asarray(found[name], leaf.dtype) for name, leaf in expected.items()}
   return {"batch_stats": {}, **traverse_util.unflatten_dict(arrays, sep="/")}
+
+
+def _registered_name(model: nn.Module) -> str | None:
+  """The name of a registered model: of several with its class, the one that fixes the most."""
+  found = [
+    name
+    for name, entry in REGISTRY.items()
+    if entry.module is type(model)
+    and all(getattr(model, field) == value for field, value in entry.fixed.items())
+  ]
+  return max(found, key=lambda name: len(REGISTRY[name].fixed), default=None)
+
+
+def _refuse_other_settings(path: str | os.PathLike[str], loaded: Loaded, model: nn.Module) -> None:
+  """Refuses a file that names its net where the model computes something else. The padding after
+  h-swish is a choice.
+  """
+  if loaded.published is None:
+    return
+  told = {
+    name: value for name, value in loaded.settings.items() if name not in ("pad_value", "strides")
+  }
+  differing = differing_settings(told, model)
+  if differing:
+    settings = ", ".join(
+      f"{name}={theirs!r} (not {ours!r})" for name, (theirs, ours) in differing.items()
+    )
+    raise ConfigError(
+      f"{os.fspath(path)} is {loaded.published.architecture}, which computes with {settings}. Make "
+      f"the {type(model).__name__} with that."
+    )

@@ -7,14 +7,13 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from profit_jax.config import ConfigError, ModelSettings
+from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY, options
 from profit_jax.nn.spec import describe
+from profit_jax.typing import Array, Variables
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.hub import Published
 from profit_jax.weights.naming import QUANTIZER_LEAVES, Names, OwnNames, Path, TorchNames
-
-Variables = dict[str, Any]
 
 # Settings that change what a net computes without changing the shape of any tensor, or its channels
 # at other widths.
@@ -30,6 +29,11 @@ _TELLING = frozenset(
   }
 )
 _RAW_ONE = np.log(np.expm1(1.0))  # the raw value of a quantizer's scalar that is 1
+
+
+def is_first_scalar(value: Array) -> bool:
+  """Whether a quantizer's scalar is as no calibration or training has left it."""
+  return bool(np.allclose(value, _RAW_ONE))
 
 
 def namings(model: str) -> dict[str, Names]:
@@ -72,6 +76,7 @@ class Loaded(NamedTuple):
     notes: what the user should know of how it was read.
     sha256: of the file; None for a run.
     published: what is published of the file; None where nothing is.
+    incomplete: whether other variables than the scalars are random.
   """
 
   variables: Variables
@@ -81,6 +86,7 @@ class Loaded(NamedTuple):
   notes: tuple[str, ...] = ()
   sha256: str | None = None
   published: Published | None = None
+  incomplete: bool = False
 
 
 def load_variables(
@@ -273,10 +279,13 @@ def _problem(
   return None if _is_finite(tensor) else f"not finite: {name} has NaN or infinite values"
 
 
-def differing_settings(
-  told: Mapping[str, Any], settings: ModelSettings
-) -> dict[str, tuple[Any, Any]]:
-  """Where settings differ from those that weights were made for: name -> (theirs, ours)."""
+def differing_settings(told: Mapping[str, Any], settings: Any) -> dict[str, tuple[Any, Any]]:
+  """Where settings differ from those that weights were made for: name -> (theirs, ours).
+
+  Args:
+    told: theirs.
+    settings: ours, as attributes: of `ModelSettings`, or of a model.
+  """
   found = {}
   for name, theirs in told.items():
     ours = getattr(settings, name)

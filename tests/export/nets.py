@@ -36,7 +36,7 @@ STRIDES = {
   "mobilenet_v4_conv_small": (2, 1, 2, 2, 1, 1),
   "efficientnet_lite0": (2, 1, 2, 2, 1, 1, 1, 1),
   "mnasnet": (2, 1, 2, 2, 1, 1, 1, 1),
-  "resnet34": (2, 1, 1, 2, 2, 1),
+  "resnet34": (1, 2, 1, 2, 2, 1),
 }
 
 

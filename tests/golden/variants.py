@@ -6,11 +6,14 @@ compute for every net of theirs that a model here is.
 
 Each net has 1000 classes and is evaluated in float64 on one image that is no square. Tensors and
 image are made from their names by `tests/golden_data.py`. Kept are the number of parameters, a
-digest of the tensors' names and shapes, and the first ten logits.
+digest of the tensors' names and shapes, and the first ten logits; and which other nets of timm and
+torchvision have the tensors of one of these.
 """
 
+import functools
 import importlib.metadata
 import json
+import re
 
 import timm
 import torch
@@ -24,7 +27,8 @@ LOGITS = 10
 MAKERS = {
   "timm": timm.create_model,
   "torchvision": torchvision.models.get_model,
-  "efficientnet-lite-pytorch": EfficientNet.from_name,
+  # Without an image size it pads by that of each image.
+  "efficientnet-lite-pytorch": functools.partial(EfficientNet.from_name, image_size=None),
 }
 NAMES = {
   "timm": (
@@ -51,15 +55,23 @@ NAMES = {
 }
 
 
+# Families in which equal tensors are looked for.
+FAMILIES = re.compile("efficientnet|fbnet|lite|mnasnet|mobilenet|resnet|spnas")
+
+
+def shapes_of(net: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+  """The shapes of a net's tensors by name, without counters."""
+  return {
+    name: tuple(value.shape)
+    for name, value in net.state_dict().items()
+    if not name.endswith("num_batches_tracked")
+  }
+
+
 def golden(source: str, name: str) -> dict:
   """The numbers of one net."""
   net = MAKERS[source](name).double().eval()
-  state = net.state_dict()
-  shapes = {
-    key: tuple(value.shape)
-    for key, value in state.items()
-    if not key.endswith("num_batches_tracked")
-  }
+  state, shapes = net.state_dict(), shapes_of(net)
   for key, value in golden_data.full_precision_tensors(shapes).items():
     state[key] = torch.from_numpy(value)
   net.load_state_dict(state)
@@ -73,6 +85,22 @@ def golden(source: str, name: str) -> dict:
   }
 
 
+def same_tensors(digests: set[str]) -> list[str]:
+  """The nets whose tensors have one of these digests, without those of `NAMES`."""
+  found = []
+  for source, names in (
+    ("timm", timm.list_models()),
+    ("torchvision", torchvision.models.list_models(torchvision.models)),
+  ):
+    for name in sorted({*names} - {*NAMES[source]}):
+      if FAMILIES.search(name):
+        with torch.device("meta"):
+          net = MAKERS[source](name)
+        if golden_data.digest(shapes_of(net)) in digests:
+          found.append(f"{source}:{name}")
+  return found
+
+
 def main() -> None:
   """Writes the file."""
   torch.set_default_dtype(torch.float64)
@@ -80,7 +108,8 @@ def main() -> None:
   variants = {
     f"{source}:{name}": golden(source, name) for source, names in NAMES.items() for name in names
   }
-  text = json.dumps({"versions": versions, "variants": variants}, indent=1)
+  same = same_tensors({variant["tensors"] for variant in variants.values()})
+  text = json.dumps({"versions": versions, "same_tensors": same, "variants": variants}, indent=1)
   (golden_data.GOLDEN / "variants.json").write_text(text + "\n")
 
 

@@ -15,7 +15,8 @@ from profit_jax.weights.naming import QUANTIZER_LEAVES
 from tests import golden_data
 from tests.specs import variable_shapes
 
-GOLDEN = golden_data.load("variants.json")["variants"]
+FILE = golden_data.load("variants.json")
+GOLDEN = FILE["variants"]
 # Variant, `SOURCE:NAME` -> model, its settings
 VARIANTS = {
   f"{naming.source}:{variant}": (model, naming.variant_settings(variant))
@@ -51,6 +52,16 @@ def tensor_shapes(key):
 
 def test_every_variant_is_compared():
   assert VARIANTS.keys() == GOLDEN.keys()
+
+
+def test_every_net_with_the_tensors_of_a_variant_is_known_by_name():
+  namings = [naming for entry in REGISTRY.values() for naming in entry.names]
+  unsupported = {name for naming in namings for name in naming.unsupported}
+  # timm's ResNets are torchvision's, by the same names.
+  resnets = {f"timm:{name}" for name in ("resnet18", "resnet34", "resnet50", "resnet101")}
+  assert FILE["same_tensors"]
+  others = {*FILE["same_tensors"]} - resnets
+  assert {key.partition(":")[2] for key in others} <= unsupported
 
 
 @pytest.mark.parametrize("key", GOLDEN)

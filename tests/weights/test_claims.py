@@ -15,6 +15,7 @@ from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, Naming, register, student_spec
 from profit_jax.train import published
 from profit_jax.weights.claims import claim_of
+from profit_jax.weights.library import load_weights
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import named_tensors
 from tests.specs import init_variables
@@ -101,6 +102,23 @@ def test_a_name_of_the_net_gives_its_settings(content, tmp_path):
   applied, lines = published.apply(settings_of(path))
   assert applied.model.activation == "relu"
   assert [line.partition(",")[0] for line in lines] == ["config.model.activation = relu"]
+
+
+def test_the_library_wants_a_model_with_these_settings(content, tmp_path):
+  path = tmp_path / "tinynet_100.safetensors"
+  path.write_bytes(content)
+  with pytest.raises(ConfigError, match=r"is tinynet_100, .* activation='relu' \(not 'relu6'\)"):
+    load_weights(path, TinyNet(activation="relu6"), (16, 16, 3))
+  variables = load_weights(path, TinyNet(activation="relu"), (16, 16, 3))
+  jax.tree.map(np.testing.assert_array_equal, variables, load(path).variables)
+
+
+def test_the_library_knows_the_members_of_a_class(tmp_path):
+  path = tmp_path / "mobilenetv2_110d.npz"
+  np.savez(path, w=np.zeros(3))
+  deep = REGISTRY["mobilenet_v2_110d"](num_classes=10)
+  with pytest.raises(ConfigError, match="weights of mobilenet_v2_110d"):
+    load_weights(path, deep, (32, 32, 3))
 
 
 def test_a_teachers_file_is_asked_too(content, tmp_path):
