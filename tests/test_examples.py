@@ -1,12 +1,10 @@
 """The examples run as a user runs them: from an installed wheel, in an empty directory."""
 
-import gzip
 import json
 import pathlib
 import re
 import time
 
-import numpy as np
 import pytest
 
 from tests.wheel import installed, python, wheel
@@ -58,23 +56,3 @@ def test_an_example_runs_without_a_checkout(python, tmp_path, name, least, files
   if "own.onnx" in files:
     assert "codes differ" in done.stdout
     assert "top-1 equal" in done.stdout
-
-
-def write_idx(path, array):
-  """A compressed idx file of bytes, as Fashion-MNIST's."""
-  header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
-  path.write_bytes(gzip.compress(header + array.tobytes()))
-
-
-def test_pretrained_weights_are_finetuned_and_exported(python, tmp_path):
-  random = np.random.default_rng(0)
-  for split in ("train", "t10k"):
-    images = random.integers(256, size=(64, 28, 28), dtype=np.uint8)
-    write_idx(tmp_path / f"{split}-images-idx3-ubyte.gz", images)
-    write_idx(tmp_path / f"{split}-labels-idx1-ubyte.gz", np.arange(64, dtype=np.uint8) % 10)
-  done = python(str(EXAMPLES / "finetune_pretrained.py"), str(tmp_path), "lite0", "64")
-  assert done.returncode == 0, done.stderr
-  # 64 images of noise teach nothing: what counts is that the whole way works.
-  assert re.search(r"full precision [\d.]+ %, W4A4 [\d.]+ %", done.stdout)
-  assert "top-1 equal" in done.stdout
-  assert (tmp_path / "lite0.onnx").exists()

@@ -38,7 +38,6 @@ SLOW = (
   "models/test_variants.py",
   "cli/test_ablation.py::test_without_gpus_the_runs_at_once_share_the_devices",
   "test_examples.py::test_an_example_runs_without_a_checkout",
-  "test_examples.py::test_pretrained_weights_are_finetuned_and_exported",
   "test_package.py::test_a_run_without_the_packages_of_other_features",
   "test_tutorial.py",
   "test_wrong_input.py::test_a_configuration_of_a_published_net_that_is_accepted_can_be_traced",
