@@ -75,7 +75,7 @@ class Loop:
     """Trains to the end of the plan; returns at once if it is there already.
 
     Args:
-      snapshot: where to go on; None begins.
+      checkpoint: where to go on; None begins.
 
     Returns:
       The end.
