@@ -16,14 +16,13 @@ read. Neither OCDBT, Zarr 3 nor compression changes that: TensorStore without Or
 0.33 s and 0.07 s.
 """
 
-import contextlib
 import functools
+import glob
 import hashlib
-import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -138,7 +137,6 @@ class Writer:
     self._manager = self._guarded(
       lambda: _Manager(self._directory, options=options, item_handlers=handlers)
     )
-    self._newest = self._manager.latest_step()
 
   def save(self, number: int, trees: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Begins to write a checkpoint, after the one before is on disk.
@@ -155,21 +153,19 @@ class Writer:
     Raises:
       ConfigError: a checkpoint could not be written.
     """
-    if number == self._newest:
+    if number == self._manager.latest_step():
       return
     vectors, manifest = _packed(trees, values)
     items: dict[str, ocp.args.CheckpointArgs] = {_MANIFEST: ocp.args.JsonSave(manifest)}
     if vectors:  # Orbax refuses an empty tree.
       items[_ARRAYS] = ocp.args.PyTreeSave(vectors)
     self._guarded(lambda: self._manager.save(number, args=ocp.args.Composite(**items)))
-    self._newest = number
 
   def read_newest(self, warn: Warn) -> Checkpoint | None:
     """The newest undamaged checkpoint, as `read_newest`; newer, damaged ones are set aside."""
     self.wait()
     found = read_newest(self._directory, warn, set_aside=True)
     self._manager.reload()
-    self._newest = self._manager.latest_step()
     return found
 
   def wait(self) -> None:
@@ -181,22 +177,15 @@ class Writer:
     self._manager.close()
 
   def _sync(self) -> None:
-    """Writes through to the disk what is about to get its final name.
+    """Writes the manifest through to the disk, before its checkpoint gets its final name.
 
     TensorStore does so with arrays, Orbax not with its JSON files, and it removes the oldest
-    checkpoint next.
+    checkpoint next. A remote file system has other temporary names, and no descriptors.
     """
-    if not distributed.is_first():
-      return
-    for place in self._directory.iterdir():
-      if not ocp.path.step.is_path_finalized(place):
-        for path in _files(place):
-          # Remote files have no descriptor.
-          with (
-            contextlib.suppress(AttributeError, io.UnsupportedOperation),
-            path.open("rb") as file,
-          ):
-            os.fsync(file.fileno())
+    if distributed.is_first():
+      for path in glob.glob(f"{self._directory}/*.orbax-checkpoint-tmp*/{_MANIFEST}/*"):
+        with open(path, "rb") as file:
+          os.fsync(file.fileno())
 
   def _guarded(self, action: Callable[[], Any]) -> Any:
     try:
@@ -270,7 +259,6 @@ def read_newest(
   warn: Warn,
   *,
   set_aside: bool = False,
-  loader: Callable[[epath.Path], Content] = load,
 ) -> Checkpoint | None:
   """The newest undamaged checkpoint; every process of a run must call this together.
 
@@ -278,7 +266,6 @@ def read_newest(
     directory: `WORKDIR/checkpoints`.
     warn: told of every checkpoint that cannot be read back, by name.
     set_aside: move those out of the way of later ones. Only the process that trains may do so.
-    loader: reads one checkpoint, as `load`.
 
   Returns:
     None in a directory without checkpoints.
@@ -290,7 +277,7 @@ def read_newest(
   directory = epath.Path(directory)
   for _ in range(_LISTINGS):
     numbers = saved_on_all_hosts(directory)
-    found, damaged = newest_of(directory, numbers, loader)
+    found, damaged = newest_of(directory, numbers)
     # The run itself may have written a newer one meanwhile, and deleted these.
     if found is not None or numbers == saved_on_all_hosts(directory):
       break
@@ -318,23 +305,20 @@ def read_newest(
 
 
 def newest_of(
-  directory: epath.Path,
-  numbers: list[int],
-  loader: Callable[[epath.Path], Content] = load,
+  directory: epath.Path, numbers: list[int]
 ) -> tuple[Checkpoint | None, dict[int, str]]:
   """The newest undamaged one of these checkpoints, and what is wrong with newer ones.
 
   Args:
     directory: `WORKDIR/checkpoints`.
     numbers: of the checkpoints, oldest first.
-    loader: reads one checkpoint, as `load`.
 
   Raises:
     ConfigError: one cannot be read at present.
   """
   damaged = {}
   for number in reversed(numbers):
-    read = functools.partial(_read, directory / str(number), loader)
+    read = functools.partial(_read, directory / str(number))
     content, damage = distributed.on_all_hosts(read)
     if distributed.true_on_all_hosts(content is not None):
       arrays, values = content
@@ -350,7 +334,7 @@ def _move(place: epath.Path, target: epath.Path) -> None:
   place.rename(target)
 
 
-def _read(place: epath.Path, loader: Callable[[epath.Path], Content]) -> tuple[Content | None, str]:
+def _read(place: epath.Path) -> tuple[Content | None, str]:
   """A checkpoint as this process sees it, or what is wrong with it; raises as `_require_readable`.
 
   Orbax and TensorStore report a damaged file and a disk that fails for a while alike. Whether all
@@ -360,7 +344,7 @@ def _read(place: epath.Path, loader: Callable[[epath.Path], Content]) -> tuple[C
   damage = ""
   for _ in range(_ATTEMPTS):
     try:
-      return loader(place), ""
+      return load(place), ""
     except Exception as error:  # damaged files raise whatever their parsers stumble over
       damage = _short(error)
       _require_readable(place)
@@ -375,8 +359,9 @@ def _require_readable(place: epath.Path) -> None:
   """
   path = place
   try:
-    for path in _files(place):
-      path.read_bytes()
+    for directory, _, names in place.walk(on_error=_raise):
+      for path in map(directory.joinpath, names):
+        path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     pass  # damage
   except Exception as error:  # remote file systems have their own
@@ -388,12 +373,8 @@ def _require_readable(place: epath.Path) -> None:
     ) from error
 
 
-def _files(place: epath.Path) -> Iterator[epath.Path]:
-  for path in place.iterdir():
-    if path.is_dir():
-      yield from _files(path)
-    else:
-      yield path
+def _raise(error: Exception) -> None:
+  raise error
 
 
 def _packed(trees: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[_Vectors, dict[str, Any]]:
