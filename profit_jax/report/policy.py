@@ -10,6 +10,7 @@ from typing import Any
 from profit_jax.config import Settings
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.schedule import Phase, bits_name, summary_line
+from profit_jax.train.oscillation import Remedies
 
 
 @functools.cache
@@ -72,7 +73,7 @@ def markdown(
     "with scalars of its own",
     "bits of every layer": f"{bits}{_ends(settings.quant)}; the image as it is",
     "schedule": "; ".join(schedule),
-    "remedies": _remedies(settings.oscillation),
+    "remedies": Remedies(settings.oscillation).summary(),
     "plan": summary_line(phases),
     "teacher": taught,
     "first weights": settings.init.weights or "random",
@@ -117,24 +118,6 @@ def _ends(quant):
     return ", the first and the last too"
   first, last = quant.first_bits or "as many", quant.last_bits or "as many"
   return f"; at least {first} in the first, {last} in the last"
-
-
-def _remedies(oscillation):
-  """Against oscillating weights."""
-  found = []
-  if oscillation.dampening:
-    found.append(f"dampening up to {oscillation.dampening:g}")
-  if oscillation.freeze_thresholds:
-    first, last = oscillation.freeze_thresholds
-    found.append(
-      f"codes fixed above a frequency of {first:g} to {last:g} (momentum "
-      f"{oscillation.freeze_momentum:g})"
-    )
-  if oscillation.bn_reestimation_batches:
-    found.append(
-      f"batch statistics of {oscillation.bn_reestimation_batches} batches before each evaluation"
-    )
-  return "; ".join(found) or "none"
 
 
 def _ladder(bits: tuple[int, ...]) -> str:
