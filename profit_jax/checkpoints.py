@@ -183,7 +183,8 @@ class Writer:
     checkpoint next. A remote file system has other temporary names, and no descriptors.
     """
     if distributed.is_first():
-      for path in glob.glob(f"{self._directory}/*.orbax-checkpoint-tmp*/{_MANIFEST}/*"):
+      directory = glob.escape(str(self._directory))
+      for path in glob.glob(f"{directory}/*.orbax-checkpoint-tmp*/{_MANIFEST}/*"):
         with open(path, "rb") as file:
           os.fsync(file.fileno())
 
