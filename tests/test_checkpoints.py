@@ -123,7 +123,7 @@ def test_any_damage_to_any_file_falls_back_or_does_not_matter(copy):
       assert "3 is used" in warnings[0]
     # Whatever the damage, what comes back is one of the checkpoints, to the bit.
     assert_is(found, 3 if warnings else 7)
-  contents = ["manifest/metadata"]
+  contents = ["sha256", "manifest/metadata"]
   contents += [f"arrays/{name}/0" for name in ("best.bool", "state.float32", "state.int32")]
   assert fell_back >= {(file, how) for file in contents for how in _DAMAGES}
 
@@ -143,7 +143,7 @@ def test_who_trains_sets_damaged_ones_aside(copy):
 
 def test_nothing_is_changed_where_all_are_damaged(copy):
   for number in (3, 7):
-    damage(copy / str(number) / "manifest" / "metadata", "truncated")
+    damage(copy / str(number) / "sha256", "truncated")
   writer = checkpoints.Writer(copy, keep=3)
   with pytest.raises(ConfigError, match=r"No checkpoint in [\s\S]*/7: [\s\S]*/3: "):
     writer.read_newest(pytest.fail)
