@@ -25,6 +25,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -431,8 +432,12 @@ def _load_0_1(place: epath.Path) -> Content:
 
 
 def _short(error: Exception) -> str:
-  """The first sentence or so of an error, without what parsers print after it."""
-  return " ".join(str(error).split())[:400] or type(error).__name__
+  """The beginning of an error, on one line and with files' names in place of their paths.
+
+  TensorStore repeats long paths before it says what is wrong.
+  """
+  text = re.sub(r"[^\s\"']*/(?=[^/\s])", "", " ".join(str(error).split()))
+  return text[:300] or type(error).__name__
 
 
 def _name(path: Any) -> str:
