@@ -212,7 +212,12 @@ def trained_codes(
     leaves = jax.tree_util.tree_leaves_with_path(
       captured, is_leaf=lambda node: isinstance(node, Quantized)
     )
-    codes = {"/".join(part.key for part in path[:-2]): leaf.codes for path, leaf in leaves}
+    # A model may sow other values.
+    codes = {
+      "/".join(part.key for part in path[:-2]): leaf.codes
+      for path, leaf in leaves
+      if path[-2].key == "__call__"
+    }
     if codes.keys() != names:
       raise KeyError(f"the net and the model have other quantizers: {sorted(codes.keys() ^ names)}")
     return logits, codes

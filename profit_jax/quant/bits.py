@@ -12,6 +12,8 @@ from profit_jax.config import MAX_BITS, MIN_BITS, QuantSettings
 from profit_jax.quant import base
 from profit_jax.quant.duq import DuQ
 
+Width = int | jax.Array | None
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -39,8 +41,8 @@ class Bits:
     ValueError: an int outside 2 to 8.
   """
 
-  weight: int | jax.Array | None = None
-  act: int | jax.Array | None = None
+  weight: Width = None
+  act: Width = None
   quantizer: base.Quantizer = DuQ()
   first: int = 0
   last: int = 0
@@ -56,7 +58,7 @@ class Bits:
           raise ValueError(f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {name}={value}")
         object.__setattr__(self, name, np.int32(value))
 
-  def at(self, weight: Any, act: Any) -> "Bits":
+  def at(self, weight: Width, act: Width) -> "Bits":
     """The same at other bit widths."""
     return dataclasses.replace(self, weight=weight, act=act)
 
@@ -87,7 +89,7 @@ def bits_of(settings: QuantSettings) -> Bits:
   return Bits(quantizer=quantizer, first=settings.first_bits, last=settings.last_bits)
 
 
-def _qmax(bits: Any, least: int, *, signed: bool) -> Any:
+def _qmax(bits: Width, least: int, *, signed: bool) -> Any:
   if bits is None:
     return None
   if isinstance(bits, np.generic):
