@@ -436,7 +436,7 @@ def _short(error: Exception) -> str:
 
   TensorStore repeats long paths before it says what is wrong.
   """
-  text = re.sub(r"[^\s\"']*/(?=[^/\s])", "", " ".join(str(error).split()))
+  text = re.sub(r"(?<![^\s\"'])(\w+:/)?/[^\s\"']*/(?=[^/\s])", "", " ".join(str(error).split()))
   return text[:300] or type(error).__name__
 
 
