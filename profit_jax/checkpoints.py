@@ -1,29 +1,31 @@
-"""Moments of a run on disk: arrays and plain values that are there whole, with a checksum over all
-of them, or not at all.
+"""Checkpoints of a run on disk: complete and verified by a checksum, or not there at all.
 
-WORKDIR/checkpoints/N/moment/  written through orbax: moment.safetensors has the arrays, and the
-                               plain values as JSON in its metadata;
-                               `sha256sum -c moment.sha256` checks it
-WORKDIR/damaged_checkpoints/   what could not be read back, set aside
+WORKDIR/checkpoints/N/arrays/    `ocp.args.PyTreeSave`: the arrays, one vector per section and dtype
+WORKDIR/checkpoints/N/manifest/  `ocp.args.JsonSave`: the plain values, and the path and shape of
+                                 every array in the vectors
+WORKDIR/checkpoints/N/sha256     the checksum of these files
+WORKDIR/damaged_checkpoints/     what could not be read back
 
-Orbax writes into a directory of another name and renames it (on `gs://`: marks it at the end): a
-process that is killed leaves no half of a moment. What happens to the files later, only a checksum
-tells; orbax has none.
+Orbax writes into a directory of another name and renames it (on `gs://`: marks it when complete).
+A process that is killed therefore leaves no partial checkpoint. The checksum finds later damage:
+Orbax has none. It is of files, not of arrays, so that Orbax never reads damaged ones: its threads
+print stacks then.
 
-The format is not one of orbax's. Its arrays (`StandardSave`) take 1.5 s to write and 1.7 s to read
-for the thousand small ones of a state, on a core that trains; one file that every tool reads takes
-0.05 s. They also have no checksum, their reader prints stacks from its own threads where a file is
-damaged, and it does not tell damage from a disk that cannot be read for a while.
+Arrays are packed because TensorStore opens every array by itself. Under their own names, the 2,257
+arrays of a MobileNet-v2 run (45 MB; 2 CPU cores, Orbax 0.12.8) take 5.4 s to write and 4.4 s to
+read. Neither OCDBT, Zarr 3 nor compression changes that: TensorStore without Orbax needs 1.8 s and
+1.1 s. The vectors take 0.18 s and 0.04 s, as plain Zarr without OCDBT and compression; with OCDBT
+0.33 s and 0.07 s.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import io
 import json
-import operator
+import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,22 +39,24 @@ from etils import epath
 from profit_jax import distributed
 from profit_jax.config import ConfigError
 
-# What goes wrong in a save is raised, and told once; orbax's threads also print a stack each.
+# What goes wrong in a save is raised, and told once; Orbax's threads also print a stack each.
 absl_logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
 
 Warn = Callable[[str], None]
-ReadFile = Callable[[epath.Path], bytes]
+Content = tuple[dict[str, np.ndarray], dict[str, Any]]
+_Vectors = dict[str, np.ndarray]
 _TIMEOUT = 120  # seconds
-_READ: ReadFile = operator.methodcaller("read_bytes")
-_LISTINGS = 5  # of a directory whose moments go away while they are read
-_ITEM, _FILE, _CHECKSUM = "moment", "moment.safetensors", "moment.sha256"
+_LISTINGS = 5  # of a directory whose checkpoints are replaced while they are read
+_ARRAYS, _MANIFEST, _CHECKSUM = "arrays", "manifest", "sha256"
+_WRITTEN_LATER = (_CHECKSUM, "_CHECKPOINT_METADATA", "commit_success.txt")  # two are Orbax's
+_ITEM_0_1 = "moment"  # of version 0.1.0
 
 
 class Checkpoint(NamedTuple):
-  """A moment that was read back.
+  """A checkpoint that was read back.
 
   Attributes:
-    number: which one; later moments have larger numbers.
+    number: which one; later checkpoints have larger numbers.
     values: plain values.
     arrays: on the host, by path, as `state/params/stem/kernel`.
   """
@@ -95,8 +99,9 @@ class Checkpoint(NamedTuple):
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's, but for preemptions: the loop asks for them, and a second caller with other numbers
-  would upset the count.
+  """Orbax's, without its own look-out for preemptions.
+
+  The loop asks for them, and a second caller with other numbers would upset the count.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -104,11 +109,17 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Writer:
-  """Writes moments, in the background, and keeps the last few."""
+  """Writes checkpoints in the background, and keeps the last few."""
 
   def __init__(self, directory: epath.PathLike, *, keep: int):
-    """Args: directory: `WORKDIR/checkpoints`; keep: how many stay. Raises as `saved_numbers`, and
-    as `save`.
+    """Creates the directory and removes what a killed process left unfinished in it.
+
+    Args:
+      directory: `WORKDIR/checkpoints`.
+      keep: how many checkpoints stay.
+
+    Raises:
+      ConfigError: as `saved_numbers`, and as `save`.
     """
     self._directory = epath.Path(directory)
     # Orbax would only stumble at the first save over what is no directory.
@@ -117,56 +128,77 @@ class Writer:
       max_to_keep=keep,
       create=True,
       cleanup_tmp_directories=True,
-      # How long the other processes wait for one that could not write.
-      async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT),
+      async_options=ocp.AsyncOptions(
+        # How long the other processes wait for one that could not write.
+        timeout_secs=_TIMEOUT,
+        post_finalization_callback=self._seal,
+      ),
     )
-    self._manager = self._guarded(lambda: _Manager(self._directory, options=options))
-    self._newest = self._manager.latest_step()
+    handlers = {
+      _ARRAYS: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False),
+      _MANIFEST: ocp.JsonCheckpointHandler(),
+    }
+    self._manager = self._guarded(
+      lambda: _Manager(self._directory, options=options, item_handlers=handlers)
+    )
 
   def save(self, number: int, trees: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Begins to write a moment, once the one before is on disk. A number that is there already is
-    the same moment.
+    """Begins to write a checkpoint, after the one before is on disk.
+
+    A number that is already on disk is the same checkpoint. Every process of a run calls this; the
+    first one writes.
 
     Args:
-      number: grows from one to the next.
-      trees: of arrays, by section; None is an empty one.
+      number: grows from one checkpoint to the next.
+      trees: of arrays, by section; None is an empty one. They are copied: the next step may
+        overwrite them.
       values: what JSON holds.
 
     Raises:
-      ConfigError: a moment could not be written.
+      ConfigError: a checkpoint could not be written.
     """
-    if number == self._newest:
+    if number == self._manager.latest_step():
       return
-    content = b""
-    if distributed.is_first():
-      # A copy in memory: orbax writes in the background, while the next step is already given the
-      # originals to overwrite.
-      arrays = {
-        path: np.asarray(leaf, order="C") for path, leaf in _leaves(jax.device_get(dict(trees)))
-      }
-      content = safetensors.numpy.save(arrays, {"values": json.dumps(values)})
-    self._guarded(
-      lambda: self._manager.save(number, args=ocp.args.Composite(**{_ITEM: _Save(content)}))
-    )
-    self._newest = number
+    vectors, manifest = _packed(trees, values)
+    items: dict[str, ocp.args.CheckpointArgs] = {_MANIFEST: ocp.args.JsonSave(manifest)}
+    if vectors:  # Orbax refuses an empty tree.
+      items[_ARRAYS] = ocp.args.PyTreeSave(vectors)
+    self._guarded(lambda: self._manager.save(number, args=ocp.args.Composite(**items)))
 
   def read_newest(self, warn: Warn) -> Checkpoint | None:
-    """The newest moment that is whole, as `read_newest`; damaged ones are set aside, out of the way
-    of later ones.
-    """
+    """The newest undamaged checkpoint, as `read_newest`; newer, damaged ones are set aside."""
     self.wait()
     found = read_newest(self._directory, warn, set_aside=True)
     self._manager.reload()
-    self._newest = self._manager.latest_step()
     return found
 
   def wait(self) -> None:
-    """Until everything is on disk; raises as `save`."""
+    """Waits until everything is on disk; raises as `save`."""
     self._guarded(self._manager.wait_until_finished)
 
   def close(self) -> None:
     """Waits and releases."""
     self._manager.close()
+
+  def _seal(self) -> None:
+    """Adds the checksum to a checkpoint, before Orbax gives it its final name.
+
+    Writes through to the disk what TensorStore has not: Orbax removes the oldest checkpoint next.
+    """
+    if not distributed.is_first():
+      return
+    # One: what other processes left unfinished was removed at the beginning.
+    for place in self._directory.glob("[0-9]*"):
+      if ocp.path.step.is_path_finalized(place):
+        continue
+      (place / _CHECKSUM).write_text(_digest(place))
+      for path in (place / _CHECKSUM, *(place / _MANIFEST).iterdir()):
+        # Remote files have no descriptor.
+        with (
+          contextlib.suppress(AttributeError, io.UnsupportedOperation),
+          path.open("rb") as file,
+        ):
+          os.fsync(file.fileno())
 
   def _guarded(self, action: Callable[[], Any]) -> Any:
     try:
@@ -189,7 +221,7 @@ class Writer:
 
 
 def saved_numbers(directory: epath.PathLike) -> list[int]:
-  """The moments in a directory, oldest first, damaged ones among them.
+  """The checkpoints in a directory, oldest first, damaged ones among them.
 
   Raises:
     ConfigError: it is no directory, or cannot be listed.
@@ -198,7 +230,7 @@ def saved_numbers(directory: epath.PathLike) -> list[int]:
   try:
     if not directory.exists():
       return []
-    # Where a directory cannot be renamed (`gs://`), orbax writes into it and marks it at the end.
+    # Where a directory cannot be renamed (`gs://`), Orbax writes into it and marks it at the end.
     there = (path for path in directory.iterdir() if path.name.isascii() and path.name.isdigit())
     return sorted(int(path.name) for path in there if ocp.path.step.is_path_finalized(path))
   except Exception as error:  # remote file systems have their own
@@ -210,8 +242,29 @@ def saved_numbers(directory: epath.PathLike) -> list[int]:
 
 
 def saved_on_all_hosts(directory: epath.PathLike) -> list[int]:
-  """The moments that the first process sees, in all; raises as `saved_numbers`."""
+  """The checkpoints that the first process sees, in all; raises as `saved_numbers`."""
   return distributed.on_first_host(lambda: saved_numbers(directory))
+
+
+def load(place: epath.Path) -> Content:
+  """The arrays, by path, and the values of one checkpoint, verified.
+
+  Args:
+    place: `WORKDIR/checkpoints/N`.
+
+  Raises:
+    ValueError: the files are not what their checksum says.
+    OSError: one is missing.
+    ConfigError: one cannot be read at present.
+  """
+  if (place / _ITEM_0_1).exists():
+    return _load_0_1(place / _ITEM_0_1)
+  if _content(place / _CHECKSUM) != _digest(place).encode():
+    raise ValueError("the checksum of its files is not the one that was saved with them")
+  manifest = ocp.JsonCheckpointHandler().restore(place / _MANIFEST)
+  arrays = place / _ARRAYS
+  vectors = ocp.PyTreeCheckpointHandler().restore(arrays) if arrays.exists() else {}
+  return _unpacked(manifest["arrays"], vectors), manifest["values"]
 
 
 def read_newest(
@@ -219,28 +272,26 @@ def read_newest(
   warn: Warn,
   *,
   set_aside: bool = False,
-  read_file: ReadFile = _READ,
 ) -> Checkpoint | None:
-  """The newest moment that is whole; every process of a run must call this together.
+  """The newest undamaged checkpoint; every process of a run must call this together.
 
   Args:
     directory: `WORKDIR/checkpoints`.
-    warn: told of every moment that cannot be read back, by name.
-    set_aside: move those out of the way of later ones. Only who trains may.
-    read_file: reads one file of a moment.
+    warn: told of every checkpoint that cannot be read back, by name.
+    set_aside: move those out of the way of later ones. Only the process that trains may do so.
 
   Returns:
-    None in a fresh directory.
+    None in a directory without checkpoints.
 
   Raises:
-    ConfigError: there are moments, and none of them is whole; or one cannot be read at present. All
-      stay where they are.
+    ConfigError: all checkpoints are damaged, or one cannot be read at present. All stay where they
+      are.
   """
   directory = epath.Path(directory)
   for _ in range(_LISTINGS):
     numbers = saved_on_all_hosts(directory)
-    found, damaged = newest_of(directory, numbers, read_file)
-    # A run that is going on may have written a newer one meanwhile, and deleted these.
+    found, damaged = newest_of(directory, numbers)
+    # The run itself may have written a newer one meanwhile, and deleted these.
     if found is not None or numbers == saved_on_all_hosts(directory):
       break
   if damaged and found is None:
@@ -267,17 +318,24 @@ def read_newest(
 
 
 def newest_of(
-  directory: epath.Path, numbers: list[int], read_file: ReadFile = _READ
+  directory: epath.Path, numbers: list[int]
 ) -> tuple[Checkpoint | None, dict[int, str]]:
-  """The newest of these moments (oldest first) that is whole, and what is wrong with newer ones;
-  all processes together. `read_file` reads one file of a moment.
+  """The newest undamaged one of these checkpoints, and what is wrong with newer ones.
+
+  Args:
+    directory: `WORKDIR/checkpoints`.
+    numbers: of the checkpoints, oldest first.
+
+  Raises:
+    ConfigError: one cannot be read at present.
   """
   damaged = {}
   for number in reversed(numbers):
-    read = functools.partial(_read, directory, number, read_file)
-    found, damage = distributed.on_all_hosts(read)
-    if distributed.true_on_all_hosts(found is not None):
-      return found, damaged
+    read = functools.partial(_read, directory / str(number))
+    content, damage = distributed.on_all_hosts(read)
+    if distributed.true_on_all_hosts(content is not None):
+      arrays, values = content
+      return Checkpoint(number, values, arrays), damaged
     damaged[number] = damage or "another process could not read it"
   return None, damaged
 
@@ -289,35 +347,27 @@ def _move(place: epath.Path, target: epath.Path) -> None:
   place.rename(target)
 
 
-def _read(directory: epath.Path, number: int, read_file: ReadFile) -> tuple[Checkpoint | None, str]:
-  """A moment as this process sees it, or what is wrong with it; raises as `_content`."""
-  place = directory / str(number) / _ITEM
+def _read(place: epath.Path) -> tuple[Content | None, str]:
+  """A checkpoint as this process sees it, or what is wrong with it; raises as `_content`."""
   try:
-    content, checksum = (_content(place / name, read_file) for name in (_FILE, _CHECKSUM))
-    if checksum.decode().split()[:1] != [hashlib.sha256(content).hexdigest()]:
-      raise ValueError(f"the checksum of {_FILE} is not what {_CHECKSUM} says")
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    values = json.loads(header["__metadata__"]["values"])
-    return Checkpoint(number, values, safetensors.numpy.load(content)), ""
+    return load(place), ""
   except ConfigError:
     raise
-  except Exception as error:  # damaged files raise whatever their parsers stumble over
+  except Exception as error:  # missing and altered files; files that another process removes
     return None, _short(error)
 
 
-def _content(path: epath.Path, read_file: ReadFile) -> bytes:
-  """A file of a moment.
+def _content(path: epath.Path) -> bytes:
+  """What a file of a checkpoint holds.
 
   Raises:
-    FileNotFoundError: it is not there.
-    ConfigError: it may be whole, but cannot be read: a disk or a network that has failed for a
-      while.
+    OSError: it is not there.
+    ConfigError: it cannot be read: a disk or a network that has failed for a while.
   """
   try:
-    if path.exists() and not path.is_dir():
-      return read_file(path)
-  except FileNotFoundError:
-    pass
+    return path.read_bytes()
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    raise
   except Exception as error:  # remote file systems have their own
     raise ConfigError(
       f"The checkpoint file {path} cannot be read at present: {_short(error)}. Nothing was "
@@ -325,12 +375,69 @@ def _content(path: epath.Path, read_file: ReadFile) -> bytes:
       "again when it can; or, if it is lost, move its checkpoint's directory away: the one "
       "before is used then."
     ) from error
-  raise FileNotFoundError(f"{path.name} is missing")
+
+
+def _digest(place: epath.Path) -> str:
+  """The SHA-256 of the names and contents of a checkpoint's files; raises as `_content`."""
+  digest = hashlib.sha256()
+  files = (directory / name for directory, _, names in place.walk() for name in names)
+  for path in sorted(files):
+    if path.name not in _WRITTEN_LATER:
+      digest.update(f"{path.relative_to(place)}\n".encode())
+      digest.update(hashlib.sha256(_content(path)).digest())
+  return digest.hexdigest()
+
+
+def _packed(trees: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[_Vectors, dict[str, Any]]:
+  """Copies arrays into a vector per section and dtype, as `state.float32`.
+
+  Returns:
+    The vectors that are not empty, which Orbax refuses; and the values, and the shapes of the
+    arrays by vector and path.
+  """
+  groups: dict[str, dict[str, np.ndarray]] = {}
+  for path, leaf in _leaves(jax.device_get(dict(trees))):
+    array = np.asarray(leaf)
+    groups.setdefault(f"{path.partition('/')[0]}.{array.dtype}", {})[path] = array
+  vectors = {
+    name: np.concatenate([array.ravel() for array in arrays.values()])
+    for name, arrays in groups.items()
+    if any(array.size for array in arrays.values())
+  }
+  shapes = {name: {path: a.shape for path, a in arrays.items()} for name, arrays in groups.items()}
+  # A copy: the caller may change its values while Orbax writes in the background.
+  manifest = json.loads(json.dumps({"values": values, "arrays": shapes}))
+  return vectors, manifest
+
+
+def _unpacked(shapes: Mapping[str, Any], vectors: _Vectors) -> dict[str, np.ndarray]:
+  """The arrays that `_packed` put into the vectors, by path."""
+  arrays = {}
+  for name, by_path in shapes.items():
+    vector = vectors.get(name, np.zeros(0, name.rpartition(".")[2]))
+    ends = np.cumsum([math.prod(shape) for shape in by_path.values()])
+    for (path, shape), part in zip(by_path.items(), np.split(vector, ends[:-1]), strict=True):
+      arrays[path] = part.reshape(shape)
+  return arrays
+
+
+def _load_0_1(place: epath.Path) -> Content:
+  """As `load`, of a checkpoint that version 0.1.0 wrote: one safetensors file and its checksum."""
+  content = _content(place / f"{_ITEM_0_1}.safetensors")
+  checksum = _content(place / f"{_ITEM_0_1}.sha256").split()[:1]
+  if checksum != [hashlib.sha256(content).hexdigest().encode()]:
+    raise ValueError("the checksum of its content is not the one that was saved with it")
+  header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+  return safetensors.numpy.load(content), json.loads(header["__metadata__"]["values"])
 
 
 def _short(error: Exception) -> str:
-  """The first sentence or so of an error, without what parsers print after it."""
-  return " ".join(str(error).split())[:200] or type(error).__name__
+  """The beginning of an error, on one line and with files' names in place of their paths.
+
+  TensorStore repeats long paths before it says what is wrong.
+  """
+  text = re.sub(r"(?<![^\s\"'])(\w+:/)?/[^\s\"']*/(?=[^/\s])", "", " ".join(str(error).split()))
+  return text[:300] or type(error).__name__
 
 
 def _name(path: Any) -> str:
@@ -339,37 +446,3 @@ def _name(path: Any) -> str:
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
   return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _write_through(path: epath.Path, content: bytes) -> None:
-  """To the disk, not only to the kernel: the moment before may be deleted next."""
-  with path.open("wb") as file:
-    file.write(content)
-    file.flush()
-    # Remote files have no number.
-    with contextlib.suppress(AttributeError, io.UnsupportedOperation):
-      os.fsync(file.fileno())
-
-
-class _Handler(ocp.AsyncCheckpointHandler):
-  """Tells orbax how a moment is written."""
-
-  async def async_save(self, directory: epath.Path, args: "_Save") -> list[ocp.future.Future]:
-    async def write():  # `directory` may not be there yet, which the future waits for
-      if distributed.is_first():
-        _write_through(directory / _FILE, args.content)
-        _write_through(
-          directory / _CHECKSUM, f"{hashlib.sha256(args.content).hexdigest()}  {_FILE}\n".encode()
-        )
-
-    return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="moment")]
-
-  # Neither is used: all saves are asynchronous, and `read_newest` needs no orbax.
-  save = None
-  restore = None
-
-
-@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _Save(ocp.args.CheckpointArgs):
-  content: bytes

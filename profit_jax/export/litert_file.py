@@ -26,10 +26,10 @@ import pathlib
 import warnings
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.tools import flatbuffer_utils
 
 from profit_jax.export.net import (
   IMAGE,
@@ -105,9 +105,7 @@ def save(net: Net, graph: "Graph", path: str | os.PathLike) -> None:
     buffers=graph.buffers,
     subgraphs=[subgraph],
   )
-  builder = flatbuffers.Builder(1 << 20)
-  builder.Finish(model.Pack(builder), b"TFL3")
-  pathlib.Path(path).write_bytes(bytes(builder.Output()))
+  flatbuffer_utils.write_model(model, path)
 
 
 class Graph:

@@ -26,7 +26,7 @@ _STREAM_PROTOCOL = 1001
 # Tensors may share memory, and whoever reads them may copy each; more than this times the file is
 # no honest sharing.
 _LARGEST_GROWTH = 8
-_DTYPES = {
+_DTYPES = {  # of storages; NumPy's dtypes cannot be changed
   "DoubleStorage": np.float64,
   "FloatStorage": np.float32,
   "HalfStorage": np.float16,
@@ -42,12 +42,6 @@ _DTYPES = {
 
 class TorchFileError(ValueError):
   """The file is damaged, is no torch file, or asks for something that is not allowed."""
-
-
-class _StorageType(NamedTuple):
-  """The name of a storage's type, a key of `_DTYPES`."""
-
-  name: str
 
 
 class _Storage(NamedTuple):
@@ -136,7 +130,7 @@ class _Machine(pickle._Unpickler):
       ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),
       # The options that training scripts save beside the weights: only texts are kept.
       ("argparse", "Namespace"): _Function(lambda *_: _Options()),
-      **{("torch", name): _StorageType(name) for name in _DTYPES},
+      **{("torch", name): np.dtype(dtype) for name, dtype in _DTYPES.items()},
     }
 
   def find_class(self, module: str, name: str) -> Any:
@@ -151,15 +145,15 @@ class _Machine(pickle._Unpickler):
   def persistent_load(self, pid: Any) -> _Storage:
     """See `pickle.Unpickler`: torch keeps storages outside of the pickle."""
     if not (
-      type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and type(pid[1]) is _StorageType
+      type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)
     ):
       raise TorchFileError("it refers to something that is not a tensor's storage")
-    _, kind, key, _, size, *view = pid
+    _, dtype, key, _, size, *view = pid
     if any(part is not None for part in view) or type(size) is not int or size < 0:
       raise TorchFileError(
         "it has views of storages, which torch stopped writing in version 0.4; save it again"
       )
-    key, dtype = str(key), np.dtype(_DTYPES[kind.name])
+    key = str(key)
     if key not in self.storages:
       self._take(size * dtype.itemsize)
       self.storages[key] = _Storage(key, np.zeros(size, dtype))

@@ -52,7 +52,7 @@ def assert_same_run(one, other):
 
 def damage(checkpoint):
   """Changes one bit in the middle of a checkpoint."""
-  file = checkpoint / "moment" / "moment.safetensors"
+  file = checkpoint / "arrays" / "state.float32" / "0"
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 0x40
   file.write_bytes(content)

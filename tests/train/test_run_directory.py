@@ -27,7 +27,7 @@ def source(fingerprint="these"):
 def run(tmp_path):
   """The directory of a run that has begun."""
   claim(tmp_path, settings(), source())
-  (tmp_path / "checkpoints" / "7" / "moment").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "7" / "manifest").mkdir(parents=True)
   return tmp_path
 
 
@@ -76,7 +76,7 @@ def test_checkpoints_without_a_configuration_are_nobodys(run):
     claim(run, settings(), source())
   assert not (run / "config.json").exists()
   # Without any checkpoint there is nothing to mix up.
-  (run / "checkpoints" / "7" / "moment").rmdir()
+  (run / "checkpoints" / "7" / "manifest").rmdir()
   (run / "checkpoints" / "7").rmdir()
   claim(run, settings(), source())
 

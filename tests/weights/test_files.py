@@ -217,7 +217,7 @@ ATTACKS = {
   "changes a storage": ((text("w"), storage(4), STATE, b"b"), r"_Storage\b"),
   "changes a type": (
     (text("w"), name("torch", "BFloat16Storage"), STATE, b"b"),
-    "_StorageType",
+    "it changes a dtype",
   ),
   "changes a function": ((text("w"), name("torch", "Size"), STATE, b"b"), "_Function"),
   "calls a value": ((text("w"), text("x"), b")", b"R"), "called"),
