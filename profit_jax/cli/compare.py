@@ -40,6 +40,7 @@ def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
     "plan": summary_line(plan(settings)),
     "teacher": settings.teacher.model,
     "bits": bits_name(final["weight_bits"], final["act_bits"]),
+    "other bits": _other_bits(result),
     "top-1": f"{final['top1']:.2f} %",
     "top-5": f"{final['top5']:.2f} %",
     "full precision": "-" if full is None else f"{full:.2f} %",
@@ -52,6 +53,18 @@ def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
     "commit": (environment.get("commit") or "-")[:12],
   }
   return _flat(settings.to_dict()), rows
+
+
+def _other_bits(result: dict[str, Any]) -> str:
+  """The layers whose bits are not those of the run's last phase, counted by width."""
+  found: dict[str, int] = {}
+  for what, letter in (("weights", "w"), ("activations", "a")):
+    usual = result["final"]["weight_bits" if letter == "w" else "act_bits"]
+    for width in result.get("layer_bits", {}).get(what, {}).values():
+      if width != usual:
+        name = f"{letter}{width or ' float'}"
+        found[name] = found.get(name, 0) + 1
+  return ", ".join(f"{count} x {name}" for name, count in sorted(found.items())) or "-"
 
 
 def _result(directory: epath.Path) -> dict[str, Any]:

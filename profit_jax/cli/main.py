@@ -21,7 +21,13 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from profit_jax.cli import command
-from profit_jax.config import RENAMED_FIELDS, ConfigError, ProfitError, renamed_field
+from profit_jax.config import (
+  FIELDS_NOW_RULES,
+  RENAMED_FIELDS,
+  ConfigError,
+  ProfitError,
+  renamed_field,
+)
 
 # With a configuration file or a run; the others have a module each, with a `main`.
 MODES = ("train", "eval", "plan", "export")
@@ -104,7 +110,7 @@ def _in_short(error):
   text = str(error)
   if isinstance(error, (KeyError, AttributeError)):
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
-    fields = ("remedy", *RENAMED_FIELDS)
+    fields = ("remedy", *RENAMED_FIELDS, *FIELDS_NOW_RULES)
     words = set(re.findall(r"\w+", text))
     old = [field for field in fields if field.rpartition(".")[2] in words]
     hint = f" {renamed_field(old[0])}" if old else ""

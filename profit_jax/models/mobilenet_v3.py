@@ -409,9 +409,7 @@ class MobileNetV3(nn.Module):
     variant = VARIANTS[self.variant]
     strides = self.strides or variant.strides
 
-    x = QuantConv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(
-      x, bits.of_first()
-    )
+    x = QuantConv(self._channels(STEM_CHANNELS), 3, strides[0], name="stem_conv")(x, bits)
     x = norm(fused=False, name="stem_norm")(x, train, "hard_swish")
 
     index = 0
@@ -441,9 +439,9 @@ class MobileNetV3(nn.Module):
     x = QuantAct("hswish", name="head_quant")(x, bits)
     features = self._channels(variant.pre_classifier)
     x = hard_swish(dense(features, name="pre_classifier")(x, bits))
-    x = QuantAct("hswish", name="pre_classifier_quant")(x, bits.of_last())
+    x = QuantAct("hswish", name="pre_classifier_quant")(x, bits)
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return dense(self.num_classes, name="classifier")(x, bits.of_last())
+    return dense(self.num_classes, name="classifier")(x, bits)
 
   def _channels(self, channels: int) -> int:
     return (up_to_multiple_of_8 if self.channel_rounding == "up" else divisible_by_8)(

@@ -41,9 +41,13 @@ _RAW, _EMA, _FROZEN = "#1f5fa8", "#d1781f", ("#8c2d04", "#d98c3f", "#c9c9c9")
 
 
 def write_plots(
-  directory: epath.Path, progress: Progress, phases: tuple[Phase, ...], params: Any
+  directory: epath.Path,
+  progress: Progress,
+  phases: tuple[Phase, ...],
+  params: Any,
+  given: Bits = Bits(),
 ) -> dict[str, str]:
-  """Draws what the run has data for.
+  """Draws what the run has data for; `given` are the bits of the run's model, with its rules.
 
   Returns:
     File name -> caption.
@@ -76,12 +80,14 @@ def write_plots(
     if figure is not None:
       _save(figure, directory / name)
       captions[name] = caption
-  bits = phases[-1].weight_bits
+  bits = given.at(phases[-1].weight_bits, None)
   # DuQ's codes.
-  if bits is not None and any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)):
+  if bits.weight is not None and any(
+    path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)
+  ):
     _save(_codes(params, bits), directory / "weight_codes.png")
     captions["weight_codes.png"] = (
-      f"How often each {bits}-bit weight code occurs, in every layer of the best weights."
+      "How often each weight code occurs, in every layer of the best weights."
     )
   return captions
 
@@ -337,13 +343,14 @@ def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   return figure
 
 
-def _codes(params: Any, bits: int) -> plt.Figure:
+def _codes(params: Any, bits: Bits) -> plt.Figure:
   shares = code_shares(params, bits)
   columns = 9
   rows = -(-len(shares) // columns)
   # Not the constrained layout of the others: with so many axes it takes seconds.
+  alike = len({len(share) for share in shares.values()}) == 1
   figure, axes = plt.subplots(
-    rows, columns, figsize=(1.9 * columns, 1.5 * rows), sharex=True, squeeze=False
+    rows, columns, figsize=(1.9 * columns, 1.5 * rows), sharex=alike, squeeze=False
   )
   figure.subplots_adjust(left=0.03, right=0.99, bottom=0.04, top=0.92, hspace=0.55, wspace=0.3)
   for axis, (layer, share) in zip(axes.flat, shares.items(), strict=False):
@@ -353,19 +360,21 @@ def _codes(params: Any, bits: int) -> plt.Figure:
     axis.tick_params(labelsize=6)
   for axis in axes.flat[len(shares) :]:
     axis.set_visible(False)
-  figure.suptitle(f"Share of each weight code at {bits} bits")
+  figure.suptitle("Share of each weight code")
   return figure
 
 
-def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
-  """Per layer of DuQ, the share of its kernel's elements on each code from -n to n."""
+def code_shares(params: Any, bits: Bits) -> dict[str, np.ndarray]:
+  """Per quantized layer of DuQ, the share of its kernel's elements on each code from -n to n."""
   flat = traverse_util.flatten_dict(params)
-  qmax = Bits(weight=bits).kernel_qmax()
   kernels = {
     path[:-1]: np.ravel(leaf)
     for path, leaf in flat.items()
-    if path[-1] == "kernel" and (*path[:-1], "quant_a") in flat
+    if path[-1] == "kernel"
+    and (*path[:-1], "quant_a") in flat
+    and bits.weight_of("/".join(path[:-1])) is not None
   }
+  largest = [int(bits.kernel_qmax("/".join(layer))) for layer in kernels]
   sizes = [kernel.size for kernel in kernels.values()]
   # All layers in one array: a call per layer would compile for every shape.
   # An interval for every element, of the whole kernel or of its output channel.
@@ -375,12 +384,11 @@ def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
       for layer in kernels
     ]
   )
-  codes = np.asarray(
-    duq.codes(np.concatenate(list(kernels.values())), intervals, qmax, "symmetric")
-  )
-  parts = np.split(codes + int(qmax), np.cumsum(sizes)[:-1])
-  count = 2 * int(qmax) + 1
+  qmax = np.repeat(np.int32(largest), sizes)
+  elements = np.concatenate(list(kernels.values()))
+  codes = np.asarray(duq.codes(elements, intervals, np.float32(qmax), "symmetric"))
+  parts = np.split(codes + qmax, np.cumsum(sizes)[:-1])
   return {
-    "/".join(layer): np.bincount(p, minlength=count) / p.size
-    for layer, p in zip(kernels, parts, strict=True)
+    "/".join(layer): np.bincount(part, minlength=2 * most + 1) / part.size
+    for layer, part, most in zip(kernels, parts, largest, strict=True)
   }

@@ -336,9 +336,7 @@ class Loop:
         layer: float(value) for layer, value in jax.device_get(current.sampling.metric).items()
       }
     params = unpack(jax.device_get(current.state.params))
-    record = phases.epoch_record(
-      progress, phase, raw, average, clip_rate, params, self._spec.kernels
-    )
+    record = phases.epoch_record(progress, phase, raw, average, clip_rate, params, self._spec)
     train, measured = (
       {name: total / progress.step for name, total in progress.totals.items()},
       progress.instability,

@@ -118,7 +118,7 @@ def dampening_loss(params: Mapping[str, Any], bits: Bits, spec: ModelSpec) -> ja
   total = jnp.zeros((), jnp.float32)
   for layer, (kernel, step) in _kernels(params, bits, spec).items():
     distance = kernel - jax.lax.stop_gradient(step * jnp.round(kernel / step))
-    inside = jnp.abs(kernel) < step * spec.kernel_qmax(layer, bits)
+    inside = jnp.abs(kernel) < step * bits.kernel_qmax(layer)
     total += jnp.sum(jnp.where(inside, jnp.square(distance), 0.0))
   return total
 
@@ -159,7 +159,7 @@ def fix_codes(
       state.codes[layer], state.direction[layer], code, state.started
     )
     frequency = momentum * turned.astype(jnp.float32) + (1 - momentum) * state.frequency[layer]
-    fixed = fixed | (frequency > threshold)
+    fixed = fixed | (frequency > _threshold(threshold, layer, bits))
     value = code.astype(jnp.float32)
     present = jnp.where(state.started, momentum * value + (1 - momentum) * mean, value)
     new.frequency[layer] = frequency
@@ -172,11 +172,18 @@ def fix_codes(
   return traverse_util.unflatten_dict(flat), new
 
 
+def _threshold(threshold, layer, bits):
+  """That of a layer: of one with other bits than the phase's, they decide."""
+  if layer not in bits.layers:
+    return threshold
+  return jnp.where(bits.layers[layer] <= FREEZING_BITS, threshold, _NEVER)
+
+
 def _kernels(params, bits, spec):
   """Each kernel and the width of a step of its quantizer, without a gradient; by layer."""
   flat, found = traverse_util.flatten_dict(params), {}
   for layer in spec.kernels:
     path = split_path(layer)
     interval = jax.nn.softplus(jax.lax.stop_gradient(flat[*path, "quant_a"]))
-    found[layer] = flat[*path, KERNEL], interval / spec.kernel_qmax(layer, bits)
+    found[layer] = flat[*path, KERNEL], interval / bits.kernel_qmax(layer)
   return found

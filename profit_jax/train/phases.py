@@ -3,7 +3,6 @@ calibrated, which rates.
 """
 
 import itertools
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -166,11 +165,12 @@ def epoch_record(
   average: dict[str, float] | None,
   clip_rate,
   params,
-  kernels: Collection[str],
+  spec: ModelSpec,
 ) -> EpochRecord:
   """What the plots know of an epoch whose last step is done; its loss is the mean of the steps.
-  `params` are nested dictionaries, `kernels` the layers that have quantized kernels.
+  `params` are nested dictionaries.
   """
+  bits = spec.bits.at(phase.weight_bits, phase.act_bits)
   by_layer = {
     **progress.instability,
     "clip_rate": clip_rate,
@@ -178,7 +178,7 @@ def epoch_record(
   }
   for name, value in nonfinite.quantizer_scalars(params).items():
     scalar, layer = name.split("/", 1)
-    if phase.weight_bits if layer in kernels else phase.act_bits:
+    if spec.width_of(layer, bits) is not None:
       by_layer.setdefault(scalar, {})[layer] = value
   loss = progress.totals["loss"] / progress.step
   kept = {

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from profit_jax import memory
-from profit_jax.config import ConfigError, Settings
+from profit_jax.config import MAX_BITS, ConfigError, Settings
 from profit_jax.data import DatasetInfo, normalization
 from profit_jax.kernels import target
 from profit_jax.nn.spec import ModelSpec
@@ -353,10 +353,10 @@ class Programs:
     return _with_sharding(shapes, self._split)
 
   def _bits_shapes(self, quantized_weights: bool, quantized_acts: bool) -> Bits:
-    width = jax.ShapeDtypeStruct((), np.int32)
-    return self.student.bits.at(
-      width if quantized_weights else None, width if quantized_acts else None
+    bits = self.student.bits.at(
+      MAX_BITS if quantized_weights else None, MAX_BITS if quantized_acts else None
     )
+    return jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.int32), bits)
 
   def _variables(self, who: Who) -> dict[str, Packed]:
     """The shapes of a model's variables."""

@@ -409,7 +409,7 @@ def _with_kernel_scalars(params, bits, spec, values_of):
   flat, quantizer = traverse_util.flatten_dict(params), spec.bits.quantizer
   for layer in spec.kernels:
     path = split_path(layer)
-    values = quantizer.of_kernel(values_of, flat[*path, KERNEL], spec.kernel_qmax(layer, bits))
+    values = quantizer.of_kernel(values_of, flat[*path, KERNEL], bits.kernel_qmax(layer))
     for name, value in values.items():
       _set(flat, (*path, name), value)
   return traverse_util.unflatten_dict(flat)

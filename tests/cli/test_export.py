@@ -140,7 +140,7 @@ def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path, m
 
 
 def test_a_run_with_another_quantizer_is_exported(tiny_v1, tmp_path):
-  quant = {"quant.method": "lsq", "quant.per_channel": True, "quant.first_bits": 8}
+  quant = {"quant.method": "lsq", "quant.policy": "brevitas"}
   write_run(tmp_path / "lsq", best=True, **quant)
   app.main(None, str(tmp_path / "lsq"), "export", export_formats=["onnx"])
   card = json.loads((tmp_path / "lsq" / "export" / f"{STEM}.onnx.json").read_text())

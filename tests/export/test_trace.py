@@ -16,6 +16,7 @@ from profit_jax.export.costs import costs
 from profit_jax.nn import tracing
 from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import QuantAct, QuantConv, QuantDense
+from profit_jax.nn.rules import with_rules
 from profit_jax.nn.spec import describe
 from profit_jax.quant import PACT, QIL, QUANTIZERS, Bits, named
 from profit_jax.quant.quantized import value_of
@@ -147,7 +148,7 @@ def test_layers_keep_their_names():
   assert names == ["product", "product/relu", "product_2", "mean_2", "sum", "mean"]
 
 
-ENDS = {"first_bits", "last_bits"}
+ENDS = (("stem_conv", 8, None), ("classifier", 6, None))
 
 
 # PACT's kernels take one bit more; QIL prunes, so that signed activations have no affine map.
@@ -158,15 +159,16 @@ ENDS = {"first_bits", "last_bits"}
     ("pact", {}, 7, 8),
     ("pact", {"per_channel": True}, 3, 4),
     ("qil", {}, 4, 4),
-    ("qil", {"per_channel": True, "first_bits": 8, "last_bits": 6}, 4, 4),
+    ("qil", {"per_channel": True, "rules": ENDS}, 4, 4),
     ("duq", {"per_channel": True}, 4, 4),
-    ("duq", {"first_bits": 8, "last_bits": 6}, 2, 2),
+    ("duq", {"rules": ENDS}, 2, 2),
   ],
 )
 def test_every_quantizer_is_exported(tmp_path, method, options, bits, kernel_bits):
-  ends = {name.removesuffix("_bits"): options.pop(name) for name in ENDS & options.keys()}
-  given = Bits(quantizer=named(method, **options), **ends)
-  spec = describe(tiny.TinyV1(), (16, 16, 3), given)
+  rules = options.get("rules", ())
+  quantizer = named(method, per_channel=options.get("per_channel", False))
+  spec = describe(tiny.TinyV1(), (16, 16, 3), Bits(quantizer=quantizer))
+  spec = with_rules(spec, rules, "profit")
   variables = random_values(spec.shapes)
   net = build_net(
     spec,
@@ -180,7 +182,7 @@ def test_every_quantizer_is_exported(tmp_path, method, options, bits, kernel_bit
   compared = verify.compare(net, [images()], lambda _: outputs)
   assert compared.at_ties, [row for row in compared.rows if row.apart]
   assert compared.logits < 1e-5
-  first, last = max(given.first, bits), max(given.last, bits)
+  first, last = (8, 6) if rules else (bits, bits)
   assert [layer.bits for layer in net.layers] == [first, bits, bits, last]
   assert (net.layers[1].code_bits or net.layers[1].bits) == kernel_bits
   onnx_file.write(net, tmp_path / "net.onnx")

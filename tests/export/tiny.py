@@ -24,8 +24,8 @@ class TinyV1(nn.Module):
   @nn.compact
   def __call__(self, x, bits=Bits(), train=False):
     norm = functools.partial(BatchNorm, epsilon=self.bn_epsilon)
-    x = QuantConv(8, 3, 2, name="stem_conv")(x, bits.of_first())
+    x = QuantConv(8, 3, 2, name="stem_conv")(x, bits)
     x = norm(name="stem_norm")(x, train, self.activation)
     x = QuantAct("unsigned", 6.0, name="stem_quant")(x, bits)
     x = DepthwiseSeparable(16, 2, self.activation, norm, name="block00")(x, bits, train)
-    return QuantDense(self.num_classes, name="classifier")(jnp.mean(x, (1, 2)), bits.of_last())
+    return QuantDense(self.num_classes, name="classifier")(jnp.mean(x, (1, 2)), bits)

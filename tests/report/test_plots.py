@@ -48,7 +48,7 @@ class Mixed(nn.Module):
 
 def test_plain_kernels_have_no_codes():
   params = describe(Mixed(), (4,)).init(jax.random.key(0))["params"]
-  shares = plots.code_shares(params, 4)
+  shares = plots.code_shares(params, Bits(4))
   assert list(shares) == ["quantized"]
   np.testing.assert_allclose(shares["quantized"].sum(), 1.0)
 

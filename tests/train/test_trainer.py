@@ -265,7 +265,6 @@ def test_a_model_of_dense_layers_without_an_average(tmp_path):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"first_bits": 16}, r"Options\.first_bits = 16"),
     ({"sampling_every": 3}, r"Options\.plan\.sampling_every = 3"),
     ({"train": pj.TrainSettings(ema_rate=3.0)}, r"Options\.train\.ema_rate = 3"),
     ({"train": pj.TrainSettings(dtype="float16")}, r"Options\.train\.dtype = 'float16'"),
