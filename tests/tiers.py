@@ -46,6 +46,7 @@ SLOW = (
   "train/test_loop.py::test_the_best_weights_have_the_bits_that_were_asked_for",
   "train/test_methods.py::test_a_whole_run",
   "train/test_precision.py",
+  "train/test_rules.py",
   "train/test_processes.py::test_a_preemption_notice_to_one_process_stops_all_at_one_step",
   "train/test_processes.py::test_the_first_process_prints_and_writes",
   "train/test_processes.py::test_two_processes_of_two_devices_compute_what_one_device_computes",

@@ -190,6 +190,61 @@ def test_every_quantizer_is_exported(tmp_path, method, options, bits, kernel_bit
   assert verify.compare(net, [images()], verify.file_codes(runner)).exact
 
 
+def mixed_net(rules=tiny.MIXED):
+  """A net whose layers have all kinds of bits, its model's description and variables."""
+  spec = with_rules(describe(tiny.TinyV1(), (16, 16, 3)), rules, "profit")
+  variables = random_values(spec.shapes)
+  options = {"name": "tiny", "normalization": NORMALIZATION, "weight_bits": 3, "act_bits": 3}
+  return build_net(spec, variables, **options), spec, variables
+
+
+def test_a_net_has_the_bits_of_every_layer():
+  net, spec, variables = mixed_net()
+  outputs = verify.trained_codes(net, spec, variables, NORMALIZATION)(images())
+  compared = verify.compare(net, [images()], lambda _: outputs)
+  assert compared.at_ties, [row for row in compared.rows if row.apart]
+  assert compared.logits < 1e-5
+  assert [(row.weight_bits, row.input, row.input_bits) for row in costs(net)] == [
+    (32, "image", 8),
+    (8, "unsigned", 6),
+    (3, "float", 32),
+    (32, "float", 32),  # a mean of codes
+  ]
+  assert [quantizer.bits for quantizer in net.quantizers] == [6, 8]
+  # What a layer of floats gives depends on the order of its sums.
+  assert net.float_fed() == {"stem_quant", "block00/pointwise_quant"}
+  floats = [row for row in costs(net) if row.weight_bits == 32]
+  assert [row.kernel_bytes for row in floats] == [4 * 3 * 3 * 3 * 8, 4 * 16 * 10]
+
+
+@pytest.mark.parametrize("name", formats.DEFAULT)
+def test_a_file_has_the_bits_of_every_layer(tmp_path, name):
+  net, _, _ = mixed_net()
+  module, path = formats.load(name), tmp_path / f"net{formats.FORMATS[name].suffix}"
+  module.write(net, path)
+  compared = verify.compare(net, [images()], verify.file_codes(module.open_file(path)))
+  assert compared.differing == 0
+  assert compared.codes > 10_000
+  assert compared.logits < 1e-5
+
+
+class Bordered(nn.Module):
+  """Its convolution pads with the value of a code."""
+
+  @nn.compact
+  def __call__(self, x, bits=Bits(), train=False):
+    x = QuantAct("hswish", name="quant")(QuantConv(4, name="stem")(x, bits), bits)
+    x = QuantConv(4, 3, pad_value=-0.375, name="conv")(x, bits)
+    return QuantDense(5, name="head")(spatial_mean(x), bits)
+
+
+def test_a_layer_that_reads_floats_and_pads_with_a_code_is_refused():
+  spec = with_rules(describe(Bordered(), (8, 8, 3)), (("conv", 8, "float"),), "profit")
+  numbers = {"name": "own", "normalization": None, "weight_bits": 4, "act_bits": 4}
+  with pytest.raises(ConfigError, match="'conv' cannot be exported: it reads floats"):
+    build_net(spec, random_values(spec.shapes), **numbers)
+
+
 @pytest.mark.parametrize(
   ("method", "kind"),
   [

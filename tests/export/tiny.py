@@ -11,6 +11,14 @@ from profit_jax.models.mobilenet_v1 import DepthwiseSeparable
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
 from profit_jax.quant.bits import Bits
 
+# A kernel and an activation in full precision, and other bits than the phase's.
+MIXED = (
+  ("stem_conv", "float", None),
+  (r".*depthwise.*", 8, 6),
+  (r".*pointwise.*", None, "float"),
+  ("classifier", "float", 8),
+)
+
 
 class TinyV1(nn.Module):
   """Takes the attributes of a registered model."""

@@ -257,7 +257,9 @@ class Dense(nn.Module):
 
 def test_a_model_of_dense_layers_without_an_average(tmp_path):
   options = pj.Options(train=pj.TrainSettings(ema_rate=0.0))
-  result = pj.Trainer(Dense(), SCHEDULE, tmp_path, options=options).fit(DATA)
+  rules = ((r"he.d", 8, "float"),)
+  result = pj.Trainer(Dense(), SCHEDULE, tmp_path, rules=rules, options=options).fit(DATA)
+  assert dict(result.bits.layers) == {"head": 8, "act": None}
   assert result.weights == "raw"
   assert [phase.frozen for phase in result.phases] == [[]] * len(SCHEDULE)
 
@@ -273,6 +275,25 @@ def test_a_model_of_dense_layers_without_an_average(tmp_path):
 def test_options_that_are_not_allowed(tmp_path, options, message):
   with pytest.raises(pj.ConfigError, match=message):
     pj.Trainer(Net(), SCHEDULE, tmp_path, options=pj.Options(**options)).fit(DATA)
+
+
+def test_a_policy_may_have_scalars_for_each_channel(tmp_path):
+  trainer = pj.Trainer(Dense(), SCHEDULE, tmp_path, quantizer=pj.LSQ(), policy="brevitas")
+  assert trainer._quantizer == pj.LSQ(per_channel=True)
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"rules": (("head", 9, None),)}, r"Trainer's rules has the rule .* bits 9"),
+    ({"rules": (("[", 8, None),)}, "Trainer's rules .* regular expression is not valid"),
+    ({"rules": (("haed", 8, None),)}, r"Trainer's rules: .* matches no layer\. Near names: head"),
+    ({"policy": "lsq"}, "policy = 'lsq' is not allowed: .* profit, lsq_paper, brevitas"),
+  ],
+)
+def test_rules_that_are_not_allowed(tmp_path, given, message):
+  with pytest.raises(pj.ConfigError, match=message):
+    pj.Trainer(Dense(), SCHEDULE, tmp_path, **given).fit(DATA)
 
 
 def test_padding_has_no_label_to_check():
