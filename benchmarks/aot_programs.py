@@ -17,7 +17,8 @@ from profit_jax import data
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.models import REGISTRY, check, student_spec
 from profit_jax.nn.spec import ModelSpec
-from profit_jax.train.programs import Programs, default_dtype
+from profit_jax.train.mesh import default_dtype
+from profit_jax.train.programs import Programs
 
 MODELS = sorted(name for name, entry in REGISTRY.items() if entry.quantized)
 INFO = data.KNOWN["imagenet2012"]

@@ -29,7 +29,8 @@ def compile_all(options: argparse.Namespace) -> None:
   from profit_jax import data, schedule
   from profit_jax.config import parse
   from profit_jax.models import REGISTRY, student_spec
-  from profit_jax.train.programs import Programs, make_mesh
+  from profit_jax.train.mesh import make_mesh
+  from profit_jax.train.programs import Programs
 
   path, _, argument = options.config.partition(":")
   spec = importlib.util.spec_from_file_location("config", path)
@@ -45,11 +46,7 @@ def compile_all(options: argparse.Namespace) -> None:
   for phase in phases:
     before = time.perf_counter()
     if phase.calibrate:
-      {
-        "act": programs.calibrate_acts,
-        "weight": programs.calibrate_weights,
-        "fit": programs.fit_weights,
-      }[phase.calibrate]()
+      programs.calibration(phase.calibrate)
     programs.train_step(phase.program)
     programs.eval_step(phase.program.quantized_weights, phase.program.quantized_acts)
     seconds = time.perf_counter() - before

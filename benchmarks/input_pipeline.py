@@ -113,12 +113,11 @@ def accelerator_speed() -> float | None:
   mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
   student = start.load_student(settings, info.num_classes)
   programs = Programs(settings, info, student.spec, student.spec, mesh)
-  state = programs.fresh_optimizer(
-    programs.replicate(create_state(student.make(), student.spec, ema=True)), True, frozenset()
-  )
-  teacher, key = programs.replicate((student.make(), jax.random.key(0)))
+  state = programs.placement.replicate(create_state(student.make(), student.spec, ema=True))
+  state = programs.states.with_fresh_optimizer(state, phase.program)
+  teacher, key = programs.placement.replicate((student.make(), jax.random.key(0)))
   size = settings.train.batch_size
-  batch = programs.split(
+  batch = programs.placement.split(
     {
       "image": np.zeros((size, SIZE, SIZE, 3), np.uint8),
       "label": np.zeros(size, np.int32),
@@ -126,11 +125,12 @@ def accelerator_speed() -> float | None:
     }
   )
   step, rate = programs.train_step(phase.program), np.float32(0.001)
+  bits = student.spec.bits.at(phase.weight_bits, phase.act_bits)
   for i in range(30):
     if i == 10:
       jax.block_until_ready(state)
       begun = time.perf_counter()
-    state, _, _ = step(state, batch, programs.bits(phase), rate, key, teacher, None, None)
+    state, _, _ = step(state, batch, bits, rate, key, teacher, None, None)
   jax.block_until_ready(state)
   return 20 * size / (time.perf_counter() - begun)
 

@@ -26,7 +26,8 @@ from profit_jax import checkpoints, data, schedule
 from profit_jax.config import parse
 from profit_jax.models import REGISTRY, student_spec
 from profit_jax.train import run_state
-from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.mesh import make_mesh
+from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress
 from profit_jax.train.run_state import RunState
 from profit_jax.train.state import create_state
@@ -53,20 +54,19 @@ def main() -> None:
   phase = next(phase for phase in schedule.plan(settings) if phase.name == "w4a4 ft1")
   variables = spec.init(jax.random.key(0))
   step = programs.train_step(phase.program)
-  current = RunState(
-    Progress(phase=phase.index), programs.replicate(create_state(variables, spec, ema=True))
-  )
-  current.state = programs.fresh_optimizer(current.state, True, frozenset())
+  state = programs.placement.replicate(create_state(variables, spec, ema=True))
+  state = programs.states.with_fresh_optimizer(state, phase.program)
+  current = RunState(Progress(phase=phase.index), state)
   current.best = current.teacher = run_state.host_copy(current.state.variables)
-  teacher, key = programs.replicate(current.teacher), programs.replicate(jax.random.key(0))
+  teacher, key = programs.placement.replicate((current.teacher, jax.random.key(0)))
   batch = next(iter(source.train_batches(0, options.batch_size)))
 
   def turn() -> float:
     start = time.perf_counter()
     for _ in range(options.steps):
       arguments = (
-        programs.split(batch),
-        programs.bits(phase),
+        programs.placement.split(batch),
+        programs.student.bits.at(phase.weight_bits, phase.act_bits),
         np.float32(1e-3),
         key,
         teacher,

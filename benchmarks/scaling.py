@@ -27,7 +27,8 @@ from configs import base
 from profit_jax import data
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, student_spec
-from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.mesh import make_mesh
+from profit_jax.train.programs import Programs
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 

@@ -43,8 +43,9 @@ from profit_jax.config import parse
 from profit_jax.models import REGISTRY, student_spec
 from profit_jax.schedule import ProgramKey
 from profit_jax.train import aiwq
+from profit_jax.train.mesh import default_dtype, make_mesh
 from profit_jax.train.packing import pack_variables, unpack
-from profit_jax.train.programs import Programs, default_dtype, make_mesh
+from profit_jax.train.programs import Programs
 from profit_jax.train.state import create_state
 
 _FOUR = np.int32(4)  # bits
@@ -109,28 +110,28 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
 
   teacher_spec, teacher = (spec, variables) if options.teacher == "self" else (None, None)
   programs = Programs(settings, info, spec, teacher_spec, make_mesh(settings))
-  variables = programs.replicate(pack_variables(jax.device_get(variables), spec))
-  teacher, key = programs.replicate(teacher), programs.replicate(jax.random.key(0))
-  arrays = programs.split(batch)
+  variables = programs.placement.replicate(pack_variables(jax.device_get(variables), spec))
+  teacher, key = programs.placement.replicate((teacher, jax.random.key(0)))
+  arrays = programs.placement.split(batch)
   bits = spec.bits.at(None, _FOUR)
-  variables["params"] = programs.calibrate_acts()(variables, arrays["image"], key, bits)
+  variables["params"] = programs.calibration("act")(variables, arrays["image"], key, bits)
   bits = spec.bits.at(_FOUR, None)
-  variables["params"] = programs.calibrate_weights()(variables["params"], bits)
+  variables["params"] = programs.calibration("weight")(variables["params"], bits)
   start = jax.device_get(variables)
   for stage in stages:
     program = PROGRAMS[stage]
     # Not what it waits for in `Programs`: the background thread has nothing else to do here.
     before = time.perf_counter()
     if program is None:
-      yield _forward(programs, programs.replicate(start), arrays, before)
+      yield _forward(programs, programs.placement.replicate(start), arrays, before)
       continue
     program = program._replace(distill=teacher is not None)
     layers_now = aiwq.frozen_layers(layers, FROZEN.get(stage, 0.0))
     frozen = frozenset(f"{layer}/kernel" for layer in layers_now)
     step = programs.train_step(program)
     facts_of = compiler_facts(step, time.perf_counter() - before)
-    state = programs.replicate(create_state(unpack(start), spec, ema=True))
-    state = programs.fresh_optimizer(state, program.train_kernels, frozen)
+    state = programs.placement.replicate(create_state(unpack(start), spec, ema=True))
+    state = programs.states.with_fresh_optimizer(state, program, frozen)
     yield Contender(
       stage, "profit_jax", _train(programs, program, step, state, arrays, key, teacher), facts_of
     )
@@ -138,7 +139,9 @@ def ours(options: argparse.Namespace, stages: Iterable[str]) -> Iterable[Contend
 
 
 def _train(programs, program, step, state, arrays, key, teacher) -> Callable[[int], None]:
-  sampling = programs.replicate(aiwq.start(programs.student.convs)) if program.sampling else None
+  sampling = None
+  if program.sampling:
+    sampling = programs.placement.replicate(aiwq.start(programs.student.convs))
   bits = programs.student.bits.at(
     _FOUR if program.quantized_weights else None, _FOUR if program.quantized_acts else None
   )

@@ -25,8 +25,9 @@ from configs import digits_w4
 from profit_jax import data, schedule
 from profit_jax.config import parse
 from profit_jax.models import REGISTRY, student_spec
+from profit_jax.train.mesh import make_mesh
 from profit_jax.train.monitor import InstabilityMonitor
-from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress
 from profit_jax.train.run_state import RunState, host_copy
 from profit_jax.train.state import create_state
@@ -53,13 +54,12 @@ def main() -> None:
   phase = next(phase for phase in schedule.plan(settings) if phase.name == "w4a4 ft1")
   variables = spec.init(jax.random.key(0))
   step = programs.train_step(phase.program)
-  current = RunState(
-    Progress(phase=phase.index), programs.replicate(create_state(variables, spec, ema=True))
-  )
-  current.state = programs.fresh_optimizer(current.state, True, frozenset())
+  state = programs.placement.replicate(create_state(variables, spec, ema=True))
+  state = programs.states.with_fresh_optimizer(state, phase.program)
+  current = RunState(Progress(phase=phase.index), state)
   teacher, key = (
-    programs.replicate(host_copy(current.state.variables)),
-    programs.replicate(jax.random.key(0)),
+    programs.placement.replicate(host_copy(current.state.variables)),
+    programs.placement.replicate(jax.random.key(0)),
   )
   batch, watch = (
     next(iter(source.train_batches(0, options.batch_size))),
@@ -72,8 +72,8 @@ def main() -> None:
       if watched:
         watch.before_step(current)
       arguments = (
-        programs.split(batch),
-        programs.bits(phase),
+        programs.placement.split(batch),
+        programs.student.bits.at(phase.weight_bits, phase.act_bits),
         np.float32(1e-3),
         key,
         teacher,

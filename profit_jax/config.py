@@ -242,6 +242,11 @@ class OscillationSettings:
   # quantized network; 0 evaluates with the running ones.
   bn_reestimation_batches: int = 0
 
+  @property
+  def in_training(self) -> bool:
+    """Whether a remedy is on that changes training steps."""
+    return self.dampening > 0 or bool(self.freeze_thresholds)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:

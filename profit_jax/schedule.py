@@ -221,8 +221,7 @@ def plan(settings: Settings) -> tuple[Phase, ...]:
       "only with a teacher, from random weights or with a new classifier. Give at least one bit "
       "width."
     )
-  oscillation = settings.oscillation
-  if oscillation.dampening or oscillation.freeze_thresholds:
+  if settings.oscillation.in_training:
     return with_separate_bn_programs(phases)
   return phases
 

@@ -75,4 +75,4 @@ def deep_check(model, changes):
   mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
   programs = Programs(settings, INFO, student.spec, teacher.spec, mesh)
   programs.close()  # nothing is compiled
-  programs.trace_train_step(schedule.plan(settings)[-1].program)
+  programs.tracer.train_step(schedule.plan(settings)[-1].program)

@@ -24,14 +24,14 @@ from profit_jax.models import REGISTRY, check, student_spec
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.report import console
 from profit_jax.report import result as result_files
-from profit_jax.train import fork, run_directory, start, trainer
+from profit_jax.train import fork, run_directory, run_state, start, trainer
 from profit_jax.train.evaluate import evaluate
+from profit_jax.train.mesh import default_dtype, make_mesh
 from profit_jax.train.observer import Observer
 from profit_jax.train.packing import pack_variables
-from profit_jax.train.programs import Programs, default_dtype, make_mesh
+from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress, summary
 from profit_jax.train.run import Run
-from profit_jax.train.run_state import best_variables, progress_of
 
 MODES = ("train", "eval", "plan", "export")
 
@@ -232,19 +232,16 @@ def train(
     # weights, or another run.
     begun = distributed.on_first_host(lambda: run_directory.is_begun(workdir))
     writer = _claim(workdir, settings, source, closing) if begun else None
-    checkpoint = writer and writer.read_newest(lambda text: _warn(screen, text))
-    if checkpoint is None and fork_from:
+    saved = run_state.opened(writer and writer.read_newest(lambda text: _warn(screen, text)))
+    if saved is None and fork_from:
       origin = distributed.on_all_hosts(lambda: paths.opened("--fork_from", fork_from))
-      checkpoint = fork.checkpoint(settings, source, origin, lambda text: _warn(screen, text))
+      saved = fork.checkpoint(settings, source, origin, lambda text: _warn(screen, text))
       writer = writer or _claim_fresh(workdir, settings, source, closing)
-      # A run of its own from here on.
-      writer.save(checkpoint.number, checkpoint.arrays, checkpoint.values)
-      writer.wait()
+      run_state.copy(writer, saved)
       screen.print(
-        f"Up to the end of phase {checkpoint.values['forked_phases']}, this is the run in "
-        f"{fork_from}."
+        f"Up to the end of phase {saved.progress.forked_phases}, this is the run in {fork_from}."
       )
-    progress = checkpoint and progress_of(checkpoint)
+    progress = saved and saved.progress
     student = distributed.on_all_hosts(
       lambda: start.load_student(settings, info.num_classes, progress)
     )
@@ -261,7 +258,7 @@ def train(
     end = trainer.train(
       Run(settings, phases, source, student, teacher),
       writer,
-      checkpoint,
+      saved,
       mesh,
       [*hooks.callbacks, *watchers],
       hooks.clock,
@@ -361,7 +358,9 @@ def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
   programs = Programs(settings, source.info, spec, None, mesh)
   try:
     screen = Console(highlight=False, markup=False, quiet=not distributed.is_first(), stderr=True)
-    found = best_variables(workdir / "checkpoints", spec.shapes, lambda text: _warn(screen, text))
+    found = run_state.best_variables(
+      workdir / "checkpoints", spec.shapes, lambda text: _warn(screen, text)
+    )
     if found is None:
       raise ConfigError(
         f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first."
@@ -440,7 +439,7 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
     student.file_spec,
   )
   try:
-    variables = programs.replicate(pack_variables(student.make(), student.spec))
+    variables = programs.placement.replicate(pack_variables(student.make(), student.spec))
     scores = start.evaluate_start(programs, source, settings, student, teacher, variables)
     console.print_start(screen, scores, classes)
     if student.loaded.quantizers:
@@ -456,7 +455,7 @@ def _evaluate_quantized(settings, phases, programs, source, variables) -> dict[s
     programs,
     source,
     settings,
-    programs.replicate(pack_variables(variables, programs.student)),
+    programs.placement.replicate(pack_variables(variables, programs.student)),
     **bits,
   )
   name = schedule.bits_name(**bits)

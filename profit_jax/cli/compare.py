@@ -14,12 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax import checkpoints, paths
+from profit_jax import paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError
 from profit_jax.schedule import bits_name, plan, summary_line
-from profit_jax.train import run_directory
-from profit_jax.train.run_state import progress_of
+from profit_jax.train import run_directory, run_state
 
 
 def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -158,15 +157,13 @@ def plot(runs: Sequence[str], file: str, screen: Console) -> None:
 
   def progress(run):
     directory = paths.opened("The run", run) / "checkpoints"
-    found = checkpoints.read_newest(
-      directory, lambda text: screen.print(f"WARNING: {text}", style="yellow")
-    )
+    found = run_state.read(directory, lambda text: screen.print(f"WARNING: {text}", style="yellow"))
     if found is None:
       raise ConfigError(
         f"{directory} has no checkpoint: the picture shows what is in a run's last one. Leave out "
         "--plot."
       )
-    return progress_of(found)
+    return found.progress
 
   target = paths.opened("--plot", file)
   drawn = {name or "all": [progress(run) for run in group] for name, group in groups(runs).items()}

@@ -10,6 +10,7 @@ from typing import Any
 from profit_jax.config import Settings
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.schedule import Phase, bits_name, summary_line
+from profit_jax.train.oscillation import Remedies
 
 
 @functools.cache
@@ -71,7 +72,7 @@ def markdown(
     "with scalars of its own",
     "bits": f"{bits}{_rules(settings.quant)}; the image as it is",
     "schedule": "; ".join(schedule),
-    "remedies": _remedies(settings.oscillation),
+    "remedies": Remedies(settings.oscillation).summary(),
     "plan": summary_line(phases),
     "teacher": taught,
     "first weights": settings.init.weights or "random",
@@ -131,24 +132,6 @@ def _rules(quant):
     return " in every layer, the first and the last too"
   rules = "".join(f"; `{rule!r}`" for rule in quant.rules)
   return f", policy {quant.policy}{rules}".replace("|", "\\|")
-
-
-def _remedies(oscillation):
-  """Against oscillating weights."""
-  found = []
-  if oscillation.dampening:
-    found.append(f"dampening up to {oscillation.dampening:g}")
-  if oscillation.freeze_thresholds:
-    first, last = oscillation.freeze_thresholds
-    found.append(
-      f"codes fixed above a frequency of {first:g} to {last:g} (momentum "
-      f"{oscillation.freeze_momentum:g})"
-    )
-  if oscillation.bn_reestimation_batches:
-    found.append(
-      f"batch statistics of {oscillation.bn_reestimation_batches} batches before each evaluation"
-    )
-  return "; ".join(found) or "none"
 
 
 def _ladder(bits: tuple[int, ...]) -> str:

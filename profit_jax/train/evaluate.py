@@ -1,13 +1,21 @@
 """Accuracy on the evaluation set, every image counted exactly once."""
 
-from typing import Any
+import functools
+import itertools
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from profit_jax.config import ConfigError, Settings
 from profit_jax.data import Source
+from profit_jax.schedule import Phase
 from profit_jax.train import interrupt
-from profit_jax.train.programs import Programs, Who
+from profit_jax.train.packing import Packed
+from profit_jax.train.programs import Programs
+from profit_jax.train.tracer import Who
+
+Scores = dict[str, float]
 
 
 def evaluate(
@@ -19,7 +27,7 @@ def evaluate(
   weight_bits: int | None = None,
   act_bits: int | None = None,
   who: Who = "student",
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[Scores, dict[str, float]]:
   """Evaluates variables at some bits (None is full precision), with running statistics.
 
   Args:
@@ -43,7 +51,7 @@ def evaluate(
   ahead = 2 if jax.default_backend() == "cpu" else None
   for batch in source.eval_batches(settings.train.eval_batch_size):
     interrupt.check()
-    results.append(step(variables, programs.split(batch), bits))
+    results.append(step(variables, programs.placement.split(batch), bits))
     if ahead and len(results) > ahead:
       jax.block_until_ready(results[-1 - ahead])
   results = jax.device_get(results)
@@ -61,3 +69,65 @@ def evaluate(
     "examples": examples,
   }
   return scores, {layer: rate / examples for layer, rate in clip_rate.items()}
+
+
+class Evaluation(NamedTuple):
+  """An evaluation at the end of an epoch.
+
+  Attributes:
+    variables: that were evaluated, packed, on the devices. Their batch statistics may be estimated
+      anew.
+    scores: of `evaluate`.
+    clip_rate: likewise, by layer.
+  """
+
+  variables: Any
+  scores: Scores
+  clip_rate: dict[str, float]
+
+
+class Evaluator:
+  """Evaluates the variables of a run at the bits of a phase."""
+
+  def __init__(self, programs: Programs, source: Source, settings: Settings, key: jax.Array):
+    """Args:
+    programs: compiled.
+    source: the data.
+    settings: validated.
+    key: for dropout, where batch statistics are estimated anew.
+    """
+    self._given = programs, source, settings
+    self._key = key
+
+  def evaluate(self, phase: Phase, epoch: int, variables: Any) -> Evaluation:
+    """Evaluates variables.
+
+    Args:
+      phase: under way.
+      epoch: of the run, from 0; remedies see its batches.
+      variables: packed, on the devices.
+    """
+    programs = self._given[0]
+    for remedy in programs.remedies.acting(phase.program, "evaluation"):
+      statistics = functools.partial(self._mean_statistics, phase, epoch, variables)
+      variables = remedy.for_evaluation(variables, statistics)
+    scores, clip_rate = evaluate(
+      *self._given, variables, weight_bits=phase.weight_bits, act_bits=phase.act_bits
+    )
+    return Evaluation(variables, scores, clip_rate)
+
+  def _mean_statistics(self, phase: Phase, epoch: int, variables: Any, count: int) -> Packed:
+    """The mean batch statistics of an epoch's first `count` training batches, packed."""
+    programs, source, settings = self._given
+    program = phase.program
+    add = programs.batch_statistics(program.quantized_weights, program.quantized_acts)
+    bits, seen = programs.student.bits.at(phase.weight_bits, phase.act_bits), 0
+    zeros = jax.tree.map(np.zeros_like, jax.device_get(variables["batch_stats"]))
+    total = programs.placement.replicate(zeros)
+    for batch in itertools.islice(source.train_batches(epoch, settings.train.batch_size), count):
+      interrupt.check()
+      # A part of it where training takes its batches in parts: the whole may exceed memory.
+      image = programs.placement.split_part(batch, settings.train.accumulation_steps)
+      total, seen = add(variables, image, bits, self._key, total), seen + 1
+      jax.block_until_ready(total)
+    return jax.tree.map(lambda leaf: leaf / seen, total)

@@ -13,7 +13,7 @@ from etils import epath
 from profit_jax import checkpoints, data, distributed, schedule
 from profit_jax.config import ConfigError, Settings
 from profit_jax.train import run_directory
-from profit_jax.train.run_state import number_at_end, progress_of
+from profit_jax.train.run_state import SavedRun, number_at_end, opened
 
 
 def shared_phases(settings: Settings, other: Settings) -> int:
@@ -26,7 +26,7 @@ def shared_phases(settings: Settings, other: Settings) -> int:
   # The best weights are chosen among the phases at a plan's last bits.
   chosen = [{phase.index for phase in schedule.target_phases(of)} for of in (phases, theirs)]
   # A remedy's strength depends on how long each width of weights will be trained.
-  annealed = settings.oscillation.dampening or settings.oscillation.freeze_thresholds
+  annealed = settings.oscillation.in_training
   sampled_alike = settings.plan.sampling_every == other.plan.sampling_every
   count = 0
   for mine, its in zip(phases, theirs, strict=False):
@@ -61,14 +61,14 @@ def ends(settings: Settings, count: int, train_examples: int) -> list[int]:
 
 def checkpoint(
   settings: Settings, source: data.Source, origin: epath.Path, warn: checkpoints.Warn
-) -> checkpoints.Checkpoint:
+) -> SavedRun:
   """The latest checkpoint that the run in `origin` has of the end of a phase in common, as this
-  run's own.
+  run's.
 
   Args:
     settings: of the run that begins.
     source: its data.
-    origin: the directory of the other run, which may be going on.
+    origin: the directory of the other run, which may still train.
     warn: told of checkpoints that cannot be read back.
 
   Raises:
@@ -81,13 +81,13 @@ def checkpoint(
     if number not in wanted:
       continue
     found, damaged = checkpoints.newest_of(origin / "checkpoints", [number])
-    if found is None:
-      # Or deleted meanwhile, by a run that goes on.
+    run = opened(found)
+    if run is None:
+      # Or deleted meanwhile, by a run that still trains.
       warn(f"checkpoint {origin / 'checkpoints' / str(number)} cannot be used: {damaged[number]}.")
-    elif not progress_of(found).retries:  # where a run goes back to depends on when it had saved
-      progress = progress_of(found)
-      progress.forked_from, progress.forked_phases = str(origin), progress.phase
-      return found._replace(values=progress.to_dict())
+    elif not run.progress.retries:  # where a run goes back to depends on when it had saved
+      run.progress.forked_from, run.progress.forked_phases = str(origin), run.progress.phase
+      return run
   if not count:
     raise ConfigError(
       f"--fork_from {origin}: that run's first phase is already another one than here "

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it goes on to the next step, saves, and ends."""
+"""Signals that ask a run to stop: it finishes the step under way, saves, and ends."""
 
 import contextlib
 import signal
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 from profit_jax.config import ProfitError
 
@@ -15,14 +16,14 @@ _requested: signal.Signals | None = None
 
 
 class Stopped(ProfitError):
-  """Somebody asked the run to stop, and it did; the exit code is what shells give a program that a
-  signal ended.
+  """Raised after a graceful stop on SIGINT or SIGTERM; the exit code is what shells give a program
+  that a signal ended.
   """
 
   label, everywhere = "stopped", True
 
   def __init__(self, asked: signal.Signals, where: str = ""):
-    """Args: asked: the signal; where: the run stands, and how it goes on."""
+    """Args: asked: the signal; where: the run stands, and how it resumes."""
     super().__init__(f"by {asked.name} {where}.")
     self.asked, self.code = asked, 128 + asked
 
@@ -65,3 +66,18 @@ def check() -> None:
   """Raises Stopped if a signal has come. Whoever calls it must be where a run can be saved."""
   if _requested is not None:
     raise Stopped(_requested)
+
+
+class StopPoints:
+  """Counts the places where a run can stop, so that several processes stop at the same one."""
+
+  def __init__(self):
+    self._count = 0
+
+  def check(self) -> None:
+    """Raises Stopped if a signal has come, to any of the processes."""
+    check()
+    # All processes have come here as often, and JAX wants numbers that count up from 1.
+    self._count += 1
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._count):
+      raise Stopped(PREEMPTED)

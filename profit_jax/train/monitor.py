@@ -1,4 +1,4 @@
-"""Watches a run's instability: the last steps of each epoch, of a moment that the loop moves on."""
+"""Measures a run's instability in the last steps of each epoch."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from profit_jax.train.run_state import RunState, host_copy
 
 
 class InstabilityMonitor:
-  """Called around every step. What it has seen of an epoch is in the moment, and so in a
+  """Called around every step. What it has seen of an epoch is in the run state, and so in a
   checkpoint: a run that was stopped measures the same.
   """
 
@@ -33,7 +33,8 @@ class InstabilityMonitor:
     progress = current.progress
     if phase.trains_codes and progress.step >= self._steps - instability.WINDOW:
       if current.window is None:
-        current.window = self._programs.replicate(instability.start(self._programs.student.kernels))
+        start = instability.start(self._programs.student.kernels)
+        current.window = self._programs.placement.replicate(start)
       bits = self._programs.student.bits.at(phase.weight_bits, None)
       current.window = self._programs.observe()(current.window, current.state.params, bits)
     if progress.step == self._steps:
@@ -42,9 +43,5 @@ class InstabilityMonitor:
       progress.instability["bn_distance"] = instability.bn_distances(
         self._statistics, after, self._programs.student.momenta
       )
-      if current.state.oscillation is not None:
-        fixed = jax.device_get(current.state.oscillation.fixed)
-        progress.instability["fixed"] = {
-          layer: float(codes.mean()) for layer, codes in sorted(fixed.items())
-        }
+      progress.instability |= self._programs.remedies.measured(current.state.oscillation)
       current.window = None

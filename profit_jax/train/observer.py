@@ -1,6 +1,4 @@
-"""What the loop tells whoever watches it: terminal, TensorBoard, plots. The loop itself prints
-nothing.
-"""
+"""What the loop tells its observers: terminal, TensorBoard, plots. The loop prints nothing."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -45,7 +43,7 @@ class EpochReport:
 
 
 class Observer:
-  """Base of the watchers; every method may be left as it is."""
+  """Base of the observers; every method may be left as it is."""
 
   def opened(self, workdir: epath.Path) -> None:
     """Before everything else, in a run of the library: where it is kept."""
@@ -53,7 +51,7 @@ class Observer:
   def run_started(
     self, phases: tuple[Phase, ...], steps_per_epoch: int, progress: Progress
   ) -> None:
-    """Before the first phase; progress is not empty in a run that goes on."""
+    """Before the first phase; progress is not empty in a run that resumes."""
 
   def start_evaluated(self, start: Start) -> None:
     """In a fresh run with weights files, before training."""
@@ -62,8 +60,8 @@ class Observer:
     """Something that the user should know of now."""
 
   def phase_started(self, phase: Phase, steps_done: int) -> None:
-    """Before a phase's programs are waited for; steps_done is not 0 in a run that goes on within
-    the phase.
+    """Before a phase's programs are waited for; steps_done is not 0 in a run that resumes
+    within the phase.
     """
 
   def stop_point(self, number: int) -> None:

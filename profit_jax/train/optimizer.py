@@ -1,7 +1,7 @@
 """SGD with Nesterov momentum in four groups, as `optax.multi_transform` labels."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -14,6 +14,7 @@ from profit_jax.nn.spec import NORM, QUANT, WEIGHT
 from profit_jax.train.packing import Packed, split
 
 FROZEN = "frozen"
+Frozen = frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,14 @@ class SgdSettings:
 OptimizerFactory = Callable[[Any], optax.GradientTransformation]
 
 
-class FrozenKernels(flax.struct.PyTreeNode):
+class NotSaved(flax.struct.PyTreeNode):
+  """A part of an optimizer's state that no checkpoint holds.
+
+  It follows from the phase, or the next step makes it anew.
+  """
+
+
+class FrozenKernels(NotSaved):
   """Which weights are frozen, as values: another set needs no other program.
 
   Attributes:
@@ -146,6 +154,7 @@ def make_optimizer(
   sgd: SgdSettings,
   frozen: frozenset[str] = frozenset(),
   factory: OptimizerFactory | None = None,
+  of_gradient: Sequence[optax.GradientTransformation] = (),
 ) -> optax.GradientTransformationExtraArgs:
   """The transformation of one phase; `update` takes `learning_rate`, the epoch's rate of the
   weights.
@@ -159,14 +168,20 @@ def make_optimizer(
     sgd: the constants.
     frozen: arrays that are frozen by value, as `block01/expand_conv/kernel`.
     factory: replaces decay, momentum and rate of the groups weight and norm.
+    of_gradient: transformations of the weights' gradient, before all others. A frozen kernel stays
+      fixed whatever they add. Their states are `NotSaved`.
   """
 
   def momentum():
     return optax.trace(sgd.momentum, nesterov=True)
 
+  def first(decay):
+    # One entry of the outer chain, so that the paths of saved states stay.
+    return optax.chain(*of_gradient, decay) if of_gradient else decay
+
   if factory is None:
     weight = optax.chain(
-      add_decayed_weights_unless_frozen(sgd.weight_decay, frozen),
+      first(add_decayed_weights_unless_frozen(sgd.weight_decay, frozen)),
       momentum(),
       scale_by_epoch_learning_rate(1.0),
     )
@@ -174,7 +189,7 @@ def make_optimizer(
   else:
     # Its own decay moves kernels whose gradient is 0: they are held at both ends.
     hold = add_decayed_weights_unless_frozen(0.0, frozen)
-    weight = optax.chain(hold, scaled_by_epoch(factory), hold)
+    weight = optax.chain(first(hold), scaled_by_epoch(factory), hold)
     norm = scaled_by_epoch(factory)
   groups = {
     WEIGHT: weight,

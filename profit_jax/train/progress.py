@@ -1,4 +1,4 @@
-"""What a run has done so far, besides its arrays: plain data that a checkpoint holds as JSON."""
+"""What a run has done so far, without its arrays: plain data that a checkpoint holds as JSON."""
 
 import dataclasses
 from typing import Any
@@ -138,8 +138,30 @@ class Progress:
     """Whether a step has been made."""
     return bool(self.total_epochs or self.step)
 
+  def begin_phase(self, phase: Phase) -> None:
+    """A phase begins; a sampling phase makes a new ranking."""
+    self.phase, self.epoch, self.step, self.totals = phase.index, 0, 0, {}
+    self.phase_seconds = self.phase_compile_seconds = 0.0
+    if phase.kind == "sampling":
+      self.ranking, self.metric = [], {}
+
+  def add(self, metrics: dict[str, float]) -> None:
+    """Adds the metrics of the next step to the totals."""
+    for name, value in metrics.items():
+      self.totals[name] = self.totals.get(name, 0.0) + value
+
+  def means(self) -> dict[str, float]:
+    """The means of the metrics over the steps of the epoch so far."""
+    return {name: total / self.step for name, total in self.totals.items()}
+
+  def count_epoch(self, record: EpochRecord) -> None:
+    """The epoch under way is over."""
+    self.epochs.append(record)
+    self.epoch, self.total_epochs = self.epoch + 1, self.total_epochs + 1
+    self.step, self.totals, self.instability = 0, {}, {}
+
   def count_retry(self, bad: "Progress", factor: float) -> None:
-    """The run has gone back here from `bad`, and goes on with `factor` times its learning rates."""
+    """The run has gone back here from `bad`, and resumes with `factor` times its learning rates."""
     self.retries = bad.retries + 1
     self.learning_rate_scale = bad.learning_rate_scale * factor
 

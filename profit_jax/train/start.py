@@ -1,5 +1,5 @@
-"""What a run starts from: the student's and the teacher's first weights, and what they are worth
-before training.
+"""What a run starts from: the first weights of student and teacher, and their accuracy before
+training.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from profit_jax.train.evaluate import evaluate
 from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Best, Progress, Start
+from profit_jax.train.tracer import Who
 from profit_jax.weights.load import Loaded, Variables, differing_settings, head_of, load_variables
 
 
@@ -25,8 +26,8 @@ class Student(NamedTuple):
   Attributes:
     spec: its model.
     make: gives its first variables; called in a fresh run only.
-    loaded: what its file gave; None from random weights, and in a run that goes on, which needs the
-      file no more.
+    loaded: what its file gave; None from random weights, and in a run that resumes, which does not
+      need the file.
     file_spec: the model with the padding of the file's own code, where that is another than the
       run's; else None.
   """
@@ -60,7 +61,7 @@ def load_student(settings: Settings, num_classes: int, progress: Progress | None
   Args:
     settings: validated.
     num_classes: of the data.
-    progress: of a run that goes on; None in a fresh one.
+    progress: of a run that resumes; None in a fresh one.
 
   Raises:
     ConfigError: a file that does not hold this model's weights.
@@ -187,7 +188,9 @@ def evaluate_start(
       file_top1=None if student.file_spec is None else of("file", variables)["top1"],
     )
   if teacher.loaded is not None:
-    scores = of("teacher", programs.replicate(pack_variables(teacher.variables, teacher.spec)))
+    scores = of(
+      "teacher", programs.placement.replicate(pack_variables(teacher.variables, teacher.spec))
+    )
     start = dataclasses.replace(
       start, teacher_top1=scores["top1"], examples=int(scores["examples"])
     )
@@ -204,7 +207,11 @@ def baseline(start: Start) -> Best | None:
   return Best(epoch=0, phase=0, top1=top1, top5=start.top5, weights="raw", examples=start.examples)
 
 
-def evaluated(student: Student, teacher: Teacher) -> list[str]:
+def evaluated(student: Student, teacher: Teacher) -> list[Who]:
   """The models that `evaluate_start` evaluates, as `Programs` calls them."""
-  chosen = {"student": student.loaded, "file": student.file_spec, "teacher": teacher.loaded}
+  chosen: dict[Who, Any] = {
+    "student": student.loaded,
+    "file": student.file_spec,
+    "teacher": teacher.loaded,
+  }
   return [who for who, there in chosen.items() if there is not None]

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from profit_jax.nn.spec import ModelSpec
-from profit_jax.train.optimizer import FrozenKernels
+from profit_jax.train.optimizer import FrozenKernels, NotSaved
 from profit_jax.train.packing import Packed, pack_variables, unpack
 
 
@@ -22,7 +22,8 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: their average, updated once a step; None without EMA.
     ema_batch_stats: likewise.
     opt_state: fresh in every phase.
-    oscillation: a `oscillation.Oscillation` where codes that oscillate are fixed; else None.
+    oscillation: by name, the states of remedies that project the params; see
+      `oscillation.Remedy.of_params`.
   """
 
   step: jax.Array
@@ -31,7 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
   ema_params: Packed | None
   ema_batch_stats: Packed | None
   opt_state: Any
-  oscillation: Any = None
+  oscillation: dict[str, Any] = flax.struct.field(default_factory=dict)
 
   @property
   def variables(self) -> dict[str, Packed]:
@@ -68,28 +69,30 @@ def create_state(variables: dict[str, Any], spec: ModelSpec, *, ema: bool) -> Tr
 
 
 def saved_form(state: TrainState) -> Any:
-  """A state on the host as checkpoints hold it: every leaf under its path in the model, without the
-  frozen kernels' momentum and without the flags that freeze them, which follow from AIWQ's ranking.
+  """A state on the host as checkpoints hold it: every leaf under its path in the model.
+
+  It lacks the frozen kernels' momentum and what is `NotSaved`, as the flags that freeze kernels:
+  they follow from AIWQ's ranking.
   """
   frozen = frozenset()
-  for node in jax.tree.leaves(state.opt_state, is_leaf=_is_packed_or_flags):
+  for node in jax.tree.leaves(state.opt_state, is_leaf=_is_whole):
     if isinstance(node, FrozenKernels):
       frozen |= node.names()
 
   def saved(node):
-    if isinstance(node, FrozenKernels):
+    if isinstance(node, NotSaved):
       return optax.MaskedNode()
     if not isinstance(node, Packed):
       return node
     masked = dict.fromkeys(frozen & node.arrays.keys(), optax.MaskedNode())
     return unpack(node.replace(arrays={**node.arrays, **masked}))
 
-  opt_state = jax.tree.map(saved, state.opt_state, is_leaf=_is_packed_or_flags)
+  opt_state = jax.tree.map(saved, state.opt_state, is_leaf=_is_whole)
   return unpack(state.replace(opt_state=opt_state))
 
 
-def _is_packed_or_flags(node: Any) -> bool:
-  return isinstance(node, Packed | FrozenKernels)
+def _is_whole(node: Any) -> bool:
+  return isinstance(node, Packed | NotSaved)
 
 
 def from_saved(saved: Any, template: TrainState) -> TrainState:
@@ -97,13 +100,13 @@ def from_saved(saved: Any, template: TrainState) -> TrainState:
 
   Args:
     saved: of the structure of `saved_form(template)`.
-    template: of the beginning of the phase, on the host. It gives the packing, the flags that
-      freeze kernels, and the momentum of those that are frozen.
+    template: of the beginning of the phase, on the host. It gives the packing, what is `NotSaved`,
+      and the momentum of frozen kernels.
   """
 
   def packed(node, value):
-    if isinstance(node, FrozenKernels):
+    if isinstance(node, NotSaved):
       return node
     return node.filled(value) if isinstance(node, Packed) else value
 
-  return jax.tree.map(packed, template, saved, is_leaf=_is_packed_or_flags)
+  return jax.tree.map(packed, template, saved, is_leaf=_is_whole)

@@ -3,7 +3,7 @@ arguments.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from profit_jax.config import ConfigError, OscillationSettings
+from profit_jax.config import ConfigError
 from profit_jax.data.normalize import Normalization, normalize
 from profit_jax.nn.layers import at_least_float32
 from profit_jax.nn.spec import KERNEL, ModelSpec, split_path
 from profit_jax.quant import duq
 from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import value_of
-from profit_jax.train import aiwq, oscillation
+from profit_jax.train import aiwq
+from profit_jax.train.oscillation import added_losses
 from profit_jax.train.packing import unpack
 from profit_jax.train.state import TrainState
 
@@ -66,8 +67,7 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
   accumulation_steps: int = 1,
   dtype: Any = None,
   loss: LossFunction | None = None,
-  spec: ModelSpec | None = None,
-  oscillation_settings: OscillationSettings = OscillationSettings(),
+  projections: Mapping[str, optax.GradientTransformationExtraArgs] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics, aiwq.AiwqState | None]]:
   """A training step, and a sampling step when it is given an `AiwqState`; not yet jitted.
 
@@ -80,17 +80,19 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
     key: folded with `state.step` for dropout.
     teacher: the teacher's variables, or None.
     sampling: an `AiwqState`, or None outside the sampling phase.
-    strengths: of the remedies, or None where there are none.
-  and returns the new state, the metrics `{loss, ce, kd, dampening, correct, examples, finite}`
-  and the new `AiwqState` (or None). `loss`, `ce`, `kd` and `dampening` are means over the examples.
-  `kd` exists only with a teacher. `dampening` exists only where it is on; it is its weighted loss,
-  and `loss` does not include it. `correct` and `examples` are counts. `finite` says whether the
-  loss, the optimizer's changes and the new running statistics are finite. Where `finite` is False,
-  the state is the old one: the state of a net that has become NaN explains nothing.
+    strengths: of the remedies by name, or None where none acts; see
+      `profit_jax/train/oscillation/`.
+  and returns the new state, the metrics `{loss, ce, kd, correct, examples, finite}` and the new
+  `AiwqState` (or None). `loss`, `ce` and `kd` are means over the examples. `kd` exists only with a
+  teacher. A remedy that adds a loss term adds its value, which `loss` does not include, under its
+  name. `correct` and `examples` are counts. `finite` says whether the loss, the optimizer's changes
+  and the new running statistics are finite. Where `finite` is False, the state is the old one: the
+  state of a net that has become NaN explains nothing.
 
   Args:
     model: the student.
-    tx: what `make_optimizer` gives; its labels decide what trains.
+    tx: what `make_optimizer` gives; its labels decide what trains. Besides `learning_rate`, its
+      `update` gets `tree`, the nested params, `bits` and `strengths`.
     normalization: of uint8 images.
     ema_rate: share of the old average that a step keeps (0.9997 in the reference).
     distillation: the teacher, where one is used.
@@ -99,8 +101,8 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
       once, by the parts' mean.
     dtype: of the activations and their gradients; None is that of the normalized images.
     loss: of the labels; None is `cross_entropy`.
-    spec: the student's, for the remedies.
-    oscillation_settings: theirs; see `profit_jax/train/oscillation.py`.
+    projections: of the params after the update, by the name of their state in
+      `TrainState.oscillation`; see `oscillation.Remedy.of_params`.
   """
 
   def step(state, batch, bits, learning_rate, key, teacher, sampling, strengths=None):
@@ -126,16 +128,22 @@ def make_train_step(  # noqa: PLR0913  one keyword for each setting
 
     grads, metrics, updates = _accumulate(gradient, batch, key, accumulation_steps)
     metrics["examples"] = examples
-    if strengths is not None and strengths.dampening is not None:
-      metrics["dampening"], more = _dampening(params, strengths, bits, spec)
-      grads = jax.tree.map(jnp.add, grads, more)
-
-    def repair(new):
-      return _fix_codes(new, strengths, bits, oscillation_settings.freeze_momentum, spec)
-
     grads = state.params.filled(grads)
     statistics = state.batch_stats.filled(updates.get("batch_stats", {}))
-    new, sums = _apply_gradients(state, tx, grads, learning_rate, statistics, ema_rate, repair)
+    given = {"bits": bits, "strengths": strengths}
+    changes, opt_state = tx.update(
+      grads, state.opt_state, state.params, learning_rate=learning_rate, tree=params, **given
+    )
+    metrics |= added_losses(opt_state)
+    new = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, changes),
+      batch_stats=statistics,
+      opt_state=opt_state,
+    )
+    new = _projected(new, projections or {}, given)
+    sums = _sum(changes, statistics)
+    new = _averaged(new, ema_rate)
     metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(sums)
     state = jax.tree.map(lambda n, o: jnp.where(metrics["finite"], n, o), new, state)
     if sampling is not None:
@@ -225,28 +233,12 @@ def _accumulate(gradient, batch, key, count):
   return grads, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), metrics), updates
 
 
-def _dampening(params, strengths, bits, spec):
-  """The weighted dampening loss and its gradient."""
-
-  def dampening(params):
-    return strengths.dampening * oscillation.dampening_loss(params, bits, spec)
-
-  return jax.value_and_grad(dampening)(params)
-
-
-def _fix_codes(state, strengths, bits, momentum, spec):
-  """The state after iterative freezing, where that is on."""
-  if strengths is None or strengths.threshold is None:
-    return state
-  params, oscillating = oscillation.fix_codes(
-    state.oscillation,
-    unpack(state.params),
-    bits,
-    strengths.threshold,
-    momentum,
-    spec,
-  )
-  return state.replace(params=state.params.with_kernels(params), oscillation=oscillating)
+def _projected(state, projections, given):
+  """The state after projections of its params."""
+  params, states = state.params, {}
+  for name, projection in projections.items():
+    params, states[name] = projection.update(params, state.oscillation[name], **given)
+  return state.replace(params=params, oscillation=states)
 
 
 def _forward(model, variables, step, image, bits, key, sampling):
@@ -262,22 +254,10 @@ def _forward(model, variables, step, image, bits, key, sampling):
   )
 
 
-def _apply_gradients(
-  state, tx, grads, learning_rate, batch_stats, ema_rate, repair
-) -> tuple[TrainState, jax.Array]:
-  """The state after an update, its average included; and a number that is finite if all changes and
-  statistics are.
-  """
-  changes, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
-  new = state.replace(
-    step=state.step + 1,
-    params=optax.apply_updates(state.params, changes),
-    batch_stats=batch_stats,
-    opt_state=opt_state,
-  )
-  new = repair(new)
-  # Of the changes, not the gradients: those of fixed kernels are not computed, nor those of frozen
-  # ones used.
+def _sum(changes, batch_stats) -> jax.Array:
+  """A number that is finite if all changes and statistics are."""
+  # Of the changes, not the gradients: those of fixed kernels are not computed, and those of frozen
+  # ones are not used.
   # Where a variance overflows, its inverse is 0: loss and gradient stay finite, the running
   # variance does not.
   # Joined first: the sum of an array is two kernels on a CPU.
@@ -285,13 +265,17 @@ def _apply_gradients(
     jnp.sum(leaf, axis=tuple(range(leaf.ndim - 1)))
     for leaf in jax.tree.leaves((changes, batch_stats))
   ]
-  total = jnp.sum(jnp.concatenate([jnp.atleast_1d(leaf) for leaf in leaves]))
-  if state.ema_params is not None:
-    new = new.replace(
-      ema_params=_ema(state.ema_params, new.params, ema_rate),
-      ema_batch_stats=_ema(state.ema_batch_stats, new.batch_stats, ema_rate),
-    )
-  return new, total
+  return jnp.sum(jnp.concatenate([jnp.atleast_1d(leaf) for leaf in leaves]))
+
+
+def _averaged(state: TrainState, rate: float) -> TrainState:
+  """The state with its average moved on, where it has one."""
+  if state.ema_params is None:
+    return state
+  return state.replace(
+    ema_params=_ema(state.ema_params, state.params, rate),
+    ema_batch_stats=_ema(state.ema_batch_stats, state.batch_stats, rate),
+  )
 
 
 def _ema(average: Any, value: Any, rate: float) -> Any:

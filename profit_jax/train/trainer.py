@@ -45,12 +45,13 @@ from profit_jax.quant import Bits, DuQ, Quantizer
 from profit_jax.schedule import Phase, with_separate_bn_programs
 from profit_jax.train import run_directory
 from profit_jax.train.loop import Loop
+from profit_jax.train.mesh import default_dtype, make_mesh
 from profit_jax.train.observer import Observer, Observers
 from profit_jax.train.optimizer import OptimizerFactory
-from profit_jax.train.programs import Programs, default_dtype, make_mesh
+from profit_jax.train.programs import Programs
 from profit_jax.train.progress import EpochRecord, PhaseRecord
 from profit_jax.train.run import Run
-from profit_jax.train.run_state import RunState
+from profit_jax.train.run_state import RunState, SavedRun, opened
 from profit_jax.train.start import Student, Teacher
 from profit_jax.train.steps import LossFunction
 
@@ -102,7 +103,7 @@ def claim(
 def train(
   run: Run,
   writer: checkpoints.Writer,
-  checkpoint: checkpoints.Checkpoint | None,
+  saved: SavedRun | None,
   mesh: Mesh,
   observers: Sequence[Observer],
   clock: Callable[[], float] = time.monotonic,
@@ -112,7 +113,7 @@ def train(
   Args:
     run: what is trained.
     writer: of checkpoints.
-    checkpoint: where to resume; None begins.
+    saved: where to resume; None begins.
     mesh: of the devices.
     observers: told of everything, and closed.
     clock: in seconds; decides when `checkpoint.minutes` are over.
@@ -135,7 +136,7 @@ def train(
       optimizer_factory=run.optimizer,
     )
     closing.callback(programs.close)
-    return Loop(run, programs, writer, observer, clock).run(checkpoint)
+    return Loop(run, programs, writer, observer, clock).run(saved)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,8 +260,7 @@ class Trainer:
       )
     if teacher is not None and not distills:
       phases = tuple(dataclasses.replace(phase, distill=True) for phase in phases)
-    oscillation = options.oscillation
-    if oscillation.dampening or oscillation.freeze_thresholds:
+    if options.oscillation.in_training:
       phases = with_separate_bn_programs(phases)
     self._model, self._phases = model, phases
     self._workdir = paths.opened("workdir", os.fspath(workdir))
@@ -320,11 +320,11 @@ class Trainer:
     distributed.require_equal("run", json.dumps(identity, sort_keys=True, default=str))
     with distributed.peers_needed(), contextlib.ExitStack() as closing:
       writer = claim(self._workdir, identity, options.checkpoint.keep, closing)
-      checkpoint = writer.read_newest(lambda text: warnings.warn(text, stacklevel=2))
+      saved = opened(writer.read_newest(lambda text: warnings.warn(text, stacklevel=2)))
       for callback in self._callbacks:
         callback.opened(self._workdir)
       mesh = make_mesh(settings, options.devices)
-      end = train(run, writer, checkpoint, mesh, self._callbacks, options.clock)
+      end = train(run, writer, saved, mesh, self._callbacks, options.clock)
     return self._result(end, spec, data, source, seed)
 
   def _settings(self, seed: int, source: BatchSource) -> Settings:
@@ -442,8 +442,7 @@ def _check_options(options: Options, quantizer: Quantizer) -> None:
     )
   except ConfigError as error:
     raise ConfigError(str(error).replace("config.", "Options.")) from None
-  oscillation = options.oscillation
-  if (oscillation.dampening or oscillation.freeze_thresholds) and not quantizer.one_interval:
+  if options.oscillation.in_training and not quantizer.one_interval:
     raise ConfigError(
       f"Options.oscillation is not allowed with {type(quantizer).__name__}: it needs a quantizer "
       "whose codes come from one interval, as DuQ or LSQ."

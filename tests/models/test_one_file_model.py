@@ -128,7 +128,7 @@ def test_its_export_computes_its_codes(settings):
 
 @pytest.fixture
 def run(settings, tmp_path):
-  """A run's directory as `train/checkpoint.py` leaves it, and its variables."""
+  """A run's directory as `train/run_state.py` leaves it, and its variables."""
   workdir = tmp_path / "run"
   workdir.mkdir()
   (workdir / "config.json").write_text(json.dumps(settings().to_dict()))

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from profit_jax import checkpoints
 from profit_jax.quant import QUANTIZERS, duq, named
 from profit_jax.quant.bits import Bits
 from profit_jax.report import plots
-from profit_jax.train import instability
+from profit_jax.train import instability, run_state
 from profit_jax.train.progress import EpochRecord, Progress
-from profit_jax.train.run_state import progress_of
 from tests.specs import hand_made
 
 
@@ -112,7 +110,7 @@ def test_the_distance_of_a_batch_from_the_running_statistics():
 
 
 def test_a_run_keeps_it_and_shows_it(finished_run):
-  progress = progress_of(checkpoints.read_newest(finished_run / "checkpoints", print))
+  progress = run_state.read(finished_run / "checkpoints", print).progress
   phases = json.loads((finished_run / "result.json").read_text())["phases"]
   for epoch in progress.epochs:
     phase = phases[epoch.phase - 1]

@@ -1,5 +1,6 @@
 """Remedies for oscillating weights: formulas, a hand-made history, and runs."""
 
+import functools
 import json
 import math
 import signal
@@ -7,12 +8,14 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
 from profit_jax import checkpoints, data
 from profit_jax.cli import app
 from profit_jax.config import ConfigError, OscillationSettings, parse
+from profit_jax.data.digits import INFO
 from profit_jax.data.normalize import Normalization
 from profit_jax.export.quantizers import quantized_kernel
 from profit_jax.models import REGISTRY, build, check
@@ -20,10 +23,21 @@ from profit_jax.nn.layers import BatchNorm
 from profit_jax.quant import DuQ, duq
 from profit_jax.quant.bits import Bits
 from profit_jax.schedule import plan
-from profit_jax.train import optimizer, oscillation, steps
+from profit_jax.train import optimizer, steps
 from profit_jax.train.interrupt import Stopped
+from profit_jax.train.mesh import make_mesh
+from profit_jax.train.oscillation import (
+  REMEDIES,
+  AddedLoss,
+  Remedies,
+  Remedy,
+  added_losses,
+  dampening,
+  freezing,
+)
 from profit_jax.train.packing import pack
-from profit_jax.train.state import create_state
+from profit_jax.train.programs import Programs
+from profit_jax.train.state import create_state, saved_form
 from tests.specs import hand_made, spec_of
 from tests.train.runs import STEPS_PER_EPOCH, WITHOUT_PLOTS, SignalAt, assert_same_run, number
 from tests.train.shared import tiny_config
@@ -41,7 +55,7 @@ def test_dampening_pulls_to_the_middle_of_the_bin():
   # Steps of 0.5: the values of codes are -1.5 to 1.5.
   kernel = np.float32([0.1, 0.3, -0.6, 1.4, 1.6, -9.0])
   middle = np.float32([0.0, 0.5, -0.5, 1.5])
-  loss, gradient = jax.value_and_grad(oscillation.dampening_loss)(
+  loss, gradient = jax.value_and_grad(dampening.dampening_loss)(
     params(kernel), BITS, hand_made(params(kernel))
   )
   np.testing.assert_allclose(loss, np.sum((kernel[:4] - middle) ** 2), rtol=1e-5)
@@ -65,15 +79,15 @@ def test_dampening_knows_channels_and_the_bits_of_single_layers():
   expected = np.sum(
     np.where(np.abs(kernel) < step * 127, (kernel - step * np.rint(kernel / step)) ** 2, 0)
   )
-  np.testing.assert_allclose(oscillation.dampening_loss(tree, given, spec), expected, rtol=1e-4)
+  np.testing.assert_allclose(dampening.dampening_loss(tree, given, spec), expected, rtol=1e-4)
 
 
 def history(codes, threshold, momentum=0.1):
   """`fix_codes` over a weight's codes, one a step: the state after each, and the latent kernels."""
   spec = hand_made(params([0.0]))
-  state, kernels, states = oscillation.start(spec.kernels), [], []
+  state, kernels, states = freezing.start(spec.kernels), [], []
   for code in codes:
-    new, state = oscillation.fix_codes(
+    new, state = freezing.fix_codes(
       state, params([code * 0.5 + 0.07]), BITS, threshold, momentum, spec
     )
     states.append(state)
@@ -112,7 +126,7 @@ def test_a_code_that_oscillates_is_fixed_to_its_mean():
 def test_a_fixed_code_stays_when_its_interval_moves():
   states, _ = history([1, 2, 1, 2, 1], threshold=0.15)
   tree = params([0.2], a=6.0)
-  new, state = oscillation.fix_codes(states[-1], tree, BITS, 0.15, 0.1, hand_made(tree))
+  new, state = freezing.fix_codes(states[-1], tree, BITS, 0.15, 0.1, hand_made(tree))
   assert state.fixed["conv"][0]
   code = int(state.codes["conv"][0])
   assert code in (1, 2)
@@ -123,14 +137,14 @@ def test_a_fixed_code_stays_when_its_interval_moves():
 def test_fixed_codes_of_channels_with_intervals_of_their_own():
   intervals = jnp.float32([1.5, 3.0])
   spec = hand_made(params(np.zeros((1, 2))), Bits(quantizer=DuQ(per_channel=True)))
-  state = oscillation.start(spec.kernels)
+  state = freezing.start(spec.kernels)
   for code in (1, 2, 1, 2, 1):
     tree = params(np.float32([[0.5, 1.0]]) * code)
     tree["conv"] |= {
       "quant_a": duq.inverse_softplus(intervals),
       "quant_c": duq.inverse_softplus(intervals),
     }
-    new, state = oscillation.fix_codes(state, tree, BITS, 0.15, 0.1, spec)
+    new, state = freezing.fix_codes(state, tree, BITS, 0.15, 0.1, spec)
   assert state.fixed["conv"].all()
   np.testing.assert_allclose(new["conv"]["kernel"], [[0.5, 1.0]], rtol=1e-6)
 
@@ -149,24 +163,21 @@ def test_strengths_are_annealed_over_all_phases_of_the_bits(tiny):
   w4 = [p for p in phases if p.weight_bits == 4 and p.kind != "bn"]
   assert [p.kind for p in w4] == ["sampling"] + ["finetune"] * 3
   total, steps_per_epoch, done = sum(p.epochs for p in w4) * 10, 10, 0
+  remedies = Remedies(settings.oscillation)
   for phase in w4:
     for step in range(phase.epochs * steps_per_epoch):
-      found = oscillation.strengths(settings.oscillation, phases, phase, step, steps_per_epoch)
+      found = remedies.strengths(phases, phase, step, steps_per_epoch)
       left = (1 + math.cos(math.pi * done / total)) / 2
       np.testing.assert_allclose(
-        [found.dampening, found.threshold], [0.4 * (1 - left), 0.02 + 0.08 * left], rtol=1e-5
+        [found["dampening"], found["freezing"]], [0.4 * (1 - left), 0.02 + 0.08 * left], rtol=1e-5
       )
       done += 1
   assert done == total
   high = next(p for p in phases if p.weight_bits == 8 and p.kind == "finetune")
-  assert (
-    oscillation.strengths(settings.oscillation, phases, high, 0, 10).threshold > 1
-  )  # no frequency is
+  assert remedies.strengths(phases, high, 0, 10)["freezing"] > 1  # no frequency is
   for phase in phases:
-    assert (oscillation.strengths(settings.oscillation, phases, phase, 0, 10) is None) == (
-      not phase.trains_codes
-    )
-  assert oscillation.strengths(OscillationSettings(), phases, w4[0], 0, 10) is None
+    assert (remedies.strengths(phases, phase, 0, 10) is None) == (not phase.trains_codes)
+  assert Remedies(OscillationSettings()).strengths(phases, w4[0], 0, 10) is None
 
 
 @pytest.mark.parametrize(
@@ -197,6 +208,7 @@ def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
     labels,
     optimizer.SgdSettings(weight_decay=0.0, momentum=0.0, quantizer_lr_scale=0.01),
     frozenset({"conv1/kernel"}),
+    of_gradient=[dampening.add_dampening(spec)],
   )
   norm = Normalization((0.3,) * 3, (0.35,) * 3)
   step = jax.jit(
@@ -205,8 +217,6 @@ def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
       tx,
       normalization=norm,
       ema_rate=0.9,
-      spec=spec,
-      oscillation_settings=OscillationSettings(dampening=0.5),
     )
   )
   state = create_state(variables, spec, ema=False)
@@ -218,11 +228,11 @@ def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
   }
 
   def after(weight):
-    strengths = oscillation.Strengths(dampening=np.float32(weight))
+    strengths = {"dampening": np.float32(weight)}
     return step(state, batch, Bits(3, 3), np.float32(0.1), jax.random.key(0), None, None, strengths)
 
   (plain, _, _), (damped, metrics, _) = after(0.0), after(0.5)
-  loss, gradient = jax.value_and_grad(oscillation.dampening_loss)(
+  loss, gradient = jax.value_and_grad(dampening.dampening_loss)(
     variables["params"], Bits(3, 3), spec
   )
   np.testing.assert_allclose(metrics["dampening"], 0.5 * loss, rtol=1e-5)
@@ -231,6 +241,57 @@ def test_the_optimizer_gets_the_gradient_of_dampening(tiny):
     moved = kernels[0] - kernels[1]
     expected = 0.0 if layer == "conv1" else -0.1 * 0.5 * gradient[layer]["kernel"]
     np.testing.assert_allclose(moved, np.broadcast_to(expected, moved.shape), atol=1e-6)
+
+
+class Pull(Remedy):
+  """A remedy as a user would add it: pulls every kernel down, and counts the steps."""
+
+  name = "pull"
+  is_on = True
+
+  def summary(self):
+    return "pulls"
+
+  def strength(self, weight_bits, left):
+    return 0.5
+
+  def of_gradient(self, spec):
+    def update(updates, state, params=None, *, strengths, **_):
+      kernels = {f"{layer}/kernel" for layer in spec.kernels}
+      arrays = {
+        name: leaf + strengths["pull"] if name in kernels else leaf
+        for name, leaf in updates.arrays.items()
+      }
+      return updates.replace(arrays=arrays), state.replace(value=strengths["pull"])
+
+    first = AddedLoss(np.zeros((), np.float32), "pull")
+    return optax.GradientTransformationExtraArgs(lambda _: first, update)
+
+  def of_params(self, spec):
+    def update(params, state, before=None, **_):
+      return params, state + 1
+
+    return optax.GradientTransformationExtraArgs(lambda _: np.zeros((), np.int32), update)
+
+
+def test_a_remedy_needs_nothing_but_its_class(tiny, monkeypatch):
+  monkeypatch.setitem(REMEDIES, "pull", Pull)
+  settings = parse(tiny_config(), REGISTRY)
+  assert Remedies(settings.oscillation).summary() == "pulls"
+  spec = spec_of(TinyNet(), 16)
+  programs = Programs(settings, INFO, spec, spec, make_mesh(settings))
+  programs.close()  # nothing is compiled
+  trains = plan(settings)[-2].program
+  for program, acts in ((trains, True), (trains._replace(train_kernels=False), False)):
+    first = jax.eval_shape(functools.partial(programs.states.first, program))
+    state, metrics, _ = programs.tracer.train_step(program).out_info
+    # Steps follow on each other, and every checkpoint has what the remedy carries.
+    assert jax.tree.structure(state) == jax.tree.structure(first)
+    assert ("pull" in metrics) == ("pull" in state.oscillation) == acts
+  # Its loss term is no part of a checkpoint.
+  saved = saved_form(jax.device_get(programs.states.first(trains)))
+  assert not added_losses(saved.opt_state)
+  assert saved.oscillation == {"pull": 0}
 
 
 SHORT = {
@@ -264,9 +325,9 @@ def test_all_remedies_and_profit_in_one_run(remedied):
   )
   # The last phase's state: what is fixed has its code's value, and stays fixed from phase to phase.
   state = checkpoints.read_newest(remedied / "checkpoints", pytest.fail).section("state")
-  shares = []
+  shares, frozen = [], "oscillation/freezing"
   for layer in ("conv0", "conv1", "conv2", "classifier"):
-    fixed, mean = state[f"oscillation/fixed/{layer}"], state[f"oscillation/mean/{layer}"]
+    fixed, mean = state[f"{frozen}/fixed/{layer}"], state[f"{frozen}/mean/{layer}"]
     kernel, interval = (
       state[f"params/{layer}/kernel"],
       np.logaddexp(0, state[f"params/{layer}/quant_a"]),

@@ -13,7 +13,8 @@ from profit_jax.config import parse
 from profit_jax.data.digits import INFO
 from profit_jax.models import REGISTRY
 from profit_jax.schedule import ProgramKey
-from profit_jax.train.programs import Programs, default_dtype
+from profit_jax.train.mesh import default_dtype
+from profit_jax.train.programs import Programs
 from tests.specs import spec_of
 from tests.traced import TwoBlocks
 
@@ -30,7 +31,7 @@ def traced(step, platform="cpu", dtype="bfloat16"):
   programs = Programs(settings, INFO, spec, spec, mesh, platform=platform)
   programs.close()  # nothing is compiled
   if step == "eval":
-    return programs.trace_eval_step(quantized_weights=True, quantized_acts=True)
+    return programs.tracer.eval_step(quantized_weights=True, quantized_acts=True)
   program = ProgramKey(
     quantized_weights=True,
     quantized_acts=True,
@@ -38,7 +39,7 @@ def traced(step, platform="cpu", dtype="bfloat16"):
     sampling=step == "sampling",
     distill=step == "train",
   )
-  return programs.trace_train_step(program)
+  return programs.tracer.train_step(program)
 
 
 @pytest.mark.parametrize(("platform", "name"), [("cpu", "cpu"), ("gpu", "cuda"), ("tpu", "tpu")])

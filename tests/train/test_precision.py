@@ -12,8 +12,9 @@ from profit_jax.data.digits import INFO
 from profit_jax.models import REGISTRY
 from profit_jax.quant.bits import Bits
 from profit_jax.train import optimizer, steps
+from profit_jax.train.mesh import make_mesh
 from profit_jax.train.packing import pack, unpack
-from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.programs import Programs
 from profit_jax.train.state import create_state
 from tests.specs import spec_of
 from tests.train.shared import tiny_config
@@ -104,7 +105,7 @@ def test_a_run_computes_in_its_data_type(tiny, dtype, halved):
     settings, INFO, spec_of(TinyNet(), 16), spec_of(TinyNet(), 16), make_mesh(settings)
   )
   programs.close()  # nothing is compiled
-  traced = programs.trace_train_step(schedule.plan(settings)[-1].program)
+  traced = programs.tracer.train_step(schedule.plan(settings)[-1].program)
   convolutions = [
     line for line in str(traced.jaxpr).splitlines() if "= conv_general_dilated[" in line
   ]

@@ -15,7 +15,8 @@ import pytest
 from profit_jax.config import parse
 from profit_jax.data.digits import INFO
 from profit_jax.models import REGISTRY
-from profit_jax.train.programs import Programs, make_mesh
+from profit_jax.train.mesh import make_mesh
+from profit_jax.train.programs import Programs
 from tests.specs import spec_of
 from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
@@ -76,7 +77,7 @@ def test_programs_are_compiled_in_the_order_of_the_requests(programs, monkeypatc
     time.sleep(0.2 if who == "teacher" else 0)
     return Evaluation(who, order, may_end)
 
-  monkeypatch.setattr(programs, "trace_eval_step", trace)
+  monkeypatch.setattr(programs.tracer, "eval_step", trace)
   programs.prefetch((), ["teacher", "student"])
   assert programs.eval_step(False, False, "student") == "student"
   assert order == ["teacher", "student"]
@@ -85,7 +86,7 @@ def test_programs_are_compiled_in_the_order_of_the_requests(programs, monkeypatc
 def test_what_waits_is_not_compiled_once_all_is_closed(programs, monkeypatch):
   compiled, may_end = [], threading.Event()
   monkeypatch.setattr(
-    programs, "trace_eval_step", lambda *arguments: Evaluation(arguments[2], compiled, may_end)
+    programs.tracer, "eval_step", lambda *arguments: Evaluation(arguments[2], compiled, may_end)
   )
   programs.prefetch((), ["teacher", "student"])
   end = time.monotonic() + 60

@@ -281,7 +281,7 @@ def test_both_paddings_of_a_torchvision_v3_are_evaluated(tmp_path, capsys):
 
 
 def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys):
-  # A run's directory as `train/checkpoint.py` leaves it, without the run.
+  # A run's directory as `train/run_state.py` leaves it, without the run.
   settings = parse(digits_w4.get_config(), REGISTRY)
   rng = np.random.default_rng(0)
   shapes = variable_shapes(build(settings.model, 10), 32)

@@ -12,14 +12,18 @@ from tests.train.tiny import TinyNet
 SHAPE = (16, 16, 3)
 
 
+class OwnNet(TinyNet):
+  """A model that is not registered, whatever other tests in the process register."""
+
+
 @pytest.fixture(scope="module")
 def variables():
-  return jax.device_get(spec_of(TinyNet(), 16).init(jax.random.key(0)))
+  return jax.device_get(spec_of(OwnNet(), 16).init(jax.random.key(0)))
 
 
 def test_weights_come_back_to_the_bit(tmp_path, variables):
   pj.save_weights(variables, tmp_path / "tiny.safetensors")
-  back = pj.load_weights(tmp_path / "tiny.safetensors", TinyNet(), SHAPE)
+  back = pj.load_weights(tmp_path / "tiny.safetensors", OwnNet(), SHAPE)
   jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
@@ -27,12 +31,12 @@ def test_weights_come_back_to_the_bit(tmp_path, variables):
   ("model", "quantizer", "message"),
   [
     (
-      TinyNet(num_classes=3),
+      OwnNet(num_classes=3),
       pj.DuQ(),
       r"classifier/kernel has the shape \(16, 10\), not \(16, 3\)",
     ),
-    (TinyNet(), pj.LSQ(), r"params/.*/quant_c is not in the model.*and \d+ more"),
-    (TinyNet(), pj.QIL(), r"quant_width is missing|quant_center is missing"),
+    (OwnNet(), pj.LSQ(), r"params/.*/quant_c is not in the model.*and \d+ more"),
+    (OwnNet(), pj.QIL(), r"quant_width is missing|quant_center is missing"),
   ],
 )
 def test_the_weights_of_another_model_are_refused(tmp_path, variables, model, quantizer, message):
