@@ -386,7 +386,7 @@ def _with_rules(config: dict[str, Any]) -> dict[str, Any]:
     return config
   quant = dict(quant)
   first, last = quant.pop("first_bits", 0), quant.pop("last_bits", 0)
-  name = model.get("name") if isinstance(model, Mapping) else None
+  name = str(model.get("name")) if isinstance(model, Mapping) else ""
   if (first or last) and name not in _LAST_BITS_OF_INPUT:
     raise ConfigError(
       f"quant.first_bits = {first!r} and quant.last_bits = {last!r} of the model {name!r} are of "

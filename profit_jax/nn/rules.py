@@ -102,8 +102,8 @@ def _activations(
   if all(index is None or rules[index][2] is None for index in chosen.values()):
     return {}
   sources = feeds.quantizers_of(spec)
-  for index, rule in enumerate(rules[:count]):
-    matched = [layer for layer in chosen if chosen[layer] == index]
+  for own, rule in enumerate(rules[:count]):
+    matched = [layer for layer in chosen if chosen[layer] == own]
     if rule[2] is not None and not any(sources[layer] for layer in matched):
       raise ConfigError(
         f"{field}: the rule {rule!r} has bits for the inputs of {_listed(matched)}, which no "
@@ -138,7 +138,7 @@ def _unused(rules: Sequence[Rule], index: int, spec: ModelSpec, field: str) -> s
     return f"{field}: the rule {rule!r} matches no layer: the model has none that is quantized."
   matched = [layer for layer in layers if re.fullmatch(expression, layer)]
   if matched:
-    first = rules[_first(rules, matched[0])]
+    first = next(other for other in rules if re.fullmatch(other[0], matched[0]))
     return (
       f"{field}: the rule {rule!r} decides nothing: rules before it match all of its layers, as "
       f"{first!r} matches {matched[0]!r}. Remove it, or put it first."

@@ -17,7 +17,8 @@ from profit_jax.nn.rules import policy_quantizer, policy_rules, with_rules
 from profit_jax.nn.spec import describe
 from profit_jax.quant import LSQ, Bits
 from profit_jax.quant.quantized import value_of
-from profit_jax.train import aiwq, instability, oscillation, steps
+from profit_jax.train import aiwq, instability, steps
+from profit_jax.train.oscillation import dampening, freezing
 from tests.export.nets import random_values, settings_of
 from tests.train.tiny import TinyNet
 
@@ -254,12 +255,10 @@ def test_float_layers_are_excluded_from_what_watches_codes(tiny_spec):
 
 def test_codes_above_four_bits_are_not_fixed():
   spec = ruled(("conv1", 8, None), ("conv2", 3, None), model=TinyNet())
-  params, state = random_values(spec.shapes)["params"], oscillation.start(spec.kernels)
+  params, state = random_values(spec.shapes)["params"], freezing.start(spec.kernels)
   for sign in (1.0, -1.0, 1.0):  # every code that is not 0 moves there and back
     turned = jax.tree.map(lambda leaf, sign=sign: leaf * sign if leaf.ndim > 1 else leaf, params)
-    _, state = oscillation.fix_codes(
-      state, turned, spec.bits.at(2, None), jnp.float32(0.4), 0.5, spec
-    )
+    _, state = freezing.fix_codes(state, turned, spec.bits.at(2, None), jnp.float32(0.4), 0.5, spec)
   fixed = {layer: bool(codes.any()) for layer, codes in state.fixed.items()}
   assert fixed == {"conv0": True, "conv1": False, "conv2": True, "classifier": True}
 
@@ -267,6 +266,6 @@ def test_codes_above_four_bits_are_not_fixed():
 def test_dampening_pulls_to_the_codes_of_the_layer():
   spec = ruled(("conv1", 8, None), model=TinyNet())
   params = random_values(spec.shapes)["params"]
-  own = oscillation.dampening_loss(params, spec.bits.at(2, None), spec)
-  usual = oscillation.dampening_loss(params, Bits(2), spec)
+  own = dampening.dampening_loss(params, spec.bits.at(2, None), spec)
+  usual = dampening.dampening_loss(params, Bits(2), spec)
   assert own < usual

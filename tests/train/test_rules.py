@@ -10,8 +10,8 @@ from flax import traverse_util
 from profit_jax.cli import app, compare
 from profit_jax.config import parse
 from profit_jax.models import REGISTRY, student_spec
+from profit_jax.train.compiler import Compiler
 from profit_jax.train.interrupt import Stopped
-from profit_jax.train.programs import Programs
 from tests.train.runs import (
   STEPS_PER_EPOCH,
   WITHOUT_PLOTS,
@@ -42,14 +42,14 @@ RULES = {
 @pytest.fixture(scope="module")
 def compiled():
   """The keys of the programs that are compiled, in order."""
-  keys, make = [], Programs._make
+  keys, make = [], Compiler._make
 
-  def note(programs, key, trace, turn):
+  def note(compiler, key, turn):
     keys.append(key)
-    return make(programs, key, trace, turn)
+    return make(compiler, key, turn)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Programs, "_make", note)
+    patch.setattr(Compiler, "_make", note)
     yield keys
 
 
