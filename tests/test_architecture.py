@@ -26,6 +26,7 @@ ORDER = [
   "data",
   "train",
   "export",
+  "sensitivity",
   "report",
   "cli",
 ]

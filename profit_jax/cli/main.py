@@ -36,6 +36,7 @@ COMMANDS = {
   "ablate": "train a grid of runs and compare them",
   "predict": "classify pictures with an exported file",
   "prepare": "download and prepare a tensorflow-datasets set",
+  "sensitivity": "measure where bits matter, and assign them within a budget",
   "to-torch": "write a run's best weights for PyTorch",
 }
 _USAGE = "usage: profit COMMAND [OPTIONS]; profit COMMAND --help lists the options."
@@ -205,5 +206,5 @@ def _help() -> str:
     "plan": "print the phases of a configuration",
     "export": "write a run's best checkpoint as verified integer model files",
   }
-  lines = [f"  {name:9} {text}" for name, text in (modes | COMMANDS).items()]
+  lines = [f"  {name:11} {text}" for name, text in (modes | COMMANDS).items()]
   return "\n".join([_USAGE, "", *lines])

@@ -24,6 +24,7 @@ from profit_jax.quant import duq
 from profit_jax.quant.base import PREFIX
 from profit_jax.quant.bits import Bits
 from profit_jax.schedule import Phase
+from profit_jax.sensitivity import Sensitivity
 from profit_jax.train import aiwq
 from profit_jax.train.progress import EpochRecord, Progress
 
@@ -197,6 +198,42 @@ def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
         axis.axvline(epoch + 0.5, color="0.6", linewidth=0.5, linestyle=":")
   axes[0, 0].legend(fontsize=8, loc="lower left")
   axes[-1, 0].set_xlabel("epoch")
+  _save(figure, path)
+
+
+def plot_sensitivity(found: Sensitivity, path: epath.Path) -> None:
+  """Draws the change of the loss of every part, the layers from input to output."""
+  layers = list(dict.fromkeys(part.layers[0] for part in found.parts))
+  sides = {"weights": "Weights", "inputs": "Inputs"}
+  figure, axes = plt.subplots(
+    1, 2, figsize=(10, 1.6 + 0.17 * len(layers)), sharey=True, sharex=True, layout="constrained"
+  )
+  colours = plt.get_cmap("viridis_r")(np.linspace(0.1, 1.0, len(found.bits)))
+  for axis, (side, title) in zip(axes, sides.items(), strict=True):
+    for width, colour in zip(found.bits, colours, strict=True):
+      points = [
+        (fall.loss, layers.index(part.layers[0]))
+        for part in found.parts
+        if part.side == side
+        for fall in part.falls
+        if fall.bits == width and np.isfinite(fall.loss)
+      ]
+      if points:
+        axis.scatter(*zip(*points, strict=True), s=16, color=colour, label=f"{width} bits")
+    axis.axvline(0.0, color="#888888", linewidth=0.8)
+    axis.grid(axis="both", color="#e6e6e6", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.set_title(f"{title} of one layer alone fall")
+    axis.set_xlabel("change of the loss")
+  changes = [abs(fall.loss) for part in found.parts for fall in part.falls]
+  largest = max((c for c in changes if np.isfinite(c)), default=1.0)
+  axes[0].set_xscale("symlog", linthresh=max(largest / 100.0, 1e-6), linscale=0.5)
+  axes[0].set_yticks(range(len(layers)), layers, fontsize=7)
+  axes[0].invert_yaxis()
+  handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+  handles |= dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
+  axes[1].legend(handles.values(), handles.keys(), loc="lower right", fontsize=8)
+  path.parent.mkdir(parents=True, exist_ok=True)
   _save(figure, path)
 
 
