@@ -27,7 +27,7 @@ if TYPE_CHECKING:
   from profit_jax.quant import HSWISH_MINIMUM, LSQ, PACT, QIL, Bits, DuQ, Quantized, Quantizer
   from profit_jax.report.tensorboard import TensorBoard
   from profit_jax.schedule import Phase, profit_schedule
-  from profit_jax.sensitivity import Assignment, Sensitivity, assign, measure_sensitivity
+  from profit_jax.sensitivity import Assignment, Sensitivity, assign_bits, measure_sensitivity
   from profit_jax.train.interrupt import Stopped
   from profit_jax.train.nonfinite import NotFinite
   from profit_jax.train.observer import EpochReport, Observer
@@ -70,7 +70,7 @@ _MODULES = {
   "TensorBoard": "profit_jax.report.tensorboard",
   "TrainSettings": "profit_jax.config",
   "Trainer": "profit_jax.train.trainer",
-  "assign": "profit_jax.sensitivity",
+  "assign_bits": "profit_jax.sensitivity",
   "hard_sigmoid": "profit_jax.nn.functions",
   "hard_swish": "profit_jax.nn.functions",
   "load_weights": "profit_jax.weights.library",
@@ -118,7 +118,7 @@ __all__ = [
   "TrainSettings",
   "Trainer",
   "__version__",
-  "assign",
+  "assign_bits",
   "export",
   "hard_sigmoid",
   "hard_swish",

@@ -29,7 +29,7 @@ from profit_jax.sensitivity import (
   Part,
   Sensitivity,
   Subject,
-  assign,
+  assign_bits,
   measure,
 )
 from profit_jax.sensitivity.measure import IMAGES
@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
   content = {"workdir": str(workdir), **found.to_dict(), "assignment": None}
   try:
     if budget is not None:
-      assigned = assign(found, *budget)
+      assigned = assign_bits(found, *budget)
       plan = options_of(assigned, settings.plan)
       content["assignment"] = {**assigned.to_dict(), "budget": dict([budget]), "options": plan}
       _print_assignment(screen, assigned, f"{budget[1]:,} {budget[0]}", plan)

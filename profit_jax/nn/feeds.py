@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.extend import core
@@ -17,6 +18,7 @@ from jax.extend import core
 from profit_jax.config import ConfigError
 from profit_jax.nn import tracing
 from profit_jax.nn.spec import ModelSpec, describe
+from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import value_of
 
 Quantizers = tuple[str, ...]
@@ -46,7 +48,7 @@ def quantizers_of(spec: ModelSpec) -> dict[str, Quantizers]:
 
 
 @functools.lru_cache(maxsize=32)
-def _traced(model, input_shape, bits):
+def _traced(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> dict[str, Quantizers]:
   shapes = describe(model, input_shape, bits).shapes
   image = jax.ShapeDtypeStruct((2, *input_shape), np.float32)
 

@@ -1,10 +1,10 @@
 """Where bits matter: what every layer alone loses at fewer bits, and the bits that a budget buys.
 
 found = measure_sensitivity(result, data, bits=(2, 3, 4))
-print(assign(found, "bytes", 100_000).rules)
+print(assign_bits(found, "bytes", 100_000).rules)
 """
 
-from profit_jax.sensitivity.assign import Assignment, Budget, assign
+from profit_jax.sensitivity.budget import Assignment, Budget, assign_bits
 from profit_jax.sensitivity.measure import (
   Fall,
   Part,
@@ -21,7 +21,7 @@ __all__ = [
   "Part",
   "Sensitivity",
   "Subject",
-  "assign",
+  "assign_bits",
   "measure",
   "measure_sensitivity",
 ]

@@ -222,7 +222,7 @@ def test_a_result_of_the_library_is_measured_and_assigned(tmp_path):
     ("weights", ("conv",)),
     ("weights", ("head",)),
   }
-  assigned = pj.assign(found, "bytes", 60)
+  assigned = pj.assign_bits(found, "bytes", 60)
   assert assigned.bytes <= 60 < assigned.full_bytes
   assert assigned.act_bits is None
   assert all(jnp.isfinite(fall.loss) for part in found.parts for fall in part.falls)

@@ -12,7 +12,7 @@ from profit_jax.export.costs import costs
 from profit_jax.nn.rules import with_rules
 from profit_jax.nn.spec import describe
 from profit_jax.quant import PACT, Bits
-from profit_jax.sensitivity import Fall, Sensitivity, assign
+from profit_jax.sensitivity import Fall, Sensitivity, assign_bits
 from profit_jax.sensitivity.measure import parts_of
 from tests.export.tiny import MIXED, TinyV1
 from tests.sensitivity.test_measure import subject_of
@@ -57,10 +57,10 @@ def cost_of_file(found, assigned):
 @pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
 def test_a_budget_is_met_and_a_file_costs_what_is_said(budget, share):
   found = found_of(EQUAL)
-  full = assign(found, budget, 10**12)
+  full = assign_bits(found, budget, 10**12)
   assert full.loss == 0.0
   most = int(share * getattr(full, budget))
-  assigned = assign(found, budget, most)
+  assigned = assign_bits(found, budget, most)
   assert getattr(assigned, budget) <= most
   assert cost_of_file(found, assigned) == (assigned.bytes, assigned.bops)
   assert (assigned.full_bytes, assigned.full_bops) == (full.bytes, full.bops)
@@ -73,9 +73,9 @@ def test_a_budget_is_met_and_a_file_costs_what_is_said(budget, share):
 def test_what_loses_least_for_its_bytes_falls_first():
   losses = EQUAL | {("weights", "block00/pointwise_conv"): 9.0}
   found = found_of(losses)
-  full = assign(found, "bytes", 10**12)
+  full = assign_bits(found, "bytes", 10**12)
   # The pointwise kernel has 128 of 576 weights and costs most; all others go first.
-  assigned = assign(found, "bytes", full.bytes // 2)
+  assigned = assign_bits(found, "bytes", full.bytes // 2)
   assert assigned.bits["block00/pointwise_conv"] == 8
   assert {width for path, width in assigned.bits.items() if "quant" in path} == {8}
   assert assigned.weight_bits < 8 == assigned.act_bits
@@ -83,11 +83,11 @@ def test_what_loses_least_for_its_bytes_falls_first():
 
 def test_what_is_saved_too_much_is_given_back():
   found = found_of({("weights", "stem_conv"): 1.0})
-  full = assign(found, "bytes", 10**12)
+  full = assign_bits(found, "bytes", 10**12)
   # All but the stem fall for nothing, so that it stays, whatever the first steps did.
   sizes = {"stem_conv": 216, "block00/depthwise_conv": 72, "block00/pointwise_conv": 128}
   assert full.bytes == sum(sizes.values()) + 160
-  assigned = assign(found, "bytes", 216 + (72 + 128 + 160) // 4)
+  assigned = assign_bits(found, "bytes", 216 + (72 + 128 + 160) // 4)
   assert assigned.bits["stem_conv"] == 8
   assert assigned.loss == 0.0
 
@@ -103,10 +103,10 @@ def test_a_fall_without_a_finite_loss_is_the_last():
     for part in found.parts
   ]
   found = dataclasses.replace(found, parts=tuple(parts))
-  assigned = assign(found, "bytes", 160 + (216 + 72 + 128) // 4)
+  assigned = assign_bits(found, "bytes", 160 + (216 + 72 + 128) // 4)
   assert assigned.bits["classifier"] == 8
   assert math.isfinite(assigned.loss)
-  everything = assign(found, "bytes", (160 + 216 + 72 + 128) // 4)
+  everything = assign_bits(found, "bytes", (160 + 216 + 72 + 128) // 4)
   assert everything.to_dict()["loss"] is None
 
 
@@ -114,9 +114,9 @@ def test_a_budget_that_cannot_be_met_names_the_least():
   with pytest.raises(
     ConfigError, match=r"--budget_bytes=100 cannot be met: all layers .* take 144 bytes"
   ):
-    assign(found_of(EQUAL), "bytes", 100)
+    assign_bits(found_of(EQUAL), "bytes", 100)
   with pytest.raises(ConfigError, match=r"--budget_bops=1 .* bit operations an image"):
-    assign(found_of(EQUAL), "bops", 1)
+    assign_bits(found_of(EQUAL), "bops", 1)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_a_budget_that_cannot_be_met_names_the_least():
 @pytest.mark.parametrize("share", [0.4, 0.7])
 def test_the_rules_give_the_bits_that_were_assigned(rules, policy, share):
   found = found_of(EQUAL, rules, policy, weight_bits=6, act_bits=5)
-  most = int(share * assign(found, "bops", 10**12).bops)
+  most = int(share * assign_bits(found, "bops", 10**12).bops)
   try:
-    assigned = assign(found, "bops", most)
+    assigned = assign_bits(found, "bops", most)
   except ConfigError:
     assert rules == MIXED  # most of it is in floats
     return
@@ -144,11 +144,11 @@ def test_codes_that_take_more_bits_cost_more_bytes():
   found = found_of({})
   spec = dataclasses.replace(found.subject.spec, bits=Bits(quantizer=PACT()))
   subject = dataclasses.replace(found.subject, spec=spec)
-  pact = assign(dataclasses.replace(found, subject=subject), "bytes", 10**12)
+  pact = assign_bits(dataclasses.replace(found, subject=subject), "bytes", 10**12)
   least = {"duq": 144, "pact": 288}  # PACT's codes of 2 bits are odd numbers from -3 to 3
-  assert pact.bytes == assign(found, "bytes", 10**12).bytes
+  assert pact.bytes == assign_bits(found, "bytes", 10**12).bytes
   for name, of in (("duq", found), ("pact", dataclasses.replace(found, subject=subject))):
-    assert assign(of, "bytes", least[name]).bytes == least[name]
+    assert assign_bits(of, "bytes", least[name]).bytes == least[name]
     with pytest.raises(ConfigError, match=f"take {least[name]} bytes"):
-      assign(of, "bytes", least[name] - 1)
+      assign_bits(of, "bytes", least[name] - 1)
   assert np.isfinite(pact.loss)

@@ -58,7 +58,7 @@ class Assignment:
     return {**plain, "loss": self.loss if math.isfinite(self.loss) else None}
 
 
-def assign(found: Sensitivity, budget: Budget, most: int) -> Assignment:
+def assign_bits(found: Sensitivity, budget: Budget, most: int) -> Assignment:
   """The bits of all layers within a budget.
 
   Lowers one part after the other, each time the one whose loss rises least for what it saves. Then
