@@ -62,7 +62,7 @@ def with_rules(
 
   Raises:
     ConfigError: a rule that decides about no layer, or that gives activation bits where no
-      quantizer feeds the layer; two layers that want different bits of one quantizer.
+      quantizer feeds the layer; two rules that want different bits of one quantizer.
   """
   layers = list(spec.all_kernels)
   own_rules = [tuple(rule) for rule in rules]
@@ -109,25 +109,19 @@ def _activations(
         f"{field}: the rule {rule!r} has bits for the inputs of {_listed(matched)}, which no "
         "quantizer feeds: they read images or floats. Give None as its activation bits."
       )
-  wanted: dict[str, tuple[str, Any]] = {}  # by quantizer: the layer that wants, and what
+  wanted: dict[str, tuple[str, int]] = {}  # by quantizer: the first layer that wants, and its rule
   for layer, index in chosen.items():
-    bits = None if index is None else rules[index][2]
+    if index is None or rules[index][2] is None:
+      continue
     for quantizer in sources[layer]:
-      other, its = wanted.setdefault(quantizer, (layer, bits))
-      if its != bits:
+      other, first = wanted.setdefault(quantizer, (layer, index))
+      if rules[first][2] != rules[index][2]:
         raise ConfigError(
           f"{field} gives the quantizer {quantizer!r} two widths: it feeds {other!r} "
-          f"({_said(rules, chosen[other])}) and {layer!r} ({_said(rules, index)}). Give "
-          "both layers the same activation bits."
+          f"({rules[first][2]!r}, by {rules[first]!r}) and {layer!r} ({rules[index][2]!r}, by "
+          f"{rules[index]!r}). Give both layers the same activation bits, or one of them None."
         )
-  return {path: bits for path, (_, bits) in wanted.items() if bits is not None}
-
-
-def _said(rules: Sequence[Rule], index: int | None) -> str:
-  if index is None or rules[index][2] is None:
-    return "as the phase says" if index is None else f"as the phase says, by {rules[index]!r}"
-  bits = rules[index][2]
-  return f"{bits if bits == FLOAT else f'{bits} bits'}, by {rules[index]!r}"
+  return {path: rules[index][2] for path, (_, index) in wanted.items()}
 
 
 def _unused(rules: Sequence[Rule], index: int, spec: ModelSpec, field: str) -> str:

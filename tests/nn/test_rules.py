@@ -105,6 +105,11 @@ def test_a_quantizer_can_stay_in_full_precision():
   assert "last_quant" not in spec.quantizers
 
 
+def test_one_rule_decides_about_a_quantizer_that_other_layers_read_too():
+  assert widths(ruled(("left", None, 8))) == {"shared_quant": 8}
+  assert widths(ruled(("left", None, 8), ("right", 6, None))) == {"shared_quant": 8, "right": 6}
+
+
 @pytest.mark.parametrize(
   ("policy", "expected"),
   [
@@ -136,13 +141,9 @@ def test_every_policy_that_a_configuration_can_name_is_known():
     ([(".*t", 8, None), ("left", 4, None)], r"'left', 4, None\) decides nothing: .*'\.\*t'"),
     ([("stem", 8, 8)], r"bits for the inputs of 'stem', which no quantizer feeds"),
     (
-      [("left", 8, 8)],
-      r"'shared_quant' two widths: it feeds 'left' \(8 bits, by \('left', 8, 8\)\) and 'right' "
-      r"\(as the phase says\)",
-    ),
-    (
       [("left", 8, 8), ("right", None, "float")],
-      r"feeds 'left' \(8 bits, .*\) and 'right' \(float, by \('right', None, 'float'\)\)",
+      r"'shared_quant' two widths: it feeds 'left' \(8, by \('left', 8, 8\)\) and 'right' "
+      r"\('float', by \('right', None, 'float'\)\)",
     ),
   ],
 )
