@@ -82,11 +82,10 @@ def write_plots(
       _save(figure, directory / name)
       captions[name] = caption
   bits = given.at(phases[-1].weight_bits, None)
-  # DuQ's codes.
-  if bits.weight is not None and any(
-    path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)
-  ):
-    _save(_codes(params, bits), directory / "weight_codes.png")
+  has_duq = any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params))
+  shares = code_shares(params, bits) if has_duq and bits.weight is not None else {}
+  if shares:
+    _save(_codes(shares), directory / "weight_codes.png")
     captions["weight_codes.png"] = (
       "How often each weight code occurs, in every layer of the best weights."
     )
@@ -380,8 +379,7 @@ def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   return figure
 
 
-def _codes(params: Any, bits: Bits) -> plt.Figure:
-  shares = code_shares(params, bits)
+def _codes(shares: dict[str, np.ndarray]) -> plt.Figure:
   columns = 9
   rows = -(-len(shares) // columns)
   # Not the constrained layout of the others: with so many axes it takes seconds.
@@ -411,6 +409,8 @@ def code_shares(params: Any, bits: Bits) -> dict[str, np.ndarray]:
     and (*path[:-1], "quant_a") in flat
     and bits.weight_of("/".join(path[:-1])) is not None
   }
+  if not kernels:
+    return {}
   largest = [int(bits.kernel_qmax("/".join(layer))) for layer in kernels]
   sizes = [kernel.size for kernel in kernels.values()]
   # All layers in one array: a call per layer would compile for every shape.
