@@ -266,7 +266,7 @@ class _Evaluation:
       path: np.int32(spec.width_of(path, own)) for path in (*spec.kernels, *spec.quantizers)
     }
     self._bits = dataclasses.replace(bits, layers={**bits.layers, **widths})
-    self._flat = traverse_util.flatten_dict(subject.variables["params"])
+    self._flat = traverse_util.flatten_dict(jax.device_get(subject.variables["params"]))
     self._read = self._inputs()
     # What the run did not quantize begins with 8 bits.
     for part in parts:
