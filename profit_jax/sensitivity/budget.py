@@ -169,7 +169,9 @@ class _Costs:
   def _bops(self, row: LayerCost, choice: Sequence[int]) -> int:
     weight, act = self._of["weights"].get(row.layer), self._of["inputs"].get(row.layer)
     weight_bits = FLOAT_BITS if weight is None else choice[weight]
-    return row.macs * weight_bits * (row.input_bits if act is None else choice[act])
+    # The mean of codes is no code.
+    reads_codes = act is not None and row.input != "float"
+    return row.macs * weight_bits * (choice[act] if reads_codes else row.input_bits)
 
 
 def _rows_of_costs(found: Sensitivity) -> dict[str, LayerCost]:

@@ -372,7 +372,7 @@ def calibrate_acts(
     rngs={"dropout": key},
   )
   flat = traverse_util.flatten_dict(variables["params"])
-  for path, first in traverse_util.flatten_dict(updates["calibration"]).items():
+  for path, first in traverse_util.flatten_dict(updates.get("calibration", {})).items():
     _set(flat, path, first)
   return traverse_util.unflatten_dict(flat)
 

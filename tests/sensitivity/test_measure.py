@@ -15,6 +15,7 @@ from profit_jax.config import ConfigError, Settings
 from profit_jax.data.batches import BatchSource
 from profit_jax.nn.rules import with_rules
 from profit_jax.nn.spec import describe
+from profit_jax.quant.quantized import value_of
 from profit_jax.sensitivity import Subject, measure, measure_sensitivity
 from profit_jax.sensitivity.measure import _spread, parts_of
 from profit_jax.train.compiler import Compiler
@@ -55,8 +56,10 @@ def subject_of(rules=(), model=None, weight_bits=4, act_bits=6):
 def loss_and_top1(subject, bits, params):
   """On all evaluation images, by hand."""
   variables, losses, correct = {**subject.variables, "params": params}, [], []
+  model = subject.spec.model
+  run = jax.jit(lambda image: value_of(model.apply(variables, image, bits, False)))
   for each in DATA.eval:
-    logits = subject.spec.model.apply(variables, each["image"], bits, False)
+    logits = run(each["image"])
     chances = jax.nn.log_softmax(logits)
     losses += [-row[label] for row, label in zip(chances, each["label"], strict=True)]
     correct += list(np.argmax(logits, -1) == each["label"])
