@@ -39,7 +39,7 @@ from profit_jax.train import run_directory
 def table(found: Sensitivity) -> Table:
   """What was measured, the most sensitive parts first."""
   made = Table(box=box.SIMPLE)
-  made.add_column("layer", overflow="fold")
+  made.add_column("layer", no_wrap=True)
   made.add_column("falls")
   made.add_column("bits", justify="right")
   for what in ("loss", "top-1"):
@@ -50,6 +50,12 @@ def table(found: Sensitivity) -> Table:
     cells = [_shown(fall, what) for what in ("loss", "top1") for fall in falls]
     made.add_row(_named(part), part.side, str(part.bits), *cells)
   return made
+
+
+def _print_whole(screen: Console, made: Table) -> None:
+  """Prints a table that may be wider than the screen."""
+  needed = screen.measure(made, options=screen.options.update(width=1000)).maximum
+  screen.print(made, width=needed, crop=False, no_wrap=True, overflow="ignore")
 
 
 def _largest(part: Part) -> float:
@@ -156,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
     "alone falls:",
     soft_wrap=True,
   )
-  screen.print(table(found))
+  _print_whole(screen, table(found))
   content = {"workdir": str(workdir), **found.to_dict(), "assignment": None}
   try:
     if budget is not None:

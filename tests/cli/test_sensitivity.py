@@ -80,7 +80,7 @@ def test_it_draws_every_layer(measured):
 
 def test_without_matplotlib_it_measures_and_says_so(measured, monkeypatch):
   missing = "Drawing plots needs matplotlib, which is not installed."
-  monkeypatch.setattr(optional, "missing", lambda *_: missing)
+  monkeypatch.setattr(optional, "missing", lambda extra, *_: missing * (extra == "plots"))
   code, printed, err = run(f"--workdir={measured[0]}", "--bits=2", "--images=1")
   assert code == 0, err
   assert missing in printed

@@ -264,6 +264,14 @@ def test_a_model_of_dense_layers_without_an_average(tmp_path):
   assert [phase.frozen for phase in result.phases] == [[]] * len(SCHEDULE)
 
 
+def test_rules_can_keep_everything_in_full_precision(tmp_path):
+  rules = ((".*", "float", "float"),)
+  result = pj.Trainer(Net(), SCHEDULE, tmp_path, rules=rules, options=OPTIONS).fit(DATA)
+  layers = {"conv", "depthwise", "head", "in_quant", "quant", "head_quant"}
+  assert dict(result.bits.layers) == dict.fromkeys(layers)
+  assert result.phases[-1].frozen == []
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [
