@@ -55,7 +55,8 @@ def table(found: Sensitivity) -> Table:
 def _print_whole(screen: Console, made: Table) -> None:
   """Prints a table that may be wider than the screen."""
   needed = screen.measure(made, options=screen.options.update(width=1000)).maximum
-  screen.print(made, width=needed, crop=False, no_wrap=True, overflow="ignore")
+  screen.width = max(screen.width, needed)
+  screen.print(made)
 
 
 def _largest(part: Part) -> float:
