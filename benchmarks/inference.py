@@ -65,6 +65,7 @@ def measure(options) -> None:
 
   net = safetensors_file.read(options.net) if options.net else random_net(options)
   images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *net.image_shape), np.uint8)
+  images = images.astype(net.image_dtype)
   first = options.cores == CORES[0]
   if first:
     print(
@@ -262,7 +263,7 @@ def float_jax(net, path):
 
   @jax.jit
   def run(arrays, image):
-    factor, summand = net.pixel_scale()
+    factor, summand = net.pixel_scale() or (1.0, 0.0)
     values = {IMAGE: image.astype(jnp.float32) * factor + summand}
     for node in net.nodes:
       x, *more = (values[name] for name in reference.inputs(node))

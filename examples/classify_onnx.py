@@ -1,5 +1,6 @@
 """An exported ONNX file without profit_jax: python classify_onnx.py FILE.onnx IMAGE (needs
-onnxruntime, numpy, pillow).
+onnxruntime, numpy, pillow). IMAGE is a picture; for a model trained on own arrays, a .npy file of
+one.
 """
 
 import json
@@ -12,16 +13,19 @@ from PIL import Image
 file, picture = sys.argv[1:]
 with open(f"{file}.json") as opened:
   card = json.load(opened)
-size, share = card["input"]["image_size"], card["input"]["crop_pct"]
-image = Image.open(picture).convert("RGB")
-shorter = round(size / share)  # the shorter side is scaled to this, then the centre is cut out
-image = image.resize(
-  [shorter * side // min(image.size) for side in image.size],
-  Image.Resampling[card["input"]["interpolation"].upper()],
-)
-left, top = (round((side - size) / 2) for side in image.size)
-# As uint8 [1, size, size, 3].
-pixels = np.asarray(image.crop((left, top, left + size, top + size)))[None]
+if picture.endswith(".npy"):
+  pixels = np.load(picture).reshape(1, *card["input"]["shape"])
+else:
+  size, share = card["input"]["image_size"], card["input"]["crop_pct"]
+  image = Image.open(picture).convert("RGB")
+  shorter = round(size / share)  # the shorter side is scaled to this, then the centre is cut out
+  image = image.resize(
+    [shorter * side // min(image.size) for side in image.size],
+    Image.Resampling[card["input"]["interpolation"].upper()],
+  )
+  left, top = (round((side - size) / 2) for side in image.size)
+  # As uint8 [1, size, size, 3].
+  pixels = np.asarray(image.crop((left, top, left + size, top + size)))[None]
 session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 (logits,) = session.run(None, {"image": pixels})
 for index in np.argsort(-logits[0])[:5]:

@@ -15,6 +15,7 @@ ORDER = [
   "optional",
   "paths",
   "memory",
+  "typing",
   "schedule",
   "distributed",
   "checkpoints",
@@ -61,3 +62,5 @@ def test_imports_go_upwards_only(path):
     if parts[0] == "profit_jax" and len(parts) > 1 and parts[1] != "__version__":
       assert ORDER.index(parts[1]) <= ORDER.index(package(path)), name
     assert CONFINED.get(parts[0], package(path)) == package(path), name
+    # It has a backend for the whole process.
+    assert name != "matplotlib.pyplot"

@@ -21,7 +21,9 @@ def code_of(notebook):
 
 def test_the_notebook_is_the_example():
   install, *cells = code_of(EXAMPLES / "own_model.ipynb")
-  assert install.startswith("%pip install")
+  # As in the README, until the repository has an address.
+  address = re.search(r"git clone (\S+)", (ROOT / "README.md").read_text())[1]
+  assert install == f'%pip install --quiet "profit_jax[onnx,digits] @ git+{address}"'
   example = (EXAMPLES / "own_model.py").read_text().partition('"""\n')[2]
   # In a notebook the command line is the notebook's.
   example = example.replace('sys.argv[1] if len(sys.argv) > 1 else "own"', '"own"')

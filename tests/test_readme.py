@@ -12,7 +12,9 @@ import re
 
 import pytest
 
+import profit_jax as pj
 from configs.digits_w4 import MODELS
+from profit_jax.nn.spec import describe
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = json.loads((ROOT / "benchmarks" / "readme_figures.json").read_text())
@@ -139,6 +141,26 @@ def sentences(text):
   paragraphs = [words(paragraph) for paragraph in re.split(r"\n\s*\n", text)]
   found = [part for paragraph in paragraphs for part in re.split(r"(?<=[.!?])\s", paragraph)]
   return [part for part in found if len(part.split()) > 1]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs" / "library.md"], ids=name)
+def test_the_example_of_the_library_can_be_trained(path, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  code = re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.S | re.M)[0]
+  assert len(code.splitlines()) <= 20
+  fitted = {}
+
+  def fit(trainer, data, seed=0):
+    fitted["data"] = data
+    return "result"
+
+  monkeypatch.setattr(pj.Trainer, "fit", fit)
+  monkeypatch.setattr(pj, "export", lambda *given: fitted.update(export=given))
+  names = {"my_train_batches": lambda epoch, first_step: iter(()), "my_eval_batches": [1]}
+  exec(code, names)
+  assert fitted == {"data": names["data"], "export": ("result", "net.onnx", [1])}
+  assert describe(names["Net"](), (32, 32, 3)).outputs == 10
+  assert [phase.weight_bits for phase in names["schedule"]][-1] == 4
 
 
 def test_the_readme_is_short():

@@ -5,8 +5,9 @@ With --plot FILE.png also draws their accuracy and their instability over the ep
 differ in their seed alone are one group, with its mean.
 """
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -17,8 +18,9 @@ from rich.table import Table
 from profit_jax import paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError
-from profit_jax.schedule import bits_name, plan, summary_line
+from profit_jax.schedule import Phase, bits_name, plan, summary_line
 from profit_jax.train import run_directory, run_state
+from profit_jax.train.progress import Progress, summary
 
 
 def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -28,16 +30,31 @@ def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
     ConfigError: no run, or one that has not ended.
   """
   directory = paths.opened("The run", run)
+  config = run_directory.read_config(directory, "The run")
+  if "library" in config:
+    return _read_library(directory, config)
   settings = run_directory.read_settings(directory)
   result = _result(directory)
-  final, environment, phases = result["final"], result["environment"], result["phases"]
-  full = final["full_precision_top1"]
+  environment = result["environment"]
   rows = {
     "model": f"{result['model']}, width {settings.model.width:g}",
     "data": f"{result['dataset']}, {settings.data.image_size} pixels",
     "seed": str(result["seed"]),
     "plan": summary_line(plan(settings)),
     "teacher": settings.teacher.model,
+    **_ended_with(result),
+    "device": f"{environment['devices']} x {environment['device']}",
+    "jax": environment["packages"]["jax"],
+    "commit": (environment.get("commit") or "-")[:12],
+  }
+  return _flat(settings.to_dict()), rows
+
+
+def _ended_with(result: dict[str, Any]) -> dict[str, str]:
+  """Rows of what `progress.summary` knows."""
+  final, phases = result["final"], result["phases"]
+  full = final["full_precision_top1"]
+  return {
     "bits": bits_name(final["weight_bits"], final["act_bits"]),
     "other bits": _other_bits(result),
     "top-1": f"{final['top1']:.2f} %",
@@ -47,11 +64,56 @@ def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
     "weights": f"{final['weights']}, of {final['examples']} images",
     "minutes": f"{sum(phase['seconds'] for phase in phases) / 60:.1f}",
     "most unstable": result["aiwq"][0]["layer"] if result["aiwq"] else "-",
-    "device": f"{environment['devices']} x {environment['device']}",
-    "jax": environment["packages"]["jax"],
-    "commit": (environment.get("commit") or "-")[:12],
   }
-  return _flat(settings.to_dict()), rows
+
+
+def _read_library(
+  directory: epath.Path, config: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """As `read`, of a run of `profit_jax.Trainer`, which writes no `result.json`."""
+  fields = _comparable(directory, config)
+  try:
+    phases = tuple(Phase(**phase) for phase in config["schedule"])
+    dtype, *shape = config["images"]
+    model, seed, teacher = config["model"], config["seed"], config["teacher"]
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f"{directory / 'config.json'} is damaged, or of another version: {error!r}."
+    ) from error
+  progress = _progress(directory, lambda text: None)
+  if len(progress.records) < len(phases):
+    raise ConfigError(
+      f"{directory} has not ended: {len(progress.records)} of {len(phases)} phases are done. Train "
+      "it to its end first."
+    )
+  return fields, {
+    "model": model,
+    "data": f"own batches, {'x'.join(map(str, shape))} {dtype}",
+    "seed": str(seed),
+    "plan": summary_line(phases),
+    "teacher": "own" if teacher else "none",
+    **_ended_with(summary(progress, phases)),
+    "device": "-",
+    "jax": "-",
+    "commit": "-",
+  }
+
+
+def _comparable(directory: epath.Path, config: dict[str, Any]) -> dict[str, Any]:
+  """A run's settings, flat, by field."""
+  if "library" not in config:
+    return _flat(run_directory.read_settings(directory).to_dict())
+  # By phase, and without the shapes of all parameters.
+  phases = {str(phase["index"]): phase for phase in config.get("schedule", ())}
+  return _flat({**config, "schedule": phases, "params": len(config.get("params", ()))})
+
+
+def _progress(directory: epath.Path, warn: Callable[[str], None]) -> Progress:
+  """What the last checkpoint of a run says."""
+  found = run_state.read(directory / "checkpoints", warn)
+  if found is None:
+    raise ConfigError(f"{directory} has no checkpoint yet. Train the run first.")
+  return found.progress
 
 
 def _other_bits(result: dict[str, Any]) -> str:
@@ -116,10 +178,12 @@ def groups(runs: Sequence[str]) -> dict[str, list[str]]:
   """Runs that differ in their seed alone, by the fields that groups differ in; raises as `read`."""
   settings = {}
   for run in runs:
-    config = run_directory.comparable(
-      run_directory.read_settings(paths.opened("The run", run)).to_dict()
-    )
-    settings[run] = {field: value for field, value in _flat(config).items() if field != "seed"}
+    directory = paths.opened("The run", run)
+    config = run_directory.read_config(directory, "The run")
+    if "library" not in config:
+      config = run_directory.read_settings(directory).to_dict()
+    flat = _comparable(directory, run_directory.comparable(config))
+    settings[run] = {field: value for field, value in flat.items() if field != "seed"}
   fields = list(dict.fromkeys(field for flat in settings.values() for field in flat))
   differing = [
     field
@@ -156,14 +220,8 @@ def plot(runs: Sequence[str], file: str, screen: Console) -> None:
   from profit_jax.report import plots  # here, because it needs matplotlib
 
   def progress(run):
-    directory = paths.opened("The run", run) / "checkpoints"
-    found = run_state.read(directory, lambda text: screen.print(f"WARNING: {text}", style="yellow"))
-    if found is None:
-      raise ConfigError(
-        f"{directory} has no checkpoint: the picture shows what is in a run's last one. Leave out "
-        "--plot."
-      )
-    return found.progress
+    warn = functools.partial(screen.print, style="yellow")
+    return _progress(paths.opened("The run", run), lambda text: warn(f"WARNING: {text}"))
 
   target = paths.opened("--plot", file)
   drawn = {name or "all": [progress(run) for run in group] for name, group in groups(runs).items()}

@@ -34,7 +34,7 @@ MODES = ("train", "eval", "plan", "export")
 COMMANDS = {
   "compare": "print runs side by side",
   "ablate": "train a grid of runs and compare them",
-  "predict": "classify pictures with an exported file",
+  "predict": "classify pictures or arrays with an exported file",
   "prepare": "download and prepare a tensorflow-datasets set",
   "sensitivity": "measure where bits matter, and assign them within a budget",
   "to-torch": "write a run's best weights for PyTorch",

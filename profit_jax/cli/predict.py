@@ -1,11 +1,14 @@
-"""Classifies pictures with an exported file: profit predict FILE IMAGE...
-(prints the top 5).
+"""Classifies images with an exported file: profit predict FILE IMAGE... (prints the top 5).
+
+Pictures are prepared as the run's evaluation prepared them. A model of `profit_jax.Trainer` was
+trained on a program's own arrays: it takes .npy files of them instead.
 """
 
 import hashlib
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,57 +20,117 @@ from profit_jax.export import card, formats
 _AT_ONCE = 16
 _PRINTED = 5
 
+TopClasses = list[tuple[str, float]]
 
-def predict(
-  file: str | os.PathLike, images: Sequence[str | os.PathLike]
-) -> Iterator[list[tuple[str, float]]]:
-  """Classifies pictures.
+
+def predict(file: str | os.PathLike, images: Sequence[str | os.PathLike]) -> Iterator[TopClasses]:
+  """Classifies images.
 
   Args:
     file: exported, its card beside it.
-    images: paths of JPEG or PNG files.
+    images: paths of JPEG or PNG files, or of `.npy` files with one array as the model takes it, or
+      several `[N, H, W, C]`.
 
   Returns:
-    Of each picture the five most probable classes, best first: their names (numbers, where the data
+    Of each image the five most probable classes, best first: their names (numbers, where the data
     has no names) and probabilities, 0 to 1.
 
   Raises:
-    ConfigError: a file that is no exported model or not the one of its card, or a picture that is
-      none.
+    ConfigError: a file that is no exported model or not the one of its card, or an image that is
+      none, or not as the model takes it.
   """
+  return (best for _, best in _classified(file, images))
+
+
+def _classified(
+  file: str | os.PathLike, images: Sequence[str | os.PathLike]
+) -> Iterator[tuple[str, TopClasses]]:
+  """As `predict`, with a name for each image."""
   name = formats.of_file(file)
   path = pathlib.Path(file)
   if not path.is_file():
-    raise ConfigError(f"{os.fspath(file)!r} does not exist. Give a file that --mode export wrote.")
+    raise ConfigError(
+      f"{os.fspath(file)!r} does not exist. Give a file that profit export or profit_jax.export "
+      "wrote."
+    )
   content = card.read(file)
   if hashlib.sha256(path.read_bytes()).hexdigest() != content["sha256"]:
     raise ConfigError(
       f"{os.fspath(file)!r} is not the file that its card describes: other bytes. Export it again."
     )
-  pixels, classes = (
-    content["input"],
-    content["class_names"] or list(map(str, range(content["num_classes"]))),
-  )
-  if pixels["type"] != "uint8":
-    raise ConfigError(
-      f"{os.fspath(file)!r} takes {pixels['type']} images {pixels['shape']}, which are not read "
-      "from pictures. Run it in its runtime, as its card says."
-    )
-  pictures = [
-    read_picture(image, pixels["image_size"], pixels["crop_pct"], pixels["interpolation"])
-    for image in images
-  ]
-  runner = formats.load(name).open_file(file)
+  classes = content["class_names"] or list(map(str, range(content["num_classes"])))
+  named = [pair for image in images for pair in _images(image, file, content["input"])]
+  runner = _opened(name, file, content)
   # All batches have one size, so that JAX compiles one program.
-  size = min(_AT_ONCE, len(pictures))
-  for first in range(0, len(pictures), size):
-    batch = np.stack(pictures[first : first + size])
-    logits, _ = runner.run(np.pad(batch, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)]))
-    for row in np.float64(logits[: len(batch)]):
+  size = min(_AT_ONCE, len(named))
+  for first in range(0, len(named), size):
+    names, arrays = zip(*named[first : first + size], strict=True)
+    batch = np.stack(arrays)
+    padding = [(0, size - len(batch)), *[(0, 0)] * (batch.ndim - 1)]
+    logits, _ = runner.run(np.pad(batch, padding))
+    for of, row in zip(names, np.float64(logits[: len(batch)]), strict=True):
       probabilities = np.exp(row - row.max())
       probabilities /= probabilities.sum()
       best = np.argsort(-row, kind="stable")[:_PRINTED]
-      yield [(classes[index], float(probabilities[index])) for index in best]
+      yield of, [(classes[index], float(probabilities[index])) for index in best]
+
+
+def _images(
+  path: str | os.PathLike, file: str | os.PathLike, pixels: dict[str, Any]
+) -> list[tuple[str, np.ndarray]]:
+  """The images of one argument, as the model takes them, and their names."""
+  name = os.fspath(path)
+  if name.endswith(".npy"):
+    return _arrays(name, pixels)
+  if pixels["type"] != "uint8" or not {"crop_pct", "interpolation"} <= pixels.keys():
+    raise ConfigError(
+      f"{name!r} cannot be given to {os.fspath(file)!r}: its model was trained on a program's own "
+      f"arrays, and its card does not say how they are made of pictures. Give .npy files with "
+      f"{_taken(pixels)}, made as in training."
+    )
+  return [
+    (name, read_picture(path, pixels["image_size"], pixels["crop_pct"], pixels["interpolation"]))
+  ]
+
+
+def _arrays(name: str, pixels: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
+  try:
+    array = np.load(name, allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise ConfigError(f"{name!r} cannot be read: {error}. Give a file of numpy.save.") from error
+  shape, dtype = tuple(pixels["shape"]), np.dtype(pixels["type"])
+  alone = array.shape == shape
+  fits = array.dtype == dtype or (dtype.kind == "f" and array.dtype.kind == "f")
+  if not fits or not (alone or (array.shape[1:] == shape and len(array))):
+    raise ConfigError(
+      f"{name!r} has {array.dtype} of the shape {list(array.shape)}: the model takes "
+      f"{_taken(pixels)}."
+    )
+  array = array.astype(dtype)
+  if not np.isfinite(array).all():
+    raise ConfigError(f"{name!r} has NaN or infinity. Remove them.")
+  if alone:
+    return [(name, array)]
+  return [(f"{name}[{index}]", image) for index, image in enumerate(array)]
+
+
+def _taken(pixels: dict[str, Any]) -> str:
+  """What a model takes, in words."""
+  shape = ", ".join(map(str, pixels["shape"]))
+  return f"{pixels['type']} of the shape [{shape}] or [N, {shape}]"
+
+
+def _opened(name: str, file: str | os.PathLike, content: dict[str, Any]) -> formats.Runner:
+  module = formats.load(name)
+  try:
+    return module.open_file(file)
+  except Exception as error:  # its bytes are the card's: it is the versions that differ
+    versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
+    text = " ".join(str(error).split())
+    raise ConfigError(
+      f"{os.fspath(file)!r} cannot be opened with the versions installed here: {text} It was "
+      f"exported with {versions}. Export the run again, or install those."
+    ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,10 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "file", help=f"exported: {', '.join(format.suffix for format in formats.FORMATS.values())}"
   )
-  parser.add_argument("images", nargs="+", help="JPEG or PNG files")
+  parser.add_argument("images", nargs="+", help="JPEG or PNG files; or .npy files of arrays")
 
   def execute(options):
-    for image, best in zip(options.images, predict(options.file, options.images), strict=True):
+    for image, best in _classified(options.file, options.images):
       print(image)
       for name, probability in best:
         print(f"  {100.0 * probability:6.2f} %  {name}")

@@ -32,7 +32,7 @@ def write(run: str, file: str, names: str | None) -> str:
     ConfigError: anything that the user can mend.
   """
   directory = paths.opened("The run", run)
-  settings = read_settings(directory)
+  settings = read_settings(directory, "The run")
   model = settings.model.name
   known = namings(model)
   if names is None:

@@ -4,11 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from profit_jax.data.normalize import Normalization
-
-Batch = dict[str, np.ndarray]
+from profit_jax.typing import Batch
 
 # Longer side to shorter side: of an image that is longer still, the evaluation cuts the ends off
 # first.
@@ -64,7 +61,10 @@ class Source(Protocol):
   What stands in which row of which global batch does not depend on the number of hosts.
   """
 
-  info: DatasetInfo
+  @property
+  def info(self) -> DatasetInfo:
+    """What is known of the data."""
+    ...
 
   def fingerprint(self) -> str:
     """The same on all hosts that see the same data."""

@@ -10,24 +10,29 @@ A batch is a dictionary:
 | `label` | `[N]`, integers      | from 0, below the number of the model's outputs               |
 | `mask`  | `[N]`, bool, optional | False in rows that the loss and the scores exclude           |
 
-The first training batch says what N, H, W and C are. Of several processes each gives its own N rows
-of every batch, and all give as many batches; the global batch has the processes' rows in their
-order. A smaller batch is padded to N rows that are masked out; in training, copies of its own rows,
-because they take part in batch statistics.
+The first training batch says what N, H, W and C are.
 """
 
 import dataclasses
+import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from profit_jax import distributed
 from profit_jax.config import ConfigError
-from profit_jax.data.base import Batch, DatasetInfo, HostShard
+from profit_jax.data.base import DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
+from profit_jax.typing import Batch
 
-UserBatch = Mapping[str, Any]
+# Of several processes, each takes so many training batches before all agree that none has failed:
+# else the others would wait minutes for its part of a step. Agreeing waits for the steps under way.
+_AGREED = 4
+UserBatch = Mapping[str, npt.ArrayLike]
 TrainBatches = Callable[[int, int], Iterator[UserBatch]] | Iterable[UserBatch]
 EvalBatches = Callable[[], Iterator[UserBatch]] | Iterable[UserBatch]
 
@@ -36,12 +41,23 @@ EvalBatches = Callable[[], Iterator[UserBatch]] | Iterable[UserBatch]
 class Data:
   """Batches for `Trainer.fit`; see the table above.
 
+  A smaller batch, as the last one of an epoch may be, is padded to N rows. The loss and the scores
+  exclude the padding. In training it consists of copies of the batch's own rows, because it takes
+  part in batch statistics; in evaluation, of copies of the first row.
+
+  Of several processes, each gives its own rows: process `jax.process_index()` of
+  `jax.process_count()` gives N rows of each batch, and the global batch is all processes' rows, in
+  the order of the processes. N is the same in all processes, and an example comes from one process
+  only. In training each process gives `steps_per_epoch` batches. In evaluation a process may have
+  fewer batches than another. Runs of one and of several processes that give the same full global
+  batches agree up to rounding; padding is made of each process's own rows.
+
   Attributes:
     train: `(epoch, first_step) -> iterator` over the batches of an epoch (from 0) from a step (from
       0) on, the same whenever it is called with the same numbers; or anything that can be iterated
       again, of which the first steps are passed over.
     eval: `() -> iterator`, or anything that can be iterated again; each example once.
-    steps_per_epoch: batches of an epoch. More are left out.
+    steps_per_epoch: batches of an epoch, the same in each process. More are left out.
     class_names: by label; empty without.
     normalization: of uint8 images, `(x / 255 - mean) / std`; None is `x / 255`.
 
@@ -57,7 +73,7 @@ class Data:
 
   def __post_init__(self):
     steps = self.steps_per_epoch
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
       raise ConfigError(
         f"Data.steps_per_epoch = {steps!r} is not allowed: it must be a whole number, 1 or more."
       )
@@ -99,6 +115,7 @@ class BatchSource:
       ConfigError: a batch that is not as it must be.
     """
     self._data = data
+    self._shard = shard
     self.num_classes = 0
     first = next(self._epoch(0, 0), None)
     if first is None:
@@ -133,6 +150,11 @@ class BatchSource:
       class_names=tuple(self._data.class_names),
     )
 
+  def described(self) -> str:
+    """In what the batches of all processes must agree."""
+    shape = [self._rows, *self.image_shape]
+    return f"{shape} {self.image_dtype} {self._data.steps_per_epoch}"
+
   def fingerprint(self) -> str:
     """A user's data has none."""
     return ""
@@ -140,6 +162,16 @@ class BatchSource:
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
     del batch_size
+    own, left = self._own_train_batches(epoch, start), self._data.steps_per_epoch - start
+    if self._shard.count == 1:
+      yield from own
+      return
+    while left > 0:
+      some = itertools.islice(own, min(left, _AGREED))
+      yield from distributed.on_all_hosts(functools.partial(list, some))
+      left -= _AGREED
+
+  def _own_train_batches(self, epoch: int, start: int) -> Iterator[Batch]:
     count = start
     for batch in itertools.islice(self._epoch(epoch, start), self._data.steps_per_epoch - start):
       yield self._checked(batch, f"training batch {count} of epoch {epoch}", train=True)
@@ -153,26 +185,51 @@ class BatchSource:
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """See `Source.eval_batches`."""
     del batch_size
-    given, examples = self._data.eval, 0
-    for number, batch in enumerate(given() if callable(given) else given):
-      checked = self._checked(batch, f"evaluation batch {number}", train=False)
-      examples += int(checked["mask"].sum())
-      yield checked
-    if not examples:
+    examples = 0
+    alone = self._shard.count == 1
+    for batch in self._own_eval_batches() if alone else self._shared_eval_batches():
+      examples += int(batch["mask"].sum())
+      yield batch
+    # Of several processes, one may have none.
+    if alone and not examples:
       raise ConfigError(
         "Data.eval has no example. Give at least one at each call, from a new iterator."
       )
+
+  def _own_eval_batches(self) -> Iterator[Batch]:
+    given = self._data.eval
+    if callable(given):
+      given = _iterator(given(), "eval()")
+    for number, batch in enumerate(given):
+      yield self._checked(batch, f"evaluation batch {number}", train=False)
+
+  def _shared_eval_batches(self) -> Iterator[Batch]:
+    """As many batches in each process, and an error in all of them where one has one."""
+    own = self._own_eval_batches()
+    empty = {
+      "image": np.zeros((self._rows, *self.image_shape), self.image_dtype),
+      "label": np.zeros(self._rows, np.int32),
+      "mask": np.zeros(self._rows, bool),
+    }
+    while True:
+      batch = distributed.on_all_hosts(lambda: next(own, None))
+      if distributed.true_on_all_hosts(batch is None):
+        return
+      yield empty if batch is None else batch
 
   def _epoch(self, epoch: int, start: int) -> Iterator[UserBatch]:
     given = self._data.train
     if not callable(given):
       return itertools.islice(given, start, None)
     try:
-      return iter(given(epoch, start))
+      inspect.signature(given).bind(epoch, start)
     except TypeError as error:
       raise ConfigError(
         f"Data.train cannot be called as train(epoch, first_step) for an iterator: {error}."
       ) from error
+    except ValueError:  # a function without a signature
+      pass
+    return _iterator(given(epoch, start), "train(epoch, first_step)")
 
   def _checked(self, batch: UserBatch, what: str, *, train: bool) -> Batch:
     image, label = _array(batch, "image", what), _array(batch, "label", what)
@@ -229,6 +286,15 @@ class BatchSource:
     if not np.isfinite(image).all():
       raise ConfigError(f"{what} has images with NaN or infinity. Remove them.")
     return image
+
+
+def _iterator(given: Any, call: str) -> Iterator[UserBatch]:
+  if not isinstance(given, Iterable):
+    raise ConfigError(
+      f"Data.{call} returned a {type(given).__name__}: it must return an iterator over batches. "
+      "Write it with yield, or return iter(list)."
+    )
+  return iter(given)
 
 
 def _array(batch: UserBatch, key: str, what: str) -> np.ndarray:

@@ -6,8 +6,9 @@ import numpy as np
 from PIL import Image
 
 from profit_jax import optional
-from profit_jax.data.base import Batch, DatasetInfo, HostShard
+from profit_jax.data.base import DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
+from profit_jax.typing import Batch
 
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 1347, 450
 SPLIT_SEED = 0  # fixed: every run is measured on the same 450 images

@@ -12,9 +12,10 @@ import tensorflow as tf
 
 from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data import preprocess
-from profit_jax.data.base import Batch, DatasetInfo, HostShard
+from profit_jax.data.base import DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
 from profit_jax.data.records import EpochRequest, Records
+from profit_jax.typing import Batch
 
 # Batches in the making at once: while the last images of one are decoded, threads that are free
 # begin the next.

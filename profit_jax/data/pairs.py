@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from profit_jax.data.base import Batch, DatasetInfo, HostShard
+from profit_jax.data.base import DatasetInfo, HostShard
 from profit_jax.data.digits import batch, load_scans, split
 from profit_jax.data.normalize import Normalization
+from profit_jax.typing import Batch
 
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 2688, 1000
 INFO = DatasetInfo(

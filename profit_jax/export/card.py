@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from profit_jax import __version__
 from profit_jax.config import ConfigError
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
@@ -118,6 +119,7 @@ def make(
       ],
     },
     "versions": {
+      "profit_jax": __version__,
       "python": platform.python_version(),
       **{
         package: metadata.version(package)
@@ -207,7 +209,8 @@ def markdown(card: dict[str, Any]) -> str:
     "",
     *(f"- {what}: {text}." for what, text in card["policy"].items()),
     "",
-    "No speed is claimed: `python benchmarks/inference.py FILE...` measures it on your machine.",
+    "No speed is claimed. In a checkout of profit_jax, `python benchmarks/inference.py --net "
+    "FILE.safetensors` measures it on your machine.",
     "",
     "## Training",
     "",
@@ -278,9 +281,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     card = json.loads(place.read_text())
     if "eval_share" in card["input"]:  # before version 0.2
       card["input"]["crop_pct"] = card["input"].pop("eval_share")
-    for field in ("image_size", "crop_pct", "interpolation"):
+    for field in ("type", "shape", "image_size"):
       card["input"][field]
-    card["class_names"]
+    card["class_names"], card["num_classes"], card["sha256"], card["versions"]
     return card
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(

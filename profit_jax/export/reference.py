@@ -64,7 +64,7 @@ def run(
       values[node.name] = (quantize or codes)(node, arguments[0])
     else:
       values[node.name] = _OTHERS[type(node)](node, *arguments)
-    for name in inputs(node):
+    for name in {*inputs(node)}:  # one may be read twice, as in x * x
       if last_use[name] == index:
         del values[name]
   return values[net.nodes[-1].name]

@@ -56,6 +56,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from profit_jax import __version__
+from profit_jax.config import ConfigError
 from profit_jax.data.normalize import Normalization
 from profit_jax.export import reference
 from profit_jax.export.net import FLOAT_BITS, Affine, Layer, Net, Node
@@ -116,19 +118,36 @@ def _short(value: Any) -> Any:
 
 
 def read(path: str | os.PathLike) -> Net:
-  """The net of a file, equal in every number to the one that was written."""
-  with safetensors.safe_open(os.fspath(path), "numpy") as file:
-    content = json.loads(file.metadata()["net"])
-    nodes = tuple(_node(row, file.get_tensor) for row in content["nodes"])
-  pixels = content["mean"] and Normalization(tuple(content["mean"]), tuple(content["std"]))
-  return Net(
-    content["model"],
-    nodes,
-    tuple(content["image_shape"]),
-    pixels,
-    content["weight_bits"],
-    content["act_bits"],
-  )
+  """The net of a file, equal in every number to the one that was written.
+
+  Raises:
+    ConfigError: a file that `write` did not write, or that another version wrote in another layout.
+  """
+  try:
+    with safetensors.safe_open(os.fspath(path), "numpy") as file:
+      content = json.loads((file.metadata() or {})["net"])
+      if "field_bits" in content:
+        raise ConfigError(
+          f"{os.fspath(path)!r} was exported by profit_jax 0.1.0, whose layout this version does "
+          "not read. Export the run again, or use version 0.1.0."
+        )
+      nodes = tuple(_node(row, file.get_tensor) for row in content["nodes"])
+    pixels = content["mean"] and Normalization(tuple(content["mean"]), tuple(content["std"]))
+    return Net(
+      content["model"],
+      nodes,
+      tuple(content["image_shape"]),
+      pixels,
+      content["weight_bits"],
+      content["act_bits"],
+    )
+  except ConfigError:
+    raise
+  except Exception as error:  # whatever its parts stumble over
+    raise ConfigError(
+      f"{os.fspath(path)!r} cannot be read by profit_jax {__version__}: {error!r}. It is damaged, "
+      "no exported file, or of another version. Export the run again."
+    ) from error
 
 
 def _node(row: list[Any], tensor: Any) -> Node:

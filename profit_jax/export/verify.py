@@ -212,10 +212,11 @@ def trained_codes(
     leaves = jax.tree_util.tree_leaves_with_path(
       captured, is_leaf=lambda node: isinstance(node, Quantized | Unquantized)
     )
+    # A model may sow other values.
     codes = {
       "/".join(part.key for part in path[:-2]): leaf.codes
       for path, leaf in leaves
-      if isinstance(leaf, Quantized)
+      if path[-2].key == "__call__" and isinstance(leaf, Quantized)
     }
     if codes.keys() != names:
       raise KeyError(f"the net and the model have other quantizers: {sorted(codes.keys() ^ names)}")

@@ -59,10 +59,12 @@ class Report:
   examples: int
 
   def __str__(self) -> str:
+    ratio = self.float_bytes / self.bytes
+    # Small nets have more graph than weights.
+    size = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"
     return (
-      f"{self.path.name}  {self.bytes:,} bytes ({self.float_bytes / self.bytes:.1f}x smaller than "
-      f"float32)  {self.differing} of {self.codes:,} codes differ  top-1 {self.top1:.2f} % of "
-      f"{self.examples} images: top-1 equal"
+      f"{self.path.name}  {self.bytes:,} bytes ({size} than float32)  {self.differing} of "
+      f"{self.codes:,} codes differ  top-1 {self.top1:.2f} % of {self.examples} images: top-1 equal"
     )
 
 
@@ -99,7 +101,9 @@ class Exporter:
       error.comparison = self.reference
       raise error
 
-  def write(self, name: str, module: formats.Module, to: epath.Path) -> tuple[Any, Report | None]:
+  def write(
+    self, name: str, module: formats.Module, to: epath.Path
+  ) -> tuple[verify.FileCheck, Report | None]:
     """Writes a file and verifies it.
 
     Args:
@@ -118,7 +122,8 @@ class Exporter:
       path = pathlib.Path(folder) / to.name
       module.write(self.net, path)
       check = verify.check_file(self.net, self._images, module.open_file(path), self._trained)
-      if check.problem is not None:
+      compared = check.comparison
+      if check.problem is not None or compared is None:
         return check, None
       content = card.make(
         name=name,
@@ -129,7 +134,7 @@ class Exporter:
         check=check,
       )
       _keep(path, to, content)
-    size, compared = content["size"], check.comparison
+    size = content["size"]
     top1 = 100.0 * check.correct / check.examples
     return check, Report(
       to,
@@ -165,16 +170,16 @@ def export(
     What was written.
 
   Raises:
-    ConfigError: a model that files cannot hold, an unknown suffix, a runtime that is not installed.
+    ConfigError: a model that files cannot hold, an unknown suffix, a runtime that is not installed,
+      or a process other than the first.
     NotEqual: the file is not what was trained; it is not kept.
   """
-  bits = result.bits
-  for what, width in (("weights", bits.weight), ("activations", bits.act)):
-    if width is None:
-      raise ConfigError(
-        f"The result's {what} are in full precision, and only a model whose weights and "
-        "activations are both quantized can be exported. Give the schedule bits for both."
-      )
+  if jax.process_index():
+    raise ConfigError(
+      "profit_jax.export runs in the first process only, which writes the file. Call it where "
+      "jax.process_index() is 0."
+    )
+  bits = _quantized_bits(result)
   name = formats.of_file(path)
   module = load(name)
   to = paths.opened("The file", os.fspath(path))
@@ -189,7 +194,7 @@ def export(
       f"the model was trained on {'float32' if floats else 'uint8'} of the shape "
       f"{result.spec.input_shape}. Give the same kind."
     )
-  trained = _trained(result, source)
+  trained = _trained(result, source, bits)
   exporter = Exporter(trained)
   exporter.require_equal()
   check, report = exporter.write(name, module, to)
@@ -200,9 +205,21 @@ def export(
   return report
 
 
-def _trained(result: "Result", source: BatchSource) -> verify.TrainedModel:
+def _quantized_bits(result: "Result") -> tuple[int, int]:
+  bits = result.bits
+  for what, width in (("weights", bits.weight), ("activations", bits.act)):
+    if width is None:
+      raise ConfigError(
+        f"The result's {what} are in full precision, and only a model whose weights and "
+        "activations are both quantized can be exported. Give the schedule bits for both."
+      )
+  assert bits.weight is not None
+  assert bits.act is not None
+  return int(bits.weight), int(bits.act)
+
+
+def _trained(result: "Result", source: BatchSource, bits: tuple[int, int]) -> verify.TrainedModel:
   """A result with its top-1 on these batches."""
-  weight_bits, act_bits = int(result.bits.weight), int(result.bits.act)
   trained = verify.TrainedModel(
     settings=dataclasses.replace(
       Settings(
@@ -217,8 +234,8 @@ def _trained(result: "Result", source: BatchSource) -> verify.TrainedModel:
     spec=result.spec,
     variables=result.variables,
     normalization=result.normalization,
-    weight_bits=weight_bits,
-    act_bits=act_bits,
+    weight_bits=bits[0],
+    act_bits=bits[1],
     preparation=None,
     phases=[dataclasses.asdict(phase) for phase in result.phases],
     weights=result.weights,

@@ -44,7 +44,7 @@ from profit_jax.nn.spec import record
 from profit_jax.quant import duq
 from profit_jax.quant.base import Kind
 from profit_jax.quant.bits import Bits
-from profit_jax.quant.quantized import Product, Quantized, Unquantized, value_of
+from profit_jax.quant.quantized import Product, Quantized, Tensor, Unquantized, value_of
 
 # torch's kaiming_normal_(mode="fan_out"), which the authors start from.
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -98,7 +98,7 @@ def _operand(x: jax.Array | Quantized) -> jax.Array:
   return x.codes if isinstance(x, Quantized) else x
 
 
-def _input(x: Any) -> jax.Array | Quantized:
+def _input(x: Tensor) -> jax.Array | Quantized:
   """What a convolution or dense layer multiplies: codes as they are, all else as an array."""
   return x if isinstance(x, Quantized) else value_of(x)
 
@@ -153,7 +153,7 @@ class QuantConv(nn.Module):
   pad_value: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array | Quantized, bits: Bits = Bits()) -> jax.Array:
+  def __call__(self, x: Tensor, bits: Bits = Bits()) -> jax.Array:
     """`[N, H, W, C]` -> `[N, H', W', features]`, in the dtype of x."""
     record(self, "conv", bits)
     if self.kernel_size < 1 or not self.kernel_size % 2:
@@ -176,9 +176,9 @@ class QuantConv(nn.Module):
       previous = Quantized(
         self.get_variable("previous", "kernel"), self.get_variable("previous", "scale", one)
       )
-      x, present = (_every(each, bits.aiwq_every) for each in (x, y_now))
+      thinned, present = (_every(each, bits.aiwq_every) for each in (x, y_now))
       _sow(self, "moments", "present", output_moments(present))
-      _sow(self, "moments", "previous", output_moments(self._convolve(x, previous)))
+      _sow(self, "moments", "previous", output_moments(self._convolve(thinned, previous)))
       scale = quantized.scale if isinstance(quantized, Quantized) else one
       _sow(self, "quantized", "kernel", _operand(quantized))
       _sow(self, "quantized", "scale", jnp.broadcast_to(scale, kernel.shape[-1:]))
@@ -214,7 +214,7 @@ class QuantDense(nn.Module):
   kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.01)
 
   @nn.compact
-  def __call__(self, x: jax.Array | Quantized, bits: Bits = Bits()) -> jax.Array:
+  def __call__(self, x: Tensor, bits: Bits = Bits()) -> jax.Array:
     """`[N, C]` -> `[N, features]`, in the dtype of x."""
     record(self, "dense", bits)
     if tracing.active():
@@ -250,7 +250,7 @@ class QuantAct(nn.Module):
   largest_interval: float | None = None
 
   @nn.compact
-  def __call__(self, x: Any, bits: Bits = Bits()) -> Quantized | Unquantized:
+  def __call__(self, x: Tensor, bits: Bits = Bits()) -> Quantized | Unquantized:
     """Any array or what a layer gives, the batch first, to the same shape.
 
     Directly behind a `BatchNorm` both are computed at once.
@@ -273,7 +273,7 @@ class QuantAct(nn.Module):
       if interval is not None:
         return normalized.quantized(interval, qmax, self.kind)
     x = value_of(x)
-    if calibrates and not bits.never(path):
+    if calibrates and qmax is not None:
       for leaf, first in quantizer.first_act(x, qmax, self.kind, self.largest_interval).items():
         _sow(self, "calibration", leaf, first)
       return Unquantized(x)
@@ -298,7 +298,7 @@ class Dropout(nn.Module):
   rate: float
 
   @nn.compact
-  def __call__(self, x: Any, train: bool) -> Any:
+  def __call__(self, x: Tensor, train: bool) -> Tensor:
     """Any shape -> the same; takes the key `dropout` in training, unless the rate is 0."""
     if not train or not self.rate:
       return x
@@ -329,7 +329,7 @@ class BatchNorm(nn.Module):
   fused: bool = True
 
   @nn.compact
-  def __call__(self, x: Any, train: bool, activation: Activation | None = None) -> jax.Array:
+  def __call__(self, x: Tensor, train: bool, activation: Activation | None = None) -> jax.Array:
     """Normalizes, with the batch's statistics if `train`, else with the running ones.
 
     Args:

@@ -9,11 +9,13 @@ import contextvars
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import flax.errors
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from flax.core.scope import DenyList
@@ -22,6 +24,7 @@ from profit_jax.config import ConfigError
 from profit_jax.quant.base import PREFIX
 from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import value_of
+from profit_jax.typing import Params, Variables
 
 LayerKind = Literal["conv", "dense", "act", "norm"]
 # Optimizer groups. Plain parameters with two axes or more are weights, all others norms.
@@ -80,11 +83,11 @@ class ModelSpec:
   model: nn.Module
   input_shape: tuple[int, ...]
   bits: Bits
-  shapes: dict[str, Any]
+  shapes: Variables
   layers: Mapping[str, Layer]
   outputs: int
 
-  def init(self, key: jax.Array) -> dict[str, Any]:
+  def init(self, key: jax.Array) -> Variables:
     """First `params` and `batch_stats`, drawn from `key`."""
     return {"batch_stats": {}, **_initializer(self.model, self.input_shape, self.bits)(key)}
 
@@ -142,12 +145,12 @@ class ModelSpec:
     of = bits.act_of if self.layers[layer].kind == "act" else bits.weight_of
     return of(layer)
 
-  def kernel_scalars(self, flat: Mapping[Path, Any], layer: str) -> dict[str, Any]:
+  def kernel_scalars(self, flat: Mapping[Path, jax.Array], layer: str) -> dict[str, jax.Array]:
     """The raw scalars of a kernel's quantizer, out of flattened parameters."""
     path = split_path(layer)
     return {leaf: flat[*path, leaf] for leaf in self.bits.quantizer.kernel_scalars}
 
-  def kernel_codes(self, params: Mapping[str, Any], bits: Bits) -> dict[str, jax.Array]:
+  def kernel_codes(self, params: Params, bits: Bits) -> dict[str, jax.Array]:
     """The integer codes of each kernel, int8 of its shape, by layer.
 
     Args:
@@ -221,16 +224,74 @@ def never_quantized(spec: ModelSpec, weights: bool, acts: bool) -> list[str]:
   ]
 
 
+def check_training_pass(spec: ModelSpec) -> None:
+  """Traces a model on two images, in training and in evaluation, without computing anything.
+
+  Raises:
+    ConfigError: its output is not one array `[N, classes]` of the same shape in both; a parameter
+      or a random key that training needs and evaluation does not have.
+  """
+  name = type(spec.model).__name__
+
+  def run(train):
+    def forward(variables, image, key):
+      mutable = ["batch_stats"] if train else []
+      rngs = {"dropout": key} if train else {}
+      output, _ = spec.model.apply(variables, image, spec.bits, train, mutable=mutable, rngs=rngs)
+      return value_of(output)
+
+    image = jax.ShapeDtypeStruct((2, *spec.input_shape), np.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(forward, spec.shapes, image, key)
+
+  try:
+    outputs = [run(train=True), run(train=False)]
+  except flax.errors.InvalidRngError as error:
+    raise ConfigError(
+      f"{name} needs a random key that it is not given: {_first_sentence(error)} In training there "
+      "is the key 'dropout', in evaluation none."
+    ) from error
+  except flax.errors.ScopeParamNotFoundError as error:
+    raise ConfigError(
+      f"{name} calls a layer in training that it does not call in evaluation, so that the layer "
+      f"has no parameters: {_first_sentence(error)} Call it in both."
+    ) from error
+  except flax.errors.ModifyScopeVariableError as error:
+    raise ConfigError(
+      f"{name} changes a variable in evaluation: {_first_sentence(error)} Give nn.BatchNorm "
+      "use_running_average=not train."
+    ) from error
+  for what, output in zip(("training", "evaluation"), outputs, strict=True):
+    shapes = [leaf.shape for leaf in jax.tree.leaves(output)]
+    if shapes != [(2, spec.outputs)]:
+      raise ConfigError(
+        f"{name} returns {_listed_shapes(shapes)} for two images in {what}: it must return one "
+        f"array [N, classes], here (2, {spec.outputs})."
+      )
+
+
+def _listed_shapes(shapes: Sequence[tuple[int, ...]]) -> str:
+  of = f" of the shape {', '.join(map(str, shapes))}" if shapes else ""
+  return f"{len(shapes)} array{'s' * (len(shapes) != 1)}{of}"
+
+
+def _first_sentence(error: Exception) -> str:
+  """What Flax says, without its address."""
+  text = " ".join(str(error).partition("(https")[0].split())
+  return text.partition(". ")[0].rstrip(".") + "."
+
+
 def _check_module(model: Any) -> None:
-  kind = type(model)
+  kind = model if isinstance(model, type) else type(model)
   if any(base.__module__.startswith("flax.nnx") for base in kind.__mro__):
     raise ConfigError(
-      f"The model is a {kind.__name__} of flax.nnx, but profit_jax takes Flax linen modules. Wrap "
-      "it with flax.nnx.bridge.to_linen, or write it as flax.linen.Module."
+      f"The model {kind.__name__} is a module of flax.nnx, but profit_jax takes Flax linen "
+      f"modules. Call flax.nnx.bridge.to_linen({kind.__name__}, ...) (or ToLinen) inside a linen "
+      "module that has QuantConv or QuantDense too: layers of nnx are trained, not quantized."
     )
   if not isinstance(model, nn.Module):
     raise ConfigError(
-      f"The model is a {kind.__name__}: it must be an instance of flax.linen.Module."
+      f"The model is a {type(model).__name__}: it must be an instance of flax.linen.Module."
       + (" Give Net(), not Net." if isinstance(model, type) else "")
     )
   try:
@@ -254,6 +315,11 @@ def _describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> Mod
   try:
     # Not the cached program of `_initializer`: it would not call the layers again.
     output, shapes = jax.eval_shape(_init(model, input_shape, bits), jax.random.key(0))
+  except jax.errors.ConcretizationTypeError as error:
+    raise ConfigError(
+      f"{type(model).__name__} branches on values of an array, which a compiled program cannot: "
+      f"{_first_sentence(error)} Use jnp.where, or a field of the module."
+    ) from error
   finally:
     _recorded.reset(token)
   layers: dict[str, Layer] = {}
@@ -266,17 +332,23 @@ def _describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> Mod
     layers[layer.path] = layer
   leaves = jax.tree.leaves(output)
   if len(leaves) != 1 or leaves[0].ndim != 2 or leaves[0].shape[0] != 1:
-    found = ", ".join(str(leaf.shape) for leaf in leaves)
+    found = _listed_shapes([leaf.shape for leaf in leaves])
     raise ConfigError(
-      f"{type(model).__name__} returns {len(leaves)} array{'s' * (len(leaves) != 1)} of the shape "
-      f"{found} for one image: it must return one array [N, classes], here (1, classes)."
+      f"{type(model).__name__} returns {found} for one image: it must return one array "
+      "[N, classes], here (1, classes)."
+    )
+  if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+    raise ConfigError(
+      f"{type(model).__name__} returns {leaves[0].dtype}: it must return floats, one number for "
+      "each class."
     )
   if others := sorted(shapes.keys() - {"params", "batch_stats"}):
     raise ConfigError(
       f"{type(model).__name__} has variables in the collections {', '.join(others)}: only params "
       "and batch_stats are trained and saved."
     )
-  shapes = {"batch_stats": {}, **shapes}
+  shapes = {"params": {}, "batch_stats": {}, **shapes}
+  _check_params(shapes["params"], layers)
   return ModelSpec(model, input_shape, bits, shapes, layers, leaves[0].shape[-1])
 
 
@@ -284,9 +356,30 @@ def _init(model, input_shape, bits):
   def init(key):
     zeros = np.zeros((1, *input_shape), np.float32)
     output, variables = model.init_with_output(key, zeros, bits, False, mutable=_collections())
-    return value_of(output), variables
+    return value_of(output), nn.unbox(variables)
 
   return init
+
+
+def _check_params(params: Params, layers: Mapping[str, Layer]) -> None:
+  axes = {"conv": 4, "dense": 2}
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    name, layer = "/".join(path), layers.get("/".join(path[:-1]))
+    if any("/" in part for part in path):
+      raise ConfigError(
+        f"The model has the parameter {path}: the names of modules and parameters must not contain "
+        "'/', which separates them in files."
+      )
+    if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise ConfigError(
+        f"The parameter {name} is {getattr(leaf, 'dtype', type(leaf).__name__)}: parameters must "
+        "be arrays of floats. Make constants in __call__, not by self.param."
+      )
+    if layer is not None and path[-1] == KERNEL and leaf.ndim != axes.get(layer.kind, leaf.ndim):
+      raise ConfigError(
+        f"The layer {layer.path} is called inside nn.scan or nn.vmap, which gave its kernel the "
+        f"shape {leaf.shape}: a quantizer belongs to one kernel. Call each layer by itself."
+      )
 
 
 def _collections() -> DenyList:

@@ -9,13 +9,16 @@ softplus.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import jax
 
 from profit_jax.config import ConfigError
 from profit_jax.fields import listed
 from profit_jax.quant.quantized import Quantized
+
+if TYPE_CHECKING:
+  from profit_jax.quant import duq
 
 Kind = Literal["symmetric", "unsigned", "hswish"]
 Slope = Literal["interval", "step", "clip"]
@@ -87,7 +90,7 @@ class Quantizer(abc.ABC):
   ) -> dict[str, jax.Array]:
     """The first values of an activation's scalars, positive; `largest` bounds the interval."""
 
-  def act_interval(self, scalars: Scalars, qmax: jax.Array, features: int) -> Any:
+  def act_interval(self, scalars: Scalars, qmax: jax.Array, features: int) -> "duq.Interval | None":
     """The `duq.Interval` of activations with `features` elements an example.
 
     None where this method's activation quantizer is not one interval.
@@ -97,7 +100,7 @@ class Quantizer(abc.ABC):
 
   def act_line(
     self, scalars: Scalars, qmax: jax.Array, kind: Kind
-  ) -> tuple[Any, jax.Array, jax.Array] | None:
+  ) -> tuple[jax.Array | float, jax.Array, jax.Array] | None:
     """Activations as an affine map, for export: `(begin, width, scale)`.
 
     The codes are `round(clip((x - begin) / width, low, 1) * qmax)`, low being -1 for symmetric ones

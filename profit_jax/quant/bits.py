@@ -125,7 +125,7 @@ def _larger(width: Any, least: int) -> Any:
   return jnp.maximum(width, least)
 
 
-def _qmax(bits: Any, *, signed: bool) -> Any:
+def _qmax(bits: Width, *, signed: bool) -> Any:
   if bits is None:
     return None
   if isinstance(bits, np.generic):

@@ -41,9 +41,8 @@ def fitted_interval(kernel: jax.Array, qmax: jax.Array) -> tuple[jax.Array, jax.
   # The largest weight has a code that is not 0 at every share, but for kernels of zeros.
   best = jnp.argmax(jnp.where(qq > 0, wq * wq / jnp.maximum(qq, 1.0), 0.0))
   a, c = shares[best] * largest, wq[best] / jnp.maximum(qq[best], 1.0) * qmax.astype(kernel.dtype)
-  return tuple(
-    jnp.where(largest > 0, value, SMALLEST_INTERVAL).astype(kernel.dtype) for value in (a, c)
-  )
+  a, c = (jnp.where(largest > 0, each, SMALLEST_INTERVAL).astype(kernel.dtype) for each in (a, c))
+  return a, c
 
 
 def act_interval(x: jax.Array, kind: Kind, largest: float | None = None) -> jax.Array:

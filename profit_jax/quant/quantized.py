@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from profit_jax.kernels.affine import Affine
 
@@ -29,7 +30,7 @@ class Deferred(abc.ABC):
   def __jax_array__(self) -> jax.Array:
     return self.value()
 
-  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+  def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
     # In NumPy, so that float64 needs no mode of JAX's.
     del copy
     return np.asarray(jax.tree.map(np.asarray, self).value(), dtype)
@@ -41,6 +42,16 @@ class Deferred(abc.ABC):
     return self.shape[0]
 
   @property
+  @abc.abstractmethod
+  def shape(self) -> tuple[int, ...]:
+    """Of the array."""
+
+  @property
+  @abc.abstractmethod
+  def dtype(self) -> np.dtype:
+    """Of the array."""
+
+  @property
   def ndim(self) -> int:
     """Number of axes."""
     return len(self.shape)
@@ -50,25 +61,25 @@ class Deferred(abc.ABC):
     """Number of elements."""
     return int(np.prod(self.shape))
 
-  def __add__(self, other: Any) -> jax.Array:
+  def __add__(self, other: "Operand") -> jax.Array:
     return self.value() + value_of(other)
 
-  def __radd__(self, other: Any) -> jax.Array:
+  def __radd__(self, other: "Operand") -> jax.Array:
     return value_of(other) + self.value()
 
-  def __sub__(self, other: Any) -> jax.Array:
+  def __sub__(self, other: "Operand") -> jax.Array:
     return self.value() - value_of(other)
 
-  def __rsub__(self, other: Any) -> jax.Array:
+  def __rsub__(self, other: "Operand") -> jax.Array:
     return value_of(other) - self.value()
 
-  def __mul__(self, other: Any) -> jax.Array:
+  def __mul__(self, other: "Operand") -> jax.Array:
     return self.value() * value_of(other)
 
-  def __rmul__(self, other: Any) -> jax.Array:
+  def __rmul__(self, other: "Operand") -> jax.Array:
     return value_of(other) * self.value()
 
-  def __truediv__(self, other: Any) -> jax.Array:
+  def __truediv__(self, other: "Operand") -> jax.Array:
     return self.value() / value_of(other)
 
   def __neg__(self) -> jax.Array:
@@ -100,7 +111,7 @@ class Quantized(Deferred):
     return self.codes.shape
 
   @property
-  def dtype(self) -> Any:
+  def dtype(self) -> np.dtype:
     """Of the codes and of the value."""
     return self.codes.dtype
 
@@ -133,7 +144,7 @@ class Product(Deferred):
     return self.sums.shape
 
   @property
-  def dtype(self) -> Any:
+  def dtype(self) -> np.dtype:
     """Of the sums and of the value."""
     return self.sums.dtype
 
@@ -160,13 +171,18 @@ class Unquantized(Deferred):
     return self.array.shape
 
   @property
-  def dtype(self) -> Any:
+  def dtype(self) -> np.dtype:
     """Of the array."""
     return self.array.dtype
 
   def value(self) -> jax.Array:
     """The array."""
     return self.array
+
+
+# An array, or what a layer gives instead of one.
+Tensor = jax.Array | Deferred
+Operand = npt.ArrayLike | Deferred
 
 
 def value_of(x: Any) -> jax.Array:

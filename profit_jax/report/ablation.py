@@ -336,10 +336,11 @@ def to_json(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) -
 
 def plot(grid: Grid, cells: Sequence[Cell], path: str | os.PathLike) -> None:
   """Every run a point, every cell its mean and deviation."""
-  from profit_jax.report.plots import plt  # matplotlib without a display
+  from profit_jax.report import plots  # here, because it needs matplotlib
 
   cells = [cell for cell in cells if cell.runs]
-  figure, axis = plt.subplots(figsize=(9, 0.42 * len(cells) + 1.4), layout="constrained")
+  figure = plots.Figure(figsize=(9, 0.42 * len(cells) + 1.4), layout="constrained")
+  axis = figure.subplots()
   for row, cell in enumerate(reversed(cells)):
     values = list(cell.top1.values())
     axis.plot(values, [row] * len(values), "o", color="#1f5fa8", alpha=0.45, markersize=5)
@@ -351,5 +352,4 @@ def plot(grid: Grid, cells: Sequence[Cell], path: str | os.PathLike) -> None:
   axis.set_xlabel("top-1 (%), every run a point; mean and standard deviation over seeds")
   axis.set_title(", ".join(grid.axes), fontsize=9)
   axis.grid(axis="x", color="0.9")
-  figure.savefig(path, dpi=110, format="png")
-  plt.close(figure)
+  plots.save(figure, epath.Path(path))

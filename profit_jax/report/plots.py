@@ -1,24 +1,23 @@
-"""The plots of a run, as PNG files."""
+"""The plots of a run, as PNG files.
+
+Figures have their own canvas. `matplotlib.pyplot` would need a display, or another backend for the
+whole process.
+"""
 
 import itertools
-import logging
 from typing import Any
 
 from profit_jax import optional
 
 optional.require("plots", "Drawing plots")
 
-import matplotlib
-
-# It announces its font cache.
-logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
-matplotlib.use("Agg")  # before pyplot: servers have no display
-
-import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import CenteredNorm, LogNorm
+from matplotlib.figure import Figure
 
 from profit_jax.quant import duq
 from profit_jax.quant.base import PREFIX
@@ -38,6 +37,7 @@ _INSIDE = (
   "pointwise",
   "project",
 )
+_DPI = 110
 _RAW, _EMA, _FROZEN = "#1f5fa8", "#d1781f", ("#8c2d04", "#d98c3f", "#c9c9c9")
 
 
@@ -55,9 +55,9 @@ def write_plots(
   """
   directory.mkdir(parents=True, exist_ok=True)
   captions = {"accuracy.png": "Top-1 after every epoch, over the phases."}
-  _save(_accuracy(progress, phases), directory / "accuracy.png")
+  save(_accuracy(progress, phases), directory / "accuracy.png")
   if progress.ranking:
-    _save(_ranking(progress, phases), directory / "aiwq.png")
+    save(_ranking(progress, phases), directory / "aiwq.png")
     captions["aiwq.png"] = (
       "AIWQ of every convolution, largest first; colours tell when its kernel freezes."
     )
@@ -79,13 +79,13 @@ def write_plots(
   for name, (draw, caption) in pictures.items():
     figure = draw(progress, phases)
     if figure is not None:
-      _save(figure, directory / name)
+      save(figure, directory / name)
       captions[name] = caption
   bits = given.at(phases[-1].weight_bits, None)
   has_duq = any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params))
   shares = code_shares(params, bits) if has_duq and bits.weight is not None else {}
   if shares:
-    _save(_codes(shares), directory / "weight_codes.png")
+    save(_codes(shares), directory / "weight_codes.png")
     captions["weight_codes.png"] = (
       "How often each weight code occurs, in every layer of the best weights."
     )
@@ -97,14 +97,13 @@ def instability_image(progress: Progress) -> np.ndarray | None:
   figure = _instability(progress, ())
   if figure is None:
     return None
-  figure.set_dpi(110)
-  figure.canvas.draw()
-  image = np.array(figure.canvas.buffer_rgba())[..., :3]
-  plt.close(figure)
-  return image
+  canvas = FigureCanvasAgg(figure)
+  figure.set_dpi(_DPI)
+  canvas.draw()
+  return np.array(canvas.buffer_rgba())[..., :3]
 
 
-def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | None:
+def _instability(progress: Progress, phases: tuple[Phase, ...]) -> Figure | None:
   titles = {
     "flip_rate": "codes that a step changes (share)",
     "oscillation_rate": "codes that a step changes back (share)",
@@ -121,7 +120,7 @@ def _instability(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | 
   )
 
 
-def _quantizers(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure | None:
+def _quantizers(progress: Progress, phases: tuple[Phase, ...]) -> Figure | None:
   measured = [epoch.instability for epoch in progress.epochs]
   maps = {}
   if clipped := layer_matrix([values.get("clip_rate", {}) for values in measured]):
@@ -171,9 +170,8 @@ def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
     for title, lines in drawn.items()
   }
   drawn = {title: lines for title, lines in drawn.items() if np.isfinite(values[title]).any()}
-  figure, axes = plt.subplots(
-    len(drawn), 1, figsize=(11, 2.5 * len(drawn)), sharex=True, layout="constrained", squeeze=False
-  )
+  figure = Figure(figsize=(11, 2.5 * len(drawn)), layout="constrained")
+  axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)
   for axis, (title, lines) in zip(axes.flat, drawn.items(), strict=True):
     for number, (name, runs) in enumerate(lines.items()):
       colour = f"C{number % 10}"
@@ -197,17 +195,16 @@ def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
         axis.axvline(epoch + 0.5, color="0.6", linewidth=0.5, linestyle=":")
   axes[0, 0].legend(fontsize=8, loc="lower left")
   axes[-1, 0].set_xlabel("epoch")
-  _save(figure, path)
+  save(figure, path)
 
 
 def plot_sensitivity(found: Sensitivity, path: epath.Path) -> None:
   """Draws the change of the loss of every part, the layers from input to output."""
   layers = list(dict.fromkeys(part.layers[0] for part in found.parts))
   sides = {"weights": "Weights", "inputs": "Inputs"}
-  figure, axes = plt.subplots(
-    1, 2, figsize=(10, 1.6 + 0.17 * len(layers)), sharey=True, sharex=True, layout="constrained"
-  )
-  colours = plt.get_cmap("viridis_r")(np.linspace(0.1, 1.0, len(found.bits)))
+  figure = Figure(figsize=(10, 1.6 + 0.17 * len(layers)), layout="constrained")
+  axes = figure.subplots(1, 2, sharex=True, sharey=True)
+  colours = colormaps["viridis_r"](np.linspace(0.1, 1.0, len(found.bits)))
   for axis, (side, title) in zip(axes, sides.items(), strict=True):
     for width, colour in zip(found.bits, colours, strict=True):
       points = [
@@ -233,7 +230,7 @@ def plot_sensitivity(found: Sensitivity, path: epath.Path) -> None:
   handles |= dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
   axes[1].legend(handles.values(), handles.keys(), loc="lower right", fontsize=8)
   path.parent.mkdir(parents=True, exist_ok=True)
-  _save(figure, path)
+  save(figure, path)
 
 
 def _mean(epoch: EpochRecord, name: str) -> float:
@@ -254,7 +251,7 @@ def _low(top1: Any) -> float:
   return max(0.0, np.percentile(top1, 15) - 8)
 
 
-def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | None:
+def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> Figure | None:
   """One panel below the other: by title, a `layer_matrix`, a norm, a colour map; None if empty."""
   if not maps:
     return None
@@ -262,15 +259,9 @@ def _heat_maps(maps: dict[str, Any], phases: tuple[Phase, ...]) -> plt.Figure | 
   counts = [len(layers) for (layers, _), _, _ in maps.values()]
   inches = [min(0.11, 6.6 / count) for count in counts]
   rows = [count * inch for count, inch in zip(counts, inches, strict=True)]
-  # Fmt: skip.
-  figure, axes = plt.subplots(
-    len(maps),
-    1,
-    figsize=(11, 1.2 + sum(row + 0.6 for row in rows)),
-    layout="constrained",
-    squeeze=False,
-    height_ratios=rows,
-  )
+  height = 1.2 + sum(row + 0.6 for row in rows)
+  figure = Figure(figsize=(11, height), layout="constrained")
+  axes = figure.subplots(len(maps), 1, squeeze=False, height_ratios=rows)
   for axis, inch, (title, ((layers, values), norm, colours)) in zip(
     axes.flat, inches, maps.items(), strict=True
   ):
@@ -315,14 +306,16 @@ def _place(layer: str) -> tuple[int, str, int, str]:
   return stage, block, inside, part
 
 
-def _save(figure: plt.Figure, path: epath.Path) -> None:
+def save(figure: Figure, path: epath.Path) -> None:
+  """Writes a figure as a PNG file."""
+  FigureCanvasAgg(figure)
   with path.open("wb") as file:
-    figure.savefig(file, dpi=110, format="png")
-  plt.close(figure)
+    figure.savefig(file, dpi=_DPI, format="png")
 
 
-def _accuracy(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
-  figure, axis = plt.subplots(figsize=(11, 5), layout="constrained")
+def _accuracy(progress: Progress, phases: tuple[Phase, ...]) -> Figure:
+  figure = Figure(figsize=(11, 5), layout="constrained")
+  axis = figure.subplots()
   epochs = np.arange(1, len(progress.epochs) + 1)
   axis.plot(epochs, [e.top1 for e in progress.epochs], color=_RAW, marker=".", label="raw weights")
   if any(e.top1_ema is not None for e in progress.epochs):
@@ -331,7 +324,6 @@ def _accuracy(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   for phase in phases:
     if phase.index % 2 == 0:
       axis.axvspan(start + 0.5, start + phase.epochs + 0.5, color="0.93", zorder=0)
-    # Fmt: skip.
     axis.annotate(
       phase.name,
       (start + 0.5 + phase.epochs / 2, 0.02),
@@ -352,7 +344,7 @@ def _accuracy(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   return figure
 
 
-def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
+def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> Figure:
   # The ranking is that of the last sampling phase.
   last = max(p.index for p in phases if p.kind == "sampling")
   frozen = [p for p in phases if p.frozen_fraction > 0 and p.index > last]
@@ -361,7 +353,8 @@ def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   colours = [
     _FROZEN[min(sum(i >= bound for bound in bounds), len(_FROZEN) - 1)] for i in range(count)
   ]
-  figure, axis = plt.subplots(figsize=(9, max(4.0, 0.19 * count + 1)), layout="constrained")
+  figure = Figure(figsize=(9, max(4.0, 0.19 * count + 1)), layout="constrained")
+  axis = figure.subplots()
   axis.barh(range(count), [progress.metric[layer] for layer in progress.ranking], color=colours)
   for bound, phase in zip(bounds, frozen, strict=True):
     axis.axhline(bound - 0.5, color="0.2", linewidth=0.9, linestyle="--")
@@ -379,14 +372,13 @@ def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> plt.Figure:
   return figure
 
 
-def _codes(shares: dict[str, np.ndarray]) -> plt.Figure:
+def _codes(shares: dict[str, np.ndarray]) -> Figure:
   columns = 9
   rows = -(-len(shares) // columns)
   # Not the constrained layout of the others: with so many axes it takes seconds.
   alike = len({len(share) for share in shares.values()}) == 1
-  figure, axes = plt.subplots(
-    rows, columns, figsize=(1.9 * columns, 1.5 * rows), sharex=alike, squeeze=False
-  )
+  figure = Figure(figsize=(1.9 * columns, 1.5 * rows))
+  axes = figure.subplots(rows, columns, sharex=alike, squeeze=False)
   figure.subplots_adjust(left=0.03, right=0.99, bottom=0.04, top=0.92, hspace=0.55, wspace=0.3)
   for axis, (layer, share) in zip(axes.flat, shares.items(), strict=False):
     steps = len(share) // 2

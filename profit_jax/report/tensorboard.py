@@ -4,7 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -14,6 +14,7 @@ from profit_jax.schedule import Phase
 from profit_jax.train.nonfinite import quantizer_scalars
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress, Start
+from profit_jax.typing import Params
 
 if TYPE_CHECKING:
   from clu import metric_writers
@@ -95,7 +96,7 @@ class TensorBoardObserver(Observer):
 
   def start_evaluated(self, start: Start) -> None:
     """See `Observer`."""
-    if start.top1 is not None:
+    if start.top1 is not None and start.top5 is not None:
       self._write(0, {"eval/top1": start.top1, "eval/top5": start.top5})
 
   def step_done(self, phase: Phase, metrics: dict[str, float], images_per_second: float) -> None:
@@ -132,7 +133,7 @@ class TensorBoardObserver(Observer):
     self._attempt(lambda writer: writer.write_histograms(report.step, histograms))
     self._write(report.step, scalars, flush=True)
 
-  def run_done(self, progress: Progress, params: Any) -> None:
+  def run_done(self, progress: Progress, params: Params) -> None:
     """See `Observer`."""
     del params
     if not self._pictures:

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from profit_jax.config import ConfigError, Settings
+from profit_jax.config import ConfigError, Dtype, Settings
 from profit_jax.kernels import target
 
-_PLATFORM_DTYPES = {"cpu": "float32", "gpu": "tfloat32", "tpu": "bfloat16"}
+_PLATFORM_DTYPES: dict[str, Dtype] = {"cpu": "float32", "gpu": "tfloat32", "tpu": "bfloat16"}
 
 
-def default_dtype(platform: str) -> str:
+def default_dtype(platform: str) -> Dtype:
   """The `train.dtype` that auto stands for on devices of a platform, given JAX's name of it."""
   return _PLATFORM_DTYPES[target.platform_of(platform)]
 

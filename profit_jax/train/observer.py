@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 from etils import epath
 
 from profit_jax.schedule import Phase
 from profit_jax.train.progress import PhaseRecord, Progress, Start
+from profit_jax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class EpochReport:
   clip_rate: dict[str, float]
   aiwq: dict[str, float]
   instability: dict[str, dict[str, float]]
-  params: Any
+  params: Params
 
 
 class Observer:
@@ -81,7 +81,7 @@ class Observer:
   def phase_done(self, record: PhaseRecord) -> None:
     """After a phase's last epoch."""
 
-  def run_done(self, progress: Progress, params: Any) -> None:
+  def run_done(self, progress: Progress, params: Params) -> None:
     """After the last phase; params are those of the best weights."""
 
   def close(self) -> None:
@@ -137,7 +137,7 @@ class Observers(Observer):
     for observer in self._observers:
       observer.phase_done(record)
 
-  def run_done(self, progress: Progress, params: Any) -> None:
+  def run_done(self, progress: Progress, params: Params) -> None:
     """See `Observer`."""
     for observer in self._observers:
       observer.run_done(progress, params)

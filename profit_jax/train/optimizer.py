@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
-from profit_jax.nn.spec import NORM, QUANT, WEIGHT
-from profit_jax.train.packing import Packed, split
+from profit_jax.fields import ConfigError
+from profit_jax.nn.spec import NORM, QUANT, WEIGHT, ModelSpec
+from profit_jax.train.packing import Packed, group_of, pack, split, unpack
+from profit_jax.typing import Array, Params
 
 FROZEN = "frozen"
 Frozen = frozenset[str]
@@ -33,7 +36,7 @@ class SgdSettings:
 
 
 # `learning_rate -> transformation`, as `optax.adamw`.
-OptimizerFactory = Callable[[Any], optax.GradientTransformation]
+OptimizerFactory = Callable[[jax.Array], optax.GradientTransformation]
 
 
 class NotSaved(flax.struct.PyTreeNode):
@@ -51,7 +54,7 @@ class FrozenKernels(NotSaved):
     kernels: their arrays' names in `Packed`, `block01/expand_conv/kernel`.
   """
 
-  frozen: jax.Array
+  frozen: Array
   kernels: tuple[str, ...] = flax.struct.field(pytree_node=False)
 
   def names(self) -> frozenset[str]:
@@ -73,8 +76,7 @@ def label_params(params: Packed, *, train_kernels: bool) -> Packed:
     train_kernels: False in BN phases, where every kernel is fixed.
   """
   weight = WEIGHT if train_kernels else FROZEN
-  vectors = (NORM, QUANT)
-  return params.replace(arrays={n: n if n in vectors else weight for n in params.arrays})
+  return params.replace(arrays={name: group_of(name) or weight for name in params.arrays})
 
 
 def scale_by_epoch_learning_rate(multiple: float) -> optax.GradientTransformationExtraArgs:
@@ -132,8 +134,12 @@ def _is_masked(node: Any) -> bool:
   return isinstance(node, optax.MaskedNode)
 
 
-def scaled_by_epoch(factory: OptimizerFactory) -> optax.GradientTransformationExtraArgs:
-  """A transformation whose learning rate is an argument of `update`, as ours."""
+def own_transformation(factory: OptimizerFactory) -> optax.GradientTransformationExtraArgs:
+  """A user's transformation, on the leaves of packed parameters as their model has them.
+
+  Its learning rate is an argument of `update`, as ours. Leaves, because the state may have other
+  shapes than its parameter (`optax.adafactor`), or a norm of it (`optax.lamb`).
+  """
 
   # Only the rate is part of the state, whatever the factory calls it.
   def transformation(learning_rate):
@@ -141,12 +147,85 @@ def scaled_by_epoch(factory: OptimizerFactory) -> optax.GradientTransformationEx
 
   inner = optax.inject_hyperparams(transformation)(learning_rate=0.0)
 
-  def update(updates, state, params=None, *, learning_rate, **_):
+  def init(params: Packed):
+    leaves = unpack(params)
+    return inner.init(leaves) if leaves else optax.EmptyState()
+
+  def update(updates: Packed, state, params: Packed, *, learning_rate, **_):
+    leaves = unpack(updates)
+    if not leaves:
+      return updates, state
     rate = jnp.asarray(learning_rate, jnp.asarray(state.hyperparams["learning_rate"]).dtype)
     state = state._replace(hyperparams={**state.hyperparams, "learning_rate": rate})
-    return inner.update(updates, state, params)
+    changes, state = inner.update(leaves, state, unpack(params))
+    if traverse_util.flatten_dict(changes).keys() != traverse_util.flatten_dict(leaves).keys():
+      raise ValueError("its updates have another structure than the gradients")
+    return updates.filled(changes), state
 
-  return optax.GradientTransformationExtraArgs(inner.init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_factory(factory: OptimizerFactory, spec: ModelSpec) -> None:
+  """Traces a user's optimizer once on a model's parameters, without computing anything.
+
+  Raises:
+    ConfigError: it is no such function; it needs more than gradients, parameters and a traced
+      rate; its state or its updates change their shapes or dtypes from step to step.
+  """
+  allowed = (
+    "optimizer must be a function learning_rate -> optax.GradientTransformation, as optax.adamw or "
+    "lambda rate: optax.sgd(rate, 0.9)"
+  )
+  if not callable(factory):
+    raise ConfigError(f"optimizer is a {type(factory).__name__}: {allowed}.")
+
+  flat = traverse_util.flatten_dict(spec.shapes["params"])
+  for group in (WEIGHT, NORM):
+    leaves = {path: leaf for path, leaf in flat.items() if spec.groups[path] == group}
+    if not leaves:
+      continue
+    try:
+      state, updated = _traced_step(factory, traverse_util.unflatten_dict(leaves), spec)
+    except jax.errors.ConcretizationTypeError as error:
+      raise ConfigError(
+        "optimizer cannot be traced: it needs the learning rate as a Python number, but the rate "
+        "is an array, which the schedule sets in each epoch. Write it without `if` and float() on "
+        "the rate."
+      ) from error
+    except Exception as error:  # it is a user's
+      text = " ".join(str(error).split())
+      raise ConfigError(
+        f"optimizer cannot be used: {type(error).__name__}: {text}. {allowed}."
+      ) from error
+    if _signature(state) != _signature(updated):
+      raise ConfigError(
+        "optimizer changes the structure, shapes or dtypes of its state in an update, which a "
+        "compiled step cannot do. Give it a state that stays alike."
+      )
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
+    if any(jax.dtypes.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes):
+      raise ConfigError(
+        "optimizer has a typed random key in its state, which checkpoints cannot hold. Use "
+        "jax.random.key_data of it."
+      )
+
+
+def _traced_step(factory: OptimizerFactory, leaves: Params, spec: ModelSpec) -> tuple[Any, Any]:
+  """Shapes of an optimizer's state before and after an update."""
+
+  def step(params):
+    params = pack(params, spec.groups)
+    tx = own_transformation(factory)
+    state = tx.init(params)
+    changes, updated = tx.update(params, state, params, learning_rate=jnp.zeros((), jnp.float32))
+    optax.apply_updates(params, changes)  # of the parameters' shapes
+    return state, updated
+
+  return jax.eval_shape(step, leaves)
+
+
+def _signature(tree: Any) -> Any:
+  return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
 def make_optimizer(
@@ -189,8 +268,8 @@ def make_optimizer(
   else:
     # Its own decay moves kernels whose gradient is 0: they are held at both ends.
     hold = add_decayed_weights_unless_frozen(0.0, frozen)
-    weight = optax.chain(first(hold), scaled_by_epoch(factory), hold)
-    norm = scaled_by_epoch(factory)
+    weight = optax.chain(first(hold), own_transformation(factory), hold)
+    norm = own_transformation(factory)
   groups = {
     WEIGHT: weight,
     NORM: norm,

@@ -18,7 +18,7 @@ from flax import traverse_util
 from profit_jax.kernels import target
 from profit_jax.nn.spec import WEIGHT, ModelSpec, Path
 
-STATISTICS = "statistics"  # the vector of running statistics
+STATISTICS = "statistics"  # the group of running statistics
 
 
 class Leaf(NamedTuple):
@@ -27,7 +27,7 @@ class Leaf(NamedTuple):
   Attributes:
     path: in the tree.
     shape: there.
-    array: that holds it: a vector, or its own array.
+    array: that holds it: a vector (`vector_name`), or its own array.
     own: whether that array is its own.
   """
 
@@ -41,8 +41,8 @@ class Packed(flax.struct.PyTreeNode):
   """A nested dictionary as few arrays. `pack` makes it, `unpack` gives the dictionary back.
 
   Attributes:
-    arrays: the vectors `norm` (scales and biases), `quant` (the quantizers' scalars) and
-      `statistics`, as far as the tree has such leaves. Each weight is a separate array under its
+    arrays: the vectors of norms (scales and biases), quantizers' scalars and running statistics, as
+      far as the tree has such leaves; see `vector_name`. Each weight is a separate array under its
       path, as `block01/expand_conv/kernel`.
     layout: of all leaves; those of a vector lie there in this order.
   """
@@ -61,6 +61,16 @@ class Packed(flax.struct.PyTreeNode):
     flat = traverse_util.flatten_dict(tree)
     own = {leaf.array: flat[leaf.path] for leaf in self.layout if leaf.own}
     return self.replace(arrays={**self.arrays, **own})
+
+
+def vector_name(group: str, dtype: Any) -> str:
+  """The name of a group's vector of a dtype, `/norm/float32`; a weight's begins with no slash."""
+  return f"/{group}/{np.dtype(dtype).name}"
+
+
+def group_of(name: str) -> str | None:
+  """The group of the vector with this name; None of a weight's array."""
+  return name.split("/")[1] if name.startswith("/") else None
 
 
 def pack(tree: Mapping[str, Any], groups: Mapping[Path, str] | None = None) -> Packed:
@@ -107,11 +117,13 @@ def unpacked_shapes(packed: Packed) -> Any:
 
 def _leaf(path: Path, leaf: Any, group: str) -> Leaf:
   own = group == WEIGHT
-  return Leaf(path, tuple(leaf.shape), "/".join(path) if own else group, own)
+  array = "/".join(path) if own else vector_name(group, leaf.dtype)
+  return Leaf(path, tuple(leaf.shape), array, own)
 
 
 def _arrays(layout: tuple[Leaf, ...], flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-  arrays, parts = {}, {}
+  arrays: dict[str, Any] = {}
+  parts: dict[str, list[Any]] = {}
   for leaf in layout:
     if leaf.own:
       arrays[leaf.array] = flat[leaf.path]
@@ -127,7 +139,8 @@ def _joined(leaves: list[Any]) -> Any:
 
 
 def _unpacked(packed: Packed) -> dict[str, Any]:
-  flat, members = {}, {}
+  flat: dict[Path, Any] = {}
+  members: dict[str, list[Leaf]] = {}
   for leaf in packed.layout:
     array = packed.arrays[leaf.array]
     if isinstance(array, optax.MaskedNode):
@@ -147,7 +160,7 @@ def split(vector: Any, sizes: Sequence[int]) -> list[Any]:
   if isinstance(vector, np.ndarray):
     return np.split(vector, np.cumsum(sizes)[:-1])
   if not target.current().is_tuned_for("cpu"):
-    return jax.lax.split(vector, sizes)
+    return list(jax.lax.split(vector, sizes))
   return _split_in_a_branch(vector, tuple(sizes))
 
 

@@ -1,6 +1,6 @@
 """A run: what is trained, and how. The command line and the library both make one."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,6 @@ class Run(NamedTuple):
   source: Source
   student: Student
   teacher: Teacher
-  image_dtype: Any = np.uint8
+  image_dtype: np.dtype = np.dtype(np.uint8)
   loss: LossFunction | None = None
   optimizer: OptimizerFactory | None = None

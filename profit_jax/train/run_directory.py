@@ -254,8 +254,10 @@ def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
   config = read_config(workdir, flag)
   if "library" in config:
     raise ConfigError(
-      f"{flag} {workdir} holds a run of the library (profit_jax.Trainer), which this command "
-      "cannot read. Use what Trainer.fit returns: the same call in Python gives it at once."
+      f"{flag} {workdir} is a run of the library (profit_jax.Trainer), whose model and "
+      "data are in a program that this command does not know. Give another directory. In that "
+      "program, the same Trainer.fit returns the finished run's Result at once, for "
+      "profit_jax.export; profit_jax.load_weights reads the weights from the directory."
     )
   try:
     return parse(ml_collections.ConfigDict(with_new_names(config)), REGISTRY)

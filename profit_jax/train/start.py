@@ -17,7 +17,8 @@ from profit_jax.train.packing import pack_variables
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Best, Progress, Start
 from profit_jax.train.tracer import Who
-from profit_jax.weights.load import Loaded, Variables, differing_settings, head_of, load_variables
+from profit_jax.typing import Variables
+from profit_jax.weights.load import Loaded, differing_settings, head_of, load_variables
 
 
 class Student(NamedTuple):
@@ -181,7 +182,7 @@ def evaluate_start(
       source=student.loaded.source,
       quantized=student.loaded.quantizers,
       file_pad_value=None if student.file_spec is None else student.file_spec.model.pad_value,
-      new_head=settings.init.reset_head,
+      new_head=settings.init.reset_head or student.loaded.incomplete,
       top1=scores["top1"],
       top5=scores["top5"],
       examples=int(scores["examples"]),

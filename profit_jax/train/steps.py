@@ -265,7 +265,7 @@ def _sum(changes, batch_stats) -> jax.Array:
     jnp.sum(leaf, axis=tuple(range(leaf.ndim - 1)))
     for leaf in jax.tree.leaves((changes, batch_stats))
   ]
-  return jnp.sum(jnp.concatenate([jnp.atleast_1d(leaf) for leaf in leaves]))
+  return jnp.sum(jnp.concatenate([at_least_float32(jnp.atleast_1d(leaf)) for leaf in leaves]))
 
 
 def _averaged(state: TrainState, rate: float) -> TrainState:

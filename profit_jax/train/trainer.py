@@ -12,7 +12,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 import flax.linen as nn
@@ -27,6 +27,7 @@ from profit_jax.config import (
   CheckpointSettings,
   ConfigError,
   DataSettings,
+  Dtype,
   OscillationSettings,
   QuantSettings,
   RecoverySettings,
@@ -40,22 +41,24 @@ from profit_jax.data.batches import BatchSource, Data
 from profit_jax.data.normalize import Normalization
 from profit_jax.fields import as_lists, listed
 from profit_jax.nn.rules import Rule, policy_quantizer, with_rules
-from profit_jax.nn.spec import ModelSpec, describe, never_quantized
+from profit_jax.nn.spec import QUANT, ModelSpec, check_training_pass, describe, never_quantized
 from profit_jax.quant import Bits, DuQ, Quantizer
 from profit_jax.schedule import Phase, with_separate_bn_programs
 from profit_jax.train import run_directory
 from profit_jax.train.loop import Loop
 from profit_jax.train.mesh import default_dtype, make_mesh
 from profit_jax.train.observer import Observer, Observers
-from profit_jax.train.optimizer import OptimizerFactory
+from profit_jax.train.optimizer import OptimizerFactory, check_factory
 from profit_jax.train.programs import Programs
 from profit_jax.train.progress import EpochRecord, PhaseRecord
 from profit_jax.train.run import Run
 from profit_jax.train.run_state import RunState, SavedRun, opened
 from profit_jax.train.start import Student, Teacher
 from profit_jax.train.steps import LossFunction
+from profit_jax.typing import Variables
+from profit_jax.weights.load import Loaded, is_first_scalar
 
-Variables = dict[str, Any]
+_SHOWN = 5  # names in a message
 
 
 def claim(
@@ -170,7 +173,9 @@ class Result:
   Attributes:
     top1: in percent, the best evaluation of the phases at the last bits.
     top5: likewise, among the five highest outputs, or all if there are fewer.
-    full_precision_top1: the best of the full-precision phase; None without one.
+    start_top1: of the given `variables` before training, in full precision; None without.
+    full_precision_top1: the best of the full-precision phase and of given `variables` that are
+      whole and were not trained quantized; None without either.
     weights: which of them it was, `raw` or `ema`.
     variables: these, on the host: `params` and `batch_stats`.
     bits: widths and quantizer of the last phases, for `model.apply(variables, x, bits)`.
@@ -186,6 +191,7 @@ class Result:
 
   top1: float
   top5: float
+  start_top1: float | None
   full_precision_top1: float | None
   weights: str
   variables: Variables
@@ -230,16 +236,21 @@ class Trainer:
     policy: rules by name, after `rules`: "profit" (none), "lsq_paper" (first and last layer at 8
       bits) or "brevitas" (first layer at 8 bits, kernels with scalars for each channel).
     loss: `(logits [N, classes], labels [N]) -> losses [N]`; None is the cross-entropy.
-    optimizer: `learning_rate -> optax.GradientTransformation`, as `optax.adamw`, for weights and
-      norms; None is SGD with Nesterov momentum. The schedule gives the learning rate, each epoch.
+    optimizer: `learning_rate -> optax.GradientTransformation`, as `optax.adamw`. It updates the
+      weights and, separately, the norms; the quantizers keep their own. It starts anew in each
+      phase. The learning rate is an array, which the schedule sets in each epoch. None is SGD with
+      Nesterov momentum.
     teacher: a model and its variables, in full precision; the student also learns its outputs.
-    variables: first `params` and `batch_stats`; what is left out is drawn.
+    variables: first `params` and `batch_stats`; what is left out is drawn. They are evaluated
+      before training; see `Result.start_top1`.
     callbacks: told of every event, in every process.
     options: everything else.
 
     Raises:
-      ConfigError: no schedule, a directory that cannot be reached, or rules that are none.
+      ConfigError: an argument of another type, no schedule, a directory that cannot be reached, or
+        rules that are none.
     """
+    _require_types(schedule, quantizer, teacher, callbacks, options)
     check_rules(rules, "Trainer's rules")
     policies = get_args(get_type_hints(QuantSettings)["policy"])
     if policy not in policies:
@@ -285,17 +296,31 @@ class Trainer:
       NotFinite: a loss or gradient, more often than `options.recovery` allows.
       Stopped: by SIGINT or SIGTERM; everything is saved.
     """
+    if not isinstance(data, Data):
+      raise ConfigError(
+        f"Trainer.fit was given a {type(data).__name__}: it takes batches as Data(train=..., "
+        "eval=..., steps_per_epoch=...)."
+      )
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+      raise ConfigError(
+        f"seed = {seed!r} is not allowed: it must be a whole number, 0 to 2^32 - 1."
+      )
     options = self._options
     host = HostShard(jax.process_index(), jax.process_count())
     source = distributed.on_all_hosts(lambda: BatchSource(data, host))
+    distributed.require_equal("batches (shape, dtype or steps_per_epoch)", source.described())
     bits = Bits(quantizer=self._quantizer, aiwq_every=options.sampling_every)
     spec = describe(self._model, source.image_shape, bits)
     spec = with_rules(spec, self._rules, self._policy, "Trainer's rules")
     source.num_classes = spec.outputs
     _check_layers(spec, self._phases)
+    check_training_pass(spec)
+    if self._optimizer is not None:
+      check_factory(self._optimizer, spec)
     settings = self._settings(seed, source)
     _check_options(dataclasses.replace(options, train=settings.train), self._quantizer)
-    student = Student(spec, lambda: self._first_variables(spec, seed), None, None)
+    _check_batch_size(source, settings, options.devices)
+    student = self._student(spec, seed)
     teacher = Teacher(None, None, None)
     if self._teacher is not None:
       model, variables = self._teacher
@@ -305,7 +330,8 @@ class Trainer:
           f"The teacher has {teacher_spec.outputs} outputs, the model {spec.outputs}: both must "
           "have the same classes."
         )
-      teacher = Teacher(teacher_spec, _filled(teacher_spec, variables, "teacher", {}), None)
+      given = _checked_variables(teacher_spec, variables, "teacher")
+      teacher = Teacher(teacher_spec, _filled(teacher_spec, given, {}), None)
     run = Run(
       settings,
       self._phases,
@@ -317,7 +343,9 @@ class Trainer:
       self._optimizer,
     )
     identity = self._identity(settings, spec, source)
-    distributed.require_equal("run", json.dumps(identity, sort_keys=True, default=str))
+    distributed.require_equal(
+      "arguments of Trainer", json.dumps(identity, sort_keys=True, default=str)
+    )
     with distributed.peers_needed(), contextlib.ExitStack() as closing:
       writer = claim(self._workdir, identity, options.checkpoint.keep, closing)
       saved = opened(writer.read_newest(lambda text: warnings.warn(text, stacklevel=2)))
@@ -329,28 +357,40 @@ class Trainer:
 
   def _settings(self, seed: int, source: BatchSource) -> Settings:
     options, size = self._options, source.batch_size
-    dtype = options.train.dtype
+    dtype: Dtype = options.train.dtype
     if dtype == "auto":
       config = self._workdir / "config.json"
       devices = options.devices or jax.devices()
       dtype = default_dtype(devices[0].platform)
       if config.exists():  # a run keeps what it began with
         dtype = run_directory.read_config(self._workdir).get("train", {}).get("dtype", dtype)
-    train_settings = dataclasses.replace(
-      options.train, batch_size=size, eval_batch_size=size, dtype=dtype
-    )
+    train_settings = dataclasses.replace(options.train, batch_size=size, eval_batch_size=size)
     return Settings(
-      seed=seed,
+      seed=int(seed),
       data=DataSettings(name="Data.eval"),
       train=train_settings,
       oscillation=options.oscillation,
       checkpoint=options.checkpoint,
       recovery=options.recovery,
-    )
+    ).with_dtype(dtype)
 
-  def _first_variables(self, spec: ModelSpec, seed: int) -> Variables:
-    drawn = jax.device_get(spec.init(jax.random.key(seed)))
-    return drawn if self._variables is None else _filled(spec, self._variables, "variables", drawn)
+  def _student(self, spec: ModelSpec, seed: int) -> Student:
+    def drawn() -> Variables:
+      return jax.device_get(spec.init(jax.random.key(seed)))
+
+    if self._variables is None:
+      return Student(spec, drawn, None, None)
+    given = _checked_variables(spec, self._variables, "variables")
+    names = traverse_util.flatten_dict(spec.shapes, sep="/").keys()
+    scalars = {"/".join(("params", *path)) for path, of in spec.groups.items() if of == QUANT}
+    loaded = Loaded(
+      {},
+      "own",
+      {},
+      quantizers=not all(is_first_scalar(given[name]) for name in scalars & given.keys()),
+      incomplete=bool(names - scalars - given.keys()),
+    )
+    return Student(spec, lambda: _filled(spec, given, drawn()), loaded, None)
 
   def _identity(
     self, settings: Settings, spec: ModelSpec, source: BatchSource
@@ -359,6 +399,7 @@ class Trainer:
     config = {
       "library": __version__,
       "model": type(self._model).__name__,
+      "images": [source.image_dtype.name, *source.image_shape],
       "params": {name: list(leaf.shape) for name, leaf in shapes.items()},
       "quantizer": {
         "method": self._quantizer.method,
@@ -383,13 +424,15 @@ class Trainer:
   def _result(
     self, end: RunState, spec: ModelSpec, data: Data, source: BatchSource, seed: int
   ) -> Result:
-    progress, last = end.progress, self._phases[-1]
-    full_precision = progress.full_precision
+    progress, last, best = end.progress, self._phases[-1], end.progress.best
+    start, full_precision = progress.start, progress.full_precision
+    assert best is not None  # the last phase has the last bits
     return Result(
-      top1=progress.best.top1,
-      top5=progress.best.top5,
-      full_precision_top1=full_precision and full_precision.top1,
-      weights=progress.best.weights,
+      top1=best.top1,
+      top5=best.top5,
+      start_top1=None if start is None else start.top1,
+      full_precision_top1=None if full_precision is None else full_precision.top1,
+      weights=best.weights,
       variables=end.best,
       bits=spec.bits.at(last.weight_bits, last.act_bits),
       spec=spec,
@@ -408,26 +451,77 @@ def _plain(value: Any) -> Any:
   return value.item() if isinstance(value, np.generic) else str(value)
 
 
-def _filled(spec: ModelSpec, given: Variables, what: str, drawn: Variables) -> Variables:
+def _checked_variables(spec: ModelSpec, given: Variables, what: str) -> dict[str, np.ndarray]:
+  """Given variables by path, `params/conv/kernel`, in the model's dtypes.
+
+  Raises:
+    ConfigError: a variable that the model does not have, or has in another shape.
+  """
+  if not isinstance(given, Mapping):
+    raise ConfigError(
+      f"{what} is a {type(given).__name__}: it must be a dictionary of params and batch_stats, as "
+      "model.init and Result.variables."
+    )
+  shapes = traverse_util.flatten_dict(spec.shapes, sep="/")
+  found = traverse_util.flatten_dict(jax.device_get(nn.unbox(dict(given))), sep="/")
+  problems = [
+    f"{name} is not in the model"
+    if name not in shapes
+    else f"{name} has the shape {np.shape(value)}, not {shapes[name].shape}"
+    for name, value in sorted(found.items())
+    if name not in shapes or np.shape(value) != shapes[name].shape
+  ]
+  if problems:
+    more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    raise ConfigError(
+      f"{what} does not fit {type(spec.model).__name__}: {'; '.join(problems[:_SHOWN])}{more}. "
+      "Give variables of this model, as model.init and Result.variables have them."
+    )
+  return {name: np.asarray(value, shapes[name].dtype) for name, value in found.items()}
+
+
+def _filled(spec: ModelSpec, given: dict[str, np.ndarray], drawn: Variables) -> Variables:
   """Given variables, and drawn ones for what they lack.
 
   Raises:
-    ConfigError: a variable that the model does not have, or has in another shape; one that is
-      nowhere.
+    ConfigError: one that is nowhere.
   """
-  shapes = traverse_util.flatten_dict(spec.shapes, sep="/")
-  found = traverse_util.flatten_dict(drawn, sep="/")
-  for name, value in traverse_util.flatten_dict(jax.device_get(dict(given)), sep="/").items():
-    if name not in shapes or np.shape(value) != shapes[name].shape:
-      shape = shapes[name].shape if name in shapes else "no such variable"
-      raise ConfigError(
-        f"{what} has {name} of the shape {np.shape(value)}, but the model has {shape}. Give "
-        "variables of this model, as model.init and trained results have them."
-      )
-    found[name] = np.asarray(value, shapes[name].dtype)
-  if missing := sorted(shapes.keys() - found.keys()):
-    raise ConfigError(f"{what} lacks {', '.join(missing[:5])}. Give all variables of the model.")
+  found = traverse_util.flatten_dict(drawn, sep="/") | given
+  missing = sorted(traverse_util.flatten_dict(spec.shapes, sep="/").keys() - found.keys())
+  if missing:
+    more = f", and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    raise ConfigError(
+      f"teacher lacks {', '.join(missing[:_SHOWN])}{more}. Give all variables of the model."
+    )
   return {"batch_stats": {}, **traverse_util.unflatten_dict(found, sep="/")}
+
+
+def _require_types(
+  schedule: Sequence[Phase],
+  quantizer: Quantizer,
+  teacher: tuple[nn.Module, Variables] | None,
+  callbacks: Sequence[Observer],
+  options: Options,
+) -> None:
+  """Names the first argument of `Trainer` that has another type; a class instead of an instance is
+  the usual slip.
+  """
+  expected: list[tuple[str, object, type, str]] = [
+    ("quantizer", quantizer, Quantizer, "DuQ()"),
+    ("options", options, Options, "Options(...)"),
+    *(("schedule", phase, Phase, "profit_schedule(...)") for phase in schedule),
+    *(("callbacks", callback, Observer, "[TensorBoard()]") for callback in callbacks),
+  ]
+  for name, value, kind, example in expected:
+    if not isinstance(value, kind):
+      of = value.__name__ if isinstance(value, type) else f"a {type(value).__name__}"
+      raise ConfigError(
+        f"Trainer's {name} has {of} where a {kind.__name__} belongs. Give {name}={example}."
+      )
+  if teacher is not None and not (isinstance(teacher, tuple) and len(teacher) == 2):
+    raise ConfigError(
+      f"Trainer's teacher is a {type(teacher).__name__}. Give teacher=(model, variables)."
+    )
 
 
 def _check_options(options: Options, quantizer: Quantizer) -> None:
@@ -446,6 +540,20 @@ def _check_options(options: Options, quantizer: Quantizer) -> None:
     raise ConfigError(
       f"Options.oscillation is not allowed with {type(quantizer).__name__}: it needs a quantizer "
       "whose codes come from one interval, as DuQ or LSQ."
+    )
+
+
+def _check_batch_size(
+  source: BatchSource, settings: Settings, devices: Sequence[jax.Device] | None
+) -> None:
+  """Checks what `make_mesh` checks, under the names of `Data`."""
+  parts, count = settings.train.accumulation_steps, len(devices or jax.devices())
+  if source.batch_size % (parts * count):
+    of = f" from {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    raise ConfigError(
+      f"The first training batch has {source.batch_size} examples{of}: it must have a multiple of "
+      f"{parts * count}, for {count} devices and accumulation_steps = {parts}. Make batches of "
+      "another size, or give Options.devices."
     )
 
 

@@ -163,6 +163,6 @@ def _read_run(workdir: epath.Path) -> Contents:
       "that has reached its "
       f"plan's last bits, or give a file, one of {_FORMATS}."
     )
-  return Contents(
-    best, dict(json.loads((workdir / "config.json").read_text())["model"]), tuple(notes)
-  )
+  model = json.loads((workdir / "config.json").read_text())["model"]
+  # Of a run of `Trainer`, the name of the class.
+  return Contents(best, None if isinstance(model, str) else dict(model), tuple(notes))

@@ -1,7 +1,6 @@
 """Weights files for models that are given as modules: what `Trainer` starts from and ends with."""
 
 import os
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,11 +11,11 @@ from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY
 from profit_jax.nn.spec import describe
 from profit_jax.quant import Bits, DuQ, Quantizer
+from profit_jax.typing import Variables
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import write_safetensors
 
-Variables = dict[str, Any]
 _SHOWN = 5  # names in a message
 
 
@@ -45,8 +44,8 @@ def load_weights(
   """Reads a model's variables from a file; nothing is guessed, and nothing is left over.
 
   Args:
-    path: a file of `save_weights`. Of a registered model, also one under the names of torchvision,
-      timm or the authors, or a run's directory.
+    path: a file of `save_weights`, or a run's directory. Of a registered model, also a file under
+      the names of torchvision, timm or the authors.
     model: whose variables they are.
     image_shape: `(H, W, C)` of its images.
     quantizer: of its layers, as the file has it. A registered model's file in full precision lacks
@@ -82,5 +81,5 @@ def load_weights(
       f"{'; '.join(sorted(problems)[:_SHOWN])}{more}. Give the file of this model, with its image "
       "shape and quantizer."
     )
-  arrays = {name: np.asarray(found[name], np.float32) for name in expected}
+  arrays = {name: np.asarray(found[name], leaf.dtype) for name, leaf in expected.items()}
   return {"batch_stats": {}, **traverse_util.unflatten_dict(arrays, sep="/")}

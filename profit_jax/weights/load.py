@@ -10,10 +10,9 @@ from flax import traverse_util
 from profit_jax.config import ConfigError, ModelSettings
 from profit_jax.models import REGISTRY, options
 from profit_jax.nn.spec import describe
+from profit_jax.typing import Array, Variables
 from profit_jax.weights.files import read_contents
 from profit_jax.weights.naming import QUANTIZER_LEAVES, Names, OwnNames, Path, TorchNames
-
-Variables = dict[str, Any]
 
 # Settings that change what a net computes without changing the shape of any tensor, or its channels
 # at other widths.
@@ -21,6 +20,11 @@ _TELLING = frozenset(
   {"activation", "strides", "bn_epsilon", "squeeze_excite", "pad_value", "channel_rounding"}
 )
 _RAW_ONE = np.log(np.expm1(1.0))  # the raw value of a quantizer's scalar that is 1
+
+
+def is_first_scalar(value: Array) -> bool:
+  """Whether a quantizer's scalar is as no calibration or training has left it."""
+  return bool(np.allclose(value, _RAW_ONE))
 
 
 def namings(model: str) -> dict[str, Names]:
@@ -61,6 +65,7 @@ class Loaded(NamedTuple):
       computes.
     quantizers: whether its quantizer scalars came with it; they are 1 otherwise.
     notes: what the user should know of how it was read.
+    incomplete: whether other variables than the scalars are random.
   """
 
   variables: Variables
@@ -68,6 +73,7 @@ class Loaded(NamedTuple):
   settings: Mapping[str, Any]
   quantizers: bool
   notes: tuple[str, ...] = ()
+  incomplete: bool = False
 
 
 def load_variables(

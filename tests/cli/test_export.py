@@ -219,6 +219,65 @@ def test_more_pictures_than_fit_at_once(exported, picture):
   assert all([name for name, _ in best] == [name for name, _ in alone] for best in many)
 
 
+def prepared(exported, picture):
+  """A picture as the exported files take it."""
+  pixels = json.loads((exported / f"{STEM}.onnx.json").read_text())["input"]
+  return read_picture(picture, pixels["image_size"], pixels["crop_pct"], pixels["interpolation"])
+
+
+def test_arrays_are_classified_like_the_pictures_they_are_made_of(
+  exported, picture, tmp_path, capsys
+):
+  file, image = exported / f"{STEM}.onnx", prepared(exported, picture)
+  np.save(tmp_path / "one.npy", image)
+  np.save(tmp_path / "two.npy", np.stack([255 - image, image]))
+  (expected,) = predict.predict(file, [picture])
+  found = list(predict.predict(file, [tmp_path / "one.npy", tmp_path / "two.npy"]))
+  assert len(found) == 3
+  assert found[0] == found[2] == expected
+  assert found[1] != expected
+  assert predict.main([str(file), str(tmp_path / "two.npy"), str(picture)]) == 0
+  names = capsys.readouterr().out.splitlines()[::6]
+  assert names == [f"{tmp_path / 'two.npy'}[0]", f"{tmp_path / 'two.npy'}[1]", str(picture)]
+
+
+def test_a_model_of_own_arrays_takes_arrays_only(exported, picture, tmp_path, capsys):
+  file = tmp_path / f"{STEM}.onnx"
+  file.write_bytes((exported / file.name).read_bytes())
+  card = json.loads((exported / f"{file.name}.json").read_text())
+  del card["input"]["crop_pct"], card["input"]["interpolation"]
+  (tmp_path / f"{file.name}.json").write_text(json.dumps(card))
+  np.save(tmp_path / "one.npy", prepared(exported, picture))
+  assert list(predict.predict(file, [tmp_path / "one.npy"])) == list(
+    predict.predict(exported / file.name, [picture])
+  )
+  assert predict.main([str(file), str(picture)]) == 2
+  size = card["input"]["image_size"]
+  wanted = f"Give .npy files with uint8 of the shape [{size}, {size}, 3] or [N, {size}, {size}, 3]"
+  assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("content", "named"),
+  [
+    (np.zeros((5, 5, 3), np.uint8), r"uint8 of the shape \[5, 5, 3\]: the model takes uint8"),
+    (np.zeros((16, 16, 3), np.float32), "float32 of the shape .*: the model takes uint8"),
+    (np.zeros((0, 16, 16, 3), np.uint8), r"\[0, 16, 16, 3\]: the model takes"),
+    (np.array([{}]), "pickle"),
+    (b"no array", "cannot be read.*numpy.save"),
+    (None, "No such file"),
+  ],
+)
+def test_what_is_no_array_of_images(exported, tmp_path, content, named):
+  file = tmp_path / "array.npy"
+  if isinstance(content, bytes):
+    file.write_bytes(content)
+  elif content is not None:
+    np.save(file, content)
+  with pytest.raises(ConfigError, match=named):
+    list(predict.predict(exported / f"{STEM}.onnx", [file]))
+
+
 @pytest.mark.parametrize(
   ("make", "named"),
   [

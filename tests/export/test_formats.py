@@ -2,6 +2,7 @@
 they should be.
 """
 
+import json
 import sys
 
 import numpy as np
@@ -22,6 +23,18 @@ def written(tmp_path, name, net):
 
 
 # jax and safetensors pack 3 bits as 4.
+def test_safetensors_of_another_version_are_refused_by_name(tmp_path):
+  path = tmp_path / "net.safetensors"
+  for content, message in (
+    ({"net": json.dumps({"field_bits": 4, "nodes": []})}, "exported by profit_jax 0.1.0.*again"),
+    ({"net": json.dumps({"nodes": [["Spline", "name", "image"]]})}, "Spline.*another version"),
+    (None, "no exported file"),
+  ):
+    safetensors.numpy.save_file({"tensor": np.zeros(1)}, path, content)
+    with pytest.raises(ConfigError, match=message):
+      safetensors_file.read(path)
+
+
 @pytest.mark.parametrize(
   ("name", "bits"),
   [

@@ -148,6 +148,36 @@ def test_layers_keep_their_names():
   assert names == ["product", "product/relu", "product_2", "mean_2", "sum", "mean"]
 
 
+class ReadTwice(nn.Module):
+  """Operations that read a tensor twice, and values that a user looks at."""
+
+  @nn.compact
+  def __call__(self, x, bits=Bits(), train=False):
+    x = spatial_mean(value_of(QuantConv(4, 3, name="conv")(x, bits)))
+    x = jnp.concatenate([x, x], axis=-1)
+    self.sow("intermediates", "joined", x)
+    x = QuantAct("symmetric", name="quant")(jnp.maximum(x * x, x) + x, bits)
+    self.sow("intermediates", "quantized", x)
+    x = QuantDense(4, name="dense")(jnp.concatenate([value_of(x)] * 2, axis=-1), bits)
+    return QuantDense(5, name="head")(QuantAct("symmetric", name="head_quant")(x + x, bits), bits)
+
+
+@pytest.mark.parametrize("name", ["onnx", "safetensors"])
+def test_an_operation_may_read_a_tensor_twice_and_a_model_sow_it(tmp_path, name):
+  model = ReadTwice()
+  variables = variables_of(model)
+  net = own_net(model, variables=variables)
+  spec = describe(model, own_models.IMAGE_SHAPE)
+  outputs = verify.trained_codes(net, spec, variables, None)(float_images())
+  compared = verify.compare(net, [float_images()], lambda _: outputs)
+  assert compared.at_ties, [row for row in compared.rows if row.apart]
+  path = tmp_path / f"net{formats.FORMATS[name].suffix}"
+  module = formats.load(name)
+  module.write(net, path)
+  compared = verify.compare(net, [float_images()], verify.file_codes(module.open_file(path)))
+  assert compared.exact, [row for row in compared.rows if row.differing]
+
+
 ENDS = (("stem_conv", 8, None), ("classifier", 6, None))
 
 

@@ -1,6 +1,7 @@
 """Packed trees come back to the bit, and checkpoints hold every leaf under its own path."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -31,8 +32,8 @@ def assert_same(one, other):
 def test_everything_but_kernels_is_in_three_vectors():
   packed = pack_variables(drawn(), SPEC)
   kernels = {f"{layer}/kernel" for layer in (*CONVS, "classifier")}
-  assert packed["params"].arrays.keys() == kernels | {"norm", "quant"}
-  assert packed["batch_stats"].arrays.keys() == {"statistics"}
+  assert packed["params"].arrays.keys() == kernels | {"/norm/float32", "/quant/float32"}
+  assert packed["batch_stats"].arrays.keys() == {"/statistics/float32"}
 
 
 def test_a_packed_tree_comes_back_on_the_host_and_in_a_program():
@@ -41,6 +42,22 @@ def test_a_packed_tree_comes_back_on_the_host_and_in_a_program():
   packed = jax.jit(lambda tree: pack_variables(tree, SPEC))(variables)
   assert_same(unpack(jax.device_get(packed)), variables)
   assert_same(jax.jit(unpack)(packed), variables)
+
+
+def test_parameters_at_the_root_may_have_any_name_and_dtype():
+  names = ("norm", "quant", "weight", "frozen", "statistics")
+  tree = {name: np.full((2, 2), index, np.float32) for index, name in enumerate(names)}
+  tree |= {"low": {"bias": np.ones(2, jnp.bfloat16)}, "high": {"bias": np.ones(3, np.float32)}}
+  groups = {(name,): "weight" for name in names}
+  groups |= {("low", "bias"): "norm", ("high", "bias"): "norm"}
+  packed = pack(tree, groups)
+  assert_same(unpack(packed), tree)
+  assert {
+    path: leaf.dtype for path, leaf in traverse_util.flatten_dict(unpack(packed)).items()
+  } == {path: leaf.dtype for path, leaf in traverse_util.flatten_dict(tree).items()}
+  labels = optimizer.label_params(packed, train_kernels=True).arrays
+  assert {name: labels[name] for name in names} == dict.fromkeys(names, "weight")
+  assert sorted(labels.values()) == ["norm"] * 2 + ["weight"] * len(names)
 
 
 def test_leaves_that_are_filled_in_replace_whole_arrays():

@@ -1,6 +1,7 @@
 """Several processes and devices compute what one alone computes, and one of them writes."""
 
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -16,7 +17,17 @@ from profit_jax.cli import app
 from profit_jax.config import ConfigError
 from tests.data import pictures
 from tests.train import forked
-from tests.train.processes import config, printed, run_main, train
+from tests.train.processes import (
+  config,
+  fit,
+  own_data,
+  own_result,
+  own_run,
+  printed,
+  run_main,
+  summary_of,
+  train,
+)
 from tests.train.runs import newest_of, number, result_of
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -197,3 +208,41 @@ def test_what_fails_in_one_process_ends_all_of_them_soon(tmp_path):
   assert "error: process 1 stopped" in errors[0]
   assert "error: config.data.data_dir = " in errors[1]
   assert not (tmp_path / "run").exists()
+
+
+def fit_in_two(workdir, faults=()):
+  """The exit codes of two processes that train with the library, and what each printed."""
+  address = f"localhost:{free_port()}"
+  codes = ended([forked.start(fit, workdir, address, 2, i, faults) for i in range(2)])
+  return codes, ["".join(file.read_text() for file in printed(workdir, i)) for i in range(2)]
+
+
+def test_the_library_computes_in_two_processes_what_it_computes_in_one(tmp_path):
+  codes, texts = fit_in_two(tmp_path / "run")
+  assert codes == [0, 0], texts
+  first, second = (json.loads(own_result(tmp_path / "run", i).read_text()) for i in range(2))
+  assert first == second
+  alone = summary_of(own_run(tmp_path / "alone", jax.devices()[:1]).fit(own_data()))
+  assert len(first["frozen"]) == 1
+  assert first["frozen"] == alone["frozen"]
+  np.testing.assert_allclose(first["epochs"], alone["epochs"], rtol=1e-4)
+  for name, value in alone["variables"].items():
+    np.testing.assert_allclose(first["variables"][name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+  # The first process writes; it exports, and verifies with its own images.
+  assert "of 8 images: top-1 equal" in texts[0]
+  assert "export runs in the first process only" in texts[1]
+
+
+@pytest.mark.parametrize(
+  ("fault", "told", "others"),
+  [
+    ("rows", r"processes \[1\] have other batches", r"processes \[1\] have other batches"),
+    ("eval", "labels from 4 to 5: they must be 0 to 2", "process 1 stopped; its message says why"),
+    ("end", "ended after 2 of 4 batches in epoch 1", "process 1 stopped; its message says why"),
+  ],
+)
+def test_a_fault_in_one_processs_batches_ends_both(tmp_path, fault, told, others):
+  codes, texts = fit_in_two(tmp_path / "run", (fault,))
+  assert codes == [1, 1], texts
+  assert re.search(told, texts[1])
+  assert re.search(others, texts[0])

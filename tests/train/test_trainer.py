@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 import profit_jax as pj
+from profit_jax.cli import app, compare, predict, to_torch
 from profit_jax.nn.spec import describe
 from profit_jax.train.interrupt import Stopped
+from tests.export import own_models
+from tests.train.processes import config
 
 STEPS, ROWS = 4, 8
 
@@ -123,6 +127,37 @@ def test_a_directory_of_another_schedule_is_refused(whole):
     pj.Trainer(Net(), other, whole[0].workdir, options=OPTIONS).fit(DATA)
 
 
+def test_weights_are_read_from_the_runs_directory(whole):
+  result, _ = whole
+  back = pj.load_weights(result.workdir, Net(), (8, 8, 1))
+  jax.tree.map(np.testing.assert_array_equal, back, result.variables)
+
+
+def test_runs_are_compared_with_each_other(whole, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "200")
+  workdir = str(whole[0].workdir)
+  assert compare.main([workdir, workdir]) == 0
+  printed = capsys.readouterr().out
+  for text in ("Net", "8x8x1 float32", "w4a8", f"{whole[0].top1:.2f} %", "settings are the same"):
+    assert text in printed
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    lambda run: app.main(None, run, "eval"),
+    lambda run: app.main(None, run, "export"),
+    lambda run: app.main(config(), run, "train"),
+    lambda run: app.main(config(), f"{run}_new", "train", fork_from=run),
+    lambda run: to_torch.write(run, "net.safetensors", None),
+  ],
+  ids=["eval", "export", "train", "fork", "to-torch"],
+)
+def test_commands_that_need_a_configured_run_say_what_to_do(whole, tiny, command):
+  with pytest.raises(pj.ConfigError, match=r"is a run of the library.*Trainer\.fit"):
+    command(str(whole[0].workdir))
+
+
 def fit(tmp_path, model=None, data=None, schedule=SCHEDULE, **more):
   trainer = pj.Trainer(model or Net(), schedule, tmp_path / "run", options=OPTIONS, **more)
   return trainer.fit(data or DATA)
@@ -188,6 +223,35 @@ class Wrong(nn.Module):
     return pj.QuantDense(3, name="head")(jnp.mean(x, (1, 2)), bits)
 
 
+class Odd(nn.Module):
+  """A model that does something that it must not do."""
+
+  what: str
+
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    x = pj.QuantAct("symmetric", name="quant")(jnp.mean(x, (1, 2)), bits).value()
+    if self.what == "branch" and jnp.sum(x) > 0:
+      x = -x
+    if self.what == "noise" and train:
+      x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+    if self.what == "only_in_training" and train:
+      x = nn.Dense(1, name="auxiliary")(x)
+    if self.what == "counter":
+      self.param("counter", lambda _: jnp.zeros((), jnp.int32))
+    if self.what == "slash":
+      x = nn.Dense(3, name="a/b")(x)
+    if self.what == "vmap":
+      several = nn.vmap(
+        pj.QuantDense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, None)
+      )
+      return several(3, name="head")(x[None], bits)[0]
+    x = pj.QuantDense(3, name="head")(x, bits)
+    if self.what == "batch_of_one":
+      return x.reshape(1, -1)
+    return jnp.argsort(x) if self.what == "integers" else x
+
+
 class OfNnx(flax.nnx.Module):
   pass
 
@@ -199,6 +263,20 @@ class OfNnx(flax.nnx.Module):
     ({"model": OnlyWeights()}, "never quantizes its activations.*QuantAct"),
     ({"model": TwoOutputs()}, r"returns 2 arrays .*one array \[N, classes\]"),
     ({"model": TwoInputs()}, r"model\(x, bits, train\)"),
+    ({"model": Odd("branch")}, "branches on values of an array"),
+    ({"model": Odd("noise")}, "needs a random key.*noise"),
+    ({"model": Odd("only_in_training")}, "in training that it does not call in evaluation"),
+    ({"model": Odd("batch_of_one")}, r"\(1, 6\) for two images in training.*\(2, 3\)"),
+    ({"model": Odd("integers")}, "returns int32"),
+    ({"model": Odd("vmap")}, "inside nn.scan or nn.vmap"),
+    ({"model": Odd("counter")}, "parameter counter is int32"),
+    ({"model": Odd("slash")}, "must not contain '/'"),
+    ({"quantizer": pj.LSQ}, "quantizer has LSQ where a Quantizer belongs"),
+    ({"teacher": Net()}, r"teacher=\(model, variables\)"),
+    ({"optimizer": optax.sgd(0.1)}, "optimizer must be a function"),
+    ({"data": [batch(0)]}, r"given a list: .* Data\("),
+    ({"data": of_batches(batch(0, rows=6))}, "has 6 examples: it must have a multiple of 4"),
+    ({"data": pj.Data(train=lambda *_: 3, eval=EVAL, steps_per_epoch=1)}, "returned a int"),
     ({"model": CalledTwice()}, "dense is called twice"),
     ({"model": WithoutBits()}, "The layer dense is called without bits"),
     ({"model": WithList(widths=[4, 4])}, "widths cannot be hashed.*tuples"),
@@ -216,7 +294,7 @@ class OfNnx(flax.nnx.Module):
       "train.epoch, first_step",
     ),
     ({"teacher": (Net(), {"params": {}})}, "teacher lacks batch_stats/norm/mean.*all variables"),
-    ({"model": OfNnx()}, "flax.nnx.*to_linen"),
+    ({"model": OfNnx()}, r"OfNnx .* flax.nnx.*bridge.to_linen\(OfNnx, .*ToLinen"),
     ({"model": Net}, r"Give Net\(\), not Net"),
     ({"data": of_batches(batch(0), batch(1, size=9))}, r"shape \(8, 9, 9, 1\).*\[N, 8, 8, 1\]"),
     ({"data": of_batches(batch(0), batch(1, rows=9))}, "N at most 8"),
@@ -237,7 +315,10 @@ class OfNnx(flax.nnx.Module):
     ({"data": of_batches({"images": 1}, steps=1)}, r"\['images'\].*image"),
     ({"schedule": ()}, "no phase"),
     ({"schedule": pj.profit_schedule(teacher=True)}, "phases with a teacher"),
-    ({"variables": {"params": {"conv": {"kernel": np.zeros(3)}}}}, r"params/conv/kernel.*\(3,\)"),
+    (
+      {"variables": {"params": {"conv": {"kernel": np.zeros(3)}, "absent": np.zeros(1)}}},
+      r"params/absent is not in the model; params/conv/kernel has the shape \(3,\), not \(5, 5",
+    ),
   ],
 )
 def test_what_cannot_be_trained_is_one_clear_error(tmp_path, given, message):
@@ -245,31 +326,55 @@ def test_what_cannot_be_trained_is_one_clear_error(tmp_path, given, message):
     fit(tmp_path, **given)
 
 
-class Dense(nn.Module):
-  """Without convolutions, norms and a teacher."""
+class Plain(nn.Module):
+  """Without quantized convolutions and our norms; plain layers, one in bfloat16, and parameters at
+  the root whose names are those of optimizer groups.
+  """
 
   @nn.compact
   def __call__(self, x, bits=pj.Bits(), train=False):
-    x = pj.QuantAct("symmetric", name="quant")(x.reshape(len(x), -1), bits)
+    x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="conv")(x))
+    low = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    x = nn.Dense(8, name="low", **low)(x.reshape(len(x), -1)).astype(x.dtype)
+    for name in ("norm", "quant", "weight", "frozen"):
+      x = x @ self.param(name, nn.initializers.orthogonal(), (8, 8))
+    x = pj.QuantAct("symmetric", name="dense_quant")(nn.LayerNorm(name="layer_norm")(x), bits)
     x = nn.relu(pj.QuantDense(8, name="dense")(x, bits))
+    x = x * self.param("gain", nn.initializers.ones, (8,))
     return pj.QuantDense(3, name="head")(pj.QuantAct("unsigned", name="act")(x, bits), bits)
 
 
-def test_a_model_of_dense_layers_without_an_average(tmp_path):
+def test_plain_layers_and_own_parameters_train(tmp_path):
   options = pj.Options(train=pj.TrainSettings(ema_rate=0.0))
-  rules = ((r"he.d", 8, "float"),)
-  result = pj.Trainer(Dense(), SCHEDULE, tmp_path, rules=rules, options=options).fit(DATA)
-  assert dict(result.bits.layers) == {"head": 8, "act": None}
+  first = describe(Plain(), (8, 8, 1)).init(jax.random.key(0))
+  result = pj.Trainer(Plain(), SCHEDULE, tmp_path, options=options).fit(DATA)
   assert result.weights == "raw"
   assert [phase.frozen for phase in result.phases] == [[]] * len(SCHEDULE)
+  before, after = (
+    traverse_util.flatten_dict(v["params"], sep="/") for v in (first, result.variables)
+  )
+  assert not [name for name, value in before.items() if np.array_equal(after[name], value)]
+  assert after["low/bias"].dtype == jnp.bfloat16
+  # They are not quantized, and no file holds them.
+  with pytest.raises(pj.ConfigError, match=r"test_trainer.py:\d+.*nn.Conv.*QuantConv"):
+    pj.export(result, tmp_path / "net.onnx", DATA.eval)
 
 
-def test_rules_can_keep_everything_in_full_precision(tmp_path):
-  rules = ((".*", "float", "float"),)
-  result = pj.Trainer(Net(), SCHEDULE, tmp_path, rules=rules, options=OPTIONS).fit(DATA)
-  layers = {"conv", "depthwise", "head", "in_quant", "quant", "head_quant"}
-  assert dict(result.bits.layers) == dict.fromkeys(layers)
-  assert result.phases[-1].frozen == []
+@pytest.mark.parametrize(
+  ("rule", "expected", "frozen"),
+  [
+    (("he.d", 8, "float"), {"head": 8, "head_quant": None}, 1),
+    (
+      (".*", "float", "float"),
+      dict.fromkeys(("conv", "depthwise", "head", "in_quant", "quant", "head_quant")),
+      0,
+    ),
+  ],
+)
+def test_rules_give_layers_their_bits(tmp_path, rule, expected, frozen):
+  result = pj.Trainer(Net(), SCHEDULE, tmp_path, rules=(rule,), options=OPTIONS).fit(DATA)
+  assert dict(result.bits.layers) == expected
+  assert len(result.phases[-1].frozen) == frozen
 
 
 @pytest.mark.parametrize(
@@ -286,7 +391,7 @@ def test_options_that_are_not_allowed(tmp_path, options, message):
 
 
 def test_a_policy_may_have_scalars_for_each_channel(tmp_path):
-  trainer = pj.Trainer(Dense(), SCHEDULE, tmp_path, quantizer=pj.LSQ(), policy="brevitas")
+  trainer = pj.Trainer(Plain(), SCHEDULE, tmp_path, quantizer=pj.LSQ(), policy="brevitas")
   assert trainer._quantizer == pj.LSQ(per_channel=True)
 
 
@@ -301,7 +406,7 @@ def test_a_policy_may_have_scalars_for_each_channel(tmp_path):
 )
 def test_rules_that_are_not_allowed(tmp_path, given, message):
   with pytest.raises(pj.ConfigError, match=message):
-    pj.Trainer(Dense(), SCHEDULE, tmp_path, **given).fit(DATA)
+    pj.Trainer(Plain(), SCHEDULE, tmp_path, **given).fit(DATA)
 
 
 def test_padding_has_no_label_to_check():
@@ -312,6 +417,50 @@ def test_padding_has_no_label_to_check():
   source.num_classes = 3
   (seen,) = source.train_batches(0, 0)
   assert seen["mask"].sum() == 6
+
+
+@pytest.mark.parametrize(
+  ("model", "bits"),
+  [(own_models.Branches(), 4), (own_models.Plain(), 3), (own_models.Codes(), 8)],
+  ids=["branches", "plain", "codes"],
+)
+def test_own_models_are_trained_and_exported(tmp_path, model, bits):
+  height, width, channels = own_models.IMAGE_SHAPE
+
+  def of(seed):
+    given = batch(seed, size=height, channels=channels)
+    return {**given, "image": given["image"][:, :, :width]}
+
+  data = pj.Data(train=[of(0), of(1)], eval=[of(2)], steps_per_epoch=2)
+  schedule = pj.profit_schedule(
+    weight_bits=(bits,), act_bits=(bits,), full_precision_epochs=1, finetune_epochs=1,
+    sampling_epochs=1, freeze_fractions=(0.5,), stabilize=False, learning_rate=0.01,
+  )  # fmt: skip
+  result = pj.Trainer(model, schedule, tmp_path / "run", options=OPTIONS).fit(data)
+  report = pj.export(result, tmp_path / "net.onnx", data.eval)
+  assert report.examples == ROWS
+  assert report.codes > 1000
+  np.save(tmp_path / "images.npy", data.eval[0]["image"])
+  found = list(predict.predict(report.path, [tmp_path / "images.npy"]))
+  logits = model.apply(result.variables, data.eval[0]["image"], result.bits)
+  assert [best[0][0] for best in found] == [str(index) for index in np.argmax(logits, 1)]
+
+
+@pytest.mark.parametrize(
+  ("weight_bits", "act_bits", "in_full_precision"),
+  [((4,), (), "activations"), ((), (4,), "weights")],
+)
+def test_one_side_alone_is_quantized_but_not_exported(
+  tmp_path, weight_bits, act_bits, in_full_precision
+):
+  schedule = pj.profit_schedule(
+    weight_bits=weight_bits, act_bits=act_bits, full_precision_epochs=1, finetune_epochs=1,
+    stabilize=False, profit_bits=(), learning_rate=0.01,
+  )  # fmt: skip
+  result = fit(tmp_path, schedule=schedule)
+  assert (result.bits.weight is None, result.bits.act is None) == (not weight_bits, not act_bits)
+  with pytest.raises(pj.ConfigError, match=f"{in_full_precision} are in full precision"):
+    pj.export(result, tmp_path / "net.onnx", DATA.eval)
 
 
 @pytest.mark.parametrize(
@@ -339,13 +488,17 @@ def test_own_loss_optimizer_teacher_and_first_weights(tmp_path):
   given = {
     "schedule": schedule,
     "loss": lambda logits, labels: 0.0 * jnp.sum(logits, 1) + 7.0,
-    # Not adamw, which mixes dtypes: tests forbid that (tests/conftest.py).
-    "optimizer": lambda rate: optax.chain(optax.add_decayed_weights(1.0), optax.sgd(rate, 0.9)),
+    # Its state has other shapes than the parameters.
+    "optimizer": lambda rate: optax.adafactor(
+      rate, min_dim_size_to_factor=2, momentum=0.9, weight_decay_rate=0.01
+    ),
     "teacher": (Net(), spec.init(jax.random.key(7))),
     "variables": {"params": first["params"]},
   }
   result = fit(tmp_path, **given, callbacks=[seen])
+  # Parts of them were given: no full precision to compare with, but what they are worth is told.
   assert result.full_precision_top1 is None
+  assert 0 <= result.start_top1 <= 100
   assert {round(losses["ce"], 4) for losses in seen.losses} == {7.0}
   assert all(losses["kd"] > 0 for losses in seen.losses)
   (frozen,) = result.phases[-1].frozen

@@ -1,10 +1,15 @@
 """Weights of modules: written, read back, and refused where they are another model's."""
 
+import json
+
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import profit_jax as pj
+from profit_jax import checkpoints
 from profit_jax.models import REGISTRY
 from tests.specs import spec_of
 from tests.train.tiny import TinyNet
@@ -24,6 +29,33 @@ def variables():
 def test_weights_come_back_to_the_bit(tmp_path, variables):
   pj.save_weights(variables, tmp_path / "tiny.safetensors")
   back = pj.load_weights(tmp_path / "tiny.safetensors", OwnNet(), SHAPE)
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+class Low(nn.Module):
+  """With a leaf that is not float32."""
+
+  @nn.compact
+  def __call__(self, x, bits=pj.Bits(), train=False):
+    low = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    return nn.Dense(3, **low)(jnp.mean(x, (1, 2))).astype(x.dtype)
+
+
+def test_weights_keep_their_dtypes(tmp_path):
+  variables = jax.device_get(spec_of(Low(), 16).init(jax.random.key(0)))
+  pj.save_weights(variables, tmp_path / "low.safetensors")
+  back = pj.load_weights(tmp_path / "low.safetensors", Low(), SHAPE)
+  kernels = [tree["params"]["Dense_0"]["kernel"] for tree in (back, variables)]
+  assert kernels[0].dtype == kernels[1].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(*kernels)
+
+
+def test_the_weights_of_a_run_of_the_library_are_read_from_its_directory(tmp_path, variables):
+  (tmp_path / "config.json").write_text(json.dumps({"library": "0.2.0", "model": "TinyNet"}))
+  writer = checkpoints.Writer(tmp_path / "checkpoints", keep=1)
+  writer.save(1, {"best": variables}, {})
+  writer.close()
+  back = pj.load_weights(tmp_path, TinyNet(), SHAPE)
   jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
