@@ -93,6 +93,8 @@ def _read_library(
     "plan": summary_line(phases),
     "teacher": "own" if teacher else "none",
     **_ended_with(summary(progress, phases)),
+    # Not recorded: the model may have rules.
+    "other bits": "?" if _has_rules(config) else "-",
     "device": "-",
     "jax": "-",
     "commit": "-",
@@ -114,6 +116,12 @@ def _progress(directory: epath.Path, warn: Callable[[str], None]) -> Progress:
   if found is None:
     raise ConfigError(f"{directory} has no checkpoint yet. Train the run first.")
   return found.progress
+
+
+def _has_rules(config: dict[str, Any]) -> bool:
+  """Whether a run of the library gives single layers other bits."""
+  quantizer = config.get("quantizer", {})
+  return bool(quantizer.get("rules")) or quantizer.get("policy", "profit") != "profit"
 
 
 def _other_bits(result: dict[str, Any]) -> str:

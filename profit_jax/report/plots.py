@@ -204,7 +204,10 @@ def plot_sensitivity(found: Sensitivity, path: epath.Path) -> None:
   sides = {"weights": "Weights", "inputs": "Inputs"}
   figure = Figure(figsize=(10, 1.6 + 0.17 * len(layers)), layout="constrained")
   axes = figure.subplots(1, 2, sharex=True, sharey=True)
-  colours = colormaps["viridis_r"](np.linspace(0.1, 1.0, len(found.bits)))
+  changes = [abs(fall.loss) for part in found.parts for fall in part.falls]
+  largest = max((c for c in changes if np.isfinite(c)), default=1.0)
+  axes[0].set_xscale("symlog", linthresh=max(largest / 10.0, 1e-6), linscale=1.5)
+  colours = colormaps["viridis_r"](np.linspace(0.25, 1.0, len(found.bits)))
   for axis, (side, title) in zip(axes, sides.items(), strict=True):
     for width, colour in zip(found.bits, colours, strict=True):
       points = [
@@ -221,11 +224,8 @@ def plot_sensitivity(found: Sensitivity, path: epath.Path) -> None:
     axis.set_axisbelow(True)
     axis.set_title(f"{title} of one layer alone fall")
     axis.set_xlabel("change of the loss")
-  changes = [abs(fall.loss) for part in found.parts for fall in part.falls]
-  largest = max((c for c in changes if np.isfinite(c)), default=1.0)
-  axes[0].set_xscale("symlog", linthresh=max(largest / 100.0, 1e-6), linscale=0.5)
   axes[0].set_yticks(range(len(layers)), layers, fontsize=7)
-  axes[0].invert_yaxis()
+  axes[0].set_ylim(len(layers) - 0.5, -0.5)
   handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
   handles |= dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
   axes[1].legend(handles.values(), handles.keys(), loc="lower right", fontsize=8)
