@@ -14,7 +14,7 @@ class Net(nn.Module):
 
   @nn.compact
   def __call__(self, x, bits=pj.Bits(), train=False):
-    x = pj.QuantConv(16, 3, name="stem")(x, bits.of_first())
+    x = pj.QuantConv(16, 3, name="stem")(x, bits)
     x = pj.BatchNorm(fused=False, name="stem_norm")(x, train, "hard_swish")
     shortcut = x
     x = pj.QuantAct("hswish", name="stem_quant")(x, bits)
@@ -25,7 +25,7 @@ class Net(nn.Module):
     x = pj.QuantAct("unsigned", name="depthwise_quant")(x * scale[:, None, None, :], bits)
     x = pj.BatchNorm(name="project_norm")(pj.QuantConv(16, name="project")(x, bits), train)
     x = pj.QuantAct("symmetric", name="head_quant")(pj.spatial_mean(x + shortcut), bits)
-    return pj.QuantDense(10, name="head")(x, bits.of_last())
+    return pj.QuantDense(10, name="head")(x, bits)
 
 
 digits = load_digits()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
   from profit_jax.quant import HSWISH_MINIMUM, LSQ, PACT, QIL, Bits, DuQ, Quantized, Quantizer
   from profit_jax.report.tensorboard import TensorBoard
   from profit_jax.schedule import Phase, profit_schedule
+  from profit_jax.sensitivity import Assignment, Sensitivity, assign_bits, measure_sensitivity
   from profit_jax.train.interrupt import Stopped
   from profit_jax.train.nonfinite import NotFinite
   from profit_jax.train.observer import EpochReport, Observer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: the schedule and `--help` need no JAX.
 _MODULES = {
+  "Assignment": "profit_jax.sensitivity",
   "BatchNorm": "profit_jax.nn.layers",
   "Bits": "profit_jax.quant",
   "CheckpointSettings": "profit_jax.config",
@@ -63,13 +65,16 @@ _MODULES = {
   "RecoverySettings": "profit_jax.config",
   "Report": "profit_jax.export.write",
   "Result": "profit_jax.train.trainer",
+  "Sensitivity": "profit_jax.sensitivity",
   "Stopped": "profit_jax.train.interrupt",
   "TensorBoard": "profit_jax.report.tensorboard",
   "TrainSettings": "profit_jax.config",
   "Trainer": "profit_jax.train.trainer",
+  "assign_bits": "profit_jax.sensitivity",
   "hard_sigmoid": "profit_jax.nn.functions",
   "hard_swish": "profit_jax.nn.functions",
   "load_weights": "profit_jax.weights.library",
+  "measure_sensitivity": "profit_jax.sensitivity",
   "profit_schedule": "profit_jax.schedule",
   "relu": "profit_jax.nn.functions",
   "relu6": "profit_jax.nn.functions",
@@ -82,6 +87,7 @@ __all__ = [
   "LSQ",
   "PACT",
   "QIL",
+  "Assignment",
   "BatchNorm",
   "Bits",
   "CheckpointSettings",
@@ -106,15 +112,18 @@ __all__ = [
   "RecoverySettings",
   "Report",
   "Result",
+  "Sensitivity",
   "Stopped",
   "TensorBoard",
   "TrainSettings",
   "Trainer",
   "__version__",
+  "assign_bits",
   "export",
   "hard_sigmoid",
   "hard_swish",
   "load_weights",
+  "measure_sensitivity",
   "profit_schedule",
   "relu",
   "relu6",

@@ -8,6 +8,7 @@ frozen `Settings`. Every later module trusts these.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -18,6 +19,7 @@ from profit_jax.fields import ProfitError as ProfitError
 from profit_jax.fields import as_lists, build, listed, require
 
 MIN_BITS, MAX_BITS = 2, 8
+FLOAT = "float"  # in a rule: never quantized
 Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 
 # Runs of earlier versions do not have these.
@@ -28,6 +30,8 @@ _LATER_FIELDS = frozenset(
     "config.oscillation",
     "config.plan.refit_bits",
     "config.quant",
+    "config.quant.policy",
+    "config.quant.rules",
     "config.teacher.padding",
     "config.train.kernels",
   }
@@ -41,6 +45,11 @@ RENAMED_FIELDS = {
   "remedy.freezing_thresholds": "oscillation.freeze_thresholds",
   "remedy.freezing_momentum": "oscillation.freeze_momentum",
   "remedy.bn_batches": "oscillation.bn_reestimation_batches",
+}
+# Fields that are rules since version 0.2: the rule to write.
+FIELDS_NOW_RULES = {
+  "quant.first_bits": '("stem_conv", 8, None)',
+  "quant.last_bits": '("classifier", 8, 8)',
 }
 RENAMED_VALUES = {
   ("data.train_crop", "resized"): "random_resized_crop",
@@ -217,10 +226,14 @@ class QuantSettings:
   method: str = "duq"
   # Kernels have scalars for each output channel, not one set each.
   per_channel: bool = False
-  # Least bits of the first layer's kernel, 2 to 8; 0 is those of all layers.
-  first_bits: int = 0
-  # Least bits of the classifier's kernel and input, likewise.
-  last_bits: int = 0
+  # Bits of single layers, as ((r"classifier", 8, 8), (r".*depthwise.*", 8, None)). A rule is a
+  # regular expression that matches a layer's whole path, the bits of its kernel, and those of the
+  # quantizer that feeds it: 2 to 8, the least (a phase may have more); None, as the phase says; or
+  # "float", never quantized. The first rule that matches decides.
+  rules: tuple[Any, ...] = ()
+  # Rules by name, after those in `rules`. "profit": none; "lsq_paper": the first and the last layer
+  # at 8 bits; "brevitas": the first layer at 8 bits, kernels with scalars for each channel.
+  policy: Literal["profit", "lsq_paper", "brevitas"] = "profit"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -362,7 +375,39 @@ def with_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
         value = RENAMED_VALUES.get((field, value), value)
       new_section, _, new_name = field.partition(".")
       found.setdefault(new_section, {})[new_name] = value
-  return found
+  return _with_rules(found)
+
+
+# Whether `quant.last_bits` gave its bits to the classifier's input too.
+_LAST_BITS_OF_INPUT = {
+  "mobilenet_v1": False,
+  "mobilenet_v2": True,
+  "mobilenet_v3_large": True,
+  "mobilenet_v3_small": True,
+}
+
+
+def _with_rules(config: dict[str, Any]) -> dict[str, Any]:
+  """With the rules that `quant.first_bits` and `quant.last_bits` of an earlier version stood for.
+
+  Raises:
+    ConfigError: they are those of a model whose layers are not known here.
+  """
+  quant, model = config.get("quant"), config.get("model")
+  if not isinstance(quant, Mapping) or not {"first_bits", "last_bits"} & quant.keys():
+    return config
+  quant = dict(quant)
+  first, last = quant.pop("first_bits", 0), quant.pop("last_bits", 0)
+  name = str(model.get("name")) if isinstance(model, Mapping) else ""
+  if (first or last) and name not in _LAST_BITS_OF_INPUT:
+    raise ConfigError(
+      f"quant.first_bits = {first!r} and quant.last_bits = {last!r} of the model {name!r} are of "
+      "an earlier version. Now they are rules (quant.rules): begin another run with them."
+    )
+  rules = [["stem_conv", first, None]] if first else []
+  if last:
+    rules.append(["classifier", last, last if _LAST_BITS_OF_INPUT[name] else None])
+  return {**config, "quant": {"rules": rules, **quant}}
 
 
 def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Settings:
@@ -385,10 +430,7 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
   _check_model(settings, models)
   _check_data(settings.data)
   check_plan(settings.plan)
-  for name in ("first_bits", "last_bits"):
-    bits = getattr(settings.quant, name)
-    allowed = f"0 (as all layers), or {MIN_BITS} to {MAX_BITS}"
-    require(bits == 0 or MIN_BITS <= bits <= MAX_BITS, f"quant.{name}", bits, allowed)
+  check_rules(settings.quant.rules, "config.quant.rules")
   epochs = settings.plan.full_precision_epochs
   needed = "1 or above without init.weights, and with init.reset_head"
   require(epochs >= 1 or not settings.new_classifier, "plan.full_precision_epochs", epochs, needed)
@@ -414,6 +456,11 @@ def renamed_field(field: str) -> str | None:
   new = RENAMED_FIELDS.get(field)
   if field == "remedy":
     new = "oscillation"
+  if field in FIELDS_NOW_RULES:
+    return (
+      f"`{field}` is now a rule: config.quant.rules = ({FIELDS_NOW_RULES[field]},), with the path "
+      'of the layer; or config.quant.policy = "lsq_paper".'
+    )
   return f"`{field}` is now `{new}`." if new else None
 
 
@@ -426,6 +473,38 @@ def _refuse_old_names(config: Mapping[str, Any]) -> None:
         told = f"The value {value!r} of `{field}` is now {RENAMED_VALUES[field, value]!r}."
       if told:
         raise ConfigError(f"{told} Change it in the configuration.")
+
+
+def check_rules(rules: Any, field: str) -> None:
+  """Checks the form of rules; whether they fit a model, `nn.rules.with_rules` says.
+
+  Args:
+    rules: as `QuantSettings.rules`.
+    field: what has them, for messages.
+
+  Raises:
+    ConfigError: something else than rules, a bad expression, bits that are not allowed.
+  """
+  example = 'a tuple of (expression, weight bits, activation bits), as (("classifier", 8, 8),)'
+  if not isinstance(rules, (tuple, list)):
+    raise ConfigError(f"{field} = {rules!r} is not allowed: it must be {example}.")
+  for rule in rules:
+    if not (isinstance(rule, (tuple, list)) and len(rule) == 3 and isinstance(rule[0], str)):
+      raise ConfigError(f"{field} has the entry {rule!r}: it must be {example}.")
+    rule = tuple(rule)
+    try:
+      re.compile(rule[0])
+    except re.error as error:
+      raise ConfigError(
+        f"{field} has the rule {rule!r}, whose regular expression is not valid: {error}."
+      ) from None
+    for bits in rule[1:]:
+      whole = isinstance(bits, int) and not isinstance(bits, bool)
+      if not (bits is None or bits == FLOAT or (whole and MIN_BITS <= bits <= MAX_BITS)):
+        raise ConfigError(
+          f"{field} has the rule {rule!r} with the bits {bits!r}: they must be {MIN_BITS} to "
+          f'{MAX_BITS}, None (as the phase says) or "{FLOAT}" (never quantized).'
+        )
 
 
 def check_training(

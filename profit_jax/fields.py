@@ -68,6 +68,8 @@ def _convert(value: Any, hint: Any, where: str, optional: Collection[str]) -> An
     if not isinstance(value, dict):
       raise ConfigError(f"{where} = {value!r} must be a section of fields.")
     return build(hint, value, where, optional)
+  if hint is Any:
+    return as_tuples(value)
   origin = typing.get_origin(hint)
   if origin is Literal:
     require(value in typing.get_args(hint), field, value, f"one of {listed(typing.get_args(hint))}")
@@ -95,6 +97,11 @@ def require(condition: bool, field: str, value: Any, allowed: str) -> None:
 def listed(names: Collection[Any]) -> str:
   """Names in a sentence."""
   return ", ".join(str(name) for name in names)
+
+
+def as_tuples(value: Any) -> Any:
+  """Nested lists and tuples as tuples."""
+  return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def as_lists(value: Any) -> Any:

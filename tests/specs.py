@@ -21,20 +21,19 @@ def variable_shapes(model, size=32):
   return spec_of(model, size).shapes
 
 
-def hand_made(params, bits=Bits(), first=()):
+def hand_made(params, bits=Bits()):
   """As if a convolution had made each layer of `{LAYER: {kernel, scalars}}`, nested or not.
 
   Args:
     params: arrays or shapes.
     bits: with the quantizer.
-    first: the layers that have the bits of the first one.
   """
   layers = {}
 
   def visit(tree, path):
     if "kernel" in tree:
       name = "/".join(path)
-      layers[name] = Layer(name, "conv", bits.of_first() if name in first else bits, {})
+      layers[name] = Layer(name, "conv", {})
       return
     for part, inner in tree.items():
       visit(inner, (*path, part))

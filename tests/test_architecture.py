@@ -27,6 +27,7 @@ ORDER = [
   "data",
   "train",
   "export",
+  "sensitivity",
   "report",
   "cli",
 ]

@@ -1,16 +1,19 @@
 """A wrong value is refused with its field, its value and what is allowed."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
+import ml_collections
 import pytest
 
 from configs import base, digits_w3, digits_w4, mbv2_w4
-from profit_jax.config import RENAMED_FIELDS, ConfigError, parse, with_new_names
+from profit_jax.config import FIELDS_NOW_RULES, RENAMED_FIELDS, ConfigError, parse, with_new_names
 from profit_jax.data import info
-from profit_jax.models import REGISTRY
+from profit_jax.models import REGISTRY, check
 from profit_jax.train.run_directory import differences
+from tests.wrong_input import command
 
 
 def parsed(config=None, **changes):
@@ -124,6 +127,76 @@ def test_a_saved_configuration_of_an_earlier_version_has_the_present_names():
   old["data"]["train_crop"] = "padded"
   del old["oscillation"]
   assert with_new_names(old) == present
+
+
+@pytest.mark.parametrize(
+  ("rules", "message"),
+  [
+    ((("(", 8, 8),), r"\('\(', 8, 8\), whose regular expression is not valid: missing \)"),
+    ((("stem_conv", 1, None),), r"'stem_conv', 1, None\) with the bits 1: they must be 2 to 8"),
+    ((("stem_conv", None, 9),), r"with the bits 9: .* None \(as the phase says\) or \"float\""),
+    ((("stem_conv", "half", None),), "with the bits 'half'"),
+    ((("stem_conv", True, None),), "with the bits True"),
+    (("stem_conv", 8, None), r"the entry 'stem_conv': it must be a tuple of \(expression"),
+    ((("stem_conv", 8),), r"the entry \('stem_conv', 8\)"),
+    ((("stem", 8, None),), r"'stem', 8, None\) matches no layer\. .* write '\.\*stem\.\*'"),
+    ((("clasifier", 8, 8),), r"'clasifier', 8, 8\) matches no layer\. Near names: classifier"),
+    ((("block01/.*", None, 8), ("block01/expand_conv", 8, 8)), "decides nothing"),
+  ],
+)
+def test_wrong_rules(rules, message):
+  with pytest.raises(ConfigError, match=rf"config\.quant\.rules( has|:) .*{message}"):
+    check(parsed(**{"quant.rules": rules}))
+
+
+def test_rules_are_read_as_they_were_written():
+  rules = ((r"classifier", 8, 8), (r".*depthwise.*", 8, None), (r"stem_conv", "float", None))
+  settings = parsed(**{"quant.rules": rules})
+  assert settings.quant.rules == rules
+  saved = json.loads(json.dumps(settings.to_dict()))
+  assert parse(ml_collections.ConfigDict(saved), REGISTRY) == settings
+  override = f"--config.quant.rules={rules!r}"
+  code, out, err = command("--config=configs/digits_w4.py", "--mode=plan", override)
+  assert (code, err) == (0, "")
+  assert "22 phases" in out
+
+
+@pytest.mark.parametrize("field", FIELDS_NOW_RULES)
+def test_bits_of_the_ends_are_now_rules(field):
+  section, _, name = field.partition(".")
+  config = base.get_config().unlock()
+  config[section][name] = 8
+  with pytest.raises(ConfigError, match=rf"`{field}` is now a rule: config\.quant\.rules = \(\("):
+    parsed(config)
+  code, _, err = command("--config=configs/digits_w4.py", "--mode=plan", f"--config.{field}=8")
+  assert code == 2
+  assert f"`{field}` is now a rule" in err
+
+
+@pytest.mark.parametrize(
+  ("model", "bits", "rules"),
+  [
+    ("mobilenet_v2", (8, 6), [["stem_conv", 8, None], ["classifier", 6, 6]]),
+    ("mobilenet_v1", (0, 8), [["classifier", 8, None]]),  # no quantizer of its own before it
+    ("own_model", (0, 0), []),
+  ],
+)
+def test_saved_bits_of_the_ends_become_rules(model, bits, rules):
+  saved = parsed().to_dict()
+  saved["model"]["name"] = model
+  saved["quant"] = {"method": "lsq", "per_channel": True} | dict(
+    zip(("first_bits", "last_bits"), bits, strict=True)
+  )
+  quant = with_new_names(saved)["quant"]
+  assert quant == {"rules": rules, "method": "lsq", "per_channel": True}
+
+
+def test_saved_bits_of_the_ends_of_an_own_model_are_refused():
+  saved = parsed().to_dict()
+  saved["model"]["name"] = "own_model"
+  saved["quant"] = {"method": "duq", "per_channel": False, "first_bits": 8, "last_bits": 0}
+  with pytest.raises(ConfigError, match=r"first_bits = 8 .* 'own_model' .* earlier version"):
+    with_new_names(saved)
 
 
 def test_no_default_stands_twice():

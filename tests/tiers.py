@@ -50,6 +50,7 @@ SLOW = (
   "train/test_methods.py::test_a_whole_run",
   "train/test_precision.py",
   "train/test_processes.py::test_a_fault_in_one_processs_batches_ends_both",
+  "train/test_rules.py",
   "train/test_processes.py::test_a_preemption_notice_to_one_process_stops_all_at_one_step",
   "train/test_processes.py::test_the_first_process_prints_and_writes",
   "train/test_processes.py::test_the_library_computes_in_two_processes_what_it_computes_in_one",

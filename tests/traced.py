@@ -52,12 +52,12 @@ class TwoBlocks(nn.Module):
     first = block(stride=2, squeezed=8, hswish=True, input_kind="hswish", name="block00")
     second = block(stride=1, squeezed=0, hswish=False, input_kind="symmetric", name="block01")
 
-    x = QuantConv(8, 3, 2, name="stem_conv")(x, bits.of_first())
+    x = QuantConv(8, 3, 2, name="stem_conv")(x, bits)
     x = norm(fused=False, name="stem_norm")(x, train, "hard_swish")
     x = second(first(x, bits, train), bits, train)
     x = Dropout(self.dropout, name="dropout")(jnp.mean(x, axis=(1, 2)), train)
-    x = QuantAct("symmetric", name="classifier_quant")(x, bits.of_last())
-    return dense(self.num_classes, name="classifier")(x, bits.of_last())
+    x = QuantAct("symmetric", name="classifier_quant")(x, bits)
+    return dense(self.num_classes, name="classifier")(x, bits)
 
 
 def deep_check(model, changes):

@@ -102,6 +102,9 @@ WRONG_FRACTIONS = (
   .map(tuple)
   .filter(lambda f: list(f) != sorted(f))
 )
+WIDTHS = st.none() | st.just("float") | st.integers(2, 8)
+WRONG_WIDTHS = st.integers(-5, 20).filter(lambda bits: not 2 <= bits <= 8) | WORDS | st.booleans()
+PATHS = st.sampled_from(["classifier", "stem_conv", ".*conv", "block00/.*"])  # all models have them
 STRIDES = (
   (
     st.lists(st.integers(-1, 4), min_size=1, max_size=9)
@@ -189,14 +192,15 @@ FIELDS = {
   "train.kernels": choice("tuned", "xla"),
   "quant.method": choice("duq", "lsq", "pact", "qil"),
   "quant.per_channel": truth(),
-  "quant.first_bits": (
-    st.integers(-5, 20).filter(lambda bits: bits != 0 and not 2 <= bits <= 8) | WORDS,
-    st.integers(2, 8),
+  "quant.rules": (
+    st.builds(lambda bits: (("classifier", *bits),), st.tuples(WRONG_WIDTHS, WIDTHS))
+    | st.builds(lambda bits: (("classifier", *bits),), st.tuples(WIDTHS, WRONG_WIDTHS))
+    | st.builds(lambda text: ((text, 8, None),), st.sampled_from(["(", "*", "[a", "(?P<x"]) | WORDS)
+    | st.sampled_from([("classifier", 8, 8), (("classifier", 8),), ((8, 8, 8),), "classifier"]),
+    st.just(())
+    | st.builds(lambda name, bits: ((name, *bits),), PATHS, st.tuples(WIDTHS, st.just(None))),
   ),
-  "quant.last_bits": (
-    st.integers(-5, 20).filter(lambda bits: bits != 0 and not 2 <= bits <= 8) | WORDS,
-    st.integers(2, 8),
-  ),
+  "quant.policy": choice("profit", "lsq_paper", "brevitas"),
   "oscillation.dampening": floats(0, 1000),
   "oscillation.freeze_thresholds": (
     st.sampled_from([(0.1,), (0.01, 0.1), (0.1, 0.0005), (2.0, 0.1), (0.1, 0.05, 0.02)]) | WORDS,

@@ -97,7 +97,7 @@ def main(
   if mode == "plan":
     print_plan(settings, phases, images_per_second)
     return
-  with _compilation_cache(settings):
+  with kept_programs(settings):
     distributed.initialize(*cluster)
     settings = _with_published(settings, directory if workdir else None, fork_from)
     settings = _with_dtype(settings, directory if workdir else None, fork_from, hooks.devices)
@@ -319,7 +319,7 @@ def _warn(screen: Console, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _compilation_cache(settings: Settings) -> Iterator[None]:
+def kept_programs(settings: Settings) -> Iterator[None]:
   """Inside, JAX keeps compiled programs in `compilation_cache`; afterwards where it did before."""
   before = jax.config.jax_compilation_cache_dir
   directory = before
@@ -365,7 +365,8 @@ class Trained(NamedTuple):
 
 
 @contextlib.contextmanager
-def _trained(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
+def best_checkpoint(settings: Settings, workdir: epath.Path) -> Iterator[Trained]:
+  """Opens a run whose best checkpoint is at the plan's last bits; raises as `run_eval`."""
   run_directory.read_config(workdir)  # before the data, which takes longer
   mesh, source = make_mesh(settings), _load_data(settings)
   distributed.on_first_host(
@@ -391,7 +392,7 @@ def run_eval(
   settings: Settings, phases: tuple[schedule.Phase, ...], workdir: epath.Path
 ) -> dict[str, float]:
   """Evaluates a run's best checkpoint at the plan's last bits and prints top-1 and top-5."""
-  with _trained(settings, workdir) as best:
+  with best_checkpoint(settings, workdir) as best:
     return _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
 
 
@@ -415,7 +416,7 @@ def run_export(
     )
   for name in names:
     formats.load(name)  # now, not after the evaluation: a package may be missing
-  with _trained(settings, workdir) as best:
+  with best_checkpoint(settings, workdir) as best:
     evaluated = _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
     result = summary(best.progress, phases)
     trained = verify.TrainedModel(

@@ -1,5 +1,5 @@
-"""What the commands with a parser have in common: `compare`, `ablate`, `predict`, `prepare` and
-`to-torch`.
+"""What the commands with a parser have in common: `compare`, `ablate`, `predict`, `prepare`,
+`sensitivity` and `to-torch`.
 """
 
 import argparse

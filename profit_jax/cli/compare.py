@@ -56,6 +56,7 @@ def _ended_with(result: dict[str, Any]) -> dict[str, str]:
   full = final["full_precision_top1"]
   return {
     "bits": bits_name(final["weight_bits"], final["act_bits"]),
+    "other bits": _other_bits(result),
     "top-1": f"{final['top1']:.2f} %",
     "top-5": f"{final['top5']:.2f} %",
     "full precision": "-" if full is None else f"{full:.2f} %",
@@ -92,6 +93,8 @@ def _read_library(
     "plan": summary_line(phases),
     "teacher": "own" if teacher else "none",
     **_ended_with(summary(progress, phases)),
+    # Not recorded: the model may have rules.
+    "other bits": "?" if _has_rules(config) else "-",
     "device": "-",
     "jax": "-",
     "commit": "-",
@@ -113,6 +116,24 @@ def _progress(directory: epath.Path, warn: Callable[[str], None]) -> Progress:
   if found is None:
     raise ConfigError(f"{directory} has no checkpoint yet. Train the run first.")
   return found.progress
+
+
+def _has_rules(config: dict[str, Any]) -> bool:
+  """Whether a run of the library gives single layers other bits."""
+  quantizer = config.get("quantizer", {})
+  return bool(quantizer.get("rules")) or quantizer.get("policy", "profit") != "profit"
+
+
+def _other_bits(result: dict[str, Any]) -> str:
+  """The layers whose bits are not those of the run's last phase, counted by width."""
+  found: dict[str, int] = {}
+  for what, letter in (("weights", "w"), ("activations", "a")):
+    usual = result["final"]["weight_bits" if letter == "w" else "act_bits"]
+    for width in result.get("layer_bits", {}).get(what, {}).values():
+      if width != usual:
+        name = f"{letter}{width or ' float'}"
+        found[name] = found.get(name, 0) + 1
+  return ", ".join(f"{count} x {name}" for name, count in sorted(found.items())) or "-"
 
 
 def _result(directory: epath.Path) -> dict[str, Any]:

@@ -21,7 +21,13 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from profit_jax.cli import command
-from profit_jax.config import RENAMED_FIELDS, ConfigError, ProfitError, renamed_field
+from profit_jax.config import (
+  FIELDS_NOW_RULES,
+  RENAMED_FIELDS,
+  ConfigError,
+  ProfitError,
+  renamed_field,
+)
 
 # With a configuration file or a run; the others have a module each, with a `main`.
 MODES = ("train", "eval", "plan", "export")
@@ -30,6 +36,7 @@ COMMANDS = {
   "ablate": "train a grid of runs and compare them",
   "predict": "classify pictures or arrays with an exported file",
   "prepare": "download and prepare a tensorflow-datasets set",
+  "sensitivity": "measure where bits matter, and assign them within a budget",
   "to-torch": "write a run's best weights for PyTorch",
 }
 _USAGE = "usage: profit COMMAND [OPTIONS]; profit COMMAND --help lists the options."
@@ -104,7 +111,7 @@ def _in_short(error):
   text = str(error)
   if isinstance(error, (KeyError, AttributeError)):
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
-    fields = ("remedy", *RENAMED_FIELDS)
+    fields = ("remedy", *RENAMED_FIELDS, *FIELDS_NOW_RULES)
     words = set(re.findall(r"\w+", text))
     old = [field for field in fields if field.rpartition(".")[2] in words]
     hint = f" {renamed_field(old[0])}" if old else ""
@@ -199,5 +206,5 @@ def _help() -> str:
     "plan": "print the phases of a configuration",
     "export": "write a run's best checkpoint as verified integer model files",
   }
-  lines = [f"  {name:9} {text}" for name, text in (modes | COMMANDS).items()]
+  lines = [f"  {name:11} {text}" for name, text in (modes | COMMANDS).items()]
   return "\n".join([_USAGE, "", *lines])

@@ -34,6 +34,7 @@ from profit_jax.export.net import (
 from profit_jax.export.simplify import simplified, users
 from profit_jax.export.trace import RESERVED, Operation, trace
 from profit_jax.nn.spec import ModelSpec
+from profit_jax.quant.bits import Bits
 
 _LARGEST = float(np.finfo(np.float32).max)
 _BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
@@ -60,20 +61,20 @@ def build_net(
     act_bits: likewise.
 
   Raises:
-    ConfigError: a layer in full precision, a border that has no code, a quantizer or an operation
-      that files cannot hold.
+    ConfigError: a layer in full precision that no rule keeps there, a border that has no code, a
+      quantizer or an operation that files cannot hold.
   """
   bits = spec.bits.at(weight_bits, act_bits)
   operations = simplified(trace(spec.model, variables, spec.input_shape, bits))
-  nodes = _Builder(operations, variables).build()
+  nodes = _Builder(operations, variables, bits).build()
   return Net(name, nodes, spec.input_shape, normalization, weight_bits, act_bits)
 
 
 class _Builder:
   """Appends nodes. A tensor is the name of the node that computes it."""
 
-  def __init__(self, operations: list[Operation], variables: dict[str, Any]):
-    self._operations, self._variables = operations, variables
+  def __init__(self, operations: list[Operation], variables: dict[str, Any], bits: Bits):
+    self._operations, self._variables, self._bits = operations, variables, bits
     self._users = users(operations)
     self._paths = {*RESERVED, *(operation.path for operation in operations)}
     self._nodes: dict[str, Node] = {}
@@ -135,9 +136,12 @@ class _Builder:
   def _layer(self, operation: Operation, x: str) -> str:
     """A convolution or a dense layer, and the affine maps behind it that nothing else reads."""
     params, values = self._params(operation), operation.values
-    kernel = quantizers.quantized_kernel(
-      operation.path, params, _qmax(operation, "weights"), values["quantizer"]
-    )
+    if self._bits.never(operation.path):
+      kernel = quantizers.float_kernel(params)
+    else:
+      kernel = quantizers.quantized_kernel(
+        operation.path, params, _qmax(operation, "weights"), values["quantizer"]
+      )
     gain = np.ones(kernel.codes.shape[-1])
     shift = np.float64(params["bias"]) if "bias" in params else np.zeros_like(gain)
     parts = [operation]
@@ -150,7 +154,7 @@ class _Builder:
       parts.append(follower)
     scale, offset = self._scales.get(x, (1.0, 0.0))
     codes, worth = kernel.codes, kernel.scale
-    sums = codes.sum(axis=tuple(range(codes.ndim - 1)), dtype=np.int64)
+    sums = codes.sum(axis=tuple(range(codes.ndim - 1)), dtype=np.float64)
     shape = {}
     if operation.kind == "conv":
       self._check_border(operation, codes.shape[0], x, offset)
@@ -208,6 +212,8 @@ class _Builder:
     )
 
   def _quantizer(self, operation: Operation, x: str) -> str:
+    if self._bits.never(operation.path):
+      return self._values(x)
     node, scale = self._numbers(operation)
     fields = {**vars(node), "input": self._values(x)}
     name = self._append(Quantizer, fields.pop("name"), **fields)
@@ -247,7 +253,7 @@ class _Builder:
   def _is_clipped_anyway(self, operation: Operation, low: float, high: float) -> bool:
     """Whether a quantizer reads nothing else, and its own ends lie within these bounds."""
     (reader, *others) = self._users[operation]
-    if others or reader is None or reader.kind != "quantizer":
+    if others or reader is None or reader.kind != "quantizer" or self._bits.never(reader.path):
       return False
     node, ends = self._numbers(reader).node, np.float32([low, high])
     return bool((reference.codes(node, ends) == [node.low, node.high]).all())
@@ -287,7 +293,8 @@ def _qmax(operation: Operation, what: str) -> float:
   if "qmax" not in operation.values:
     raise ConfigError(
       f"{operation.place}: the {what} of the layer {operation.path!r} are in full precision, and "
-      "only a model whose weights and activations are all quantized can be exported."
+      "only a model whose weights and activations are all quantized can be exported. A rule with "
+      '"float" keeps a layer in full precision on purpose.'
     )
   return operation.values["qmax"]
 

@@ -17,10 +17,8 @@ from profit_jax.config import ConfigError
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
-from profit_jax.export.net import Layer, Net, Quantizer
+from profit_jax.export.net import FLOAT_BITS, Layer, Net, Quantizer
 from profit_jax.schedule import bits_name
-
-_FLOAT_BITS = 32
 
 
 def make(
@@ -76,7 +74,7 @@ def make(
     "cost": {
       "macs": macs,
       "bops": sum(row.bops for row in rows),
-      "float_bops": macs * _FLOAT_BITS**2,
+      "float_bops": macs * FLOAT_BITS**2,
     },
     "top1": {
       "full_precision": trained.full_precision_top1,
@@ -99,9 +97,8 @@ def make(
       ],
     },
     "policy": {
-      "weights": f"all kernels, the first and the last layer's too, {_bits(net.layers)} bits "
-      f"symmetric; {_field_bits(net)} bits of the file each",
-      "activations": f"the input of every layer, {_bits(net.quantizers)} bits: unsigned after "
+      "weights": _kernels(net),
+      "activations": f"the inputs of layers, {_bits(net.quantizers)} bits: unsigned after "
       "ReLU, symmetric where signed, hswish from -3/8 after h-swish; the image as it is",
       "float32": "batch normalization as multiplier and bias per channel, shortcuts, means, "
       "squeeze-excite's gates",
@@ -141,13 +138,24 @@ def _preparation(trained: verify.TrainedModel) -> dict[str, Any]:
   return {"crop_pct": share, "interpolation": interpolation}
 
 
+def _kernels(net: Net) -> str:
+  """What is said of the kernels."""
+  quantized = [layer for layer in net.layers if layer.quantized]
+  floats = [layer.name for layer in net.layers if not layer.quantized]
+  if not quantized:
+    return "all kernels in float32"
+  which = "all kernels, the first and the last layer's too"
+  if floats:
+    which = f"float32 in {', '.join(floats)}; all others"
+  return (
+    f"{which}, {_bits(quantized)} bits symmetric; "
+    f"{_range(layer.field_bits for layer in quantized)} bits of the file each"
+  )
+
+
 def _bits(nodes: Sequence[Layer | Quantizer]) -> str:
   """As `4`, or `4 to 8`."""
   return _range(node.bits for node in nodes)
-
-
-def _field_bits(net: Net) -> str:
-  return _range(layer.field_bits for layer in net.layers)
 
 
 def _range(numbers: Iterable[int]) -> str:

@@ -3,9 +3,9 @@
 import math
 from typing import NamedTuple
 
-from profit_jax.export.net import IMAGE, Layer, Net, Quantizer
+from profit_jax.export.net import FLOAT_BITS, IMAGE, Layer, Net, Quantizer
 
-_PIXEL_BITS, _FLOAT_BITS = 8, 32
+_PIXEL_BITS = 8
 
 
 class LayerCost(NamedTuple):
@@ -15,7 +15,7 @@ class LayerCost(NamedTuple):
     layer: its name.
     kind: conv, depthwise or dense.
     kernel: its shape, `[K, K, C, F]`, depthwise `[K, K, 1, F]`, dense `[C, F]`.
-    weight_bits: of the kernel.
+    weight_bits: of the kernel; 32 of floats.
     input: what it reads: `image`, or its quantizer: unsigned, symmetric, hswish; or `float`.
     input_bits: of what it reads: 8 of an image's pixels, 32 of floats, float images too.
     macs: multiply-accumulates for one image.
@@ -46,9 +46,9 @@ def costs(net: Net) -> list[LayerCost]:
 
 def _row(net: Net, layer: Layer, shape: tuple[int, ...], quantizer: Quantizer | None) -> LayerCost:
   if layer.input == IMAGE:
-    source, bits = "image", _FLOAT_BITS if net.normalization is None else _PIXEL_BITS
+    source, bits = "image", FLOAT_BITS if net.normalization is None else _PIXEL_BITS
   elif quantizer is None:
-    source, bits = "float", _FLOAT_BITS
+    source, bits = "float", FLOAT_BITS
   else:
     source, bits = (
       ("symmetric" if quantizer.signed else "hswish" if quantizer.offset else "unsigned"),

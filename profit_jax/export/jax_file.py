@@ -34,13 +34,17 @@ _PREFIX = "codes_of__"
 
 def write(net: Net, path: str | os.PathLike) -> None:
   """Writes the artifact."""
-  packed = {layer.name: pack(layer.kernel, layer.field_bits) for layer in net.layers}
+  packed = {
+    layer.name: pack(layer.kernel, layer.field_bits) for layer in net.layers if layer.quantized
+  }
+
+  def kernel(layer):
+    if not layer.quantized:
+      return layer.kernel
+    return unpack(jnp.asarray(packed[layer.name]), layer.field_bits, layer.kernel.shape)
 
   def classify(image):
-    kernels = {
-      layer.name: unpack(jnp.asarray(packed[layer.name]), layer.field_bits, layer.kernel.shape)
-      for layer in net.layers
-    }
+    kernels = {layer.name: kernel(layer) for layer in net.layers}
     return reference.run(net, image, kernels, _named_codes)
 
   (batch,) = jax.export.symbolic_shape("batch")

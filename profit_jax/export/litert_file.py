@@ -198,6 +198,8 @@ class Graph:
   def _kernel(self, node: Layer) -> str:
     # [F, K, K, C], depthwise [1, K, K, C], dense [F, C].
     codes = np.moveaxis(node.kernel, 2 if node.depthwise else -1, 0)
+    if not node.quantized:
+      return self._array(f"{node.name}/kernel", np.ascontiguousarray(codes))
     packed = pack(np.ascontiguousarray(codes), node.field_bits).tobytes()
     kind = _KERNEL_TYPES[node.field_bits]
     name = self._tensor(f"{node.name}/kernel_codes", codes.shape, kind, packed)

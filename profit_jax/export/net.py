@@ -28,6 +28,7 @@ from profit_jax.kernels.padding import Border, border_of, output_extent
 # The name of the input: uint8, normalized by the net, or float32 as it is.
 IMAGE = "image"
 Shape = tuple[int, ...]
+FLOAT_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # arrays have no truth value
@@ -37,10 +38,11 @@ class Layer:
   Attributes:
     name: its path in the model, as `block00/depthwise_conv`.
     input: what it reads, codes or floats.
-    kernel: int8 codes, `[K, K, C, F]`; depthwise `[K, K, 1, F]`; dense `[C, F]`.
+    kernel: int8 codes, `[K, K, C, F]`; depthwise `[K, K, 1, F]`; dense `[C, F]`. Of a layer that a
+      rule keeps in full precision, float32.
     multiplier: float32 `[F]`.
     bias: float32 `[F]`.
-    bits: of the kernel's quantizer.
+    bits: of the kernel's quantizer; 32 of floats.
     stride: in both directions.
     depthwise: one filter per channel.
     code_bits: that its codes take as signed integers, if not `bits`: PACT's are odd numbers, twice
@@ -61,8 +63,15 @@ class Layer:
   padding: Border | None = None
 
   @property
+  def quantized(self) -> bool:
+    """Whether the kernel holds codes."""
+    return self.kernel.dtype == np.int8
+
+  @property
   def field_bits(self) -> int:
-    """Bits of a code in a file: 2, 4 or 8."""
+    """Bits of a code in a file: 2, 4 or 8; 32 of a float."""
+    if not self.quantized:
+      return FLOAT_BITS
     return field_bits(self.code_bits or self.bits)
 
   @property
@@ -344,7 +353,7 @@ class Net(NamedTuple):
     exact, codes = set(), self.code_sources()
     for node in self.nodes:
       keeps = isinstance(node, (Activation, Clip)) or _moves_only(node)
-      if (isinstance(node, Layer) and node.input in codes) or (
+      if (isinstance(node, Layer) and node.quantized and node.input in codes) or (
         keeps and exact.issuperset(inputs(node))
       ):
         exact.add(node.name)

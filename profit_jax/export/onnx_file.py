@@ -122,8 +122,10 @@ class Graph:
 
   def kernel(self, node: Layer, codes: np.ndarray) -> str:
     """The codes of a kernel, given as int8 `[F, C, K, K]`, depthwise `[F, 1, K, K]`, dense
-    `[C, F]`.
+    `[C, F]`; or floats.
     """
+    if not node.quantized:
+      return self._array(f"{node.name}/kernel", np.ascontiguousarray(codes))
     raw = pack(np.ascontiguousarray(codes), node.field_bits).tobytes()
     name = f"{node.name}/codes"
     self.initializers.append(

@@ -75,6 +75,8 @@ class _Graph(onnx_file.Graph):
     return IMAGE
 
   def kernel(self, node: Layer, codes: np.ndarray) -> str:
+    if not node.quantized:
+      return super().kernel(node, codes)
     name = self._array(f"{node.name}/codes", np.ascontiguousarray(codes, np.float32))
     return self._quant(name, f"{node.name}/kernel", node.code_bits or node.bits, signed=True)
 

@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from profit_jax.config import ConfigError
-from profit_jax.export.net import Quantizer
+from profit_jax.export.net import FLOAT_BITS, Quantizer
 from profit_jax.quant import base
 
 _LARGEST_CODE = 127  # of int8, without -128
 
 
 class Kernel(NamedTuple):
-  """A quantized kernel, `codes * scale`.
+  """A kernel, `codes * scale`.
 
   Attributes:
-    codes: int8.
+    codes: int8; of a kernel in full precision, float32.
     scale: float64, a scalar or `[F]` for the last axis.
-    bits: of the quantizer.
+    bits: of the quantizer; 32 of floats.
     code_bits: that the codes take, if they are more.
   """
 
@@ -69,6 +69,11 @@ def quantized_kernel(
   return Kernel(
     codes.reshape(kernel.shape).astype(np.int8), scale, bits, needed if needed > bits else None
   )
+
+
+def float_kernel(params: Mapping[str, Any]) -> Kernel:
+  """The kernel of a layer that a rule keeps in full precision."""
+  return Kernel(np.float32(params["kernel"]), np.float64(1.0), FLOAT_BITS, None)
 
 
 @functools.partial(jax.jit, static_argnums=0)

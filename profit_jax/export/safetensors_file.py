@@ -7,6 +7,7 @@ Tensors, of every layer:
 |----------------|------------------|----------------------------------------------------------|
 | `LAYER.codes`  | uint8 `[bytes]`  | the kernel's codes, row-major, as two's complement,      |
 |                |                  | 8 / `field` to a byte, the first in the lowest bits      |
+| `LAYER.kernel` | float32 `shape`  | in place of `.codes`: a kernel in full precision         |
 | `LAYER.affine` | float32 `[2, F]` | multiplier and bias per channel:                         |
 |                |                  | `y = acc * affine[0] + affine[1]`                        |
 
@@ -16,8 +17,9 @@ Tensors, of every layer:
 
     ["Layer", name, input, shape, field, bits, stride = 1, depthwise = false, code_bits = null,
      padding = null]
-        shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]; a code takes `field` bits here;
-        padding [[above, below], [left, right]] of zeros, null for `(K - 1) / 2` everywhere
+        shape [K, K, C, F], depthwise [K, K, 1, F], dense [C, F]; a code takes `field` bits here,
+        32 are floats; padding [[above, below], [left, right]] of zeros, null for `(K - 1) / 2`
+        everywhere
     ["Quantizer", name, input, inverse, margin, low, high, bits, scale, offset = 0]
         code = clip(round((x + margin) * inverse), low, high), worth code * scale + offset
     ["Activation", name, input, function]
@@ -59,7 +61,7 @@ from profit_jax import __version__
 from profit_jax.config import ConfigError
 from profit_jax.data.normalize import Normalization
 from profit_jax.export import reference
-from profit_jax.export.net import Affine, Layer, Net, Node
+from profit_jax.export.net import FLOAT_BITS, Affine, Layer, Net, Node
 from profit_jax.export.packing import pack, unpack
 
 _KINDS = {kind.__name__: kind for kind in typing.get_args(Node)}
@@ -72,7 +74,10 @@ def write(net: Net, path: str | os.PathLike) -> None:
   tensors = {}
   for node in net.nodes:
     if isinstance(node, Layer):
-      tensors[f"{node.name}.codes"] = pack(node.kernel, node.field_bits)
+      if node.quantized:
+        tensors[f"{node.name}.codes"] = pack(node.kernel, node.field_bits)
+      else:
+        tensors[f"{node.name}.kernel"] = np.ascontiguousarray(node.kernel)
     if isinstance(node, (Layer, Affine)):
       tensors[f"{node.name}.affine"] = np.stack([node.multiplier, node.bias])
   pixels = net.normalization
@@ -153,7 +158,10 @@ def _node(row: list[Any], tensor: Any) -> Node:
     given["multiplier"], given["bias"] = tensor(f"{name}.affine")
   if kind == "Layer":
     shape, field, *values = values
-    given["kernel"] = unpack(tensor(f"{name}.codes"), field, tuple(shape))
+    if field == FLOAT_BITS:
+      given["kernel"] = tensor(f"{name}.kernel")
+    else:
+      given["kernel"] = unpack(tensor(f"{name}.codes"), field, tuple(shape))
   for field, value in zip(_fields(kind), values, strict=False):
     given[field] = _long(value)
   return _KINDS[kind](**given)

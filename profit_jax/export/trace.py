@@ -25,21 +25,7 @@ from profit_jax.quant.quantized import value_of
 
 # Images in the traced batch. More than 1, so that `squeeze` does not take the batch's axis.
 _BATCH = 2
-# Calls that are looked into, and the parameters in which their jaxprs stand.
-_CALLS = (
-  "jit",
-  "pjit",
-  "closed_call",
-  "core_call",
-  "custom_jvp_call",
-  "custom_vjp_call",
-  "custom_vjp_call_jaxpr",
-  "remat",
-  "remat2",
-  "checkpoint",
-)
 RESERVED = (IMAGE, "logits")  # names of tensors that every file has
-_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 # Frames of these files are not the user's.
 _LIBRARIES = tuple(str(pathlib.Path(module.__file__).parent) for module in (jax, flax, our_layers))
 _ALLOWED = (
@@ -182,10 +168,8 @@ class _Walk:
     primitive, options = equation.primitive, equation.params
     if primitive is tracing.operation_p:
       return [self._layer(read, place, **options)]
-    if primitive.name in _CALLS:
-      inner = next(options[name] for name in _INNER if name in options)
-      consts = inner.consts if isinstance(inner, core.ClosedJaxpr) else ()
-      return self.run(getattr(inner, "jaxpr", inner), consts, read, place)
+    if (inner := tracing.inner_jaxpr(equation)) is not None:
+      return self.run(*inner, read, place)
     if not any(isinstance(value, Operation) for value in read):
       results = primitive.bind(*read, **options)
       return results if primitive.multiple_results else [results]

@@ -31,7 +31,7 @@ from profit_jax.kernels import target
 from profit_jax.nn.layers import QuantAct
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.quant.bits import Bits
-from profit_jax.quant.quantized import Quantized, value_of
+from profit_jax.quant.quantized import Quantized, Unquantized, value_of
 
 Codes = dict[str, np.ndarray]
 
@@ -212,13 +212,13 @@ def trained_codes(
       _trained_values(spec.model, normalization, variables, image, bits)
     )
     leaves = jax.tree_util.tree_leaves_with_path(
-      captured, is_leaf=lambda node: isinstance(node, Quantized)
+      captured, is_leaf=lambda node: isinstance(node, Quantized | Unquantized)
     )
     # A model may sow other values.
     codes = {
       "/".join(part.key for part in path[:-2]): leaf.codes
       for path, leaf in leaves
-      if path[-2].key == "__call__"
+      if path[-2].key == "__call__" and isinstance(leaf, Quantized)
     }
     if codes.keys() != names:
       raise KeyError(f"the net and the model have other quantizers: {sorted(codes.keys() ^ names)}")

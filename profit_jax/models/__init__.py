@@ -15,6 +15,7 @@ from profit_jax.config import ConfigError, ModelSettings, Settings
 from profit_jax.fields import require
 from profit_jax.models.naming import Naming
 from profit_jax.models.registry import REGISTRY, ModelEntry, register
+from profit_jax.nn.rules import with_rules
 from profit_jax.nn.spec import ModelSpec, describe
 from profit_jax.quant import QUANTIZERS, Quantizer
 from profit_jax.quant.bits import bits_of
@@ -38,7 +39,8 @@ def check(settings: Settings) -> None:
 
   Raises:
     ConfigError: strides of another number, or too many of them for the image; strides or a width
-      where there are none; bits for a model without quantizers; what a quantizer does not offer.
+      where there are none; bits for a model without quantizers; what a quantizer does not offer;
+      rules that do not fit the model.
   """
   _check_quantizer(settings)
   _check_shape(settings.model, settings.data.image_size, "model")
@@ -54,6 +56,8 @@ def check(settings: Settings) -> None:
       "train it in full precision, "
       f"as a teacher, or choose one of {', '.join(sorted(quantized))}."
     )
+  if settings.quant.rules or settings.quant.policy != "profit":
+    student_spec(settings, num_classes=10)  # layers have the same names for any number
 
 
 def _check_quantizer(settings: Settings) -> None:
@@ -113,10 +117,15 @@ def build(settings: ModelSettings, num_classes: int) -> nn.Module:
 
 
 def student_spec(settings: Settings, num_classes: int) -> ModelSpec:
-  """The model of a run, with its quantizers."""
+  """The model of a run, with its quantizers and the bits of single layers.
+
+  Raises:
+    ConfigError: rules that do not fit the model.
+  """
   size = settings.data.image_size
   bits = dataclasses.replace(bits_of(settings.quant), aiwq_every=settings.plan.sampling_every)
-  return describe(build(settings.model, num_classes), (size, size, 3), bits)
+  spec = describe(build(settings.model, num_classes), (size, size, 3), bits)
+  return with_rules(spec, settings.quant.rules, settings.quant.policy)
 
 
 def options(name: str) -> frozenset[str]:

@@ -162,9 +162,7 @@ class EfficientNetLite(nn.Module):
     """Logits `[N, num_classes]` of normalized images `[N, H, W, 3]`; arguments: `MobileNetV2`'s."""
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides, width = self.strides or IMAGENET_STRIDES, self.width * SIZES[self.size][0]
-    x = QuantConv(STEM_CHANNELS, 3, strides[0], padding=self.padding, name="stem_conv")(
-      x, bits.of_first()
-    )
+    x = QuantConv(STEM_CHANNELS, 3, strides[0], padding=self.padding, name="stem_conv")(x, bits)
     x = norm(name="stem_norm")(x, train, "relu6")
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, bits)
 
@@ -188,6 +186,6 @@ class EfficientNetLite(nn.Module):
     x = QuantConv(HEAD_CHANNELS, name="head_conv")(x, bits)
     x = norm(name="head_norm")(x, train, "relu6")
     x = spatial_mean(x)
-    x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits.of_last())
+    x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits)
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())
+    return QuantDense(self.num_classes, name="classifier")(x, bits)

@@ -131,7 +131,7 @@ class MnasNet(nn.Module):
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
     x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
-      x, bits.of_first()
+      x, bits
     )
     x = norm(name="stem_norm")(x, train, "relu")
     x = QuantAct("unsigned", name="stem_quant")(x, bits)
@@ -158,6 +158,6 @@ class MnasNet(nn.Module):
     x = QuantConv(HEAD_CHANNELS, name="head_conv")(x, bits)
     x = norm(name="head_norm")(x, train, "relu")
     x = spatial_mean(x)
-    x = QuantAct("unsigned", name="head_quant")(x, bits.of_last())
+    x = QuantAct("unsigned", name="head_quant")(x, bits)
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())
+    return QuantDense(self.num_classes, name="classifier")(x, bits)

@@ -105,7 +105,7 @@ class MobileNetV1(nn.Module):
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
     x = QuantConv(divisible_by_8(STEM_CHANNELS * self.width), 3, strides[0], name="stem_conv")(
-      x, bits.of_first()
+      x, bits
     )
     x = norm(name="stem_norm")(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, bits)
@@ -128,4 +128,4 @@ class MobileNetV1(nn.Module):
       x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits)
     x = spatial_mean(x)
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())
+    return QuantDense(self.num_classes, name="classifier")(x, bits)

@@ -180,9 +180,7 @@ class MobileNetV2(nn.Module):
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     strides = self.strides or IMAGENET_STRIDES
     ends = self.width if self.scaled_ends else 1.0
-    x = QuantConv(divisible_by_8(STEM_CHANNELS * ends), 3, strides[0], name="stem_conv")(
-      x, bits.of_first()
-    )
+    x = QuantConv(divisible_by_8(STEM_CHANNELS * ends), 3, strides[0], name="stem_conv")(x, bits)
     x = norm(name="stem_norm")(x, train, self.activation)
     x = QuantAct("unsigned", RELU6_BOUND, name="stem_quant")(x, bits)
 
@@ -205,6 +203,6 @@ class MobileNetV2(nn.Module):
     x = QuantConv(divisible_by_8(HEAD_CHANNELS * max(1.0, ends)), name="head_conv")(x, bits)
     x = norm(name="head_norm")(x, train, self.activation)
     x = spatial_mean(x)
-    x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits.of_last())
+    x = QuantAct("unsigned", RELU6_BOUND, name="head_quant")(x, bits)
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())
+    return QuantDense(self.num_classes, name="classifier")(x, bits)

@@ -519,7 +519,7 @@ class MobileNetV3(nn.Module):
     function, kind = _FUNCTIONS[variant.activation]
 
     stem = self._stem_channels()
-    x = QuantConv(stem, 3, strides[0], padding=self.padding, name="stem_conv")(x, bits.of_first())
+    x = QuantConv(stem, 3, strides[0], padding=self.padding, name="stem_conv")(x, bits)
     x = norm(fused=False, name="stem_norm")(x, train, variant.activation)
 
     index, channels = 0, STEM_CHANNELS
@@ -556,11 +556,9 @@ class MobileNetV3(nn.Module):
       use_bias=variant.head_bias,
       name="pre_classifier",
     )
-    x = QuantAct(kind, name="pre_classifier_quant")(
-      function(pre_classifier(x, bits)), bits.of_last()
-    )
+    x = QuantAct(kind, name="pre_classifier_quant")(function(pre_classifier(x, bits)), bits)
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return dense(self.num_classes, name="classifier")(x, bits.of_last())
+    return dense(self.num_classes, name="classifier")(x, bits)
 
   def _channels(self, channels: int) -> int:
     return (up_to_multiple_of_8 if self.channel_rounding == "up" else divisible_by_8)(

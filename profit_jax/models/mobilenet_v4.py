@@ -251,7 +251,7 @@ class MobileNetV4(nn.Module):
     norm = functools.partial(BatchNorm, momentum=self.bn_momentum, epsilon=self.bn_epsilon)
     stem_stride, *strides, head_stride = self.strides or IMAGENET_STRIDES
     stem = divisible_by_8(STEM_CHANNELS * max(1.0, self.width))
-    x = QuantConv(stem, 3, stem_stride, name="stem_conv")(x, bits.of_first())
+    x = QuantConv(stem, 3, stem_stride, name="stem_conv")(x, bits)
     x = norm(name="stem_norm")(x, train, "relu")
     x = QuantAct("unsigned", name="stem_quant")(x, bits)
 
@@ -276,6 +276,6 @@ class MobileNetV4(nn.Module):
     x = QuantAct("unsigned", name="head_quant")(x, bits)
     x = QuantDense(PRE_CLASSIFIER_CHANNELS, use_bias=False, name="pre_classifier")(x, bits)
     x = norm(name="pre_classifier_norm")(x, train, "relu")
-    x = QuantAct("unsigned", name="pre_classifier_quant")(x, bits.of_last())
+    x = QuantAct("unsigned", name="pre_classifier_quant")(x, bits)
     x = Dropout(self.dropout, name="dropout")(x, train)
-    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())
+    return QuantDense(self.num_classes, name="classifier")(x, bits)

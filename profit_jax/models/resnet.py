@@ -237,7 +237,7 @@ class ResNet34(nn.Module):
     stem_stride, pool_stride, *stage_strides = self.strides or IMAGENET_STRIDES
     channels = divisible_by_8(STEM_CHANNELS * self.width)
 
-    x = QuantConv(channels, 7, stem_stride, name="stem_conv")(x, bits.of_first())
+    x = QuantConv(channels, 7, stem_stride, name="stem_conv")(x, bits)
     x = norm(fused=False, name="stem_norm")(x, train, "relu")
     if pool_stride != 1:
       x = nn.max_pool(x, (3, 3), (pool_stride, pool_stride), ((1, 1), (1, 1)))
@@ -249,5 +249,5 @@ class ResNet34(nn.Module):
           norm=norm,
           name=f"stage{stage + 1}_block{position:02d}",
         )(x, bits, train)
-    x = QuantAct("unsigned", name="head_quant")(spatial_mean(x), bits.of_last())
-    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())
+    x = QuantAct("unsigned", name="head_quant")(spatial_mean(x), bits)
+    return QuantDense(self.num_classes, name="classifier")(x, bits)

@@ -84,7 +84,7 @@ def _quantizer_params(
 
 
 def _quantized_kernel(module: nn.Module, kernel: jax.Array, bits: Bits) -> jax.Array | Quantized:
-  quantizer, qmax = bits.quantizer, bits.kernel_qmax()
+  quantizer, qmax = bits.quantizer, bits.kernel_qmax(tracing.path_of(module))
   shape = kernel.shape[-1:] if quantizer.per_channel else ()
   scalars = _quantizer_params(module, quantizer.kernel_scalars, shape)
   if qmax is None:
@@ -268,7 +268,8 @@ class QuantAct(nn.Module):
     _require(self, "kind", self.kind, get_args(Kind))
     if tracing.active():
       return tracing.quantizer(self, x, bits)
-    quantizer, qmax = bits.quantizer, bits.act_qmax(self.kind)
+    path = tracing.path_of(self)
+    quantizer, qmax = bits.quantizer, bits.act_qmax(self.kind, path)
     scalars = _quantizer_params(self, quantizer.act_scalars)
     # `init` without `mutable` makes every collection mutable, and asks for nothing.
     calibrates, rates = (

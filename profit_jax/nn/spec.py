@@ -44,7 +44,6 @@ class Layer:
   Attributes:
     path: in the model, `block01/expand_conv`.
     kind: what it is.
-    bits: what it was told, but for the widths, which change from phase to phase.
     attributes: of its module, by name.
     has_weight_bits: whether it was told a width of kernels in this call.
     has_act_bits: likewise, of activations.
@@ -52,7 +51,6 @@ class Layer:
 
   path: str
   kind: LayerKind
-  bits: Bits
   attributes: Mapping[str, Any]
   has_weight_bits: bool = False
   has_act_bits: bool = False
@@ -65,7 +63,7 @@ def record(module: nn.Module, kind: LayerKind, bits: Bits) -> None:
     names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
     attributes = {name: getattr(module, name) for name in names}
     told = bits.weight is not None, bits.act is not None
-    layers.append(Layer("/".join(module.path), kind, bits.at(None, None), attributes, *told))
+    layers.append(Layer("/".join(module.path), kind, attributes, *told))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +73,8 @@ class ModelSpec:
   Attributes:
     model: the module.
     input_shape: of one image, `(H, W, C)`.
-    bits: full precision, with the quantizer that the model's layers use.
+    bits: full precision, with the quantizer that the model's layers use, and what rules say of
+      single ones.
     shapes: of its `params` and `batch_stats`.
     layers: those of `profit_jax.nn`, by path, in the order of their calls.
     outputs: how many numbers the model gives for an image.
@@ -93,8 +92,18 @@ class ModelSpec:
     return {"batch_stats": {}, **_initializer(self.model, self.input_shape, self.bits)(key)}
 
   @functools.cached_property
+  def float_layers(self) -> frozenset[str]:
+    """Layers and quantizers that no phase quantizes, by rule."""
+    return frozenset(own.path for own in self.bits.own if own.least is None)
+
+  @functools.cached_property
   def kernels(self) -> dict[str, tuple[int, ...]]:
-    """Shapes of the kernels that can be quantized, by layer."""
+    """Shapes of the kernels that phases quantize, by layer."""
+    return {path: s for path, s in self.all_kernels.items() if path not in self.float_layers}
+
+  @functools.cached_property
+  def all_kernels(self) -> dict[str, tuple[int, ...]]:
+    """Those of all convolutions and dense layers, with `float_layers`."""
     flat = traverse_util.flatten_dict(self.shapes["params"])
     return {
       layer.path: flat[*split_path(layer.path), KERNEL].shape
@@ -125,11 +134,16 @@ class ModelSpec:
       return QUANT
     return WEIGHT if len(leaf.shape) >= 2 else NORM
 
-  def kernel_qmax(self, layer: str, bits: Bits) -> jax.Array:
-    """The largest code of a layer's kernel where a phase has these bits."""
-    qmax = self.layers[layer].bits.at(bits.weight, None).kernel_qmax()
-    assert qmax is not None  # such a phase quantizes kernels
-    return qmax
+  @functools.cached_property
+  def quantizers(self) -> tuple[str, ...]:
+    """The quantizers of activations that phases use."""
+    acts = (path for path, layer in self.layers.items() if layer.kind == "act")
+    return tuple(path for path in acts if path not in self.float_layers)
+
+  def width_of(self, layer: str, bits: Bits) -> Any:
+    """The bit width of a layer's kernel, or of what a quantizer gives; None in full precision."""
+    of = bits.act_of if self.layers[layer].kind == "act" else bits.weight_of
+    return of(layer)
 
   def kernel_scalars(self, flat: Mapping[Path, jax.Array], layer: str) -> dict[str, jax.Array]:
     """The raw scalars of a kernel's quantizer, out of flattened parameters."""
@@ -147,7 +161,7 @@ class ModelSpec:
     found = {}
     for layer in self.kernels:
       kernel, scalars = flat[*split_path(layer), KERNEL], self.kernel_scalars(flat, layer)
-      qmax = self.kernel_qmax(layer, bits)
+      qmax = bits.kernel_qmax(layer)
       codes = quantizer.of_kernel(quantizer.kernel_codes, kernel, scalars, qmax)
       found[layer] = codes.astype(np.int8)
     return found
@@ -159,7 +173,7 @@ def describe(model: nn.Module, input_shape: tuple[int, ...], bits: Bits = Bits()
   Args:
     model: `model(x, bits, train)`: float images `[N, H, W, C]` to one array `[N, outputs]`.
     input_shape: `(H, W, C)` of its images.
-    bits: with its quantizer and least bits; the widths do not matter.
+    bits: with its quantizer; the widths do not matter. `rules.with_rules` adds rules.
 
   Raises:
     ConfigError: not such a model; a layer that is called twice; variables other than `params` and

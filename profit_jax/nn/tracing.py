@@ -36,6 +36,36 @@ def _abstract(x, *qmax, shape, **attributes):
   return jax.core.ShapedArray(shape, x.dtype)
 
 
+# Calls that are looked into, and the parameters in which their jaxprs are.
+_CALLS = (
+  "jit",
+  "pjit",
+  "closed_call",
+  "core_call",
+  "custom_jvp_call",
+  "custom_vjp_call",
+  "custom_vjp_call_jaxpr",
+  "remat",
+  "remat2",
+  "checkpoint",
+)
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def inner_jaxpr(equation: Any) -> tuple[Any, Any] | None:
+  """The open jaxpr of a call, and its constants; None of other operations."""
+  if equation.primitive.name not in _CALLS:
+    return None
+  inner = next(equation.params[name] for name in _INNER if name in equation.params)
+  consts = inner.consts if isinstance(inner, core.ClosedJaxpr) else ()
+  return getattr(inner, "jaxpr", inner), consts
+
+
+def path_of(layer: nn.Module) -> str:
+  """The path of a layer in its model, `block01/expand_conv`."""
+  return "/".join(layer.path)
+
+
 def active() -> bool:
   """Whether layers bind opaque operations."""
   return _traced.get()
@@ -64,7 +94,7 @@ def conv(layer: nn.Module, x: Any, bits: Bits) -> jax.Array:
   return _bind(
     layer,
     x,
-    bits.kernel_qmax(),
+    bits.kernel_qmax(path_of(layer)),
     kind="conv",
     shape=(x.shape[0], height, width, features),
     stride=layer.stride,
@@ -78,7 +108,7 @@ def conv(layer: nn.Module, x: Any, bits: Bits) -> jax.Array:
 def dense(layer: nn.Module, x: Any, bits: Bits) -> jax.Array:
   """A `QuantDense`."""
   shape = (*x.shape[:-1], layer.features)
-  qmax = bits.kernel_qmax()
+  qmax = bits.kernel_qmax(path_of(layer))
   return _bind(layer, x, qmax, kind="dense", shape=shape, quantizer=bits.quantizer)
 
 
@@ -87,7 +117,7 @@ def quantizer(layer: nn.Module, x: Any, bits: Bits) -> Unquantized:
   y = _bind(
     layer,
     x,
-    bits.act_qmax(layer.kind),
+    bits.act_qmax(layer.kind, path_of(layer)),
     kind="quantizer",
     shape=x.shape,
     codes=layer.kind,

@@ -46,6 +46,8 @@ class Quantizer(abc.ABC):
     method: the name, for configurations, reports and exported files.
     kernel_scalars: leaves of a kernel's quantizer.
     act_scalars: leaves of an activation's.
+    unscaled: leaves that stay where values grow by a factor; all others grow by it, with the same
+      codes.
     one_interval: a kernel's codes are `round(clip(w / a, -1, 1) * qmax)`, with the interval a in
       `quant_a`. Dampening and freezing of codes need that.
   """
@@ -55,6 +57,7 @@ class Quantizer(abc.ABC):
   method: ClassVar[str] = ""
   kernel_scalars: ClassVar[tuple[str, ...]] = ()
   act_scalars: ClassVar[tuple[str, ...]] = ()
+  unscaled: ClassVar[tuple[str, ...]] = ()
   one_interval: ClassVar[bool] = False
 
   @abc.abstractmethod

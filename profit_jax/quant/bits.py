@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +16,40 @@ from profit_jax.quant.duq import DuQ
 Width = int | jax.Array | None
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerBits:
+  """What a rule says of one layer.
+
+  Attributes:
+    path: of a layer with a kernel, or of a quantizer of activations.
+    what: which of them.
+    least: the least bits, 2 to 8; a phase may have more. None: never quantized.
+  """
+
+  path: str
+  what: Literal["weight", "act"]
+  least: int | None
+
+
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["weight", "act"],
-  meta_fields=["quantizer", "first", "last", "weight_at_least", "act_at_least", "aiwq_every"],
+  data_fields=["weight", "act", "layers"],
+  meta_fields=["quantizer", "own", "aiwq_every"],
 )
 @dataclasses.dataclass(frozen=True)
 class Bits:
   """The bit widths of a model's layers, and their quantizer.
 
-  `None` is full precision. It is part of the tree's structure, so that whether a kind of tensor is
+  `None` is full precision. It is part of the tree's structure, so that whether a tensor is
   quantized is static (one program each), while its width is a value (the same program).
 
   Attributes:
     weight: bit width of kernels, 2 to 8; an int or an int32 scalar; or None.
     act: likewise, of activations.
     quantizer: how.
-    first: least bits of the first layer's kernel, which a model asks for by `of_first`; 0 for none.
-    last: least bits of the last layer's kernel and of its input, by `of_last`; 0 for none.
-    weight_at_least: least bits of this layer's kernel; 0 for none.
-    act_at_least: likewise, of activations.
+    layers: widths of single layers by path, in place of `weight` (of a convolution or a dense
+      layer) or `act` (of a `QuantAct`).
+    own: what rules say of single layers; `at` makes `layers` of it.
     aiwq_every: AIWQ is measured on every n-th image of a batch.
 
   Raises:
@@ -44,55 +59,75 @@ class Bits:
   weight: Width = None
   act: Width = None
   quantizer: base.Quantizer = DuQ()
-  first: int = 0
-  last: int = 0
-  weight_at_least: int = 0
-  act_at_least: int = 0
+  layers: Mapping[str, Width] = dataclasses.field(default_factory=dict, hash=False)
+  own: tuple[LayerBits, ...] = ()
   aiwq_every: int = 1
 
   def __post_init__(self):
     for name in ("weight", "act"):
-      value = getattr(self, name)
-      if isinstance(value, int) and not isinstance(value, bool):
-        if not MIN_BITS <= value <= MAX_BITS:
-          raise ValueError(f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {name}={value}")
-        object.__setattr__(self, name, np.int32(value))
+      object.__setattr__(self, name, _checked(getattr(self, name), name))
+    if isinstance(self.layers, Mapping):  # JAX also rebuilds trees with other things in their place
+      layers = {path: _checked(width, path) for path, width in self.layers.items()}
+      object.__setattr__(self, "layers", layers)
 
   def at(self, weight: Width, act: Width) -> "Bits":
-    """The same at other bit widths."""
-    return dataclasses.replace(self, weight=weight, act=act)
+    """The same in a phase with these widths; layers with rules have theirs if they are larger."""
+    phase = {"weight": weight, "act": act}
+    layers = {
+      own.path: None if own.least is None else _larger(phase[own.what], own.least)
+      for own in self.own
+      if phase[own.what] is not None
+    }
+    return dataclasses.replace(self, weight=weight, act=act, layers=layers)
 
-  def of_first(self) -> "Bits":
-    """Those of the first layer."""
-    return dataclasses.replace(self, weight_at_least=self.first)
+  def never(self, layer: str) -> bool:
+    """Whether a layer is in full precision where others are quantized."""
+    return layer in self.layers and self.layers[layer] is None
 
-  def of_last(self) -> "Bits":
-    """Those of the last layer, and of the quantizer before it."""
-    return dataclasses.replace(self, weight_at_least=self.last, act_at_least=self.last)
+  def weight_of(self, layer: str) -> Width:
+    """The bit width of a layer's kernel."""
+    return self.layers.get(layer, self.weight)
 
-  def kernel_qmax(self) -> jax.Array | None:
-    """The largest code of a kernel, `2^(b-1) - 1`, float32; None in full precision."""
-    return _qmax(self.weight, self.weight_at_least, signed=True)
+  def act_of(self, layer: str) -> Width:
+    """The bit width of a quantizer of activations."""
+    return self.layers.get(layer, self.act)
 
-  def act_qmax(self, kind: base.Kind) -> jax.Array | None:
+  def kernel_qmax(self, layer: str = "") -> jax.Array | None:
+    """The largest code of a layer's kernel, `2^(b-1) - 1`, float32; None in full precision."""
+    return _qmax(self.weight_of(layer), signed=True)
+
+  def act_qmax(self, kind: base.Kind, layer: str = "") -> jax.Array | None:
     """The largest code of activations: `2^(b-1) - 1` if they are symmetric, else `2^b - 1`."""
-    return _qmax(self.act, self.act_at_least, signed=kind == "symmetric")
+    return _qmax(self.act_of(layer), signed=kind == "symmetric")
 
 
 def bits_of(settings: QuantSettings) -> Bits:
-  """Full precision, with the quantizer and the least bits that a configuration asks for.
+  """Full precision, with the quantizer that a configuration asks for; rules need a model.
 
   Raises:
     ConfigError: an unknown quantizer.
   """
-  quantizer = base.named(settings.method, per_channel=settings.per_channel)
-  return Bits(quantizer=quantizer, first=settings.first_bits, last=settings.last_bits)
+  per_channel = settings.per_channel or settings.policy == "brevitas"
+  return Bits(quantizer=base.named(settings.method, per_channel=per_channel))
 
 
-def _qmax(bits: Width, least: int, *, signed: bool) -> Any:
+def _checked(width: Any, name: str) -> Any:
+  if not isinstance(width, int) or isinstance(width, bool):
+    return width
+  if not MIN_BITS <= width <= MAX_BITS:
+    raise ValueError(f"bits must lie in {MIN_BITS}..{MAX_BITS}, got {name}={width}")
+  return np.int32(width)
+
+
+def _larger(width: Any, least: int) -> Any:
+  if isinstance(width, (int, np.generic)):
+    return np.int32(max(int(width), least))
+  return jnp.maximum(width, least)
+
+
+def _qmax(bits: Width, *, signed: bool) -> Any:
   if bits is None:
     return None
   if isinstance(bits, np.generic):
-    return np.float32(2.0 ** (max(int(bits), least) - signed) - 1)
-  bits = jnp.maximum(bits, least) if least else bits
+    return np.float32(2.0 ** (int(bits) - signed) - 1)
   return (jnp.left_shift(jnp.int32(1), bits - int(signed)) - 1).astype(jnp.float32)

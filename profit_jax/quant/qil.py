@@ -36,6 +36,7 @@ class QIL(Quantizer):
   method: ClassVar[str] = "qil"
   kernel_scalars: ClassVar[tuple[str, ...]] = ("quant_center", "quant_width", "quant_gamma")
   act_scalars: ClassVar[tuple[str, ...]] = ("quant_center", "quant_width")
+  unscaled: ClassVar[tuple[str, ...]] = ("quant_gamma",)
 
   def quantize_kernel(self, kernel: jax.Array, scalars: Scalars, qmax: jax.Array) -> Quantized:
     """See `Quantizer`."""

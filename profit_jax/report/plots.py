@@ -14,6 +14,7 @@ optional.require("plots", "Drawing plots")
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import CenteredNorm, LogNorm
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from profit_jax.quant import duq
 from profit_jax.quant.base import PREFIX
 from profit_jax.quant.bits import Bits
 from profit_jax.schedule import Phase
+from profit_jax.sensitivity import Sensitivity
 from profit_jax.train import aiwq
 from profit_jax.train.progress import EpochRecord, Progress
 
@@ -40,9 +42,13 @@ _RAW, _EMA, _FROZEN = "#1f5fa8", "#d1781f", ("#8c2d04", "#d98c3f", "#c9c9c9")
 
 
 def write_plots(
-  directory: epath.Path, progress: Progress, phases: tuple[Phase, ...], params: Any
+  directory: epath.Path,
+  progress: Progress,
+  phases: tuple[Phase, ...],
+  params: Any,
+  given: Bits = Bits(),
 ) -> dict[str, str]:
-  """Draws what the run has data for.
+  """Draws what the run has data for; `given` are the bits of the run's model, with its rules.
 
   Returns:
     File name -> caption.
@@ -75,12 +81,13 @@ def write_plots(
     if figure is not None:
       save(figure, directory / name)
       captions[name] = caption
-  bits = phases[-1].weight_bits
-  # DuQ's codes.
-  if bits is not None and any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params)):
-    save(_codes(params, bits), directory / "weight_codes.png")
+  bits = given.at(phases[-1].weight_bits, None)
+  has_duq = any(path[-1] == "quant_c" for path in traverse_util.flatten_dict(params))
+  shares = code_shares(params, bits) if has_duq and bits.weight is not None else {}
+  if shares:
+    save(_codes(shares), directory / "weight_codes.png")
     captions["weight_codes.png"] = (
-      f"How often each {bits}-bit weight code occurs, in every layer of the best weights."
+      "How often each weight code occurs, in every layer of the best weights."
     )
   return captions
 
@@ -188,6 +195,41 @@ def plot_runs(groups: dict[str, list[Progress]], path: epath.Path) -> None:
         axis.axvline(epoch + 0.5, color="0.6", linewidth=0.5, linestyle=":")
   axes[0, 0].legend(fontsize=8, loc="lower left")
   axes[-1, 0].set_xlabel("epoch")
+  save(figure, path)
+
+
+def plot_sensitivity(found: Sensitivity, path: epath.Path) -> None:
+  """Draws the change of the loss of every part, the layers from input to output."""
+  layers = list(dict.fromkeys(part.layers[0] for part in found.parts))
+  sides = {"weights": "Weights", "inputs": "Inputs"}
+  figure = Figure(figsize=(10, 1.6 + 0.17 * len(layers)), layout="constrained")
+  axes = figure.subplots(1, 2, sharex=True, sharey=True)
+  changes = [abs(fall.loss) for part in found.parts for fall in part.falls]
+  largest = max((c for c in changes if np.isfinite(c)), default=1.0)
+  axes[0].set_xscale("symlog", linthresh=max(largest / 10.0, 1e-6), linscale=1.5)
+  colours = colormaps["viridis_r"](np.linspace(0.25, 1.0, len(found.bits)))
+  for axis, (side, title) in zip(axes, sides.items(), strict=True):
+    for width, colour in zip(found.bits, colours, strict=True):
+      points = [
+        (fall.loss, layers.index(part.layers[0]))
+        for part in found.parts
+        if part.side == side
+        for fall in part.falls
+        if fall.bits == width and np.isfinite(fall.loss)
+      ]
+      if points:
+        axis.scatter(*zip(*points, strict=True), s=16, color=colour, label=f"{width} bits")
+    axis.axvline(0.0, color="#888888", linewidth=0.8)
+    axis.grid(axis="both", color="#e6e6e6", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.set_title(f"{title} of one layer alone fall")
+    axis.set_xlabel("change of the loss")
+  axes[0].set_yticks(range(len(layers)), layers, fontsize=7)
+  axes[0].set_ylim(len(layers) - 0.5, -0.5)
+  handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+  handles |= dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
+  axes[1].legend(handles.values(), handles.keys(), loc="lower right", fontsize=8)
+  path.parent.mkdir(parents=True, exist_ok=True)
   save(figure, path)
 
 
@@ -330,13 +372,13 @@ def _ranking(progress: Progress, phases: tuple[Phase, ...]) -> Figure:
   return figure
 
 
-def _codes(params: Any, bits: int) -> Figure:
-  shares = code_shares(params, bits)
+def _codes(shares: dict[str, np.ndarray]) -> Figure:
   columns = 9
   rows = -(-len(shares) // columns)
   # Not the constrained layout of the others: with so many axes it takes seconds.
+  alike = len({len(share) for share in shares.values()}) == 1
   figure = Figure(figsize=(1.9 * columns, 1.5 * rows))
-  axes = figure.subplots(rows, columns, sharex=True, squeeze=False)
+  axes = figure.subplots(rows, columns, sharex=alike, squeeze=False)
   figure.subplots_adjust(left=0.03, right=0.99, bottom=0.04, top=0.92, hspace=0.55, wspace=0.3)
   for axis, (layer, share) in zip(axes.flat, shares.items(), strict=False):
     steps = len(share) // 2
@@ -345,19 +387,23 @@ def _codes(params: Any, bits: int) -> Figure:
     axis.tick_params(labelsize=6)
   for axis in axes.flat[len(shares) :]:
     axis.set_visible(False)
-  figure.suptitle(f"Share of each weight code at {bits} bits")
+  figure.suptitle("Share of each weight code")
   return figure
 
 
-def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
-  """Per layer of DuQ, the share of its kernel's elements on each code from -n to n."""
+def code_shares(params: Any, bits: Bits) -> dict[str, np.ndarray]:
+  """Per quantized layer of DuQ, the share of its kernel's elements on each code from -n to n."""
   flat = traverse_util.flatten_dict(params)
-  qmax = Bits(weight=bits).kernel_qmax()
   kernels = {
     path[:-1]: np.ravel(leaf)
     for path, leaf in flat.items()
-    if path[-1] == "kernel" and (*path[:-1], "quant_a") in flat
+    if path[-1] == "kernel"
+    and (*path[:-1], "quant_a") in flat
+    and bits.weight_of("/".join(path[:-1])) is not None
   }
+  if not kernels:
+    return {}
+  largest = [int(bits.kernel_qmax("/".join(layer))) for layer in kernels]
   sizes = [kernel.size for kernel in kernels.values()]
   # All layers in one array: a call per layer would compile for every shape.
   # An interval for every element, of the whole kernel or of its output channel.
@@ -367,12 +413,11 @@ def code_shares(params: Any, bits: int) -> dict[str, np.ndarray]:
       for layer in kernels
     ]
   )
-  codes = np.asarray(
-    duq.codes(np.concatenate(list(kernels.values())), intervals, qmax, "symmetric")
-  )
-  parts = np.split(codes + int(qmax), np.cumsum(sizes)[:-1])
-  count = 2 * int(qmax) + 1
+  qmax = np.repeat(np.int32(largest), sizes)
+  elements = np.concatenate(list(kernels.values()))
+  codes = np.asarray(duq.codes(elements, intervals, np.float32(qmax), "symmetric"))
+  parts = np.split(codes + qmax, np.cumsum(sizes)[:-1])
   return {
-    "/".join(layer): np.bincount(p, minlength=count) / p.size
-    for layer, p in zip(kernels, parts, strict=True)
+    "/".join(layer): np.bincount(part, minlength=2 * most + 1) / part.size
+    for layer, part, most in zip(kernels, parts, largest, strict=True)
   }

@@ -59,7 +59,6 @@ def markdown(
   """
   last, teacher, train, plan = phases[-1], settings.teacher, settings.train, settings.plan
   bits = bits_name(last.weight_bits, last.act_bits)
-  quantizers = [path for path, layer in spec.layers.items() if layer.kind == "act"]
   schedule = [f"weights {_ladder(plan.weight_bits)}", f"activations {_ladder(plan.act_bits)}"]
   schedule.append("progressive" if plan.progressive else "straight to the last")
   schedule.append("BN phases" if plan.stabilize else "no BN phases")
@@ -74,9 +73,9 @@ def markdown(
   )
   rows = {
     "quantizers": f"{settings.quant.method}, "
-    f"{'each output channel of' if settings.quant.per_channel else 'each'} kernel "
+    f"{'each output channel of' if spec.bits.quantizer.per_channel else 'each'} kernel "
     "with scalars of its own",
-    "bits of every layer": f"{bits}{_ends(settings.quant)}; the image as it is",
+    "bits": f"{bits}{_rules(settings.quant)}; the image as it is",
     "schedule": "; ".join(schedule),
     "remedies": Remedies(settings.oscillation).summary(),
     "plan": summary_line(phases),
@@ -105,14 +104,16 @@ def markdown(
     "|:--|:--|",
     *(f"| {name} | {text} |" for name, text in rows.items()),
   ]
-  lines += ["", f"{len(spec.kernels)} kernels, {len(quantizers)} quantizers of activations:", ""]
+  widths = layer_bits(spec, last)
+  weights, acts = widths["weights"], widths["activations"]
+  lines += ["", f"{len(weights)} kernels, {len(acts)} quantizers of activations:", ""]
   lines += ["| layer | kernel | bits |", "|:--|:--|--:|"]
   lines += [
-    f"| {layer} | {'x'.join(map(str, shape))} | {last.weight_bits or 'float'} |"
-    for layer, shape in sorted(spec.kernels.items())
+    f"| {layer} | {'x'.join(map(str, spec.all_kernels[layer]))} | {width or 'float'} |"
+    for layer, width in sorted(weights.items())
   ]
   lines += [
-    f"| {layer} | activations | {last.act_bits or 'float'} |" for layer in sorted(quantizers)
+    f"| {layer} | activations | {width or 'float'} |" for layer, width in sorted(acts.items())
   ]
   return lines
 
@@ -121,12 +122,25 @@ def _digest(sha256: str | None) -> str:
   return f", SHA-256 `{sha256}`" if sha256 else ""
 
 
-def _ends(quant):
-  """What the first and the last layer have."""
-  if not (quant.first_bits or quant.last_bits):
-    return ", the first and the last too"
-  first, last = quant.first_bits or "as many", quant.last_bits or "as many"
-  return f"; at least {first} in the first, {last} in the last"
+def layer_bits(spec: ModelSpec, phase: Phase) -> dict[str, dict[str, int | None]]:
+  """The bit widths of every kernel and of every quantizer of activations in a phase, by `weights`
+  and `activations`, then by path; None is full precision.
+  """
+  bits, found = spec.bits.at(phase.weight_bits, phase.act_bits), {"weights": {}, "activations": {}}
+  for path, layer in spec.layers.items():
+    if layer.kind != "norm":
+      width = spec.width_of(path, bits)
+      of = found["activations" if layer.kind == "act" else "weights"]
+      of[path] = None if width is None else int(width)
+  return found
+
+
+def _rules(quant):
+  """What single layers have."""
+  if not quant.rules and quant.policy == "profit":
+    return " in every layer, the first and the last too"
+  rules = "".join(f"; `{rule!r}`" for rule in quant.rules)
+  return f", policy {quant.policy}{rules}".replace("|", "\\|")
 
 
 def _ladder(bits: tuple[int, ...]) -> str:

@@ -83,14 +83,15 @@ def write_report(
   without = optional.missing("plots", "Drawing plots") if plots else ""
   if without:
     start.append(without)
+  data = read_data(workdir)
+  spec = student_spec(settings, data["num_classes"])
+  result["layer_bits"] = policy.layer_bits(spec, phases[-1])
   try:
     captions = {}
     if plots and not without:
       from profit_jax.report.plots import write_plots  # here, because it needs matplotlib
 
-      captions = write_plots(workdir / "plots", progress, phases, params)
-    data = read_data(workdir)
-    spec = student_spec(settings, data["num_classes"])
+      captions = write_plots(workdir / "plots", progress, phases, params, spec.bits)
     stated = policy.markdown(settings, phases, data, result["environment"], spec, weights)
     write_text(workdir / "report.md", _markdown(result, start, captions, stated))
     write_text(workdir / "result.json", json.dumps(result, indent=2) + "\n")

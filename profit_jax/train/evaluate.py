@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 
 from profit_jax.config import ConfigError, Settings
 from profit_jax.data import Source
+from profit_jax.quant.bits import Bits
 from profit_jax.schedule import Phase
 from profit_jax.train import interrupt
 from profit_jax.train.packing import Packed
-from profit_jax.train.programs import Programs
+from profit_jax.train.programs import Compiled, Programs
 from profit_jax.train.tracer import Who
 
 Scores = dict[str, float]
@@ -45,30 +47,48 @@ def evaluate(
   """
   step = programs.eval_step(weight_bits is not None, act_bits is not None, who)
   bits = programs.student.bits.at(weight_bits, act_bits)
-  results = []
-  # All batches are sent before the first result is asked for; not on a CPU, where a run that is
-  # asked to stop would wait.
-  ahead = 2 if jax.default_backend() == "cpu" else None
-  for batch in source.eval_batches(settings.train.eval_batch_size):
-    interrupt.check()
-    results.append(step(variables, programs.placement.split(batch), bits))
-    if ahead and len(results) > ahead:
-      jax.block_until_ready(results[-1 - ahead])
-  results = jax.device_get(results)
-  total = jax.tree.map(lambda *values: float(sum(values)), *results)
-  examples, clip_rate = total["examples"], total.pop("clip_rate")
+  batches = source.eval_batches(settings.train.eval_batch_size)
+  total = summed(step, variables, map(programs.placement.split, batches), bits)
+  clip_rate = total.pop("clip_rate")
+  examples = total["examples"]
   if not examples:
     raise ConfigError(
       f"None of the {source.info.eval_examples} evaluation images of {settings.data.name} can be "
       "decoded."
     )
-  scores = {
+  return scores_of(total), {layer: rate / examples for layer, rate in clip_rate.items()}
+
+
+def summed(step: Compiled, variables: Any, batches: Iterable[Any], bits: Bits) -> dict[str, Any]:
+  """The sums of an evaluation step over batches.
+
+  Args:
+    step: of `Programs.eval_step`.
+    variables: packed, on the devices.
+    batches: on the devices.
+    bits: of every layer.
+  """
+  results = []
+  # All batches are sent before the first result is asked for; not on a CPU, where a run that is
+  # asked to stop would wait.
+  ahead = 2 if jax.default_backend() == "cpu" else None
+  for batch in batches:
+    interrupt.check()
+    results.append(step(variables, batch, bits))
+    if ahead and len(results) > ahead:
+      jax.block_until_ready(results[-1 - ahead])
+  return jax.tree.map(lambda *values: float(sum(values)), *jax.device_get(results))
+
+
+def scores_of(total: Mapping[str, Any]) -> Scores:
+  """Percentages and means, given the sums over at least one example."""
+  examples = total["examples"]
+  return {
     "top1": 100.0 * total["top1"] / examples,
     "top5": 100.0 * total["top5"] / examples,
     "loss": total["loss"] / examples,
     "examples": examples,
   }
-  return scores, {layer: rate / examples for layer, rate in clip_rate.items()}
 
 
 class Evaluation(NamedTuple):

@@ -265,8 +265,8 @@ class Loop:
       instability=progress.instability,
       params=params,
     )
-    kernels = self._programs.student.kernels
-    progress.count_epoch(records.epoch_record(progress, phase, raw, average, params, kernels))
+    spec = self._programs.student
+    progress.count_epoch(records.epoch_record(progress, phase, raw, average, params, spec))
     records.keep_best(current, phase, raw, average, is_target=phase.index in self._targets)
     self._stopwatch.add_to(progress)
     self._observer.epoch_done(report)

@@ -1,8 +1,9 @@
 """What a run keeps of its epochs and phases: records for reports, and the best variables."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from profit_jax.nn.spec import ModelSpec
 from profit_jax.schedule import Phase
 from profit_jax.train import instability, nonfinite
 from profit_jax.train.evaluate import Evaluation
@@ -17,7 +18,7 @@ def epoch_record(
   raw: Evaluation,
   average: Evaluation | None,
   params: Mapping[str, Any],
-  kernels: Collection[str],
+  spec: ModelSpec,
 ) -> EpochRecord:
   """The record of an epoch whose last step is done; its loss is the mean of the steps.
 
@@ -27,8 +28,9 @@ def epoch_record(
     raw: of the student's weights.
     average: of their average, or None.
     params: the student's, nested, on the host.
-    kernels: layers that have quantized kernels.
+    spec: of the student.
   """
+  bits = spec.bits.at(phase.weight_bits, phase.act_bits)
   by_layer = {
     **progress.instability,
     "clip_rate": raw.clip_rate,
@@ -36,7 +38,7 @@ def epoch_record(
   }
   for name, value in nonfinite.quantizer_scalars(params).items():
     scalar, layer = name.split("/", 1)
-    if phase.weight_bits if layer in kernels else phase.act_bits:
+    if spec.width_of(layer, bits) is not None:
       by_layer.setdefault(scalar, {})[layer] = value
   kept = {
     name: {layer: instability.rounded(value) for layer, value in values.items()}

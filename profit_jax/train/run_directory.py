@@ -230,8 +230,8 @@ def read_config(workdir: epath.Path, flag: str = "--workdir") -> dict[str, Any]:
     raise ConfigError(
       f"{path} cannot be read: {error}. Use another {flag}, or restore the file."
     ) from error
-  # Sections of fields, of which some are lists.
-  if not isinstance(config, dict) or not _is_at_most(config, 3):
+  # Sections of fields, of which some are lists, or lists of rules.
+  if not isinstance(config, dict) or not _is_at_most(config, 4):
     raise ConfigError(
       f"{path} does not hold a configuration. Use another {flag}, or restore the file."
     )

@@ -372,7 +372,7 @@ def calibrate_acts(
     rngs={"dropout": key},
   )
   flat = traverse_util.flatten_dict(variables["params"])
-  for path, first in traverse_util.flatten_dict(updates["calibration"]).items():
+  for path, first in traverse_util.flatten_dict(updates.get("calibration", {})).items():
     _set(flat, path, first)
   return traverse_util.unflatten_dict(flat)
 
@@ -393,7 +393,7 @@ def _with_kernel_scalars(params, bits, spec, values_of):
   flat, quantizer = traverse_util.flatten_dict(params), spec.bits.quantizer
   for layer in spec.kernels:
     path = split_path(layer)
-    values = quantizer.of_kernel(values_of, flat[*path, KERNEL], spec.kernel_qmax(layer, bits))
+    values = quantizer.of_kernel(values_of, flat[*path, KERNEL], bits.kernel_qmax(layer))
     for name, value in values.items():
       _set(flat, (*path, name), value)
   return traverse_util.unflatten_dict(flat)

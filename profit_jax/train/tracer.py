@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from profit_jax.config import Settings
+from profit_jax.config import MAX_BITS, Settings
 from profit_jax.data import DatasetInfo, normalization
 from profit_jax.kernels import target
 from profit_jax.nn.spec import ModelSpec
@@ -239,10 +239,10 @@ class Tracer:
     return self._batch(train.batch_size // train.accumulation_steps)["image"]
 
   def _bits(self, quantized_weights: bool, quantized_acts: bool) -> Bits:
-    width = jax.ShapeDtypeStruct((), np.int32)
-    return self._student.bits.at(
-      width if quantized_weights else None, width if quantized_acts else None
+    bits = self._student.bits.at(
+      MAX_BITS if quantized_weights else None, MAX_BITS if quantized_acts else None
     )
+    return jax.tree.map(lambda _: jax.ShapeDtypeStruct((), np.int32), bits)
 
   def _variables(self, who: Who) -> dict[str, Packed]:
     spec = self._specs[who]

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import flax.linen as nn
 import jax
@@ -24,22 +24,23 @@ from jax.sharding import Mesh
 
 from profit_jax import __version__, checkpoints, distributed, paths
 from profit_jax.config import (
-  MAX_BITS,
-  MIN_BITS,
   CheckpointSettings,
   ConfigError,
   DataSettings,
   Dtype,
   OscillationSettings,
+  QuantSettings,
   RecoverySettings,
   Settings,
   TrainSettings,
+  check_rules,
   check_training,
 )
 from profit_jax.data.base import HostShard
 from profit_jax.data.batches import BatchSource, Data
 from profit_jax.data.normalize import Normalization
-from profit_jax.fields import as_lists
+from profit_jax.fields import as_lists, listed
+from profit_jax.nn.rules import Rule, policy_quantizer, with_rules
 from profit_jax.nn.spec import QUANT, ModelSpec, check_training_pass, describe, never_quantized
 from profit_jax.quant import Bits, DuQ, Quantizer
 from profit_jax.schedule import Phase, with_separate_bn_programs
@@ -151,8 +152,6 @@ class Options:
     oscillation: remedies for weights that oscillate.
     checkpoint: how many stay, and how often one is written.
     recovery: retries after numbers that are not finite.
-    first_bits: least bits of layers that a model calls with `bits.of_first()`; 0 for none.
-    last_bits: likewise, `bits.of_last()`.
     sampling_every: AIWQ is measured on every n-th image of a batch.
     devices: that the run uses; None is all.
     clock: in seconds; decides when the minutes between two checkpoints are over.
@@ -162,8 +161,6 @@ class Options:
   oscillation: OscillationSettings = OscillationSettings()
   checkpoint: CheckpointSettings = CheckpointSettings()
   recovery: RecoverySettings = RecoverySettings()
-  first_bits: int = 0
-  last_bits: int = 0
   sampling_every: int = 1
   devices: Sequence[jax.Device] | None = None
   clock: Callable[[], float] = time.monotonic
@@ -219,6 +216,8 @@ class Trainer:
     workdir: str | os.PathLike[str],
     *,
     quantizer: Quantizer = DuQ(),
+    rules: Sequence[Rule] = (),
+    policy: str = QuantSettings.policy,
     loss: LossFunction | None = None,
     optimizer: OptimizerFactory | None = None,
     teacher: tuple[nn.Module, Variables] | None = None,
@@ -231,6 +230,11 @@ class Trainer:
     schedule: of `profit_schedule`.
     workdir: the run's directory, local or remote. A run that is there is resumed.
     quantizer: of all layers.
+    rules: bits of single layers, as `(("head", 8, 8), (r".*depthwise.*", 8, None))`: a regular
+      expression of a layer's whole path, the bits of its kernel, and those of the quantizer that
+      feeds it. 2 to 8 are least bits; None is as the schedule says; "float" never quantizes.
+    policy: rules by name, after `rules`: "profit" (none), "lsq_paper" (first and last layer at 8
+      bits) or "brevitas" (first layer at 8 bits, kernels with scalars for each channel).
     loss: `(logits [N, classes], labels [N]) -> losses [N]`; None is the cross-entropy.
     optimizer: `learning_rate -> optax.GradientTransformation`, as `optax.adamw`. It updates the
       weights and, separately, the norms; the quantizers keep their own. It starts anew in each
@@ -243,9 +247,16 @@ class Trainer:
     options: everything else.
 
     Raises:
-      ConfigError: an argument of another type, no schedule, or a directory that cannot be reached.
+      ConfigError: an argument of another type, no schedule, a directory that cannot be reached, or
+        rules that are none.
     """
     _require_types(schedule, quantizer, teacher, callbacks, options)
+    check_rules(rules, "Trainer's rules")
+    policies = get_args(get_type_hints(QuantSettings)["policy"])
+    if policy not in policies:
+      raise ConfigError(
+        f"policy = {policy!r} is not allowed: it must be one of {listed(policies)}."
+      )
     # Own and joined schedules are numbered anew: a run counts its phases.
     phases = tuple(
       dataclasses.replace(phase, index=index) for index, phase in enumerate(schedule, 1)
@@ -264,7 +275,9 @@ class Trainer:
       phases = with_separate_bn_programs(phases)
     self._model, self._phases = model, phases
     self._workdir = paths.opened("workdir", os.fspath(workdir))
-    self._quantizer, self._loss, self._optimizer = quantizer, loss, optimizer
+    self._quantizer = policy_quantizer(policy, quantizer)
+    self._rules, self._policy = tuple(map(tuple, rules)), policy
+    self._loss, self._optimizer = loss, optimizer
     self._teacher, self._variables = teacher, variables
     self._callbacks, self._options = tuple(callbacks), options
 
@@ -296,13 +309,9 @@ class Trainer:
     host = HostShard(jax.process_index(), jax.process_count())
     source = distributed.on_all_hosts(lambda: BatchSource(data, host))
     distributed.require_equal("batches (shape, dtype or steps_per_epoch)", source.described())
-    bits = Bits(
-      quantizer=self._quantizer,
-      first=options.first_bits,
-      last=options.last_bits,
-      aiwq_every=options.sampling_every,
-    )
+    bits = Bits(quantizer=self._quantizer, aiwq_every=options.sampling_every)
     spec = describe(self._model, source.image_shape, bits)
+    spec = with_rules(spec, self._rules, self._policy, "Trainer's rules")
     source.num_classes = spec.outputs
     _check_layers(spec, self._phases)
     check_training_pass(spec)
@@ -395,8 +404,8 @@ class Trainer:
       "quantizer": {
         "method": self._quantizer.method,
         **dataclasses.asdict(self._quantizer),
-        "first_bits": self._options.first_bits,
-        "last_bits": self._options.last_bits,
+        "rules": self._rules,
+        "policy": self._policy,
         "sampling_every": self._options.sampling_every,
       },
       "schedule": [dataclasses.asdict(phase) for phase in self._phases],
@@ -527,12 +536,6 @@ def _check_options(options: Options, quantizer: Quantizer) -> None:
     )
   except ConfigError as error:
     raise ConfigError(str(error).replace("config.", "Options.")) from None
-  for name in ("first_bits", "last_bits"):
-    bits = getattr(options, name)
-    if bits and not MIN_BITS <= bits <= MAX_BITS:
-      raise ConfigError(
-        f"Options.{name} = {bits!r} is not allowed: it must be 0, or {MIN_BITS} to {MAX_BITS}."
-      )
   if options.oscillation.in_training and not quantizer.one_interval:
     raise ConfigError(
       f"Options.oscillation is not allowed with {type(quantizer).__name__}: it needs a quantizer "

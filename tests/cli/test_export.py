@@ -140,12 +140,19 @@ def test_a_net_that_is_not_the_trained_model_is_not_written(tiny_v1, tmp_path, m
 
 
 def test_a_run_with_another_quantizer_is_exported(tiny_v1, tmp_path):
-  quant = {"quant.method": "lsq", "quant.per_channel": True, "quant.first_bits": 8}
+  quant = {
+    "quant.method": "lsq",
+    "quant.policy": "brevitas",
+    "quant.rules": (("classifier", "float", 6),),
+  }
   write_run(tmp_path / "lsq", best=True, **quant)
   app.main(None, str(tmp_path / "lsq"), "export", export_formats=["onnx"])
   card = json.loads((tmp_path / "lsq" / "export" / f"{STEM}.onnx.json").read_text())
-  assert [layer["weight_bits"] for layer in card["layers"]] == [8, 4, 4, 4]
-  assert "4 to 8 bits symmetric; 4 to 8 bits of the file" in card["policy"]["weights"]
+  assert [layer["weight_bits"] for layer in card["layers"]] == [8, 4, 4, 32]
+  assert card["policy"]["weights"] == (
+    "float32 in classifier; all others, 4 to 8 bits symmetric; 4 to 8 bits of the file each"
+  )
+  assert "4 to 6 bits" in card["policy"]["activations"]
 
 
 def test_a_run_that_has_not_reached_its_last_bits(tiny_v1, tmp_path):

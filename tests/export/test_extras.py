@@ -6,7 +6,7 @@ import pytest
 
 from profit_jax.export import formats, verify
 from tests.export.nets import every_operation, full_net, images, random_net
-from tests.export.test_trace import OWN, float_images, own_net
+from tests.export.test_trace import OWN, float_images, mixed_net, own_net
 
 RUNTIMES = {"qonnx": "qonnx", "litert": "ai_edge_litert"}
 # qonnx converts numpy's arrays of one number to numbers.
@@ -38,6 +38,11 @@ def test_a_file_computes_the_references_codes(tmp_path, name, bits):
 @pytest.mark.parametrize("name", RUNTIMES)
 def test_a_file_computes_an_own_models_codes(tmp_path, name, make):
   require_exact(name, own_net(make()), tmp_path, float_images(8))
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_file_has_the_bits_of_every_layer(tmp_path, name):
+  require_exact(name, mixed_net()[0], tmp_path, images(8))
 
 
 def test_litert_computes_the_references_codes_of_a_whole_net(tmp_path):

@@ -16,6 +16,7 @@ from profit_jax.export.costs import costs
 from profit_jax.nn import tracing
 from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import QuantAct, QuantConv, QuantDense
+from profit_jax.nn.rules import with_rules
 from profit_jax.nn.spec import describe
 from profit_jax.quant import PACT, QIL, QUANTIZERS, Bits, named
 from profit_jax.quant.quantized import value_of
@@ -183,7 +184,7 @@ def test_an_operation_may_read_a_tensor_twice_and_a_model_sow_it(tmp_path, name)
   assert compared.exact, [row for row in compared.rows if row.differing]
 
 
-ENDS = {"first_bits", "last_bits"}
+ENDS = (("stem_conv", 8, None), ("classifier", 6, None))
 
 
 # PACT's kernels take one bit more; QIL prunes, so that signed activations have no affine map.
@@ -194,15 +195,16 @@ ENDS = {"first_bits", "last_bits"}
     ("pact", {}, 7, 8),
     ("pact", {"per_channel": True}, 3, 4),
     ("qil", {}, 4, 4),
-    ("qil", {"per_channel": True, "first_bits": 8, "last_bits": 6}, 4, 4),
+    ("qil", {"per_channel": True, "rules": ENDS}, 4, 4),
     ("duq", {"per_channel": True}, 4, 4),
-    ("duq", {"first_bits": 8, "last_bits": 6}, 2, 2),
+    ("duq", {"rules": ENDS}, 2, 2),
   ],
 )
 def test_every_quantizer_is_exported(tmp_path, method, options, bits, kernel_bits):
-  ends = {name.removesuffix("_bits"): options.pop(name) for name in ENDS & options.keys()}
-  given = Bits(quantizer=named(method, **options), **ends)
-  spec = describe(tiny.TinyV1(), (16, 16, 3), given)
+  rules = options.get("rules", ())
+  quantizer = named(method, per_channel=options.get("per_channel", False))
+  spec = describe(tiny.TinyV1(), (16, 16, 3), Bits(quantizer=quantizer))
+  spec = with_rules(spec, rules, "profit")
   variables = random_values(spec.shapes)
   net = build_net(
     spec,
@@ -216,12 +218,67 @@ def test_every_quantizer_is_exported(tmp_path, method, options, bits, kernel_bit
   compared = verify.compare(net, [images()], lambda _: outputs)
   assert compared.at_ties, [row for row in compared.rows if row.apart]
   assert compared.logits < 1e-5
-  first, last = max(given.first, bits), max(given.last, bits)
+  first, last = (8, 6) if rules else (bits, bits)
   assert [layer.bits for layer in net.layers] == [first, bits, bits, last]
   assert (net.layers[1].code_bits or net.layers[1].bits) == kernel_bits
   onnx_file.write(net, tmp_path / "net.onnx")
   runner = onnx_file.open_file(tmp_path / "net.onnx")
   assert verify.compare(net, [images()], verify.file_codes(runner)).exact
+
+
+def mixed_net(rules=tiny.MIXED):
+  """A net whose layers have all kinds of bits, its model's description and variables."""
+  spec = with_rules(describe(tiny.TinyV1(), (16, 16, 3)), rules, "profit")
+  variables = random_values(spec.shapes)
+  options = {"name": "tiny", "normalization": NORMALIZATION, "weight_bits": 3, "act_bits": 3}
+  return build_net(spec, variables, **options), spec, variables
+
+
+def test_a_net_has_the_bits_of_every_layer():
+  net, spec, variables = mixed_net()
+  outputs = verify.trained_codes(net, spec, variables, NORMALIZATION)(images())
+  compared = verify.compare(net, [images()], lambda _: outputs)
+  assert compared.at_ties, [row for row in compared.rows if row.apart]
+  assert compared.logits < 1e-5
+  assert [(row.weight_bits, row.input, row.input_bits) for row in costs(net)] == [
+    (32, "image", 8),
+    (8, "unsigned", 6),
+    (3, "float", 32),
+    (32, "float", 32),  # a mean of codes
+  ]
+  assert [quantizer.bits for quantizer in net.quantizers] == [6, 8]
+  # What a layer of floats gives depends on the order of its sums.
+  assert net.float_fed() == {"stem_quant", "block00/pointwise_quant"}
+  floats = [row for row in costs(net) if row.weight_bits == 32]
+  assert [row.kernel_bytes for row in floats] == [4 * 3 * 3 * 3 * 8, 4 * 16 * 10]
+
+
+@pytest.mark.parametrize("name", formats.DEFAULT)
+def test_a_file_has_the_bits_of_every_layer(tmp_path, name):
+  net, _, _ = mixed_net()
+  module, path = formats.load(name), tmp_path / f"net{formats.FORMATS[name].suffix}"
+  module.write(net, path)
+  compared = verify.compare(net, [images()], verify.file_codes(module.open_file(path)))
+  assert compared.differing == 0
+  assert compared.codes > 10_000
+  assert compared.logits < 1e-5
+
+
+class Bordered(nn.Module):
+  """Its convolution pads with the value of a code."""
+
+  @nn.compact
+  def __call__(self, x, bits=Bits(), train=False):
+    x = QuantAct("hswish", name="quant")(QuantConv(4, name="stem")(x, bits), bits)
+    x = QuantConv(4, 3, pad_value=-0.375, name="conv")(x, bits)
+    return QuantDense(5, name="head")(spatial_mean(x), bits)
+
+
+def test_a_layer_that_reads_floats_and_pads_with_a_code_is_refused():
+  spec = with_rules(describe(Bordered(), (8, 8, 3)), (("conv", 8, "float"),), "profit")
+  numbers = {"name": "own", "normalization": None, "weight_bits": 4, "act_bits": 4}
+  with pytest.raises(ConfigError, match="'conv' cannot be exported: it reads floats"):
+    build_net(spec, random_values(spec.shapes), **numbers)
 
 
 @pytest.mark.parametrize(

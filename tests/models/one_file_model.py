@@ -41,7 +41,7 @@ class Pebble(nn.Module):
   @nn.compact
   def __call__(self, x, bits=Bits(), train=False):
     stem, depthwise = self.strides or STRIDES
-    x = QuantConv(8, 3, stem, name="stem")(x, bits.of_first())
+    x = QuantConv(8, 3, stem, name="stem")(x, bits)
     x = BatchNorm(epsilon=self.bn_epsilon, name="stem_norm")(x, train, "relu")
     x = QuantAct("unsigned", name="stem_quant")(x, bits)
     x = QuantConv(8, 3, depthwise, depthwise=True, name="depthwise")(x, bits)
@@ -51,8 +51,8 @@ class Pebble(nn.Module):
     x = BatchNorm(epsilon=self.bn_epsilon, name="pointwise_norm")(x, train, "relu")
     x = QuantAct("unsigned", name="pointwise_quant")(spatial_mean(x), bits)
     x = relu(QuantDense(16, name="squeeze")(x, bits))
-    x = QuantAct("unsigned", name="squeeze_quant")(x, bits.of_last())
-    return QuantDense(self.num_classes, name="fc")(x, bits.of_last())
+    x = QuantAct("unsigned", name="squeeze_quant")(x, bits)
+    return QuantDense(self.num_classes, name="fc")(x, bits)
 
 
 def get_config():

@@ -9,6 +9,7 @@ from profit_jax.config import parse
 from profit_jax.nn.layers import QuantAct, QuantDense
 from profit_jax.nn.spec import describe
 from profit_jax.quant import PACT, Bits
+from profit_jax.quant.bits import LayerBits
 from profit_jax.report import plots, policy
 from profit_jax.schedule import plan
 
@@ -48,8 +49,10 @@ class Mixed(nn.Module):
 
 def test_plain_kernels_have_no_codes():
   params = describe(Mixed(), (4,)).init(jax.random.key(0))["params"]
-  shares = plots.code_shares(params, 4)
+  shares = plots.code_shares(params, Bits(4))
   assert list(shares) == ["quantized"]
+  in_float = Bits(4, own=(LayerBits("quantized", "weight", None),)).at(4, None)
+  assert plots.code_shares(params, in_float) == {}
   np.testing.assert_allclose(shares["quantized"].sum(), 1.0)
 
 

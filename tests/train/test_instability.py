@@ -84,8 +84,8 @@ def test_every_method_has_codes(method, per_channel, bits):
     "block": {"conv": {"kernel": kernel, **scalars}},
     "stem_conv": {"kernel": kernel, **scalars},
   }
-  given = Bits(weight=bits, quantizer=quantizer, first=8)
-  codes = hand_made(tree, given, first=("stem_conv",)).kernel_codes(tree, given)
+  given = Bits(weight=bits, quantizer=quantizer, layers={"stem_conv": 8})
+  codes = hand_made(tree, given).kernel_codes(tree, given)
   for layer, used in (("block/conv", qmax), ("stem_conv", np.float32(127))):
     quantized = quantizer.of_kernel(quantizer.quantize_kernel, kernel, scalars, used)
     values, found = np.asarray(quantized), np.asarray(codes[layer]).astype(int)

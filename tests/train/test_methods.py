@@ -4,7 +4,6 @@ restarted from.
 
 import json
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +12,8 @@ import pytest
 from profit_jax.cli import app, compare, to_torch
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, build, check
-from profit_jax.nn.layers import QuantAct, QuantConv, QuantDense
 from profit_jax.quant import Bits, DuQ, bits_of
 from profit_jax.train import steps
-from tests.export.nets import settings_of
 from tests.specs import hand_made, spec_of
 from tests.train.shared import tiny_config
 
@@ -31,8 +28,8 @@ SHORTEST = {"plan.stabilize": False, "plan.profit": False, "teacher.model": "non
   "changes",
   [
     {**SHORT, "quant.method": "lsq", "quant.per_channel": True},
-    {**SHORTEST, "quant.method": "pact", "quant.last_bits": 8},
-    {**SHORTEST, "quant.method": "qil", "quant.first_bits": 8},
+    {**SHORTEST, "quant.method": "pact", "quant.policy": "lsq_paper"},
+    {**SHORTEST, "quant.method": "qil", "quant.rules": (("conv0", 8, None),)},
   ],
   ids=lambda changes: changes["quant.method"],
 )
@@ -56,63 +53,18 @@ def test_a_whole_run(tiny, tmp_path, capsys, changes):
   assert f"top-1 {final['top1']:.2f} %" in capsys.readouterr().out
 
 
-def test_first_and_last_bits_are_least_bits():
-  def largest(bits):
-    return bits.kernel_qmax(), bits.act_qmax("unsigned")
-
-  given = Bits(4, 3, first=8, last=6)
-  assert largest(given.of_first()) == (127, 7)
-  assert largest(given.of_last()) == (31, 63)
-  higher = Bits(8, 8, first=8, last=6)
-  assert largest(higher.of_first()) == largest(higher.of_last()) == (127, 255)
-  assert given.at(None, 4).of_last().kernel_qmax() is None
-  assert largest(Bits(4, 4).of_first()) == largest(Bits(4, 4)) == (7, 15)
-
-
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_intervals_are_fitted_at_the_bits_of_their_layer(per_channel):
   kernel = jnp.float32(np.random.default_rng(0).normal(size=(3, 3, 4, 8)))
   scalars = {name: jnp.ones((8,) if per_channel else ()) for name in ("quant_a", "quant_c")}
   tree = {layer: {"kernel": kernel, **scalars} for layer in ("stem_conv", "conv")}
-  bits = Bits(2, quantizer=DuQ(per_channel=per_channel), first=8)
-  fitted = steps.fit_weights(tree, bits, hand_made(tree, bits, first=("stem_conv",)))
+  bits = Bits(2, quantizer=DuQ(per_channel=per_channel), layers={"stem_conv": 8})
+  fitted = steps.fit_weights(tree, bits, hand_made(tree, bits))
   interval = {layer: np.logaddexp(0, fitted[layer]["quant_a"]) for layer in fitted}
   largest = jnp.abs(kernel).max((0, 1, 2) if per_channel else None)
   # With 255 values next to nothing is clipped; with three, the interval lies within the kernel.
   assert np.all(interval["stem_conv"] > 0.8 * largest)
   assert np.all(interval["conv"] < 0.8 * largest)
-
-
-def ends_of(model, given):
-  """The kernels and activations of a model that get other bits than given; nothing runs."""
-  kernels, acts = [], []
-
-  def watch(call, args, kwargs, context):
-    if context.method_name == "__call__":
-      path = "/".join(context.module.path)
-      if isinstance(context.module, (QuantConv, QuantDense)) and args[1].kernel_qmax() > 1:
-        kernels.append(path)
-      elif isinstance(context.module, QuantAct) and args[1].act_qmax("unsigned") > 3:
-        acts.append(path)
-    return call(*args, **kwargs)
-
-  with nn.intercept_methods(watch):
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
-    jax.eval_shape(lambda x: model.init(jax.random.key(0), x, given), image)
-  return kernels, acts
-
-
-@pytest.mark.parametrize(
-  ("name", "acts"),
-  [
-    ("mobilenet_v1", []),
-    ("mobilenet_v2", ["head_quant"]),
-    ("mobilenet_v3_small", ["pre_classifier_quant"]),
-  ],
-)
-def test_only_the_ends_see_their_bits(name, acts):
-  model = build(settings_of(name).model, 10)
-  assert ends_of(model, Bits(2, 2, first=8, last=8)) == (["stem_conv", "classifier"], acts)
 
 
 def test_bits_are_values_for_every_method(tiny):
@@ -131,7 +83,7 @@ def test_bits_are_values_for_every_method(tiny):
   ("changes", "named"),
   [
     ({"quant.method": "lsq", "plan.refit_bits": (4,)}, r"plan\.refit_bits = \(4,\)"),
-    ({"quant.first_bits": 1}, r"quant\.first_bits = 1"),
+    ({"quant.rules": (("conv0", 1, None),)}, r"quant\.rules .*'conv0', 1, None\) with the bits 1"),
     ({"quant.method": "dorefa"}, r"quant\.method = 'dorefa' .*duq, lsq, pact, qil"),
   ],
 )

@@ -65,7 +65,7 @@ def test_dampening_pulls_to_the_middle_of_the_bin():
   assert gradient["conv"]["quant_a"] == gradient["conv"]["quant_c"] == 0
 
 
-def test_dampening_knows_channels_and_the_bits_of_the_ends():
+def test_dampening_knows_channels_and_the_bits_of_single_layers():
   kernel = np.float32(np.random.default_rng(0).normal(0, 0.2, (3, 3, 2, 4)))
   tree = {
     "stem_conv": {
@@ -73,8 +73,8 @@ def test_dampening_knows_channels_and_the_bits_of_the_ends():
       "quant_a": duq.inverse_softplus(jnp.float32([0.5, 1, 2, 4])),
     }
   }
-  given = Bits(weight=3, quantizer=DuQ(per_channel=True), first=8)
-  spec = hand_made(tree, given, first=("stem_conv",))
+  given = Bits(weight=3, quantizer=DuQ(per_channel=True), layers={"stem_conv": 8})
+  spec = hand_made(tree, given)
   step = np.float32([0.5, 1, 2, 4]) / 127
   expected = np.sum(
     np.where(np.abs(kernel) < step * 127, (kernel - step * np.rint(kernel / step)) ** 2, 0)

@@ -361,9 +361,25 @@ def test_plain_layers_and_own_parameters_train(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("rule", "expected", "frozen"),
+  [
+    (("he.d", 8, "float"), {"head": 8, "head_quant": None}, 1),
+    (
+      (".*", "float", "float"),
+      dict.fromkeys(("conv", "depthwise", "head", "in_quant", "quant", "head_quant")),
+      0,
+    ),
+  ],
+)
+def test_rules_give_layers_their_bits(tmp_path, rule, expected, frozen):
+  result = pj.Trainer(Net(), SCHEDULE, tmp_path, rules=(rule,), options=OPTIONS).fit(DATA)
+  assert dict(result.bits.layers) == expected
+  assert len(result.phases[-1].frozen) == frozen
+
+
+@pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"first_bits": 16}, r"Options\.first_bits = 16"),
     ({"sampling_every": 3}, r"Options\.plan\.sampling_every = 3"),
     ({"train": pj.TrainSettings(ema_rate=3.0)}, r"Options\.train\.ema_rate = 3"),
     ({"train": pj.TrainSettings(dtype="float16")}, r"Options\.train\.dtype = 'float16'"),
@@ -372,6 +388,25 @@ def test_plain_layers_and_own_parameters_train(tmp_path):
 def test_options_that_are_not_allowed(tmp_path, options, message):
   with pytest.raises(pj.ConfigError, match=message):
     pj.Trainer(Net(), SCHEDULE, tmp_path, options=pj.Options(**options)).fit(DATA)
+
+
+def test_a_policy_may_have_scalars_for_each_channel(tmp_path):
+  trainer = pj.Trainer(Plain(), SCHEDULE, tmp_path, quantizer=pj.LSQ(), policy="brevitas")
+  assert trainer._quantizer == pj.LSQ(per_channel=True)
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"rules": (("head", 9, None),)}, r"Trainer's rules has the rule .* bits 9"),
+    ({"rules": (("[", 8, None),)}, "Trainer's rules .* regular expression is not valid"),
+    ({"rules": (("haed", 8, None),)}, r"Trainer's rules: .* matches no layer\. Near names: head"),
+    ({"policy": "lsq"}, "policy = 'lsq' is not allowed: .* profit, lsq_paper, brevitas"),
+  ],
+)
+def test_rules_that_are_not_allowed(tmp_path, given, message):
+  with pytest.raises(pj.ConfigError, match=message):
+    pj.Trainer(Plain(), SCHEDULE, tmp_path, **given).fit(DATA)
 
 
 def test_padding_has_no_label_to_check():

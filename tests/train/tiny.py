@@ -21,14 +21,12 @@ class TinyNet(nn.Module):
     for index, (features, stride, depthwise) in enumerate(
       [(8, 2, False), (8, 2, True), (16, 1, False)]
     ):
-      x = QuantConv(features, 3, stride, depthwise, name=f"conv{index}")(
-        x, bits if index else bits.of_first()
-      )
+      x = QuantConv(features, 3, stride, depthwise, name=f"conv{index}")(x, bits)
       x = nn.relu(BatchNorm(name=f"norm{index}")(x, train))
       x = QuantAct("unsigned", 6.0, name=f"quant{index}")(x, bits)
     x = QuantAct("symmetric", name="signed_quant")(x - 0.5, bits)
     x = Dropout(self.dropout, name="dropout")(jnp.mean(x, (1, 2)), train)
-    return QuantDense(self.num_classes, name="classifier")(x, bits.of_last())
+    return QuantDense(self.num_classes, name="classifier")(x, bits)
 
 
 CONVS = ("conv0", "conv1", "conv2")

@@ -185,5 +185,5 @@ def kernels_and_steps(
   for layer in spec.kernels:
     path = split_path(layer)
     interval = jax.nn.softplus(jax.lax.stop_gradient(flat[*path, "quant_a"]))
-    found[layer] = flat[*path, KERNEL], interval / spec.kernel_qmax(layer, bits)
+    found[layer] = flat[*path, KERNEL], interval / bits.kernel_qmax(layer)
   return found

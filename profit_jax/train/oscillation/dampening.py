@@ -81,6 +81,6 @@ def dampening_loss(params: Mapping[str, Any], bits: Bits, spec: ModelSpec) -> ja
   total = jnp.zeros((), jnp.float32)
   for layer, (kernel, step) in kernels_and_steps(params, bits, spec).items():
     distance = kernel - jax.lax.stop_gradient(step * jnp.round(kernel / step))
-    inside = jnp.abs(kernel) < step * spec.kernel_qmax(layer, bits)
+    inside = jnp.abs(kernel) < step * bits.kernel_qmax(layer)
     total += jnp.sum(jnp.where(inside, jnp.square(distance), 0.0))
   return total

@@ -148,7 +148,7 @@ def fix_codes(
       state.codes[layer], state.direction[layer], code, state.started
     )
     frequency = momentum * turned.astype(jnp.float32) + (1 - momentum) * state.frequency[layer]
-    fixed = fixed | (frequency > threshold)
+    fixed = fixed | (frequency > _threshold(threshold, layer, bits))
     value = code.astype(jnp.float32)
     present = jnp.where(state.started, momentum * value + (1 - momentum) * mean, value)
     new.frequency[layer] = frequency
@@ -159,3 +159,10 @@ def fix_codes(
       fixed, (step * jnp.round(mean)).astype(kernel.dtype), kernel
     )
   return traverse_util.unflatten_dict(flat), new
+
+
+def _threshold(threshold, layer, bits):
+  """That of a layer: of one with other bits than the phase's, they decide."""
+  if layer not in bits.layers:
+    return threshold
+  return jnp.where(bits.layers[layer] <= FREEZING_BITS, threshold, _NEVER)
