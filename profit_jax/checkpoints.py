@@ -318,7 +318,7 @@ def read_newest(
 
 
 def newest_of(
-  directory: epath.Path, numbers: list[int]
+  directory: epath.PathLike, numbers: list[int]
 ) -> tuple[Checkpoint | None, dict[int, str]]:
   """The newest undamaged one of these checkpoints, and what is wrong with newer ones.
 
@@ -331,7 +331,7 @@ def newest_of(
   """
   damaged = {}
   for number in reversed(numbers):
-    read = functools.partial(_read, directory / str(number))
+    read = functools.partial(_read, epath.Path(directory) / str(number))
     content, damage = distributed.on_all_hosts(read)
     if distributed.true_on_all_hosts(content is not None):
       arrays, values = content
