@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from profit_jax import optional
+from profit_jax import optional, paths
 from profit_jax.config import ConfigError
 from profit_jax.weights.claims import claim_of
 
@@ -123,7 +123,7 @@ def published(weights: str) -> Published | None:
   if weights.startswith(HUGGING_FACE):
     found = _hub_file(weights, _DESCRIPTION)
     return found and _read_description(epath.Path(found), weights)
-  place = epath.Path(weights)
+  place = paths.opened("The weights", weights)
   if place.is_dir():  # a run's; its config.json is another
     return None
   beside = place.parent / _DESCRIPTION
