@@ -76,6 +76,7 @@ schedule = pj.profit_schedule(
 )  # fmt: skip
 trainer = pj.Trainer(
   EfficientNetLite(num_classes=len(CLASSES), **options), schedule, workdir, variables=variables,
+  quantizer=pj.DuQ(per_channel=True),  # channels of its depthwise kernels differ by far
   options=pj.Options(train=pj.TrainSettings(ema_rate=0.0)),
 )  # fmt: skip
 result = trainer.fit(data)  # the same command resumes

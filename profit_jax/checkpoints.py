@@ -26,7 +26,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -183,7 +183,7 @@ class Writer:
   def _seal(self) -> None:
     """Adds the checksum to a checkpoint, before Orbax gives it its final name.
 
-    Writes through to the disk what TensorStore has not: Orbax removes the oldest checkpoint next.
+    Writes all of it through to the disk: Orbax removes the oldest checkpoint next.
     """
     if not distributed.is_first():
       return
@@ -192,7 +192,7 @@ class Writer:
       if ocp.path.step.is_path_finalized(place):
         continue
       (place / _CHECKSUM).write_text(_digest(place))
-      for path in (place / _CHECKSUM, *(place / _MANIFEST).iterdir()):
+      for path in _files(place):
         # Remote files have no descriptor.
         with (
           contextlib.suppress(AttributeError, io.UnsupportedOperation),
@@ -377,11 +377,15 @@ def _content(path: epath.Path) -> bytes:
     ) from error
 
 
+def _files(place: epath.Path) -> Iterator[epath.Path]:
+  """All files of a checkpoint."""
+  return (directory / name for directory, _, names in place.walk() for name in names)
+
+
 def _digest(place: epath.Path) -> str:
   """The SHA-256 of the names and contents of a checkpoint's files; raises as `_content`."""
   digest = hashlib.sha256()
-  files = (directory / name for directory, _, names in place.walk() for name in names)
-  for path in sorted(files):
+  for path in sorted(_files(place)):
     if path.name not in _WRITTEN_LATER:
       digest.update(f"{path.relative_to(place)}\n".encode())
       digest.update(hashlib.sha256(_content(path)).digest())

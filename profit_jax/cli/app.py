@@ -162,15 +162,23 @@ def _with_dtype(
   return settings.with_dtype(default_dtype((devices or jax.devices())[0].platform))
 
 
+def _settings_of_begun(flag: str, path: str) -> Settings | None:
+  """The settings of a run that the first process sees; None where there is none yet."""
+  origin = paths.opened(flag, path)
+  if not distributed.on_first_host(lambda: run_directory.is_begun(origin)):
+    return None
+  return distributed.on_all_hosts(lambda: run_directory.read_settings(origin, flag))
+
+
 def _with_published(settings: Settings, workdir: epath.Path | None, fork_from: str) -> Settings:
   """The settings with what is published of their weights; a run keeps what it began with."""
   named = settings.init.weights or settings.teacher.weights
   if not named or settings.init.published_settings == "compare":
     return settings
   for flag, path in (("--workdir", workdir), ("--fork_from", fork_from)):
-    origin = path and paths.opened(flag, os.fspath(path))
-    if origin and run_directory.is_begun(origin):
-      return published.as_begun(settings, run_directory.read_settings(origin, flag))
+    begun = path and _settings_of_begun(flag, os.fspath(path))
+    if begun:
+      return published.as_begun(settings, begun)
   applied, lines = distributed.on_all_hosts(lambda: published.apply(settings))
   for line in lines:
     _say(line)
@@ -269,8 +277,8 @@ def train(
     screen.print(f"{schedule.summary_line(phases)}; {workdir}")
     if settings.from_scratch:
       screen.print("The student starts from random weights (config.init.weights is empty).")
-    for doubt in start.weight_warnings(settings, student, teacher):
-      _warn(screen, doubt)
+    for warning in start.weight_warnings(settings, student, teacher):
+      _warn(screen, warning)
     watchers = _watchers(screen, info, workdir, hooks.plots) if distributed.is_first() else []
     end = trainer.train(
       Run(settings, phases, source, student, teacher),
@@ -447,8 +455,8 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
   classes = source.info.num_classes
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
   screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())
-  for doubt in start.weight_warnings(settings, student, teacher):
-    _warn(screen, doubt)
+  for warning in start.weight_warnings(settings, student, teacher):
+    _warn(screen, warning)
   programs = Programs(
     settings,
     source.info,

@@ -33,7 +33,7 @@ def read(run: str) -> tuple[dict[str, Any], dict[str, str]]:
   config = run_directory.read_config(directory, "The run")
   if "library" in config:
     return _read_library(directory, config)
-  settings = run_directory.read_settings(directory)
+  settings = run_directory.read_settings(directory, "The run")
   result = _result(directory)
   environment = result["environment"]
   rows = {
@@ -71,7 +71,7 @@ def _read_library(
   directory: epath.Path, config: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
   """As `read`, of a run of `profit_jax.Trainer`, which writes no `result.json`."""
-  fields = _comparable(directory, config)
+  fields = _comparable(config)
   try:
     phases = tuple(Phase(**phase) for phase in config["schedule"])
     dtype, *shape = config["images"]
@@ -101,10 +101,10 @@ def _read_library(
   }
 
 
-def _comparable(directory: epath.Path, config: dict[str, Any]) -> dict[str, Any]:
-  """A run's settings, flat, by field."""
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+  """The settings of a run, or those of them that are compared, flat, by field."""
   if "library" not in config:
-    return _flat(run_directory.read_settings(directory).to_dict())
+    return _flat(config)
   # By phase, and without the shapes of all parameters.
   phases = {str(phase["index"]): phase for phase in config.get("schedule", ())}
   return _flat({**config, "schedule": phases, "params": len(config.get("params", ()))})
@@ -189,8 +189,8 @@ def groups(runs: Sequence[str]) -> dict[str, list[str]]:
     directory = paths.opened("The run", run)
     config = run_directory.read_config(directory, "The run")
     if "library" not in config:
-      config = run_directory.read_settings(directory).to_dict()
-    flat = _comparable(directory, run_directory.comparable(config))
+      config = run_directory.read_settings(directory, "The run").to_dict()
+    flat = _comparable(run_directory.comparable(config))
     settings[run] = {field: value for field, value in flat.items() if field != "seed"}
   fields = list(dict.fromkeys(field for flat in settings.values() for field in flat))
   differing = [

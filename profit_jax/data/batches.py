@@ -185,13 +185,12 @@ class BatchSource:
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """See `Source.eval_batches`."""
     del batch_size
-    examples = 0
-    alone = self._shard.count == 1
+    alone, examples = self._shard.count == 1, 0
     for batch in self._own_eval_batches() if alone else self._shared_eval_batches():
       examples += int(batch["mask"].sum())
       yield batch
     # Of several processes, one may have none.
-    if alone and not examples:
+    if not examples if alone else distributed.true_on_all_hosts(not examples):
       raise ConfigError(
         "Data.eval has no example. Give at least one at each call, from a new iterator."
       )

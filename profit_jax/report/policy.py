@@ -139,8 +139,9 @@ def _rules(quant):
   """What single layers have."""
   if not quant.rules and quant.policy == "profit":
     return " in every layer, the first and the last too"
+  policy = "" if quant.policy == "profit" else f", policy {quant.policy}"
   rules = "".join(f"; `{rule!r}`" for rule in quant.rules)
-  return f", policy {quant.policy}{rules}".replace("|", "\\|")
+  return f"{policy}{rules}".replace("|", "\\|")
 
 
 def _ladder(bits: tuple[int, ...]) -> str:

@@ -11,7 +11,6 @@ from etils import epath
 
 from profit_jax import distributed, optional
 from profit_jax.schedule import Phase
-from profit_jax.train.nonfinite import quantizer_scalars
 from profit_jax.train.observer import EpochReport, Observer
 from profit_jax.train.progress import Progress, Start
 from profit_jax.typing import Params
@@ -124,7 +123,7 @@ class TensorBoardObserver(Observer):
     scalars["phase/act_bits"] = report.phase.act_bits or 32
     if report.epoch in (1, report.phase.epochs) or report.epoch % _EPOCHS_BETWEEN == 0:
       scalars |= {f"clip_rate/{name}": value for name, value in report.clip_rate.items()}
-      scalars |= quantizer_scalars(report.params)
+      scalars |= report.quantizer_scalars
       for name, by_layer in report.instability.items():
         scalars |= {f"{name}/{layer}": value for layer, value in by_layer.items()}
     histograms = {

@@ -57,7 +57,7 @@ class Loop:
     self._key = programs.placement.replicate(jax.random.key(settings.seed))
     self._monitor = InstabilityMonitor(programs, self._steps_per_epoch)
     self._evaluator = Evaluator(programs, source, settings, self._key)
-    self._metrics = StepMetrics(settings, run.phases, observer)
+    self._metrics = StepMetrics(settings, run.phases, programs.student, observer)
     self._saver = Saver(writer, self._steps_per_epoch, settings.checkpoint.minutes, clock)
     self._stops = interrupt.StopPoints()
     self._stopwatch = _Stopwatch(programs)
@@ -251,7 +251,8 @@ class Loop:
       progress.metric = {
         layer: float(value) for layer, value in jax.device_get(current.sampling.metric).items()
       }
-    params = unpack(jax.device_get(state.params))
+    spec, params = self._programs.student, unpack(jax.device_get(state.params))
+    scalars = nonfinite.quantizer_scalars(params, spec)
     report = EpochReport(
       phase=phase,
       epoch=progress.epoch + 1,
@@ -263,10 +264,10 @@ class Loop:
       clip_rate=raw.clip_rate,
       aiwq=dict(progress.metric) if phase.kind == "sampling" else {},
       instability=progress.instability,
+      quantizer_scalars=scalars,
       params=params,
     )
-    spec = self._programs.student
-    progress.count_epoch(records.epoch_record(progress, phase, raw, average, params, spec))
+    progress.count_epoch(records.epoch_record(progress, phase, raw, average, scalars, spec))
     records.keep_best(current, phase, raw, average, is_target=phase.index in self._targets)
     self._stopwatch.add_to(progress)
     self._observer.epoch_done(report)

@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from profit_jax.config import ProfitError
-from profit_jax.quant.base import PREFIX
+from profit_jax.nn.spec import QUANT, ModelSpec
 
 # Of a and c, after softplus. Inputs of quantizers are of the order of 1 behind batch normalization,
 # kernels of 0.01 to 1.
@@ -26,15 +26,18 @@ class NotFinite(ProfitError):
   code, everywhere = 3, True
 
 
-def quantizer_scalars(params: Mapping[str, Any]) -> dict[str, float]:
+def quantizer_scalars(params: Mapping[str, Any], spec: ModelSpec) -> dict[str, float]:
   """`quant_a/{layer}` and so on of every quantizer, as positive values (after softplus); of
   several, their mean.
+
+  Args:
+    params: of the model, nested.
+    spec: of the model.
   """
-  flat = traverse_util.flatten_dict(params)
   raw = {
     f"{path[-1]}/{'/'.join(path[:-1])}": leaf
-    for path, leaf in flat.items()
-    if path[-1].startswith(PREFIX)
+    for path, leaf in traverse_util.flatten_dict(params).items()
+    if spec.groups[path] == QUANT
   }
   return {
     name: float(np.mean(np.logaddexp(value, 0.0))) for name, value in jax.device_get(raw).items()
@@ -45,7 +48,7 @@ def describe(
   where: str,
   loss: float,
   rates: Mapping[str, float],
-  params: Mapping[str, Any],
+  scalars: Mapping[str, float],
   batch_stats: Mapping[str, Any],
 ) -> str:
   """What happened, in sentences.
@@ -54,8 +57,8 @@ def describe(
     where: phase, epoch and step.
     loss: the step's.
     rates: learning rates by optimizer group.
-    params: after the last steps that were finite; empty in full precision, which uses no
-      quantizers.
+    scalars: `quantizer_scalars` after the last steps that were finite; empty in full precision,
+      which uses no quantizers.
     batch_stats: the running statistics then.
   """
   what = f"The loss is {loss}"
@@ -63,7 +66,6 @@ def describe(
     what = f"The loss is {loss:.4g}, but its gradient, or the mean or variance of a batch in some "
     what += "layer, is not finite"
   used = ", ".join(f"{group} {rate:.3g}" for group, rate in rates.items() if rate)
-  scalars = quantizer_scalars(params)
   odd = {name: value for name, value in scalars.items() if not SANE[0] <= value <= SANE[1]}
   # The farthest out first, on a scale of factors.
   odd = sorted(

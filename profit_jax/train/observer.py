@@ -26,6 +26,8 @@ class EpochReport:
     aiwq: by convolution, in the sampling phase; else empty.
     instability: `flip_rate`, `oscillation_rate`, `fixed` by kernel, `bn_distance` by normalization;
       see `train/monitor.py`.
+    quantizer_scalars: by scalar and layer, as `quant_a/block01/quant`; positive, of several the
+      mean.
     params: the student's, on the host.
   """
 
@@ -39,6 +41,7 @@ class EpochReport:
   clip_rate: dict[str, float]
   aiwq: dict[str, float]
   instability: dict[str, dict[str, float]]
+  quantizer_scalars: dict[str, float]
   params: Params
 
 

@@ -110,11 +110,6 @@ def unpack(tree: Any) -> Any:
   )
 
 
-def unpacked_shapes(packed: Packed) -> Any:
-  """The nested dictionary that a `Packed` holds, as shapes and dtypes."""
-  return jax.eval_shape(unpack, packed)
-
-
 def _leaf(path: Path, leaf: Any, group: str) -> Leaf:
   own = group == WEIGHT
   array = "/".join(path) if own else vector_name(group, leaf.dtype)

@@ -1,11 +1,10 @@
 """What a run keeps of its epochs and phases: records for reports, and the best variables."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.schedule import Phase
-from profit_jax.train import instability, nonfinite
+from profit_jax.train import instability
 from profit_jax.train.evaluate import Evaluation
 from profit_jax.train.optimizer import Frozen
 from profit_jax.train.progress import Best, EpochRecord, PhaseRecord, Progress
@@ -17,7 +16,7 @@ def epoch_record(
   phase: Phase,
   raw: Evaluation,
   average: Evaluation | None,
-  params: Mapping[str, Any],
+  scalars: Mapping[str, float],
   spec: ModelSpec,
 ) -> EpochRecord:
   """The record of an epoch whose last step is done; its loss is the mean of the steps.
@@ -27,7 +26,7 @@ def epoch_record(
     phase: under way.
     raw: of the student's weights.
     average: of their average, or None.
-    params: the student's, nested, on the host.
+    scalars: `nonfinite.quantizer_scalars` of the student.
     spec: of the student.
   """
   bits = spec.bits.at(phase.weight_bits, phase.act_bits)
@@ -36,7 +35,7 @@ def epoch_record(
     "clip_rate": raw.clip_rate,
     "aiwq": progress.metric if phase.kind == "sampling" else {},
   }
-  for name, value in nonfinite.quantizer_scalars(params).items():
+  for name, value in scalars.items():
     scalar, layer = name.split("/", 1)
     if spec.width_of(layer, bits) is not None:
       by_layer.setdefault(scalar, {})[layer] = value

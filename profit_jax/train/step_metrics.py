@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from profit_jax.config import Settings
+from profit_jax.nn.spec import ModelSpec
 from profit_jax.schedule import Phase
 from profit_jax.train import nonfinite, phases
 from profit_jax.train.observer import Observer
@@ -22,9 +23,17 @@ _STEPS_AHEAD = {"cpu": 2}
 class StepMetrics:
   """Adds the metrics of steps to `Progress.totals`, in the order of the steps."""
 
-  def __init__(self, settings: Settings, plan: tuple[Phase, ...], observer: Observer):
-    """Args: settings, validated; plan: the phases of the run; observer: told of every step."""
-    self._settings, self._plan, self._observer = settings, plan, observer
+  def __init__(
+    self, settings: Settings, plan: tuple[Phase, ...], spec: ModelSpec, observer: Observer
+  ):
+    """Args:
+    settings: validated.
+    plan: the phases of the run.
+    spec: of the student.
+    observer: told of every step.
+    """
+    self._settings, self._plan = settings, plan
+    self._spec, self._observer = spec, observer
     self._pending: collections.deque[dict[str, Any]] = collections.deque()
     self.epoch_started(0)
 
@@ -75,5 +84,7 @@ class StepMetrics:
     rates = phases.learning_rates(phase, current.progress, self._settings)
     state = current.state
     params, batch_stats = unpack(jax.device_get((state.params, state.batch_stats)))
-    quantized = params if phase.weight_bits or phase.act_bits else {}
-    return nonfinite.NotFinite(nonfinite.describe(where, loss, rates, quantized, batch_stats))
+    scalars = {}
+    if phase.weight_bits or phase.act_bits:
+      scalars = nonfinite.quantizer_scalars(params, self._spec)
+    return nonfinite.NotFinite(nonfinite.describe(where, loss, rates, scalars, batch_stats))

@@ -43,6 +43,7 @@ def test_runs_that_differ_in_their_seed_are_one_group_of_the_picture(
     config = json.loads((tmp_path / name / "config.json").read_text())
     section, _, leaf = field.rpartition(".")
     (config[section] if section else config)[leaf] = value
+    config["checkpoint"]["keep"] = 1000  # changes no number
     (tmp_path / name / "config.json").write_text(json.dumps(config))
   assert compare.groups(runs) == {
     "train.learning_rate=0.1": runs[:2],

@@ -328,7 +328,7 @@ def test_what_cannot_be_trained_is_one_clear_error(tmp_path, given, message):
 
 class Plain(nn.Module):
   """Without quantized convolutions and our norms; plain layers, one in bfloat16, and parameters at
-  the root whose names are those of optimizer groups.
+  the root whose names are those of optimizer groups and of quantizers' scalars.
   """
 
   @nn.compact
@@ -336,7 +336,7 @@ class Plain(nn.Module):
     x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="conv")(x))
     low = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     x = nn.Dense(8, name="low", **low)(x.reshape(len(x), -1)).astype(x.dtype)
-    for name in ("norm", "quant", "weight", "frozen"):
+    for name in ("norm", "quant", "weight", "frozen", "quant_a"):
       x = x @ self.param(name, nn.initializers.orthogonal(), (8, 8))
     x = pj.QuantAct("symmetric", name="dense_quant")(nn.LayerNorm(name="layer_norm")(x), bits)
     x = nn.relu(pj.QuantDense(8, name="dense")(x, bits))
