@@ -2,9 +2,10 @@
 may compute different things.
 """
 
+import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
@@ -12,6 +13,9 @@ from profit_jax.models import REGISTRY
 from profit_jax.weights import torch_file
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
+# In the header of a .safetensors that we wrote: section `model`, as JSON.
+SETTINGS_KEY = "profit_jax.model"
+_LARGEST_HEADER = 100_000_000  # bytes, that of the safetensors library
 _OPTIONS = "args"  # of a training script, in torchvision's and timm's checkpoints
 _NET_OPTIONS = ("model", "arch")
 # Files that have the name of their directory.
@@ -42,6 +46,31 @@ def claim_of(path: epath.Path) -> Claim | None:
   place = path.parent if stem in _NAMELESS else path
   name = _name_at_start(place.name)
   return None if name is None else Claim(name, "its name")
+
+
+def is_own(path: epath.Path) -> bool:
+  """Whether a file is a .safetensors of ours, which records the settings that count for it."""
+  if path.suffix != ".safetensors":
+    return False
+  try:
+    with path.open("rb") as file:
+      return SETTINGS_KEY in safetensors_metadata(file)
+  except (OSError, ValueError, RecursionError):
+    return False  # reading the weights says so
+
+
+def safetensors_metadata(file: BinaryIO) -> Mapping[str, Any]:
+  """The metadata in the header of a .safetensors.
+
+  Raises:
+    ValueError: a damaged header.
+  """
+  size = int.from_bytes(file.read(8), "little")
+  header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+  metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+  if not isinstance(metadata, dict):
+    raise ValueError("its header is damaged")
+  return metadata
 
 
 def _published() -> set[str]:

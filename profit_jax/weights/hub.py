@@ -23,7 +23,7 @@ from etils import epath
 
 from profit_jax import optional
 from profit_jax.config import ConfigError
-from profit_jax.weights.claims import claim_of
+from profit_jax.weights.claims import claim_of, is_own
 
 HUGGING_FACE, TORCHVISION = "hf:", "torchvision:"
 TORCHVISION_URL = "https://download.pytorch.org/models"
@@ -108,7 +108,7 @@ def locate(weights: str) -> str:
 def published(weights: str) -> Published | None:
   """What is published of weights: from torchvision's table, or the `config.json` of a repository
   of the hub or beside a file; else what the file says itself. None where nothing names an
-  architecture.
+  architecture, and for files of ours.
 
   Raises:
     ConfigError: as `locate`; or a `config.json` that cannot be understood.
@@ -124,7 +124,8 @@ def published(weights: str) -> Published | None:
     found = _hub_file(weights, _DESCRIPTION)
     return found and _read_description(epath.Path(found), weights)
   place = epath.Path(weights)
-  if place.is_dir():  # a run's; its config.json is another
+  # A run's config.json is another, and the settings that our files record count, not their names.
+  if place.is_dir() or is_own(place):
     return None
   beside = place.parent / _DESCRIPTION
   described = _read_description(beside, weights) if beside.exists() else None
