@@ -29,7 +29,12 @@ class Claim(NamedTuple):
   origin: str
 
 
-def claim_of(path: epath.Path) -> Claim | None:
+def is_nameless(path: epath.Path) -> bool:
+  """Whether a file has a name that many files have: its directory names the net."""
+  return path.name.partition(".")[0] in _NAMELESS
+
+
+def claim_of(path: epath.Path, called: str | None = None) -> Claim | None:
   """What a file says of its net: in a training script's options, or by its name.
 
   Only names of published nets count that a registered model knows. Of several, the longest does:
@@ -37,14 +42,15 @@ def claim_of(path: epath.Path) -> Claim | None:
 
   Args:
     path: of the file.
+    called: what names it; None is its own name, or its directory's if it is nameless.
   """
   if path.name.endswith(TORCH_SUFFIXES):
     for name in _named_in(path):
       if name in _published():
         return Claim(name, "the options saved in it")
-  stem = path.name.partition(".")[0]
-  place = path.parent if stem in _NAMELESS else path
-  name = _name_at_start(place.name)
+  if called is None:
+    called = path.parent.name if is_nameless(path) else path.name
+  name = _name_at_start(called)
   return None if name is None else Claim(name, "its name")
 
 

@@ -129,6 +129,16 @@ def test_the_library_wants_a_model_with_these_settings(content, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, variables, load(path).variables)
 
 
+def test_the_name_of_a_net_is_that_of_its_widths(content, tmp_path):
+  path = tmp_path / "tinynet_100_0.25.safetensors"
+  path.write_bytes(content)
+  assert claim_of(epath.Path(path)).net == "tinynet_100"
+  narrow = ClaimedNet(width=0.25)
+  jax.tree.map(
+    np.testing.assert_array_equal, load_weights(path, narrow, (16, 16, 3)), load(path).variables
+  )
+
+
 def test_the_library_knows_the_members_of_a_class(tmp_path):
   path = tmp_path / "mobilenetv2_110d.npz"
   np.savez(path, w=np.zeros(3))
