@@ -70,6 +70,8 @@ SLOW = (
   "train/test_trainer.py::test_own_models_are_trained_and_exported",
   "train/test_trajectory.py",
   "weights/test_hub.py::test_a_run_from_a_name_keeps_its_settings_and_its_card_has_the_checksum",
+  "weights/test_claims.py::test_the_library_knows_the_members_of_a_class",
+  "weights/test_library.py::test_a_registered_model_takes_every_name_that_it_has",
   "weights/test_load.py::test_a_file_of_another_model_is_named",
 )
 # Exceptions: these run in the fast tier all the same.

@@ -226,8 +226,7 @@ def report(grid: ablation.Grid, root: epath.Path) -> None:
     (root / "ablation.json").write_text(
       json.dumps(ablation.to_json(grid, cells, compared), indent=1) + "\n"
     )
-    with (root / "ablation.png").open("wb") as file:
-      ablation.plot(grid, cells, file)
+    ablation.plot(grid, cells, root / "ablation.png")
   except OSError as error:
     raise ConfigError(
       f"--workdir {root} cannot be written: {error}. The runs are kept; make room and repeat."

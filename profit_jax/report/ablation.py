@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import runpy
 import statistics
@@ -334,7 +333,7 @@ def to_json(grid: Grid, cells: Sequence[Cell], compared: Sequence[Difference]) -
   }
 
 
-def plot(grid: Grid, cells: Sequence[Cell], path: str | os.PathLike) -> None:
+def plot(grid: Grid, cells: Sequence[Cell], path: epath.Path) -> None:
   """Every run a point, every cell its mean and deviation."""
   from profit_jax.report import plots  # here, because it needs matplotlib
 
@@ -352,4 +351,4 @@ def plot(grid: Grid, cells: Sequence[Cell], path: str | os.PathLike) -> None:
   axis.set_xlabel("top-1 (%), every run a point; mean and standard deviation over seeds")
   axis.set_title(", ".join(grid.axes), fontsize=9)
   axis.grid(axis="x", color="0.9")
-  plots.save(figure, epath.Path(path))
+  plots.save(figure, path)

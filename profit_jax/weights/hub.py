@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from profit_jax import optional
+from profit_jax import optional, paths
 from profit_jax.config import ConfigError
 from profit_jax.weights.claims import claim_of, is_nameless, is_own
 
@@ -124,7 +124,7 @@ def published(weights: str) -> Published | None:
     described_by = _hub_file(weights, _DESCRIPTION)
     called = _repository(weights)[0].partition("/")[2]
     return _published_of(place, described_by and epath.Path(described_by), weights, called)
-  place = epath.Path(weights)
+  place = paths.opened("The weights", weights)
   if place.is_dir():  # a run's; its config.json is another
     return None
   # Beside a file with a name of its own, it may be another file's.

@@ -35,7 +35,9 @@ from tests.train.tiny import CONVS, TinyNet
 
 def test_result_keeps_its_contract(finished_run):
   result = result_of(finished_run)
-  assert set(result) == {"model", "dataset", "seed", "environment", "phases", "aiwq", "final"}
+  assert set(result) == {
+    *("model", "dataset", "seed", "environment", "phases", "aiwq", "final", "layer_bits")
+  }
   assert [p["index"] for p in result["phases"]] == list(range(1, PHASES + 1))
   keys = (
     "index name kind weight_bits act_bits epochs steps top1 top1_ema loss seconds compile_seconds "
