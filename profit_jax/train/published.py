@@ -41,7 +41,7 @@ def apply(settings: Settings) -> tuple[Settings, list[str]]:
       continue
     role = "student" if section == "model" else "teacher"
     fields = published_settings(told, model, weights, role)
-    if told.origin and told.architecture in REGISTRY:
+    if told.claimed and told.architecture in REGISTRY:
       continue  # the authors' files may have this name, too
     wanted = {f"{section}.{name}": v for name, v in fields.items() if name not in _CHOSEN}
     wanted |= _image_settings(settings, told, section)

@@ -2,9 +2,10 @@
 may compute different things.
 """
 
+import json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
@@ -12,6 +13,9 @@ from profit_jax.models import REGISTRY
 from profit_jax.weights import torch_file
 
 TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
+# In the header of a .safetensors that we wrote: section `model`, as JSON.
+SETTINGS_KEY = "profit_jax.model"
+_LARGEST_HEADER = 100_000_000  # bytes, that of the safetensors library
 _OPTIONS = "args"  # of a training script, in torchvision's and timm's checkpoints
 _NET_OPTIONS = ("model", "arch")
 # Files that have the name of their directory.
@@ -25,7 +29,12 @@ class Claim(NamedTuple):
   origin: str
 
 
-def claim_of(path: epath.Path) -> Claim | None:
+def is_nameless(path: epath.Path) -> bool:
+  """Whether a file has a name that many files have: its directory names the net."""
+  return path.name.partition(".")[0] in _NAMELESS
+
+
+def claim_of(path: epath.Path, called: str | None = None) -> Claim | None:
   """What a file says of its net: in a training script's options, or by its name.
 
   Only names of published nets count that a registered model knows. Of several, the longest does:
@@ -33,15 +42,41 @@ def claim_of(path: epath.Path) -> Claim | None:
 
   Args:
     path: of the file.
+    called: what names it; None is its own name, or its directory's if it is nameless.
   """
   if path.name.endswith(TORCH_SUFFIXES):
     for name in _named_in(path):
       if name in _published():
         return Claim(name, "the options saved in it")
-  stem = path.name.partition(".")[0]
-  place = path.parent if stem in _NAMELESS else path
-  name = _name_at_start(place.name)
+  if called is None:
+    called = path.parent.name if is_nameless(path) else path.name
+  name = _name_at_start(called)
   return None if name is None else Claim(name, "its name")
+
+
+def is_own(path: epath.Path) -> bool:
+  """Whether a file is a .safetensors of ours, which records the settings that count for it."""
+  if path.suffix != ".safetensors":
+    return False
+  try:
+    with path.open("rb") as file:
+      return SETTINGS_KEY in safetensors_metadata(file)
+  except (OSError, ValueError, RecursionError):
+    return False  # reading the weights says so
+
+
+def safetensors_metadata(file: BinaryIO) -> Mapping[str, Any]:
+  """The metadata in the header of a .safetensors.
+
+  Raises:
+    ValueError: a damaged header.
+  """
+  size = int.from_bytes(file.read(8), "little")
+  header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+  metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+  if not isinstance(metadata, dict):
+    raise ValueError("its header is damaged")
+  return metadata
 
 
 def _published() -> set[str]:

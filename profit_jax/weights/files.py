@@ -16,7 +16,7 @@ from etils import epath
 from profit_jax import checkpoints, paths
 from profit_jax.config import ConfigError
 from profit_jax.weights import hub, torch_file
-from profit_jax.weights.claims import TORCH_SUFFIXES
+from profit_jax.weights.claims import SETTINGS_KEY, TORCH_SUFFIXES, safetensors_metadata
 
 _FORMATS = (
   f".safetensors, .npz, {', '.join(TORCH_SUFFIXES)}, the --workdir of a run, or a name as "
@@ -33,8 +33,6 @@ _SAFETENSORS_DTYPES = {
 _STATE_KEYS = ("model", "state_dict", "model_state_dict")
 # What wrappers put before every name: DataParallel, torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
-# in the header of a .safetensors that we wrote: section `model`, as JSON
-SETTINGS_KEY = "profit_jax.model"
 # Of all tensors of an .npz, unpacked; the largest model here has 0.2e9.
 _LARGEST = 4_000_000_000
 
@@ -138,8 +136,7 @@ def _read_safetensors(content: bytes) -> Contents:
       np.zeros(entry["shape"], np.int8) if dtype is None else np.frombuffer(entry["data"], dtype)
     )
     tensors[name] = data.reshape(entry["shape"])
-  header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-  settings = header.get("__metadata__", {}).get(SETTINGS_KEY)
+  settings = safetensors_metadata(io.BytesIO(content)).get(SETTINGS_KEY)
   return Contents(tensors, None if settings is None else dict(json.loads(settings)))
 
 

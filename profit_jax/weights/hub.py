@@ -5,10 +5,11 @@ of them.
     torchvision:mobilenet_v2.IMAGENET1K_V2
 
 Files stay in the caches of the libraries that they belong to: the hub's (`HF_HOME`) and torch's
-(`TORCH_HOME`). A file that lies beside its `config.json` is described by it too.
+(`TORCH_HOME`). A `model.safetensors` that lies beside its `config.json` is described by it too.
 """
 
 import hashlib
+import http.client
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ from etils import epath
 
 from profit_jax import optional, paths
 from profit_jax.config import ConfigError
-from profit_jax.weights.claims import claim_of
+from profit_jax.weights.claims import claim_of, is_nameless, is_own
 
 HUGGING_FACE, TORCHVISION = "hf:", "torchvision:"
 TORCHVISION_URL = "https://download.pytorch.org/models"
@@ -66,7 +67,8 @@ class Published(NamedTuple):
     interpolation: of scaling, by timm's name: `bicubic`.
     mean: of pixels in 0..1, for each channel.
     std: likewise.
-    origin: what names the architecture, where it is the file itself.
+    origin: what names the architecture; None where the user does.
+    claimed: whether the file itself does, of which nothing is published then.
   """
 
   architecture: str
@@ -76,6 +78,7 @@ class Published(NamedTuple):
   mean: tuple[float, ...] | None = None
   std: tuple[float, ...] | None = None
   origin: str | None = None
+  claimed: bool = False
 
 
 def is_name(weights: str) -> bool:
@@ -95,11 +98,7 @@ def locate(weights: str) -> str:
   if weights.startswith(TORCHVISION):
     return os.fspath(_torchvision_file(weights))
   if weights.startswith(HUGGING_FACE):
-    path = next(filter(None, (_hub_file(weights, name) for name in _HUB_FILES)), None)
-    if path is None:
-      raise ConfigError(
-        f"{weights} has no weights that can be read: it has none of {', '.join(_HUB_FILES)}."
-      )
+    path = _hub_weights(weights)
     _check_hub_file(weights, path)
     return path
   return weights
@@ -107,8 +106,8 @@ def locate(weights: str) -> str:
 
 def published(weights: str) -> Published | None:
   """What is published of weights: from torchvision's table, or the `config.json` of a repository
-  of the hub or beside a file; else what the file says itself. None where nothing names an
-  architecture.
+  of the hub or beside a `model.safetensors`; else what the file says itself, or the repository's
+  name. None where nothing names an architecture, and for files of ours.
 
   Raises:
     ConfigError: as `locate`; or a `config.json` that cannot be understood.
@@ -121,17 +120,29 @@ def published(weights: str) -> Published | None:
       architecture, _TORCHVISION_SIZE, share, "bilinear", _IMAGENET_MEAN, _IMAGENET_STD
     )
   if weights.startswith(HUGGING_FACE):
-    found = _hub_file(weights, _DESCRIPTION)
-    return found and _read_description(epath.Path(found), weights)
+    place = epath.Path(_hub_weights(weights))
+    described_by = _hub_file(weights, _DESCRIPTION)
+    called = _repository(weights)[0].partition("/")[2]
+    return _published_of(place, described_by and epath.Path(described_by), weights, called)
   place = paths.opened("The weights", weights)
   if place.is_dir():  # a run's; its config.json is another
     return None
+  # Beside a file with a name of its own, it may be another file's.
   beside = place.parent / _DESCRIPTION
-  described = _read_description(beside, weights) if beside.exists() else None
-  if described is not None or not place.exists():
+  return _published_of(place, beside if is_nameless(place) and beside.exists() else None, weights)
+
+
+def _published_of(
+  place: epath.Path, description: epath.Path | None, weights: str, called: str | None = None
+) -> Published | None:
+  """What is published of a file that is called `weights` in messages; `called` as in `claim_of`."""
+  if is_own(place):  # the settings that it records count, whatever it is called
+    return None
+  described = description and _read_description(description, weights)
+  if described or not place.exists():
     return described
-  claim = claim_of(place)
-  return None if claim is None else Published(claim.net, origin=claim.origin)
+  claim = claim_of(place, called)
+  return claim and Published(claim.net, origin=claim.origin, claimed=True)
 
 
 def _read_description(path: epath.Path, weights: str) -> Published | None:
@@ -147,7 +158,7 @@ def _read_description(path: epath.Path, weights: str) -> Published | None:
     return None
   if content.get("model_args"):
     raise ConfigError(
-      f"{weights} is not a plain {architecture}: its config.json changes the net by model_args = "
+      f"{weights} is not a plain {architecture}: {path} changes the net by model_args = "
       f"{json.dumps(content['model_args'])[:200]}, which is not supported. Use other weights."
     )
   told = content.get("pretrained_cfg")
@@ -162,6 +173,7 @@ def _read_description(path: epath.Path, weights: str) -> Published | None:
       None if interpolation is None else str(interpolation),
       _channels(told.get("mean")),
       _channels(told.get("std")),
+      str(path),
     )
   except (TypeError, ValueError, OverflowError) as error:
     raise ConfigError(
@@ -180,20 +192,35 @@ def _channels(values: Any) -> tuple[float, ...] | None:
   return None if values is None else tuple(map(float, values))
 
 
+def _hub_weights(weights: str) -> str:
+  path = next(filter(None, (_hub_file(weights, name) for name in _HUB_FILES)), None)
+  if path is None:
+    raise ConfigError(
+      f"{weights} has no weights that can be read: it has none of {', '.join(_HUB_FILES)}."
+    )
+  return path
+
+
+def _repository(weights: str) -> tuple[str, str | None]:
+  """Of a name of the hub, OWNER/NAME and the revision."""
+  repository, _, revision = weights.removeprefix(HUGGING_FACE).partition("@")
+  return repository, revision or None
+
+
 def _hub_file(weights: str, filename: str) -> str | None:
   """A file of a repository of the hub, from its cache or downloaded; None where it has no such
-  file.
+  file. Without a network, a repository has the files that are in the cache.
   """
   optional.require("hub", f"The name {weights}")
   import huggingface_hub
   from huggingface_hub import errors
 
-  repository, _, revision = weights.removeprefix(HUGGING_FACE).partition("@")
+  repository, revision = _repository(weights)
   endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT).rstrip("/")
   try:
     if not re.fullmatch(r"[^/@]+/[^/@]+", repository):
       raise errors.HFValidationError("a repository is OWNER/NAME")
-    return _from_hub(repository, filename, revision or None, endpoint)
+    return _from_hub(repository, filename, revision, endpoint)
   except errors.HFValidationError as error:
     raise ConfigError(
       f"{weights} is not a name of the hub: {error}. It must be hf:OWNER/NAME or "
@@ -213,21 +240,28 @@ def _hub_file(weights: str, filename: str) -> str | None:
     raise ConfigError(
       f"{weights} is not known: {endpoint}/{repository} has no revision {revision}."
     ) from error
-  except errors.LocalEntryNotFoundError as error:
+  except _UnreachableError as error:
+    wanted = filename if filename in _HUB_FILES else _HUB_FILES[0]
     url = f"{endpoint}/{repository}/resolve/{revision or 'main'}"
     raise ConfigError(
       f"{weights} cannot be fetched from {endpoint}, and is not in the cache "
       f"{huggingface_hub.constants.HF_HUB_CACHE}: {_first_cause(error)}. Without a network: fetch "
-      f"{url}/{_HUB_FILES[0]} and {url}/{_DESCRIPTION} elsewhere, put both files into one "
-      f"directory of this machine, and set config.init.weights=DIRECTORY/{_HUB_FILES[0]}."
+      f"{url}/{wanted} and {url}/{_DESCRIPTION} elsewhere, put both files into one directory of "
+      f"this machine, and give DIRECTORY/{wanted} in place of {weights}."
     ) from error
   except errors.EntryNotFoundError:
     return None
 
 
-def _from_hub(repository: str, filename: str, revision: str | None, endpoint: str) -> str:
-  """The path of a file in the hub's cache; raises as `hf_hub_download`, and its
-  LocalEntryNotFoundError whatever keeps the file from being fetched.
+class _UnreachableError(Exception):
+  """A file could not be fetched, and no weights of its repository are in the cache."""
+
+
+def _from_hub(repository: str, filename: str, revision: str | None, endpoint: str) -> str | None:
+  """The path of a file in the hub's cache; raises as `hf_hub_download`, and _UnreachableError
+  whatever keeps the file from being fetched.
+
+  None where the file cannot be fetched and only weights of its repository are in the cache.
   """
   import huggingface_hub
   from huggingface_hub import errors
@@ -240,7 +274,6 @@ def _from_hub(repository: str, filename: str, revision: str | None, endpoint: st
     )
     return huggingface_hub.hf_hub_download(repository, filename, **options)
   except (
-    errors.EntryNotFoundError,
     errors.HFValidationError,
     errors.RepositoryNotFoundError,
     errors.RevisionNotFoundError,
@@ -249,10 +282,17 @@ def _from_hub(repository: str, filename: str, revision: str | None, endpoint: st
   # Connections, proxies and full disks raise what their libraries like, another one in each
   # version.
   except Exception as error:
-    try:
-      return huggingface_hub.hf_hub_download(repository, filename, local_files_only=True, **options)
-    except errors.LocalEntryNotFoundError as absent:
-      raise absent from error
+    absent = isinstance(error, errors.EntryNotFoundError)
+    if absent and not isinstance(error, errors.LocalEntryNotFoundError):
+      raise
+    cached = {
+      name: huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+      for name in (*_HUB_FILES, filename)
+    }
+    found = {name: path for name, path in cached.items() if isinstance(path, str)}
+    if not found.keys() & {*_HUB_FILES}:
+      raise _UnreachableError from error
+    return found.get(filename)
 
 
 def _first_cause(error: BaseException) -> str:
@@ -311,10 +351,13 @@ def _download(url: str, path: pathlib.Path, digits: str, weights: str) -> None:
     if not _sha256(unfinished).startswith(digits):
       raise OSError(f"what came has a SHA-256 that does not begin with {digits}")
     unfinished.replace(path)
-  except OSError as error:  # urllib's errors are some of these
+  # urllib's errors are some of the first; answers that are no HTTP or end too early the second.
+  except (OSError, http.client.HTTPException) as error:
     if isinstance(error, urllib.error.HTTPError):
       error.close()  # or its socket stays open
     reason = getattr(error, "reason", None) or error
+    if isinstance(error, http.client.HTTPException):
+      reason = repr(error)
     raise ConfigError(
       f"{weights} cannot be fetched from {url}: {reason}. Without a network: fetch this address "
       f"elsewhere, and put the file at {path}."

@@ -151,26 +151,26 @@ def published_settings(
     if architecture in naming.variants:
       return naming.variant_settings(architecture)
   section = "model.name" if role == "student" else "teacher.model"
-  by, advice = "", "Use other weights."
-  if published.origin:
-    by = f" by {published.origin}"
-    advice = "Use other weights, or save their tensors alone under another name if it is wrong."
+  by = f" by {published.origin}" if published.origin else ""
+  other = "use other weights"
+  if published.claimed:
+    other += ", or save their tensors alone under another name if it is wrong"
   for name, entry in REGISTRY.items():
     for naming in entry.names:
       if architecture in naming.unsupported:
         raise ConfigError(
           f"{weights} is {architecture}{by}, which is not supported: "
-          f"{naming.unsupported[architecture]}. {advice}"
+          f"{naming.unsupported[architecture]}. {other.capitalize()}."
         )
       if architecture in naming.variants:
         raise ConfigError(
-          f"{weights} is {architecture}{by}, not {model} as configured: use "
-          f"config.{section}={name}. {advice}"
+          f"{weights} is {architecture}{by}, not {model} as configured. Set "
+          f"config.{section}={name}, or {other}."
         )
   known = sorted(name for naming in REGISTRY[model].names for name in naming.variants)
   if known:
     raise ConfigError(
-      f"{weights} is {architecture}, which no model here computes. Of {model} there are "
+      f"{weights} is {architecture}{by}, which no model here computes. Of {model} there are "
       f"{', '.join(known)}. Use other weights."
     )
   return {}
@@ -280,7 +280,8 @@ def _problem(
 
 
 def differing_settings(told: Mapping[str, Any], settings: Any) -> dict[str, tuple[Any, Any]]:
-  """Where settings differ from those that weights were made for: name -> (theirs, ours).
+  """Where settings differ from those that weights were made for: name -> (theirs, ours). Not the
+  width: tensors of another one do not fit, and a name may be that of all widths.
 
   Args:
     told: theirs.
@@ -288,6 +289,8 @@ def differing_settings(told: Mapping[str, Any], settings: Any) -> dict[str, tupl
   """
   found = {}
   for name, theirs in told.items():
+    if name == "width":
+      continue
     ours = getattr(settings, name)
     if name == "strides":
       theirs, ours = (

@@ -11,7 +11,7 @@ from flax import traverse_util
 from profit_jax import paths
 from profit_jax.config import ConfigError, ModelSettings
 from profit_jax.typing import Variables
-from profit_jax.weights.files import SETTINGS_KEY
+from profit_jax.weights.claims import SETTINGS_KEY
 from profit_jax.weights.load import namings
 from profit_jax.weights.naming import QUANTIZER_LEAVES
 

@@ -8,8 +8,8 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
-from safetensors.numpy import save
 
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, Naming, register, student_spec
@@ -17,11 +17,16 @@ from profit_jax.train import published
 from profit_jax.weights.claims import claim_of
 from profit_jax.weights.library import load_weights
 from profit_jax.weights.load import load_variables
-from profit_jax.weights.save import named_tensors
+from profit_jax.weights.save import named_tensors, settings_metadata, write_safetensors
 from tests.specs import init_variables
 from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 from tests.weights.test_files import crafted, tensor, text
+
+
+class ClaimedNet(TinyNet):
+  """A class with one registered name, whatever other tests in the process register."""
+
 
 NAMING = Naming(
   source="timm",
@@ -35,10 +40,10 @@ NAMING = Naming(
 @pytest.fixture(scope="module")
 def content():
   """The bytes of a file with the weights of a registered net."""
-  register("tinynet", names=(NAMING,))(TinyNet)
-  variables = jax.device_get(init_variables(TinyNet(), jax.random.key(0), 16))
+  register("tinynet", names=(NAMING,))(ClaimedNet)
+  variables = jax.device_get(init_variables(ClaimedNet(), jax.random.key(0), 16))
   tensors = named_tensors("tinynet", variables, "timm")
-  yield save({name: np.asarray(value) for name, value in tensors.items()})
+  yield safetensors.numpy.save({name: np.asarray(value) for name, value in tensors.items()})
   del REGISTRY["tinynet"]
 
 
@@ -104,13 +109,34 @@ def test_a_name_of_the_net_gives_its_settings(content, tmp_path):
   assert [line.partition(",")[0] for line in lines] == ["config.model.activation = relu"]
 
 
+@pytest.mark.parametrize("name", ["tinynet_100", "tf_tinynet_100", "resnet50_taught"])
+def test_the_settings_in_our_file_count_and_not_its_name(content, tmp_path, name):
+  path = str(tmp_path / f"{name}.safetensors")
+  settings = settings_of(path, **{"model.activation": "relu6"})
+  write_safetensors(path, safetensors.numpy.load(content), settings_metadata(settings.model))
+  assert published.apply(settings) == (settings, [])
+  loaded = load(path)
+  assert loaded.published is None
+  assert loaded.settings["activation"] == "relu6"
+
+
 def test_the_library_wants_a_model_with_these_settings(content, tmp_path):
   path = tmp_path / "tinynet_100.safetensors"
   path.write_bytes(content)
   with pytest.raises(ConfigError, match=r"is tinynet_100, .* activation='relu' \(not 'relu6'\)"):
-    load_weights(path, TinyNet(activation="relu6"), (16, 16, 3))
-  variables = load_weights(path, TinyNet(activation="relu"), (16, 16, 3))
+    load_weights(path, ClaimedNet(activation="relu6"), (16, 16, 3))
+  variables = load_weights(path, ClaimedNet(activation="relu"), (16, 16, 3))
   jax.tree.map(np.testing.assert_array_equal, variables, load(path).variables)
+
+
+def test_the_name_of_a_net_is_that_of_its_widths(content, tmp_path):
+  path = tmp_path / "tinynet_100_0.25.safetensors"
+  path.write_bytes(content)
+  assert claim_of(epath.Path(path)).net == "tinynet_100"
+  narrow = ClaimedNet(width=0.25)
+  jax.tree.map(
+    np.testing.assert_array_equal, load_weights(path, narrow, (16, 16, 3)), load(path).variables
+  )
 
 
 def test_the_library_knows_the_members_of_a_class(tmp_path):

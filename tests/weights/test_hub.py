@@ -4,6 +4,8 @@ import hashlib
 import json
 import pathlib
 import re
+import socket
+import threading
 
 import jax
 import numpy as np
@@ -17,13 +19,16 @@ from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, Naming, register, student_spec
 from profit_jax.train import published, start
 from profit_jax.weights import hub
+from profit_jax.weights.files import read_contents
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import named_tensors
+from tests import golden_data
 from tests.specs import init_variables
 from tests.train.runs import WITHOUT_PLOTS, result_of
 from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 from tests.weights.hub_server import HubServer
+from tests.weights.test_files import crafted, tensor, text
 
 NAME = "hf:timm/tinynet_100.a1_in1k"
 CLOSED = "http://127.0.0.1:9"  # nothing listens there
@@ -89,9 +94,9 @@ def load(weights=NAME, model="tinynet"):
 def refusal(call, *arguments):
   with pytest.raises(ConfigError) as refused:
     call(*arguments)
-  text = str(refused.value)
-  assert "\n" not in text
-  return text
+  told = str(refused.value)
+  assert "\n" not in told
+  return told
 
 
 def test_a_file_is_fetched_once_and_then_read_from_the_cache(server, weights, monkeypatch):
@@ -114,9 +119,11 @@ def test_a_revision_can_be_named(server):
 
 
 def test_torch_files_are_found_where_there_are_no_safetensors(server):
-  files(server)["pytorch_model.bin"] = b"no torch file"
+  torch_files = golden_data.GOLDEN / "torch_files"
+  files(server)["pytorch_model.bin"] = (torch_files / "nested.ckpt").read_bytes()
   del files(server)["model.safetensors"]
-  assert "cannot be read as .bin" in refusal(load)
+  with np.load(torch_files / "expected_net.npz") as expected:
+    jax.tree.map(np.testing.assert_array_equal, read_contents(NAME).tensors, dict(expected))
   del files(server)["pytorch_model.bin"]
   assert "none of model.safetensors, pytorch_model.bin" in refusal(load)
 
@@ -135,9 +142,9 @@ def test_torch_files_are_found_where_there_are_no_safetensors(server):
 )
 def test_a_name_that_is_not_known_is_one_message(server, name, parts):
   for call in (hub.locate, hub.published):
-    text = refusal(call, name)
-    assert text.startswith(name)
-    assert all(part in text for part in parts), text
+    told = refusal(call, name)
+    assert told.startswith(name)
+    assert all(part in told for part in parts), told
 
 
 def test_a_gated_repository_says_how_to_get_in(server):
@@ -147,27 +154,59 @@ def test_a_gated_repository_says_how_to_get_in(server):
 
 def test_without_a_network_the_message_says_where_to_put_the_file(server, monkeypatch, tmp_path):
   monkeypatch.setenv("HF_ENDPOINT", CLOSED)
-  text = refusal(load)
+  told = refusal(load)
   assert all(
-    part in text
+    part in told
     for part in (
       f"{NAME} cannot be fetched from {CLOSED}",
       str(tmp_path / "hub"),
       f"{CLOSED}/timm/tinynet_100.a1_in1k/resolve/main/model.safetensors",
-      "config.init.weights=DIRECTORY/model.safetensors",
+      f"give DIRECTORY/model.safetensors in place of {NAME}",
     )
-  ), text
+  ), told
+
+
+@pytest.mark.parametrize("given", ["model.safetensors", "pytorch_model.bin"])
+def test_without_a_network_a_repository_has_what_is_in_the_cache(server, monkeypatch, given):
+  del files(server)["config.json"]
+  files(server)[given] = files(server).pop("model.safetensors")
+  located, told = hub.locate(NAME), hub.published(NAME)
+  assert pathlib.Path(located).name == given
+  monkeypatch.setenv("HF_ENDPOINT", CLOSED)
+  assert (hub.locate(NAME), hub.published(NAME)) == (located, told)
+  assert "cannot be fetched" in refusal(hub.locate, f"{NAME}@v2")
 
 
 def test_a_file_that_was_put_there_is_described_by_the_config_beside_it(server, tmp_path):
   for name, content in files(server).items():
     (tmp_path / name).write_bytes(content)
   path = str(tmp_path / "model.safetensors")
-  assert hub.published(path) == hub.published(NAME)
+  assert hub.published(path)._replace(origin="") == hub.published(NAME)._replace(origin="")
   applied, _ = published.apply(settings_of(**{"init.weights": path, "data.name": "imagenet2012"}))
   assert applied.data.crop_pct == 0.95
   (tmp_path / "config.json").unlink()
   assert hub.published(path) is None
+
+
+@pytest.mark.parametrize("content", [json.dumps({"architecture": "resnet50"}), "<html>"])
+def test_a_file_with_a_name_is_not_described_by_a_config_beside_it(weights, tmp_path, content):
+  (tmp_path / "config.json").write_text(content)
+  for name in ("tinynet_100-1", "mine"):
+    (tmp_path / f"{name}.safetensors").write_bytes(weights)
+  assert load(str(tmp_path / "mine.safetensors")).published is None
+  assert load(str(tmp_path / "tinynet_100-1.safetensors")).published.architecture == "tinynet_100"
+  (tmp_path / "tf_tinynet_100.safetensors").write_bytes(weights)
+  assert "is tf_tinynet_100 by its name" in refusal(
+    load, str(tmp_path / "tf_tinynet_100.safetensors")
+  )
+
+
+def test_a_message_names_the_config_that_describes_a_file(weights, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50"}))
+  (tmp_path / "model.safetensors").write_bytes(weights)
+  assert f"is resnet50 by {tmp_path / 'config.json'}, not" in refusal(
+    load, str(tmp_path / "model.safetensors")
+  )
 
 
 def test_a_damaged_file_in_the_cache_is_refused(server):
@@ -179,7 +218,10 @@ def test_a_damaged_file_in_the_cache_is_refused(server):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"architecture": "mobilenetv2_100"}, "use config.model.name=mobilenet_v2"),
+    (
+      {"architecture": "mobilenetv2_100"},
+      "Set config.model.name=mobilenet_v2, or use other weights.",
+    ),
     ({"architecture": "tf_tinynet_100"}, "not supported: it pads as TensorFlow"),
     ({"architecture": "tinynet_050"}, "Of tinynet there are tinynet_100, tinynet_wide"),
     ({"model_args": {"act_layer": "silu"}}, '{"act_layer": "silu"}'),
@@ -201,12 +243,27 @@ def test_a_config_that_is_no_json_is_refused(server):
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b'{"architectures": ["ViT"]}', None])
-def test_a_repository_that_names_no_architecture_is_read_by_its_tensors(server, content):
+def test_a_config_that_names_no_architecture_leaves_the_repositorys_name(server, content):
   if content is None:
     del files(server)["config.json"]
   else:
     files(server)["config.json"] = content
-  assert load().published is None
+  loaded = load()
+  assert (loaded.published.architecture, loaded.published.claimed) == ("tinynet_100", True)
+  assert loaded.settings["activation"] == "relu"
+  server.repositories["me/net"] = files(server)
+  assert load("hf:me/net").published is None
+  server.repositories["me/tf_tinynet_100"] = files(server)
+  assert "hf:me/tf_tinynet_100 is tf_tinynet_100 by its name" in refusal(
+    load, "hf:me/tf_tinynet_100"
+  )
+
+
+def test_a_checkpoint_in_a_repository_names_its_net(server):
+  state = b"}(" + text("w") + tensor((4,), (1,), 4) + b"u"
+  checkpoint = crafted(text("arch"), text("tf_tinynet_100"), text("state_dict"), state)
+  server.repositories["me/net"] = {"pytorch_model.bin": checkpoint}
+  assert "tf_tinynet_100 by the options saved in it" in refusal(load, "hf:me/net")
 
 
 def test_published_settings_are_taken_for_fields_with_defaults_and_said(server):
@@ -235,12 +292,11 @@ def test_fields_that_the_user_has_set_are_compared(server):
   assert (settings.data.crop_pct, settings.data.normalization) == (0.8, "none")
   student = start.load_student(settings, 10)
   doubts = start.weight_warnings(settings, student, start.Teacher(None, None, None))
-  # The width of this test's net is no published one.
+  # Not the width, which the tensors prove.
   assert [doubt.partition(",")[0] for doubt in doubts] == [
     "config.data.image_size = 24",
     "config.data.crop_pct = 0.8",
     "config.data.normalization = none",
-    "config.model.width = 0.25",
   ]
   # So are all, where the user wants it.
   settings = settings_of(**{"init.published_settings": "compare", "data.name": "imagenet2012"})
@@ -320,22 +376,44 @@ def test_torchvisions_files_lie_where_torch_keeps_them(server, torchvision, tmp_
 
 def test_a_torchvision_file_must_have_its_checksum(server, torchvision, tmp_path):
   server.plain[f"/models/{torchvision}"] = b"something else"
-  text = refusal(load, TORCHVISION)
-  assert "does not begin with" in text
+  told = refusal(load, TORCHVISION)
+  assert "does not begin with" in told
   folder = tmp_path / "torch" / "hub" / "checkpoints"
   assert list(folder.iterdir()) == []
   (folder / torchvision).write_bytes(b"something else")
   assert "is damaged" in refusal(load, TORCHVISION)
 
 
-@pytest.mark.parametrize("url", [CLOSED, "http://127.0.0.1:9/absent"])
 def test_without_torchvisions_server_the_message_says_where_to_put_the_file(
-  server, torchvision, tmp_path, monkeypatch, url
+  server, torchvision, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(hub, "TORCHVISION_URL", url)
-  text = refusal(load, TORCHVISION)
-  assert f"{url}/{torchvision}" in text
-  assert str(tmp_path / "torch" / "hub" / "checkpoints" / torchvision) in text
+  monkeypatch.setattr(hub, "TORCHVISION_URL", CLOSED)
+  told = refusal(load, TORCHVISION)
+  assert f"{CLOSED}/{torchvision}" in told
+  assert str(tmp_path / "torch" / "hub" / "checkpoints" / torchvision) in told
+
+
+@pytest.mark.parametrize(
+  ("answer", "error"),
+  [
+    (b"nonsense\r\n\r\n", "BadStatusLine"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc", "IncompleteRead"),
+  ],
+)
+def test_an_answer_that_is_no_http_is_one_message(server, torchvision, monkeypatch, answer, error):
+  with socket.create_server(("127.0.0.1", 0)) as listening:
+
+    def serve():
+      connection, _ = listening.accept()
+      with connection:
+        connection.recv(1 << 16)
+        connection.sendall(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    monkeypatch.setattr(hub, "TORCHVISION_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+    assert error in refusal(load, TORCHVISION)
+    thread.join()
 
 
 def test_a_file_that_torchvision_no_longer_serves_is_said(server, torchvision):
