@@ -88,10 +88,11 @@ def options_of(assigned: Assignment, plan: PlanSettings) -> list[str]:
     "plan.act_bits": _ladder(plan.act_bits, assigned.act_bits),
   }
   # Both must be bits that the plan reaches.
+  reached = weight_bits if plan.progressive else weight_bits[-1:]
   if plan.profit and weight_bits and not set(plan.profit_bits) <= {weight_bits[-1]}:
     fields["plan.profit_bits"] = weight_bits[-1:]
-  if not set(plan.refit_bits) <= set(weight_bits):
-    fields["plan.refit_bits"] = tuple(b for b in plan.refit_bits if b in weight_bits)
+  if not set(plan.refit_bits) <= set(reached):
+    fields["plan.refit_bits"] = tuple(b for b in plan.refit_bits if b in reached)
   fields["quant.rules"] = assigned.rules
   return [f"--config.{name}={_quoted(value)}" for name, value in fields.items()]
 
