@@ -52,13 +52,13 @@ def test_the_table_has_every_layer_the_most_sensitive_first(measured):
   assert len(rows) == 7
   at_2_bits = [float(row[3]) for row in rows]
   assert at_2_bits == sorted(at_2_bits, reverse=True)
-  falls = {(p["side"], p["layers"][0]): p["falls"] for p in content["parts"]}
+  reductions = {(p["side"], p["layers"][0]): p["reductions"] for p in content["parts"]}
   for row in rows:
-    two, three = falls[row[1], row[0]]
+    two, three = reductions[row[1], row[0]]
     assert row[2:] == [
       "4",
-      *(f"{fall['loss']:+.4f}" for fall in (two, three)),
-      *(f"{fall['top1']:+.2f}" for fall in (two, three)),
+      *(f"{reduction['loss']:+.4f}" for reduction in (two, three)),
+      *(f"{reduction['top1']:+.2f}" for reduction in (two, three)),
     ]
   assert "14 evaluations of 100 images: 7 weights and inputs at 2, 3 bits" in printed
 
