@@ -11,7 +11,8 @@ has a file in `benchmarks/targets/` (h100; h100:4 is four in one machine).
 
 Ours is the program that a run of `configs/mbv2_w4.py` would compile, without a teacher, with the
 average of the weights and the check that all is finite. Beside it stands a plain Flax net of the
-same architecture in full precision (`benchmarks/plain_nets.py`), and ours over plain.
+same architecture in full precision, for models that have one (`benchmarks/plain_nets.py`), and ours
+over plain.
 
 All figures are of one device. GB accessed is, on a TPU, what XLA's analysis says, and the operands
 and results of Pallas kernels; on a GPU the operands and results of all kernels. A TPU's kernels
@@ -92,6 +93,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
   from benchmarks import aot_programs, plain_nets
 
   settings = aot_programs.settings_of(options, target)
+  if options.only == "plain":
+    aot_programs.one_of("--model", options.model, sorted(plain_nets.NETS))
   mesh = aot_programs.mesh_of(target)
   dtype = settings.train.dtype
   document: dict[str, Any] = {
@@ -142,7 +145,7 @@ def print_table(document: dict[str, Any]) -> None:
   )
   print(", ".join(f"{name} {version}" for name, version in document["versions"].items()))
   if "plain_gb" not in document and not options["only"]:
-    print(f"{options['model']} has no plain net yet.")
+    print(f"{options['model']} has no plain net in benchmarks/plain_nets.py.")
   print(f"\n{'':30} {'profit_jax':>12} {'plain Flax':>12} {'ratio':>8}")
   print(f"{'dtype':30} {_dtype(document, ''):>12} {_dtype(document, 'plain_'):>12}")
   for label, name, digits in _ROWS:

@@ -70,8 +70,9 @@ class ModelSettings:
   activation: Literal["relu", "relu6"] = "relu6"
   # Rate before the classifier.
   dropout: float = 0.2
-  # Of the stem and of each stage (v1 6 numbers, v2 8, v3 large 7, v3 small 6; ResNet 6, the second
-  # its max-pooling's), each 1 or 2. () is the published ones. Small images need fewer 2s.
+  # Of the stem and of each stage (MobileNet-v1 6 numbers, v2 8, v3 large 7, v3 small 6, v4 6;
+  # EfficientNet-Lite 8, MnasNet 8; ResNet 6, the second its max-pooling's), each 1 or 2. () is the
+  # published ones. Small images need fewer 2s.
   strides: tuple[int, ...] = ()
   # Share of the old running statistics that a step keeps; the authors' v3: 0.9997.
   bn_momentum: float = 0.9

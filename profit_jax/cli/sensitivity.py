@@ -25,10 +25,10 @@ from profit_jax.models import check
 from profit_jax.sensitivity import (
   Assignment,
   Budget,
-  Fall,
-  Part,
+  LayerSensitivity,
+  MeasuredModel,
+  Reduction,
   Sensitivity,
-  Subject,
   assign_bits,
   measure,
 )
@@ -40,14 +40,16 @@ def table(found: Sensitivity) -> Table:
   """What was measured, the most sensitive parts first."""
   made = Table(box=box.SIMPLE)
   made.add_column("layer", no_wrap=True)
-  made.add_column("falls")
+  made.add_column("reduced")
   made.add_column("bits", justify="right")
   for what in ("loss", "top-1"):
     for width in found.bits:
       made.add_column(f"{what} at {width}", justify="right", no_wrap=True)
   for part in sorted(found.parts, key=_largest, reverse=True):
-    falls = [next((f for f in part.falls if f.bits == width), None) for width in found.bits]
-    cells = [_shown(fall, what) for what in ("loss", "top1") for fall in falls]
+    reductions = [
+      next((f for f in part.reductions if f.bits == width), None) for width in found.bits
+    ]
+    cells = [_shown(reduction, what) for what in ("loss", "top1") for reduction in reductions]
     made.add_row(_named(part), part.side, str(part.bits), *cells)
   return made
 
@@ -59,20 +61,20 @@ def _print_whole(screen: Console, made: Table) -> None:
   screen.print(made)
 
 
-def _largest(part: Part) -> float:
+def _largest(part: LayerSensitivity) -> float:
   """The loss at the fewest bits; of parts that did not fall, none."""
-  return part.falls[0].loss if part.falls else -math.inf
+  return part.reductions[0].loss if part.reductions else -math.inf
 
 
-def _named(part: Part) -> str:
+def _named(part: LayerSensitivity) -> str:
   others = len(part.layers) - 1
   return part.layers[0] + (f" and {others} more" if others else "")
 
 
-def _shown(fall: Fall | None, what: str) -> str:
-  if fall is None:
+def _shown(reduction: Reduction | None, what: str) -> str:
+  if reduction is None:
     return "-"
-  return f"{fall.loss:+.4f}" if what == "loss" else f"{fall.top1:+.2f}"
+  return f"{reduction.loss:+.4f}" if what == "loss" else f"{reduction.top1:+.2f}"
 
 
 def options_of(assigned: Assignment, plan: PlanSettings) -> list[str]:
@@ -88,10 +90,11 @@ def options_of(assigned: Assignment, plan: PlanSettings) -> list[str]:
     "plan.act_bits": _ladder(plan.act_bits, assigned.act_bits),
   }
   # Both must be bits that the plan reaches.
+  reached = weight_bits if plan.progressive else weight_bits[-1:]
   if plan.profit and weight_bits and not set(plan.profit_bits) <= {weight_bits[-1]}:
     fields["plan.profit_bits"] = weight_bits[-1:]
-  if not set(plan.refit_bits) <= set(weight_bits):
-    fields["plan.refit_bits"] = tuple(b for b in plan.refit_bits if b in weight_bits)
+  if not set(plan.refit_bits) <= set(reached):
+    fields["plan.refit_bits"] = tuple(b for b in plan.refit_bits if b in reached)
   fields["quant.rules"] = assigned.rules
   return [f"--config.{name}={_quoted(value)}" for name, value in fields.items()]
 
@@ -144,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
   screen = Console(highlight=False, markup=False)
   last = schedule.plan(settings)[-1]
   with app.kept_programs(settings), app.best_checkpoint(settings, workdir) as best:
-    subject = Subject(
+    model = MeasuredModel(
       settings=settings,
       source=best.source,
       spec=best.spec,
@@ -154,7 +157,7 @@ def run(options: argparse.Namespace) -> None:
       normalization=data.normalization(settings.data.normalization, best.source.info),
     )
     found = measure(
-      subject, widths, options.images, tell=lambda text: screen.print(text, soft_wrap=True)
+      model, widths, options.images, tell=lambda text: screen.print(text, soft_wrap=True)
     )
   scores = found.scores
   screen.print(

@@ -33,6 +33,7 @@ from profit_jax.export.net import (
 )
 from profit_jax.export.simplify import simplified, users
 from profit_jax.export.trace import RESERVED, Operation, trace
+from profit_jax.kernels.padding import border_of
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.quant.bits import Bits
 
@@ -152,15 +153,17 @@ class _Builder:
       more, summand = self._line(follower)
       gain, shift = gain * more, shift * more + summand
       parts.append(follower)
-    scale, offset = self._scales.get(x, (1.0, 0.0))
     codes, worth = kernel.codes, kernel.scale
+    if operation.kind == "conv" and codes.shape[0] > 1:
+      x = self._with_border(operation, x)
+    scale, offset = self._scales.get(x, (1.0, 0.0))
     sums = codes.sum(axis=tuple(range(codes.ndim - 1)), dtype=np.float64)
     shape = {}
     if operation.kind == "conv":
-      self._check_border(operation, codes.shape[0], x, offset)
       shape = {"stride": values["stride"], "depthwise": values["depthwise"]}
-      if not isinstance(values["margin"], int):
-        shape["padding"] = values["margin"]
+      border = border_of(values["margin"])
+      if border != border_of((codes.shape[0] - 1) // 2):
+        shape["padding"] = border
     elif len(operation.shape) == 3:  # a dense layer at every place
       codes = codes[None, None]
     name = self._append(
@@ -177,16 +180,29 @@ class _Builder:
     self._names |= dict.fromkeys(parts, name)
     return name
 
-  def _check_border(self, operation: Operation, size: int, x: str, offset: float) -> None:
+  def _with_border(self, operation: Operation, x: str) -> str:
+    """What a convolution reads, where 0 is worth its `pad_value`: floats are shifted."""
     pad_value = operation.values["pad_value"]
-    if size > 1 and pad_value != offset:
-      reads = f"the codes of {x!r}" if x in self._scales else "floats"
+    _, offset = self._scales.get(x, (1.0, 0.0))
+    if pad_value == offset:
+      return x
+    if x in self._scales:
       raise ConfigError(
-        f"{operation.place}: the layer {operation.path!r} cannot be exported: it reads {reads}, "
-        f"whose zeros are worth {offset}, and pad_value = {pad_value} lies between two codes "
-        f"(paper section 3.3). Train with pad_value = {offset} (MobileNet-v3: "
+        f"{operation.place}: the layer {operation.path!r} cannot be exported: it reads the codes "
+        f"of {x!r}, whose zeros are worth {offset}, and pad_value = {pad_value} lies between two "
+        f"codes (paper section 3.3). Train with pad_value = {offset} (MobileNet-v3: "
         f"config.model.pad_value={offset})."
       )
+    channels = operation.inputs[0].shape[-1]
+    shifted = self._beside(
+      Affine,
+      x,
+      "shifted",
+      multiplier=np.ones(channels, np.float32),
+      bias=np.full(channels, -pad_value, np.float32),
+    )
+    self._scales[shifted] = (1.0, pad_value)
+    return shifted
 
   def _line(self, operation: Operation) -> tuple[np.ndarray, np.ndarray]:
     """Gain and shift of an affine map or a normalization."""

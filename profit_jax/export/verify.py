@@ -182,13 +182,15 @@ def eval_images(
     net: whose codes will be compared.
     source: the data.
     batch_size: of the batches that are read.
-    max_codes: the images end where they have so many codes; a smaller set is used nearly whole.
+    max_codes: the images end where they have so many codes, or where the net has none, so many
+      pixel values; a smaller set is used nearly whole.
   """
   shapes = jax.eval_shape(
     functools.partial(reference.run_with_codes, net),
     np.zeros((1, *net.image_shape), net.image_dtype),
   )
   codes = sum(math.prod(shape.shape) for shape in shapes[1].values())
+  codes = codes or math.prod(net.image_shape)
   wanted, found = -(-max_codes // codes), []
   for batch in source.eval_batches(batch_size):
     found.append(batch["image"][batch["mask"]])

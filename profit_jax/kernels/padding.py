@@ -14,8 +14,8 @@ def margin_of(padding: Padding, size: int, stride: int, extent: tuple[int, int])
 
   Args:
     padding: `torch`: `(size - 1) / 2` on every side. `same`: TensorFlow's SAME, which gives
-      `ceil(extent / stride)` pixels. At a stride above 1 it depends on the extent, and an odd row
-      or column stands below or right.
+      `ceil(extent / stride)` pixels. At a stride above 1 it depends on the extent; where rows or
+      columns cannot be halved, there is one more below or right.
     size: of the kernel, odd.
     stride: in both directions.
     extent: height and width of the input.

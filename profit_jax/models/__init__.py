@@ -38,9 +38,9 @@ def check(settings: Settings) -> None:
   """Checks what only the models know of their settings.
 
   Raises:
-    ConfigError: strides of another number, or too many of them for the image; strides or a width
-      where there are none; bits for a model without quantizers; what a quantizer does not offer;
-      rules that do not fit the model.
+    ConfigError: strides of another number, or too many of them for the image; strides, a width or
+      a padding where there are none; bits for a model without quantizers; what a quantizer does not
+      offer; rules that do not fit the model.
   """
   _check_quantizer(settings)
   _check_shape(settings.model, settings.data.image_size, "model")
@@ -106,6 +106,12 @@ def _check_shape(model: ModelSettings, image_size: int, section: str) -> None:
     raise ConfigError(
       f"config.{section}.width = {model.width!r} is not allowed: {model.name} has no width "
       "multiplier, it must be 1.0."
+    )
+  if "padding" not in entry.options and model.padding != "torch":
+    able = [name for name, other in REGISTRY.items() if "padding" in other.options]
+    raise ConfigError(
+      f"config.{section}.padding = {model.padding!r} is not allowed: {model.name} has no such "
+      f"option, it must be 'torch'. Models that have it: {', '.join(sorted(able))}."
     )
 
 

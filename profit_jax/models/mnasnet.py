@@ -35,7 +35,8 @@ STAGES = (
 DEPTHS = tuple(blocks for *_, blocks in STAGES)
 # Strides of the stem and of the first block of each stage: 224 -> 7.
 IMAGENET_STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
-STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1280
 
 
 def _timm_names(layers: Collection[Path]) -> dict[Path, str]:

@@ -27,7 +27,8 @@ from profit_jax.quant.bits import Bits
 STAGES = ((64, 1), (128, 2), (256, 2), (512, 6), (1024, 2))
 # Strides of the stem and of the first block of each stage: 224 -> 7.
 IMAGENET_STRIDES = (2, 1, 2, 2, 2, 2)
-STEM_CHANNELS, HEAD_CHANNELS = 32, 1024
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1024
 
 
 class DepthwiseSeparable(nn.Module):

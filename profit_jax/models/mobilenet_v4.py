@@ -98,7 +98,9 @@ VARIANTS: dict[str, tuple[tuple[BlockSpec, ...], ...]] = {
 }
 # Strides of the stem, of the first block of each stage and of the last convolution: 224 -> 7.
 IMAGENET_STRIDES = (2, 2, 2, 2, 2, 1)
-STEM_CHANNELS, HEAD_CHANNELS, PRE_CLASSIFIER_CHANNELS = 32, 960, 1280
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 960
+PRE_CLASSIFIER_CHANNELS = 1280
 
 
 class Block(nn.Module):

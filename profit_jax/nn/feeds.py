@@ -28,7 +28,7 @@ _Known = dict[Any, Quantizers | None]
 _MOVES = frozenset(
   (
     *("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose", "concatenate", "slice"),
-    *("rev", "pad", "reduce_sum", "reduce_max", "reduce_min", "reduce_window_sum"),
+    *("split", "rev", "pad", "reduce_sum", "reduce_max", "reduce_min", "reduce_window_sum"),
     *("reduce_window_max", "reduce_window_min", "convert_element_type", "copy", "copy_p", "neg"),
     *("optimization_barrier", "sharding_constraint", "name"),
   )

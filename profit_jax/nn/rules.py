@@ -145,14 +145,25 @@ def _unused(rules: Sequence[Rule], index: int, spec: ModelSpec, field: str) -> s
     return f"{begin} {quantizers[0]!r} is a quantizer: name {told}."
   parts = [layer for layer in layers if re.search(expression, layer)]
   if parts:
-    return (
-      f"{begin} An expression matches whole paths, and this one is in a part of {_listed(parts)}: "
-      f"write {f'.*{expression}.*'!r}."
-    )
+    told = f"{begin} An expression matches whole paths, and this one is in a part of"
+    wider = _in_any_path(expression, parts[0])
+    return f"{told} {_listed(parts)}" + (f": write {wider!r}." if wider else ".")
   near = difflib.get_close_matches(expression, layers, _SHOWN, 0.5)
   if near:
     return f"{begin} Near names: {', '.join(near)}."
   return f"{begin} The layers are {_listed(layers)}."
+
+
+def _in_any_path(expression: str, layer: str) -> str | None:
+  """An expression that matches whole paths with a part that this one matches; None where its text
+  cannot stand in another, as with flags.
+  """
+  part = f"(?:{expression})" if "|" in expression else expression
+  wider = f".*{part}.*"
+  try:
+    return wider if re.fullmatch(wider, layer) else None
+  except re.error:
+    return None
 
 
 def _listed(layers: Sequence[str]) -> str:

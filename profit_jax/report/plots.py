@@ -204,18 +204,18 @@ def plot_sensitivity(found: Sensitivity, path: epath.Path) -> None:
   sides = {"weights": "Weights", "inputs": "Inputs"}
   figure = Figure(figsize=(10, 1.6 + 0.17 * len(layers)), layout="constrained")
   axes = figure.subplots(1, 2, sharex=True, sharey=True)
-  changes = [abs(fall.loss) for part in found.parts for fall in part.falls]
+  changes = [abs(reduction.loss) for part in found.parts for reduction in part.reductions]
   largest = max((c for c in changes if np.isfinite(c)), default=1.0)
   axes[0].set_xscale("symlog", linthresh=max(largest / 10.0, 1e-6), linscale=1.5)
   colours = colormaps["viridis_r"](np.linspace(0.25, 1.0, len(found.bits)))
   for axis, (side, title) in zip(axes, sides.items(), strict=True):
     for width, colour in zip(found.bits, colours, strict=True):
       points = [
-        (fall.loss, layers.index(part.layers[0]))
+        (reduction.loss, layers.index(part.layers[0]))
         for part in found.parts
         if part.side == side
-        for fall in part.falls
-        if fall.bits == width and np.isfinite(fall.loss)
+        for reduction in part.reductions
+        if reduction.bits == width and np.isfinite(reduction.loss)
       ]
       if points:
         axis.scatter(*zip(*points, strict=True), s=16, color=colour, label=f"{width} bits")

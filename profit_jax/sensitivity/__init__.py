@@ -6,10 +6,10 @@ print(assign_bits(found, "bytes", 100_000).rules)
 
 from profit_jax.sensitivity.budget import Assignment, Budget, assign_bits
 from profit_jax.sensitivity.measure import (
-  Fall,
-  Part,
+  LayerSensitivity,
+  MeasuredModel,
+  Reduction,
   Sensitivity,
-  Subject,
   measure,
   measure_sensitivity,
 )
@@ -17,10 +17,10 @@ from profit_jax.sensitivity.measure import (
 __all__ = [
   "Assignment",
   "Budget",
-  "Fall",
-  "Part",
+  "LayerSensitivity",
+  "MeasuredModel",
+  "Reduction",
   "Sensitivity",
-  "Subject",
   "assign_bits",
   "measure",
   "measure_sensitivity",

@@ -1,4 +1,4 @@
-"""Bits for a budget: a greedy choice among the falls that `measure` found."""
+"""Bits for a budget: a greedy choice among the reductions that `measure` found."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from profit_jax.nn.rules import Rule
 from profit_jax.quant.base import Quantizer
 from profit_jax.quant.bits import Bits
 from profit_jax.quant.duq import inverse_softplus
-from profit_jax.sensitivity.measure import Part, Sensitivity, Side
+from profit_jax.sensitivity.measure import LayerSensitivity, Sensitivity, Side
 
 Budget = Literal["bytes", "bops"]
 _COST_BITS = 4  # of the net that tells sizes: every quantizer's codes fit into a file
@@ -114,19 +114,19 @@ def assign_bits(found: Sensitivity, budget: Budget, most: int) -> Assignment:
 _UNITS = {"bytes": "bytes", "bops": "bit operations an image"}
 
 
-def _losses(part: Part) -> dict[int, float]:
+def _losses(part: LayerSensitivity) -> dict[int, float]:
   """The change of the loss by bits, never below that at more bits; 0 as trained."""
   found = {part.bits: 0.0}
-  for fall in sorted(part.falls, key=lambda fall: -fall.bits):
-    loss = fall.loss if math.isfinite(fall.loss) else math.inf
-    found[fall.bits] = max(loss, *found.values())
+  for reduction in sorted(part.reductions, key=lambda reduction: -reduction.bits):
+    loss = reduction.loss if math.isfinite(reduction.loss) else math.inf
+    found[reduction.bits] = max(loss, *found.values())
   return found
 
 
 def _moves(
   losses: Sequence[Mapping[int, float]], choice: Sequence[int], costs_of: "_Costs"
 ) -> Iterator[tuple[float, int, int, int]]:
-  """All falls that save something: loss for what is saved, what is not saved, which part, bits."""
+  """Reductions that save something: loss for what is saved, what is not saved, part, bits."""
   for index, now in enumerate(choice):
     for width, loss in losses[index].items():
       saved = costs_of.saved(choice, index, width)
@@ -144,7 +144,7 @@ class _Costs:
     for index, part in enumerate(found.parts):
       self._of[part.side] |= dict.fromkeys(part.layers, index)
     widths = {width for part in found.parts for width in _losses(part)}
-    by = found.subject.spec.bits.quantizer
+    by = found.model.spec.bits.quantizer
     self._fields = {width: _field_bits(by, width) for width in widths}
     self._cost = self._kernel_bytes if budget == "bytes" else self._bops
 
@@ -176,13 +176,13 @@ class _Costs:
 
 def _rows_of_costs(found: Sensitivity) -> dict[str, LayerCost]:
   """The layers of an exported file."""
-  subject, spec = found.subject, found.subject.spec
+  model, spec = found.model, found.model.spec
   floats = tuple(each for each in spec.bits.own if each.least is None)
   net = build_net(
     dataclasses.replace(spec, bits=dataclasses.replace(spec.bits, own=floats)),
-    subject.variables,
+    model.variables,
     name=type(spec.model).__name__,
-    normalization=subject.normalization,
+    normalization=model.normalization,
     weight_bits=_COST_BITS,
     act_bits=_COST_BITS,
   )
@@ -214,7 +214,7 @@ def _rules(
 
   Layers to which the run has rules or a policy get one, because the policy comes after them.
   """
-  spec = found.subject.spec
+  spec = found.model.spec
   sources, floats = feeds.quantizers_of(spec), spec.float_layers
   widths: dict[str, list[Any]] = {
     layer: [

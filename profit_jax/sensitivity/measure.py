@@ -32,7 +32,7 @@ Side = Literal["weights", "inputs"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
+class MeasuredModel:
   """A trained model and its data.
 
   Attributes:
@@ -55,7 +55,7 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fall:
+class Reduction:
   """What fewer bits change.
 
   Attributes:
@@ -70,22 +70,22 @@ class Fall:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-  """What falls at once.
+class LayerSensitivity:
+  """Weights or inputs that fall to fewer bits together.
 
   Attributes:
     side: the `weights` of a layer, or the `inputs` of layers that share quantizers.
     layers: whose weights or inputs they are.
     paths: the layer, or the quantizers.
     bits: as trained; 8 where the run has full precision.
-    falls: by the number of bits, rising; without those that are no fall.
+    reductions: by the number of bits, rising; without those that are no reduction.
   """
 
   side: Side
   layers: tuple[str, ...]
   paths: tuple[str, ...]
   bits: int
-  falls: tuple[Fall, ...] = ()
+  reductions: tuple[Reduction, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,23 +93,23 @@ class Sensitivity:
   """What `measure` found.
 
   Attributes:
-    subject: the trained model.
+    model: the trained model.
     bits: widths that were asked for.
-    scores: top1, top5 (percent), loss and the number of examples with no fall.
+    scores: top1, top5 (percent), loss and the number of examples with no reduction.
     parts: weights and inputs of all layers, in the order of their calls.
   """
 
-  subject: Subject
+  model: MeasuredModel
   bits: tuple[int, ...]
   scores: Scores
-  parts: tuple[Part, ...]
+  parts: tuple[LayerSensitivity, ...]
 
   def to_dict(self) -> dict[str, Any]:
     """Plain values, for JSON; a loss that is not finite is None."""
     parts = [dataclasses.asdict(part) for part in self.parts]
     for part in parts:
-      for fall in part["falls"]:
-        fall["loss"] = fall["loss"] if math.isfinite(fall["loss"]) else None
+      for reduction in part["reductions"]:
+        reduction["loss"] = reduction["loss"] if math.isfinite(reduction["loss"]) else None
     return {"bits": self.bits, "scores": self.scores, "parts": parts}
 
 
@@ -132,7 +132,7 @@ def measure_sensitivity(
   settings = Settings(seed=result.seed, data=DataSettings(name="Data.eval"))
   widths = (result.bits.weight, result.bits.act)
   weight_bits, act_bits = (None if width is None else int(width) for width in widths)
-  subject = Subject(
+  model = MeasuredModel(
     settings=settings.with_batch_size(source.batch_size),
     source=source,
     spec=result.spec,
@@ -141,11 +141,11 @@ def measure_sensitivity(
     act_bits=act_bits,
     normalization=result.normalization,
   )
-  return measure(subject, bits, images, source.image_dtype)
+  return measure(model, bits, images, source.image_dtype)
 
 
 def measure(
-  subject: Subject,
+  model: MeasuredModel,
   bits: Sequence[int],
   images: int = IMAGES,
   image_dtype: Any = np.uint8,
@@ -156,7 +156,7 @@ def measure(
   Widths are values: one compiled evaluation serves all.
 
   Args:
-    subject: the trained model and its data.
+    model: the trained model and its data.
     bits: widths to fall to, each 2 to 8.
     images: at most so many evaluation images, spread over the whole set.
     image_dtype: of the batches, uint8 or float32.
@@ -168,7 +168,7 @@ def measure(
   widths = _checked(bits)
   if images < 1:
     raise ConfigError(f"--images={images} is not allowed: it must be 1 or more.")
-  parts = parts_of(subject)
+  parts = parts_of(model)
   count = sum(width < part.bits for part in parts for width in widths)
   if not count:
     most = max((part.bits for part in parts), default=None)
@@ -176,21 +176,25 @@ def measure(
     raise ConfigError(
       f"--bits={','.join(map(str, widths))} is not allowed: {has}, so that nothing can fall."
     )
-  spec = _of_single_layers(subject.spec)
-  settings, source = subject.settings, subject.source
+  spec = _of_single_layers(model.spec)
+  settings, source = model.settings, model.source
   mesh = make_mesh(settings)
   programs = Programs(settings, source.info, spec, None, mesh, image_dtype=image_dtype)
   try:
-    evaluation = _Evaluation(subject, programs, parts, images)
+    evaluation = _Evaluation(model, programs, parts, images)
     tell(
       f"{count} evaluations of {evaluation.scores['examples']:.0f} images: {len(parts)} weights "
       f"and inputs at {', '.join(map(str, widths))} bits"
     )
-    falls = [tuple(evaluation.fall(p, width) for width in widths if width < p.bits) for p in parts]
+    reductions = [
+      tuple(evaluation.reduction(p, width) for width in widths if width < p.bits) for p in parts
+    ]
   finally:
     programs.close()
-  measured = [dataclasses.replace(p, falls=each) for p, each in zip(parts, falls, strict=True)]
-  return Sensitivity(subject=subject, bits=widths, scores=evaluation.scores, parts=tuple(measured))
+  measured = [
+    dataclasses.replace(p, reductions=each) for p, each in zip(parts, reductions, strict=True)
+  ]
+  return Sensitivity(model=model, bits=widths, scores=evaluation.scores, parts=tuple(measured))
 
 
 def _checked(bits: Sequence[int]) -> tuple[int, ...]:
@@ -204,18 +208,19 @@ def _checked(bits: Sequence[int]) -> tuple[int, ...]:
   return tuple(sorted(set(bits)))
 
 
-def parts_of(subject: Subject) -> list[Part]:
+def parts_of(model: MeasuredModel) -> list[LayerSensitivity]:
   """The weights of every layer, and the inputs of layers that share quantizers, with their bits.
 
   Layers that a rule keeps in full precision are left out, and quantizers that feed no layer.
   """
-  spec = subject.spec
-  bits = _own_bits(subject)
+  spec = model.spec
+  bits = _own_bits(model)
   parts = [
-    Part("weights", (layer,), (layer,), int(bits.weight_of(layer))) for layer in spec.kernels
+    LayerSensitivity("weights", (layer,), (layer,), int(bits.weight_of(layer)))
+    for layer in spec.kernels
   ]
   for layers, quantizers in _shared(spec):
-    parts.append(Part("inputs", layers, quantizers, int(bits.act_of(quantizers[0]))))
+    parts.append(LayerSensitivity("inputs", layers, quantizers, int(bits.act_of(quantizers[0]))))
   places = {layer: place for place, layer in enumerate(spec.all_kernels)}
   return sorted(parts, key=lambda part: places[part.layers[0]])
 
@@ -237,9 +242,9 @@ def _shared(spec: ModelSpec) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
   return [(tuple(layers), tuple(quantizers)) for layers, quantizers in groups]
 
 
-def _own_bits(subject: Subject) -> Bits:
+def _own_bits(model: MeasuredModel) -> Bits:
   """The bits of the run, 8 where it has full precision."""
-  return subject.spec.bits.at(subject.weight_bits or MAX_BITS, subject.act_bits or MAX_BITS)
+  return model.spec.bits.at(model.weight_bits or MAX_BITS, model.act_bits or MAX_BITS)
 
 
 def _of_single_layers(spec: ModelSpec) -> ModelSpec:
@@ -252,56 +257,60 @@ def _of_single_layers(spec: ModelSpec) -> ModelSpec:
 
 
 class _Evaluation:
-  """Evaluates the model with and without a fall.
+  """Evaluates the model with and without a reduction.
 
   Attributes:
     scores: without one.
   """
 
-  def __init__(self, subject: Subject, programs: Programs, parts: Sequence[Part], images: int):
+  def __init__(
+    self, model: MeasuredModel, programs: Programs, parts: Sequence[LayerSensitivity], images: int
+  ):
     spec = programs.student
-    self._subject, self._programs, self._spec = subject, programs, spec
-    bits, own = spec.bits.at(MAX_BITS, MAX_BITS), _own_bits(subject)
+    self._model, self._programs, self._spec = model, programs, spec
+    bits, own = spec.bits.at(MAX_BITS, MAX_BITS), _own_bits(model)
     widths = {
       path: np.int32(spec.width_of(path, own)) for path in (*spec.kernels, *spec.quantizers)
     }
     self._bits = dataclasses.replace(bits, layers={**bits.layers, **widths})
-    self._flat = traverse_util.flatten_dict(jax.device_get(subject.variables["params"]))
+    self._flat = traverse_util.flatten_dict(jax.device_get(model.variables["params"]))
     self._read = self._inputs()
     # What the run did not quantize begins with 8 bits.
     for part in parts:
       if self._trained_bits(part) is None:
         self._flat |= self._fitted(part, MAX_BITS)
-    self._batches = list(map(programs.placement.split, _batches(subject, images)))
+    self._batches = list(map(programs.placement.split, _batches(model, images)))
     self._step = programs.eval_step(True, True)
     self.scores = self._scores(self._flat, self._bits)
 
-  def fall(self, part: Part, width: int) -> Fall:
+  def reduction(self, part: LayerSensitivity, width: int) -> Reduction:
     """The changes where a part alone has this width."""
     bits = dict(self._bits.layers) | dict.fromkeys(part.paths, np.int32(width))
     found = self._scores(
       self._flat | self._fitted(part, width), dataclasses.replace(self._bits, layers=bits)
     )
-    return Fall(width, found["loss"] - self.scores["loss"], found["top1"] - self.scores["top1"])
+    return Reduction(
+      width, found["loss"] - self.scores["loss"], found["top1"] - self.scores["top1"]
+    )
 
   def _inputs(self) -> dict[str, np.ndarray]:
     """What every quantizer of activations reads, in the first training batch."""
-    subject, train = self._subject, self._subject.settings.train
-    batch = next(iter(subject.source.train_batches(0, train.batch_size)))
+    model, train = self._model, self._model.settings.train
+    batch = next(iter(model.source.train_batches(0, train.batch_size)))
     found = refit.inputs_of_quantizers(
       self._spec.model,
-      subject.normalization,
-      subject.variables,
+      model.normalization,
+      model.variables,
       batch["image"][:: train.accumulation_steps],
-      subject.spec.bits.at(subject.weight_bits, subject.act_bits),
+      model.spec.bits.at(model.weight_bits, model.act_bits),
     )
     return jax.device_get(found)
 
-  def _trained_bits(self, part: Part) -> int | None:
-    subject = self._subject
-    return subject.weight_bits if part.side == "weights" else subject.act_bits
+  def _trained_bits(self, part: LayerSensitivity) -> int | None:
+    model = self._model
+    return model.weight_bits if part.side == "weights" else model.act_bits
 
-  def _fitted(self, part: Part, width: int) -> dict[tuple[str, ...], Any]:
+  def _fitted(self, part: LayerSensitivity, width: int) -> dict[tuple[str, ...], Any]:
     """The scalars of a part's quantizers at a width, as leaves of the parameters."""
     trained = None if self._trained_bits(part) is None else part.bits
     of = self._kernel if part.side == "weights" else self._act
@@ -332,18 +341,18 @@ class _Evaluation:
     return refit.act_scalars(by, kind, values, scalars, qmax, own)
 
   def _scores(self, flat: dict[tuple[str, ...], Any], bits: Bits) -> Scores:
-    variables = {**self._subject.variables, "params": traverse_util.unflatten_dict(flat)}
+    variables = {**self._model.variables, "params": traverse_util.unflatten_dict(flat)}
     packed = self._programs.placement.replicate(pack_variables(variables, self._spec))
     total = summed(self._step, packed, self._batches, bits)
     return scores_of(total)
 
 
-def _batches(subject: Subject, wanted: int) -> Iterator[Batch]:
+def _batches(model: MeasuredModel, wanted: int) -> Iterator[Batch]:
   """Batches of at most so many evaluation images, spread over the set, whose order may be that of
   the classes.
   """
-  size = subject.settings.train.eval_batch_size
-  image, label = _spread(subject.source.eval_batches(size), wanted)
+  size = model.settings.train.eval_batch_size
+  image, label = _spread(model.source.eval_batches(size), wanted)
   for start in range(0, len(label), size):
     part = slice(start, start + size)
     missing = size - len(label[part])

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -12,7 +13,8 @@ from PIL import Image
 
 from profit_jax import optional
 from profit_jax.cli import sensitivity
-from profit_jax.config import PlanSettings
+from profit_jax.config import PlanSettings, default_config, parse
+from profit_jax.models import REGISTRY
 from profit_jax.sensitivity import Assignment
 from tests.train import shared
 from tests.train.tiny import CONVS
@@ -50,13 +52,13 @@ def test_the_table_has_every_layer_the_most_sensitive_first(measured):
   assert len(rows) == 7
   at_2_bits = [float(row[3]) for row in rows]
   assert at_2_bits == sorted(at_2_bits, reverse=True)
-  falls = {(p["side"], p["layers"][0]): p["falls"] for p in content["parts"]}
+  reductions = {(p["side"], p["layers"][0]): p["reductions"] for p in content["parts"]}
   for row in rows:
-    two, three = falls[row[1], row[0]]
+    two, three = reductions[row[1], row[0]]
     assert row[2:] == [
       "4",
-      *(f"{fall['loss']:+.4f}" for fall in (two, three)),
-      *(f"{fall['top1']:+.2f}" for fall in (two, three)),
+      *(f"{reduction['loss']:+.4f}" for reduction in (two, three)),
+      *(f"{reduction['top1']:+.2f}" for reduction in (two, three)),
     ]
   assert "14 evaluations of 100 images: 7 weights and inputs at 2, 3 bits" in printed
 
@@ -144,6 +146,18 @@ def assigned(weight_bits, act_bits, rules=()):
       },
     ),
     (
+      PlanSettings(
+        progressive=False, weight_bits=(4,), act_bits=(4,), refit_bits=(4,), profit_bits=(4,)
+      ),
+      (3, 4),
+      {
+        "plan.weight_bits": (4, 3),
+        "plan.act_bits": (4,),
+        "plan.profit_bits": (3,),
+        "plan.refit_bits": (),
+      },
+    ),
+    (
       PlanSettings(profit=False, act_bits=()),
       (4, None),
       {"plan.weight_bits": (8, 5, 4), "plan.act_bits": ()},
@@ -156,3 +170,7 @@ def test_the_plan_ends_with_the_fewest_bits(plan, bits, expected):
   found = dict(option.removeprefix("--config.").split("=", 1) for option in options)
   read = {name: ast.literal_eval(text) for name, text in found.items()}
   assert read == {**expected, "quant.rules": rules}
+  config = default_config()
+  config.plan.update(dataclasses.asdict(plan))
+  config.update_from_flattened_dict(read)
+  assert parse(config, REGISTRY).plan.weight_bits == read["plan.weight_bits"]

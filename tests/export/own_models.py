@@ -39,17 +39,19 @@ class Branches(nn.Module):
 
 
 class Same(nn.Module):
-  """TensorFlow's SAME padding, of even and odd sizes, with zeros and with -3/8."""
+  """TensorFlow's SAME padding, of even and odd sizes, with zeros, with -3/8, and without a border
+  at stride 3.
+  """
 
   @nn.compact
   def __call__(self, x, bits=Bits(), train=False):
-    x = QuantConv(8, 3, 2, padding="same", name="stem")(x, bits)  # 15 x 12 -> 8 x 6
+    x = QuantConv(8, 3, 3, padding="same", name="stem")(x, bits)  # 15 x 12 -> 5 x 4
     x = BatchNorm(name="stem_norm")(x, train, "hard_swish")
     x = QuantAct("hswish", name="stem_quant")(x, bits)
-    x = QuantConv(8, 5, 2, True, -0.375, "same", name="deep")(x, bits)  # 4 x 3
+    x = QuantConv(8, 5, 2, True, -0.375, "same", name="deep")(x, bits)  # 3 x 2
     x = BatchNorm(name="deep_norm")(x, train, "relu6")
     x = QuantAct("unsigned", name="deep_quant")(x, bits)
-    x = QuantConv(8, 3, 2, padding="same", name="last")(x, bits)  # 2 x 2
+    x = QuantConv(8, 3, 2, padding="same", name="last")(x, bits)  # 2 x 1
     x = BatchNorm(name="last_norm")(x, train, "relu")
     x = QuantAct("unsigned", name="last_quant")(x, bits)
     x = QuantConv(8, 3, 1, True, padding="same", name="flat")(x, bits)

@@ -274,11 +274,47 @@ class Bordered(nn.Module):
     return QuantDense(5, name="head")(spatial_mean(x), bits)
 
 
-def test_a_layer_that_reads_floats_and_pads_with_a_code_is_refused():
+def test_a_layer_that_reads_floats_pads_with_any_number():
   spec = with_rules(describe(Bordered(), (8, 8, 3)), (("conv", 8, "float"),), "profit")
   numbers = {"name": "own", "normalization": None, "weight_bits": 4, "act_bits": 4}
-  with pytest.raises(ConfigError, match="'conv' cannot be exported: it reads floats"):
-    build_net(spec, random_values(spec.shapes), **numbers)
+  variables, image = random_values(spec.shapes), float_images(shape=(8, 8, 3))
+  net = build_net(spec, variables, **numbers)
+  expected = spec.model.apply(variables, image, spec.bits.at(4, 4))
+  np.testing.assert_allclose(reference.run(net, image), expected, atol=1e-5)
+
+
+class Strided(nn.Module):
+  """SAME without a border: 9 pixels are three times 3."""
+
+  @nn.compact
+  def __call__(self, x, bits=Bits(), train=False):
+    x = QuantConv(8, 3, stride=3, padding="same", name="conv")(x, bits)
+    return QuantDense(5, name="head")(spatial_mean(x), bits)
+
+
+def test_a_border_of_nothing_stays_nothing():
+  spec = with_rules(describe(Strided(), (9, 9, 1)), (("head", "float", None),), "profit")
+  variables, image = random_values(spec.shapes), float_images(shape=(9, 9, 1))
+  net = build_net(spec, variables, name="own", normalization=None, weight_bits=4, act_bits=4)
+  assert net.shapes()["conv"] == (3, 3, 8)
+  expected = spec.model.apply(variables, image, spec.bits.at(4, 4))
+  np.testing.assert_allclose(reference.run(net, image), expected, atol=1e-5)
+
+
+class Halved(nn.Module):
+  """Layers that read halves of a quantizer's channels."""
+
+  @nn.compact
+  def __call__(self, x, bits=Bits(), train=False):
+    x = QuantAct("symmetric", name="quant")(x, bits)
+    left, right = jnp.split(value_of(x), 2, axis=-1)
+    x = QuantConv(4, name="left")(left, bits) + QuantConv(4, name="right")(right, bits)
+    return QuantDense(5, name="head")(spatial_mean(x), bits)
+
+
+def test_halves_of_channels_are_refused():
+  with pytest.raises(ConfigError, match="split"):
+    own_net(Halved(), shape=(8, 8, 2))
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,14 @@ def test_the_first_images_are_compared_in_equal_parts(net, runner):
   np.testing.assert_array_equal(np.concatenate(parts), everything[: len(parts) * len(parts[0])])
 
 
+def test_a_net_without_codes_is_compared_on_as_many_pixels(net):
+  first = next(node for node in net.nodes if isinstance(node, Layer))
+  floats = net._replace(nodes=(first,))
+  pixels = np.prod(net.image_shape)
+  (few,) = verify.eval_images(floats, digits(), 4, max_codes=10 * pixels)
+  np.testing.assert_array_equal(few, next(digits().eval_batches(10))["image"])
+
+
 class Changed:
   """A runner that is wrong where codes are asked for."""
 

@@ -150,6 +150,10 @@ def test_settings_reach_the_model():
       {"teacher.model": "resnet50", "teacher.weights": "x", "teacher.strides": (1,)},
       r"teacher\.strides.*\(1,\).*\b6\b",
     ),
+    (
+      {"teacher.model": "resnet50", "teacher.weights": "x", "teacher.padding": "same"},
+      r"teacher\.padding = 'same'.*resnet50.*'torch'.*mobilenet_v3_large",
+    ),
   ],
 )
 def test_settings_that_do_not_fit_the_model(changes, message):
@@ -199,9 +203,13 @@ def test_what_cannot_be_registered(name, module, options, message):
   assert before == REGISTRY
 
 
-def test_a_model_without_a_width_or_strides_refuses_them(monkeypatch):
+def test_a_model_without_an_option_refuses_it(monkeypatch):
   monkeypatch.setitem(REGISTRY, "mine", ModelEntry(Classes))
-  for changes in ({"model.width": 0.5}, {"model.strides": (2, 1)}):
+  for changes in (
+    {"model.width": 0.5},
+    {"model.strides": (2, 1)},
+    {"model.padding": "same"},
+  ):
     with pytest.raises(ConfigError, match=rf"{next(iter(changes))} = .*mine"):
       check(settings(**{"model.name": "mine", **changes}))
   check(settings(**{"model.name": "mine"}))

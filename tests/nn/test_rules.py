@@ -64,6 +64,22 @@ def test_the_quantizer_that_feeds_a_layer_is_found_wherever_it_is():
   }
 
 
+class Halved(nn.Module):
+  """Layers that read halves of a quantizer's channels."""
+
+  @nn.compact
+  def __call__(self, x, bits=Bits(), train=False):
+    x = QuantAct("unsigned", name="quant")(QuantConv(8, name="stem")(x, bits), bits)
+    left, right = jnp.split(x.value(), 2, axis=-1)
+    x = QuantConv(4, name="left")(left, bits) + QuantConv(4, name="right")(right, bits)
+    return spatial_mean(x)
+
+
+def test_halves_of_channels_have_their_quantizer():
+  found = feeds.quantizers_of(describe(Halved(), SHAPE))
+  assert found == {"stem": (), "left": ("quant",), "right": ("quant",)}
+
+
 @pytest.mark.parametrize(
   ("name", "last"),
   [
@@ -136,6 +152,8 @@ def test_every_policy_that_a_configuration_can_name_is_known():
   [
     ([("haed", 8, 8)], r"'haed', 8, 8\) matches no layer\. Near names: head, added\."),
     ([("ight", 8, None)], r"whole paths, .* a part of 'right': write '\.\*ight\.\*'"),
+    ([("igh|ef", 8, None)], r"part of 'left', 'right': write '\.\*\(\?:igh\|ef\)\.\*'"),
+    ([("(?i)IGHT", 8, None)], r"a part of 'right'\.$"),
     ([("last_quant", 8, 8)], r"'last_quant' is a quantizer: name the layer that it feeds, 'head'"),
     ([("q+", 8, None)], r"matches no layer\. The layers are 'stem', 'left', .* and 1 more\."),
     ([(".*t", 8, None), ("left", 4, None)], r"'left', 4, None\) decides nothing: .*'\.\*t'"),

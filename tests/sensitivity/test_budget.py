@@ -12,25 +12,27 @@ from profit_jax.export.costs import costs
 from profit_jax.nn.rules import with_rules
 from profit_jax.nn.spec import describe
 from profit_jax.quant import PACT, Bits
-from profit_jax.sensitivity import Fall, Sensitivity, assign_bits
+from profit_jax.sensitivity import Reduction, Sensitivity, assign_bits
 from profit_jax.sensitivity.measure import parts_of
 from tests.export.tiny import MIXED, TinyV1
-from tests.sensitivity.test_measure import subject_of
+from tests.sensitivity.test_measure import measured_model
 
 
 def found_of(losses, rules=(), policy="profit", **widths):
   """A measurement in which parts lose what `losses` says, by (side, first layer): at 4 bits this,
   at 2 bits four times this; others nothing.
   """
-  subject = subject_of(model=TinyV1(), **{"weight_bits": 8, "act_bits": 8, **widths})
-  spec = with_rules(subject.spec, rules, policy)
-  subject = dataclasses.replace(subject, spec=spec)
+  model = measured_model(model=TinyV1(), **{"weight_bits": 8, "act_bits": 8, **widths})
+  spec = with_rules(model.spec, rules, policy)
+  model = dataclasses.replace(model, spec=spec)
   parts = []
-  for part in parts_of(subject):
+  for part in parts_of(model):
     loss = losses.get((part.side, part.layers[0]), 0.0)
-    falls = (Fall(2, 4 * loss, -1.0), Fall(4, loss, -1.0))
-    parts.append(dataclasses.replace(part, falls=tuple(f for f in falls if f.bits < part.bits)))
-  return Sensitivity(subject=subject, bits=(2, 4), scores={}, parts=tuple(parts))
+    reductions = (Reduction(2, 4 * loss, -1.0), Reduction(4, loss, -1.0))
+    parts.append(
+      dataclasses.replace(part, reductions=tuple(f for f in reductions if f.bits < part.bits))
+    )
+  return Sensitivity(model=model, bits=(2, 4), scores={}, parts=tuple(parts))
 
 
 LAYERS = ("stem_conv", "block00/depthwise_conv", "block00/pointwise_conv", "classifier")
@@ -39,11 +41,11 @@ EQUAL = {(side, layer): 0.1 for side in ("weights", "inputs") for layer in LAYER
 
 def cost_of_file(found, assigned):
   """Bytes and bit operations in the card of a file that is trained as assigned."""
-  subject = found.subject
-  spec = describe(subject.spec.model, subject.spec.input_shape, subject.spec.bits)
+  model = found.model
+  spec = describe(model.spec.model, model.spec.input_shape, model.spec.bits)
   net = build_net(
     with_rules(spec, assigned.rules, "profit"),
-    subject.variables,
+    model.variables,
     name="net",
     normalization=None,
     weight_bits=assigned.weight_bits,
@@ -96,7 +98,10 @@ def test_a_fall_without_a_finite_loss_is_the_last():
   found = found_of(EQUAL)
   parts = [
     dataclasses.replace(
-      part, falls=tuple(dataclasses.replace(fall, loss=math.nan) for fall in part.falls)
+      part,
+      reductions=tuple(
+        dataclasses.replace(reduction, loss=math.nan) for reduction in part.reductions
+      ),
     )
     if part.layers == ("classifier",) and part.side == "weights"
     else part
@@ -133,21 +138,21 @@ def test_the_rules_give_the_bits_that_were_assigned(rules, policy, share):
     assert rules == MIXED  # most of it is in floats
     return
   check_rules(assigned.rules, "assigned")
-  spec = describe(TinyV1(), found.subject.spec.input_shape)
+  spec = describe(TinyV1(), found.model.spec.input_shape)
   spec = with_rules(spec, assigned.rules, policy)
   bits = spec.bits.at(assigned.weight_bits, assigned.act_bits)
   assert {path: int(spec.width_of(path, bits)) for path in assigned.bits} == assigned.bits
-  assert spec.float_layers == found.subject.spec.float_layers
+  assert spec.float_layers == found.model.spec.float_layers
 
 
 def test_codes_that_take_more_bits_cost_more_bytes():
   found = found_of({})
-  spec = dataclasses.replace(found.subject.spec, bits=Bits(quantizer=PACT()))
-  subject = dataclasses.replace(found.subject, spec=spec)
-  pact = assign_bits(dataclasses.replace(found, subject=subject), "bytes", 10**12)
+  spec = dataclasses.replace(found.model.spec, bits=Bits(quantizer=PACT()))
+  model = dataclasses.replace(found.model, spec=spec)
+  pact = assign_bits(dataclasses.replace(found, model=model), "bytes", 10**12)
   least = {"duq": 144, "pact": 288}  # PACT's codes of 2 bits are odd numbers from -3 to 3
   assert pact.bytes == assign_bits(found, "bytes", 10**12).bytes
-  for name, of in (("duq", found), ("pact", dataclasses.replace(found, subject=subject))):
+  for name, of in (("duq", found), ("pact", dataclasses.replace(found, model=model))):
     assert assign_bits(of, "bytes", least[name]).bytes == least[name]
     with pytest.raises(ConfigError, match=f"take {least[name]} bytes"):
       assign_bits(of, "bytes", least[name] - 1)

@@ -16,7 +16,7 @@ from profit_jax.data.batches import BatchSource
 from profit_jax.nn.rules import with_rules
 from profit_jax.nn.spec import describe
 from profit_jax.quant.quantized import value_of
-from profit_jax.sensitivity import Subject, measure, measure_sensitivity
+from profit_jax.sensitivity import MeasuredModel, measure, measure_sensitivity
 from profit_jax.sensitivity.measure import _spread, parts_of
 from profit_jax.train.compiler import Compiler
 from tests.export.nets import random_values
@@ -37,12 +37,12 @@ def batch(seed, rows=ROWS):
 DATA = pj.Data(train=[batch(0), batch(1)], eval=[batch(2), batch(3, rows=5)], steps_per_epoch=2)
 
 
-def subject_of(rules=(), model=None, weight_bits=4, act_bits=6):
+def measured_model(rules=(), model=None, weight_bits=4, act_bits=6):
   model = model or TinyNet(num_classes=CLASSES)
   spec = with_rules(describe(model, SHAPE), rules, "profit")
   source = BatchSource(DATA)
   source.num_classes = spec.outputs
-  return Subject(
+  return MeasuredModel(
     settings=Settings().with_batch_size(ROWS),
     source=source,
     spec=spec,
@@ -53,11 +53,11 @@ def subject_of(rules=(), model=None, weight_bits=4, act_bits=6):
   )
 
 
-def loss_and_top1(subject, bits, params):
+def loss_and_top1(model, bits, params):
   """On all evaluation images, by hand."""
-  variables, losses, correct = {**subject.variables, "params": params}, [], []
-  model = subject.spec.model
-  run = jax.jit(lambda image: value_of(model.apply(variables, image, bits, False)))
+  variables, losses, correct = {**model.variables, "params": params}, [], []
+  module = model.spec.model
+  run = jax.jit(lambda image: value_of(module.apply(variables, image, bits, False)))
   for each in DATA.eval:
     logits = run(each["image"])
     chances = jax.nn.log_softmax(logits)
@@ -82,8 +82,8 @@ def compiled():
 
 @pytest.fixture(scope="module")
 def found(compiled):
-  subject = subject_of(rules=(("conv1", 8, None),))
-  return measure(subject, (3, 2, 5), image_dtype=np.float32)
+  model = measured_model(rules=(("conv1", 8, None),))
+  return measure(model, (3, 2, 5), image_dtype=np.float32)
 
 
 def test_one_compiled_evaluation_serves_all(found, compiled):
@@ -91,7 +91,7 @@ def test_one_compiled_evaluation_serves_all(found, compiled):
 
 
 def test_every_layer_falls_from_its_own_bits(found):
-  widths = {(p.side, p.layers): (p.bits, [f.bits for f in p.falls]) for p in found.parts}
+  widths = {(p.side, p.layers): (p.bits, [f.bits for f in p.reductions]) for p in found.parts}
   assert widths == {
     ("weights", ("conv0",)): (4, [2, 3]),
     ("weights", ("conv1",)): (8, [2, 3, 5]),
@@ -105,40 +105,42 @@ def test_every_layer_falls_from_its_own_bits(found):
 
 
 def test_the_loss_is_that_of_the_model_with_one_layer_at_fewer_bits(found):
-  subject = found.subject
-  bits, params = subject.spec.bits.at(4, 6), subject.variables["params"]
-  loss, top1 = loss_and_top1(subject, bits, params)
+  model = found.model
+  bits, params = model.spec.bits.at(4, 6), model.variables["params"]
+  loss, top1 = loss_and_top1(model, bits, params)
   np.testing.assert_allclose(found.scores["loss"], loss, rtol=1e-4)
   np.testing.assert_allclose(found.scores["top1"], top1, rtol=1e-6)
   assert found.scores["examples"] == 13
   # What a fall to 3 bits computes: conv2's kernel at its refitted scalars.
   part = next(p for p in found.parts if p.side == "weights" and p.layers == ("conv2",))
   scalars = pj.sensitivity.refit.kernel_scalars(
-    subject.spec.bits.quantizer,
+    model.spec.bits.quantizer,
     np.asarray(params["conv2"]["kernel"]),
     {leaf: params["conv2"][leaf] for leaf in ("quant_a", "quant_c")},
     np.float32(3),
     np.float32(7),
   )
   fallen = dataclasses.replace(bits, layers={**bits.layers, "conv2": np.int32(3)})
-  loss3, top3 = loss_and_top1(subject, fallen, params | {"conv2": params["conv2"] | scalars})
-  fall = next(fall for fall in part.falls if fall.bits == 3)
-  np.testing.assert_allclose(fall.loss, loss3 - loss, rtol=1e-3, atol=1e-5)
-  np.testing.assert_allclose(fall.top1, top3 - top1, rtol=1e-6)
+  loss3, top3 = loss_and_top1(model, fallen, params | {"conv2": params["conv2"] | scalars})
+  reduction = next(reduction for reduction in part.reductions if reduction.bits == 3)
+  np.testing.assert_allclose(reduction.loss, loss3 - loss, rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(reduction.top1, top3 - top1, rtol=1e-6)
 
 
 def test_what_is_found_is_plain(found):
   plain = json.loads(json.dumps(found.to_dict()))
   assert plain["bits"] == [2, 3, 5]
   assert [part["layers"] for part in plain["parts"]] == [list(p.layers) for p in found.parts]
-  broken = dataclasses.replace(found.parts[0], falls=(pj.sensitivity.Fall(2, math.nan, 0.0),))
+  broken = dataclasses.replace(
+    found.parts[0], reductions=(pj.sensitivity.Reduction(2, math.nan, 0.0),)
+  )
   plain = dataclasses.replace(found, parts=(broken,)).to_dict()
-  assert plain["parts"][0]["falls"][0]["loss"] is None
+  assert plain["parts"][0]["reductions"][0]["loss"] is None
 
 
 def test_layers_that_share_quantizers_fall_together():
-  subject = subject_of(model=Shared(), rules=(("head", "float", "float"),))
-  parts = [(part.side, part.layers, part.paths) for part in parts_of(subject)]
+  model = measured_model(model=Shared(), rules=(("head", "float", "float"),))
+  parts = [(part.side, part.layers, part.paths) for part in parts_of(model)]
   assert ("inputs", ("left", "right"), ("shared_quant",)) in parts
   assert ("inputs", ("joined",), ("left_quant", "right_quant")) in parts
   assert not any({"head", "stem", "added"} & set(p[1]) for p in parts if p[0] == "inputs")
@@ -146,11 +148,11 @@ def test_layers_that_share_quantizers_fall_together():
 
 
 def test_a_model_in_full_precision_falls_from_8_bits():
-  subject = subject_of(weight_bits=None, act_bits=None)
-  found = measure(subject, (4, 8), image_dtype=np.float32)
+  model = measured_model(weight_bits=None, act_bits=None)
+  found = measure(model, (4, 8), image_dtype=np.float32)
   assert {part.bits for part in found.parts} == {8}
-  assert all([fall.bits for fall in part.falls] == [4] for part in found.parts)
-  loss, _ = loss_and_top1(subject, subject.spec.bits, subject.variables["params"])
+  assert all([reduction.bits for reduction in part.reductions] == [4] for part in found.parts)
+  loss, _ = loss_and_top1(model, model.spec.bits, model.variables["params"])
   np.testing.assert_allclose(found.scores["loss"], loss, rtol=0.05)
 
 
@@ -166,7 +168,7 @@ def test_a_model_in_full_precision_falls_from_8_bits():
 )
 def test_what_cannot_be_measured_is_named(bits, images, message):
   with pytest.raises(ConfigError, match=message):
-    measure(subject_of(), bits, images, image_dtype=np.float32)
+    measure(measured_model(), bits, images, image_dtype=np.float32)
 
 
 class Plain(nn.Module):
@@ -179,7 +181,7 @@ class Plain(nn.Module):
 
 def test_a_model_without_quantizers_has_nothing_to_measure():
   with pytest.raises(ConfigError, match="the model quantizes no layer"):
-    measure(subject_of(model=Plain()), (2,), image_dtype=np.float32)
+    measure(measured_model(model=Plain()), (2,), image_dtype=np.float32)
 
 
 @pytest.mark.parametrize(("wanted", "count"), [(1, 1), (7, 7), (30, 30), (100, 100), (1000, 100)])
@@ -228,4 +230,4 @@ def test_a_result_of_the_library_is_measured_and_assigned(tmp_path):
   assigned = pj.assign_bits(found, "bytes", 60)
   assert assigned.bytes <= 60 < assigned.full_bytes
   assert assigned.act_bits is None
-  assert all(jnp.isfinite(fall.loss) for part in found.parts for fall in part.falls)
+  assert all(jnp.isfinite(reduction.loss) for part in found.parts for reduction in part.reductions)
