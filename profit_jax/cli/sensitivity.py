@@ -8,17 +8,17 @@ greedy choice assigns, as options to train with.
 import argparse
 import json
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from etils import epath
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax import data, optional, paths, schedule
+from profit_jax import data, distributed, optional, paths, schedule
 from profit_jax.cli import app, command
 from profit_jax.config import ConfigError, PlanSettings
 from profit_jax.models import check
@@ -138,7 +138,7 @@ def _write(path: epath.Path, content: dict[str, Any]) -> None:
 
 def run(options: argparse.Namespace) -> None:
   """Measures, prints and writes; raises ConfigError where the user can mend something."""
-  if jax.process_count() > 1:
+  if distributed.started_tasks(os.environ) > 1:
     raise ConfigError("profit sensitivity runs in one process. Start it on one machine alone.")
   widths, budget = _widths(options.bits), _budget(options)
   workdir = paths.opened("--workdir", options.workdir)

@@ -137,6 +137,23 @@ class BatchSource:
     self._rows = len(image)
     self.batch_size = self._rows * shard.count
 
+  def require_images_of(self, shape: tuple[int, ...], *, floats: bool) -> None:
+    """Refuses images that are not those of a trained model.
+
+    Args:
+      shape: `(H, W, C)` of the model's images.
+      floats: whether they are float32, not uint8.
+
+    Raises:
+      ConfigError: others.
+    """
+    if self.image_shape != shape or floats == (self.image_dtype == np.uint8):
+      trained = "float32" if floats else "uint8"
+      raise ConfigError(
+        f"The images are {self.image_dtype.name} of the shape {self.image_shape}, but the model "
+        f"was trained on {trained} of the shape {shape}. Give the same kind."
+      )
+
   @property
   def info(self) -> DatasetInfo:
     """What is known of the data; the number of evaluation examples is not, and is 0."""

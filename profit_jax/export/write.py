@@ -187,13 +187,7 @@ def export(
   data = Data(train=lambda epoch, step: opened(), eval=eval_batches, steps_per_epoch=1)
   source = BatchSource(dataclasses.replace(data, class_names=result.class_names))
   source.num_classes = result.spec.outputs
-  floats = result.normalization is None
-  if source.image_shape != result.spec.input_shape or floats == (source.image_dtype == np.uint8):
-    raise ConfigError(
-      f"The evaluation images are {source.image_dtype.name} of the shape {source.image_shape}, but "
-      f"the model was trained on {'float32' if floats else 'uint8'} of the shape "
-      f"{result.spec.input_shape}. Give the same kind."
-    )
+  source.require_images_of(result.spec.input_shape, floats=result.normalization is None)
   trained = _trained(result, source, bits)
   exporter = Exporter(trained)
   exporter.require_equal()

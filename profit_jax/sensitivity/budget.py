@@ -70,9 +70,11 @@ def assign_bits(found: Sensitivity, budget: Budget, most: int) -> Assignment:
     most: of them.
 
   Raises:
-    ConfigError: a budget that cannot be met; a model whose cost is not known, because it cannot be
-      exported.
+    ConfigError: an unknown budget, or one that cannot be met; a model whose cost is not known,
+      because it cannot be exported.
   """
+  if budget not in _UNITS:
+    raise ConfigError(f"budget = {budget!r} is not allowed; allowed are {', '.join(_UNITS)}.")
   rows, parts = _rows_of_costs(found), found.parts
   costs_of = _Costs(found, rows, budget)
   losses = [_losses(part) for part in parts]
@@ -80,8 +82,8 @@ def assign_bits(found: Sensitivity, budget: Budget, most: int) -> Assignment:
   least = costs_of.total([min(widths) for widths in losses])
   if least > most:
     raise ConfigError(
-      f"--budget_{budget}={most} cannot be met: all layers at their fewest bits take {least:,} "
-      f"{_UNITS[budget]}. Give more, or let them fall to fewer bits with --bits."
+      f"A budget of {most:,} {_UNITS[budget]} cannot be met: all layers at their fewest bits take "
+      f"{least:,}. Give more, or let them fall to fewer bits."
     )
   cost = costs_of.total(choice)
   while cost > most:

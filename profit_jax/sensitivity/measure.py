@@ -125,9 +125,18 @@ def measure_sensitivity(
     images: at most so many evaluation images, spread over the whole set.
 
   Raises:
-    ConfigError: bits that are not allowed, or to which nothing can fall.
+    ConfigError: bits that are not allowed, or to which nothing can fall; batches that are not those
+      of the model; one of several processes.
   """
+  if jax.process_count() > 1:
+    raise ConfigError(
+      "measure_sensitivity runs in one process only. Call it in a program of its own, where "
+      "Trainer.fit returns the finished run's Result at once."
+    )
+  if not isinstance(data, Data):
+    raise ConfigError(f"data must be a profit_jax.Data, not {type(data).__name__}.")
   source = BatchSource(data)
+  source.require_images_of(result.spec.input_shape, floats=result.normalization is None)
   source.num_classes = result.spec.outputs
   settings = Settings(seed=result.seed, data=DataSettings(name="Data.eval"))
   widths = (result.bits.weight, result.bits.act)
@@ -153,7 +162,7 @@ def measure(
 ) -> Sensitivity:
   """Lets the weights or the inputs of each layer alone fall, with their intervals refitted.
 
-  Widths are values: one compiled evaluation serves all.
+  Widths are values: one compiled evaluation serves all. It runs on one device.
 
   Args:
     model: the trained model and its data.
@@ -167,18 +176,18 @@ def measure(
   """
   widths = _checked(bits)
   if images < 1:
-    raise ConfigError(f"--images={images} is not allowed: it must be 1 or more.")
+    raise ConfigError(f"images={images} is not allowed: it must be 1 or more.")
   parts = parts_of(model)
   count = sum(width < part.bits for part in parts for width in widths)
   if not count:
     most = max((part.bits for part in parts), default=None)
     has = f"no layer has more than {most} bits" if most else "the model quantizes no layer"
     raise ConfigError(
-      f"--bits={','.join(map(str, widths))} is not allowed: {has}, so that nothing can fall."
+      f"bits={','.join(map(str, widths))} is not allowed: {has}, so that nothing can fall."
     )
   spec = _of_single_layers(model.spec)
   settings, source = model.settings, model.source
-  mesh = make_mesh(settings)
+  mesh = make_mesh(settings, jax.local_devices()[:1])
   programs = Programs(settings, source.info, spec, None, mesh, image_dtype=image_dtype)
   try:
     evaluation = _Evaluation(model, programs, parts, images)
@@ -198,14 +207,17 @@ def measure(
 
 
 def _checked(bits: Sequence[int]) -> tuple[int, ...]:
-  for width in bits:
+  if not isinstance(bits, Iterable):
+    raise ConfigError(f"bits={bits!r} is not allowed: it must be widths, as (2, 3).")
+  widths = [width.item() if isinstance(width, np.integer) else width for width in bits]
+  for width in widths:
     if isinstance(width, bool) or not isinstance(width, int) or not MIN_BITS <= width <= MAX_BITS:
       raise ConfigError(
-        f"--bits has {width!r}, which is not allowed: each must be {MIN_BITS} to {MAX_BITS}."
+        f"bits has {width!r}, which is not allowed: each must be {MIN_BITS} to {MAX_BITS}."
       )
-  if not bits:
-    raise ConfigError(f"--bits has no width. Give one or more of {MIN_BITS} to {MAX_BITS}.")
-  return tuple(sorted(set(bits)))
+  if not widths:
+    raise ConfigError(f"bits has no width. Give one or more of {MIN_BITS} to {MAX_BITS}.")
+  return tuple(sorted(set(widths)))
 
 
 def parts_of(model: MeasuredModel) -> list[LayerSensitivity]:

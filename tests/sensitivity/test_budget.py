@@ -117,11 +117,16 @@ def test_a_fall_without_a_finite_loss_is_the_last():
 
 def test_a_budget_that_cannot_be_met_names_the_least():
   with pytest.raises(
-    ConfigError, match=r"--budget_bytes=100 cannot be met: all layers .* take 144 bytes"
+    ConfigError, match=r"A budget of 100 bytes cannot be met: all layers .* take 144\."
   ):
     assign_bits(found_of(EQUAL), "bytes", 100)
-  with pytest.raises(ConfigError, match=r"--budget_bops=1 .* bit operations an image"):
+  with pytest.raises(ConfigError, match=r"A budget of 1 bit operations an image"):
     assign_bits(found_of(EQUAL), "bops", 1)
+
+
+def test_an_unknown_budget_is_named():
+  with pytest.raises(ConfigError, match=r"'bitops' is not allowed; allowed are bytes, bops"):
+    assign_bits(found_of(EQUAL), "bitops", 10**9)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,6 @@ def test_codes_that_take_more_bits_cost_more_bytes():
   assert pact.bytes == assign_bits(found, "bytes", 10**12).bytes
   for name, of in (("duq", found), ("pact", dataclasses.replace(found, model=model))):
     assert assign_bits(of, "bytes", least[name]).bytes == least[name]
-    with pytest.raises(ConfigError, match=f"take {least[name]} bytes"):
+    with pytest.raises(ConfigError, match=f"take {least[name]}\\."):
       assign_bits(of, "bytes", least[name] - 1)
   assert np.isfinite(pact.loss)

@@ -159,11 +159,12 @@ def test_a_model_in_full_precision_falls_from_8_bits():
 @pytest.mark.parametrize(
   ("bits", "images", "message"),
   [
-    ((1, 2), 9, r"--bits has 1, which is not allowed: each must be 2 to 8"),
-    ((9,), 9, r"--bits has 9"),
-    ((), 9, r"--bits has no width"),
-    ((7, 8), 9, r"--bits=7,8 is not allowed: no layer has more than 6 bits"),
-    ((2,), 0, r"--images=0"),
+    ((1, 2), 9, r"bits has 1, which is not allowed: each must be 2 to 8"),
+    ((9,), 9, r"bits has 9"),
+    ((), 9, r"bits has no width"),
+    (3, 9, r"bits=3 is not allowed"),
+    ((7, 8), 9, r"bits=7,8 is not allowed: no layer has more than 6 bits"),
+    ((2,), 0, r"images=0"),
   ],
 )
 def test_what_cannot_be_measured_is_named(bits, images, message):
@@ -231,3 +232,11 @@ def test_a_result_of_the_library_is_measured_and_assigned(tmp_path):
   assert assigned.bytes <= 60 < assigned.full_bytes
   assert assigned.act_bits is None
   assert all(jnp.isfinite(reduction.loss) for part in found.parts for reduction in part.reductions)
+  assert measure_sensitivity(result, DATA, np.array([2]), images=10).bits == (2,)
+  grey = dataclasses.replace(DATA, train=[{**batch(0), "image": np.zeros((8, 8, 8, 1), np.uint8)}])
+  for data, message in (
+    (DATA.eval, "must be a profit_jax.Data, not list"),
+    (grey, r"images are uint8 of the shape \(8, 8, 1\), but the model was trained on float32"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      measure_sensitivity(result, data)
