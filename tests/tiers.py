@@ -5,6 +5,7 @@
 
 # Files, or tests in them, relative to tests/. With parameters in brackets, one case of a test.
 SLOW = (
+  "benchmarks/test_aot.py::test_a_plain_step_gives_the_state_of_the_next",
   "benchmarks/test_aot_compilers.py",
   "data/test_fashion_mnist.py::test_debians_files_are_the_published_set",
   "data/test_images.py::test_a_file_that_went_away_is_no_broken_image",
@@ -30,12 +31,18 @@ SLOW = (
   "export/test_trace.py::test_a_file_computes_an_own_models_codes",
   "export/test_trace.py::test_every_quantizer_is_exported",
   "kernels/test_depthwise_triton.py::test_codes_are_computed_on_load",
+  "kernels/test_depthwise_triton.py::test_codes_on_four_devices",
+  "kernels/test_depthwise_triton.py::test_four_devices_compute_what_one_computes",
+  "kernels/test_depthwise_triton.py::test_result_and_gradients",
   "models/test_mobilenet_v2.py::test_authors_logits",
   "models/test_mobilenet_v2.py::test_relu6_bounds_what_relu_does_not",
   "models/test_mobilenet_v3.py::test_authors_logits",
+  "models/test_placement.py::test_every_layer_but_the_first_reads_codes",
   "models/test_registry.py::test_every_kernel_is_quantized",
   "models/test_registry.py::test_published_code_has_the_same_logits",
   "models/test_variants.py",
+  "nn/test_codes.py::test_a_net_in_float32_has_the_codes_of_float64",
+  "sensitivity/test_measure.py::test_a_result_of_the_library_is_measured_and_assigned",
   "cli/test_ablation.py::test_without_gpus_the_runs_at_once_share_the_devices",
   "test_examples.py::test_an_example_runs_without_a_checkout",
   "test_package.py::test_a_run_without_the_packages_of_other_features",
@@ -59,20 +66,36 @@ SLOW = (
   "train/test_processes.py::test_where_one_process_is_lost_the_others_end_and_say_so",
   "train/test_oscillation.py::test_a_stopped_run_ends_the_same",
   "train/test_oscillation.py::test_all_remedies_and_profit_in_one_run",
+  "train/test_oscillation.py::test_the_optimizer_gets_the_gradient_of_dampening",
   "train/test_oscillation.py::test_the_best_weights_have_the_statistics_of_the_first_batches",
   "train/test_start.py::test_a_run_from_a_file_resumes_without_it",
   "train/test_start.py::test_a_run_that_starts_from_a_run_is_evaluated_before_training",
   "train/test_start.py::test_another_net_teaches_and_a_bad_one_is_loud",
   "train/test_start.py::test_both_paddings_of_a_torchvision_v3_are_evaluated",
+  "train/test_start.py::test_torchvision_v3_is_evaluated_with_its_own_padding_and_teaches_with_it",
   "train/test_steps.py::test_a_batch_in_parts_has_the_gradient_of_its_loss",
   "train/test_steps.py::test_a_phase_that_trains_no_kernel_needs_fewer_operations",
   "train/test_trainer.py::test_own_loss_optimizer_teacher_and_first_weights",
   "train/test_trainer.py::test_own_models_are_trained_and_exported",
+  "train/test_trainer.py::test_plain_layers_and_own_parameters_train",
+  "train/test_trainer.py::test_rules_give_layers_their_bits",
   "train/test_trajectory.py",
   "weights/test_hub.py::test_a_run_from_a_name_keeps_its_settings_and_its_card_has_the_checksum",
   "weights/test_claims.py::test_the_library_knows_the_members_of_a_class",
   "weights/test_library.py::test_a_registered_model_takes_every_name_that_it_has",
   "weights/test_load.py::test_a_file_of_another_model_is_named",
+  # The largest nets; their families have smaller ones.
+  *(
+    f"weights/test_save.py::test_round_trip_is_bit_identical[{case}]"
+    for case in (
+      "efficientnet_lite2-timm",
+      "efficientnet_lite3-timm",
+      "efficientnet_lite4-timm",
+      "mobilenet_v2_110d-timm",
+      "mobilenet_v4_conv_medium-timm",
+      "resnet50-torchvision",
+    )
+  ),
 )
 # Exceptions: these run in the fast tier all the same.
 FAST = (
@@ -95,6 +118,11 @@ FAST = (
       "resnet34",
     )
   ),
+  "kernels/test_depthwise_triton.py::test_result_and_gradients[3x3, stride 2]",
+  "kernels/test_depthwise_triton.py::test_result_and_gradients[5x5]",
+  "kernels/test_depthwise_triton.py::test_result_and_gradients[TensorFlow's SAME, stride 2]",
+  "models/test_placement.py::test_every_layer_but_the_first_reads_codes[efficientnet_lite0]",
+  "models/test_placement.py::test_every_layer_but_the_first_reads_codes[mobilenet_v4_conv_small]",
   "models/test_variants.py::test_every_net_with_the_tensors_of_a_variant_is_known_by_name",
   "models/test_variants.py::test_every_variant_is_compared",
   *(
@@ -106,7 +134,7 @@ FAST = (
   "models/test_mobilenet_v2.py::test_authors_logits[w4a4-eval]",
   "models/test_mobilenet_v2.py::test_authors_logits[w3a3-eval]",
   # The golden steps.
-  "train/test_trajectory.py::test_authors_trajectory[mobilenet_v2-weight_4bit]",
+  "train/test_trajectory.py::test_authors_trajectory[mobilenet_v2-frozen_4bit]",
 )
 # Files that start first: the longest ones, so that no process ends long after the others, and the
 # one that trains the run that others wait for.
