@@ -1,6 +1,6 @@
 # make demo: installs into .venv (also the command .venv/bin/profit), trains PROFIT W4A4 on
 #   scikit-learn's digits, prints the table
-# make test: installs into .venv, then runs the fast tests (about five minutes on two cores)
+# make test: installs into .venv, then runs the fast tests (about six minutes on two cores)
 # make test-all: also installs what the export formats qonnx and litert need and the compilers for
 #   TPUs and NVIDIA GPUs, then runs all tests
 # make lint: ruff, mypy (half a minute)

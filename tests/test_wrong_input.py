@@ -103,6 +103,8 @@ right_changes = st.lists(
 
 
 @hypothesis.given(config=configs, changes=wrong_changes)
+@hypothesis.example("--config=configs/digits_w4.py:mobilenet_v1", {"data.name": "digits:x"})
+@hypothesis.example("--config=configs/digits_w4.py:mobilenet_v1", {"data.name": "folder"})
 def test_wrong_values_are_named(config, changes):
   code, _, err = command(config, "--mode=plan", *overrides(changes))
   # ml_collections refuses a wrong type with the field's last name only.

@@ -134,7 +134,7 @@ FAST = (
   "models/test_mobilenet_v2.py::test_authors_logits[w4a4-eval]",
   "models/test_mobilenet_v2.py::test_authors_logits[w3a3-eval]",
   # The golden steps.
-  "train/test_trajectory.py::test_authors_trajectory[mobilenet_v2-frozen_4bit]",
+  "train/test_trajectory.py::test_authors_trajectory[mobilenet_v2-weight_4bit]",
 )
 # Files that start first: the longest ones, so that no process ends long after the others, and the
 # one that trains the run that others wait for.

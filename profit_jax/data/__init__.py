@@ -81,7 +81,10 @@ def info(settings: Settings) -> DatasetInfo:
 
 
 def _known(name: str) -> DatasetInfo | None:
-  return KNOWN.get(re.split("[/:]", name)[0])  # without configuration and version
+  if name in KNOWN:
+    return KNOWN[name]
+  base = re.split("[/:]", name)[0]  # without configuration and version, which only TFDS has
+  return None if base in _MADE_OF_DIGITS else KNOWN.get(base)
 
 
 def load(

@@ -35,7 +35,7 @@ class Folder:
     """
     if not settings.data_dir:
       raise ConfigError(
-        "config.data.data_dir = '' is not allowed: with data.name = folder it must be the "
+        "config.data.data_dir = '' is not allowed: with config.data.name = folder it must be the "
         "folder's path."
       )
     root = paths.opened("config.data.data_dir =", os.path.expanduser(settings.data_dir))
