@@ -212,11 +212,10 @@ def _hub_file(weights: str, filename: str) -> str | None:
   file. Without a network, a repository has the files that are in the cache.
   """
   optional.require("hub", f"The name {weights}")
-  import huggingface_hub
-  from huggingface_hub import errors
+  from huggingface_hub import constants, errors
 
   repository, revision = _repository(weights)
-  endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT).rstrip("/")
+  endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
   try:
     if not re.fullmatch(r"[^/@]+/[^/@]+", repository):
       raise errors.HFValidationError("a repository is OWNER/NAME")
@@ -245,7 +244,7 @@ def _hub_file(weights: str, filename: str) -> str | None:
     url = f"{endpoint}/{repository}/resolve/{revision or 'main'}"
     raise ConfigError(
       f"{weights} cannot be fetched from {endpoint}, and is not in the cache "
-      f"{huggingface_hub.constants.HF_HUB_CACHE}: {_first_cause(error)}. Without a network: fetch "
+      f"{constants.HF_HUB_CACHE}: {_first_cause(error)}. Without a network: fetch "
       f"{url}/{wanted} and {url}/{_DESCRIPTION} elsewhere, put both files into one directory of "
       f"this machine, and give DIRECTORY/{wanted} in place of {weights}."
     ) from error

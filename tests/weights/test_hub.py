@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import socket
+import subprocess
+import sys
 import threading
 
 import jax
@@ -111,6 +114,19 @@ def test_a_file_is_fetched_once_and_then_read_from_the_cache(server, weights, mo
   # Without the network, too.
   monkeypatch.setenv("HF_ENDPOINT", CLOSED)
   jax.tree.map(np.testing.assert_array_equal, load().variables, loaded.variables)
+
+
+def test_a_fresh_process_says_what_to_do_without_a_network(tmp_path):
+  # Here the tests have imported more of huggingface_hub than the command does.
+  code = f"from profit_jax.weights import hub; hub.locate({NAME!r})"
+  ended = subprocess.run(
+    [sys.executable, "-c", code],
+    env={**os.environ, "HF_ENDPOINT": CLOSED, "HF_HUB_CACHE": str(tmp_path)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert "ConfigError: hf:timm/tinynet_100.a1_in1k cannot be fetched" in ended.stderr
 
 
 def test_a_revision_can_be_named(server):
