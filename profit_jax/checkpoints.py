@@ -216,7 +216,7 @@ class Writer:
       raise ConfigError(
         f"A checkpoint could not be written to {self._directory}: {_short(error)}. Nothing that "
         f"was there is lost: {good}. "
-        f"Make room (or give the disk back) and run the same command: it goes on from there."
+        f"Make room (or give the disk back) and run the same command: it resumes from there."
       ) from error
 
 
@@ -309,7 +309,7 @@ def read_newest(
     if set_aside:
       distributed.on_first_host(functools.partial(_move, place, aside / str(number)))
       warn(
-        f"checkpoint {place} is damaged ({damage}); it was moved to {aside}, and the run goes on "
+        f"checkpoint {place} is damaged ({damage}); it was moved to {aside}, and the run resumes "
         f"from {found.number}."
       )
     else:

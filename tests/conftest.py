@@ -23,9 +23,9 @@ import jax
 import pytest
 
 from tests import drawn, tiers
-from tests.train.shared import finished_run, tiny
+from tests.train.shared import compiled, finished_run, tiny
 
-__all__ = ["finished_run", "tiny"]
+__all__ = ["compiled", "finished_run", "tiny"]
 
 drawn.load_profile()
 jax.config.update("jax_num_cpu_devices", 4)

@@ -29,8 +29,9 @@ from profit_jax.data.base import DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
 from profit_jax.typing import Batch
 
-# Of several processes, each takes so many training batches before all agree that none has failed:
-# else the others would wait minutes for its part of a step. Agreeing waits for the steps under way.
+# With several processes, each takes this many training batches before all agree that none has
+# failed: else the others would wait minutes for its part of a step. Agreeing waits for the steps
+# under way.
 _AGREED = 4
 UserBatch = Mapping[str, npt.ArrayLike]
 TrainBatches = Callable[[int, int], Iterator[UserBatch]] | Iterable[UserBatch]

@@ -211,7 +211,7 @@ class Graph:
     return kernel
 
   def _layer(self, node: Layer, result: str) -> str:
-    # A padding of its own is SAME's.
+    # A layer only lists its padding where it is SAME.
     padding = schema.Padding.VALID if node.padding is None else schema.Padding.SAME
     x = self._names[node.input]
     if padding == schema.Padding.VALID:

@@ -76,14 +76,11 @@ def trace(
       that does not depend on the images.
   """
   image = jax.ShapeDtypeStruct((_BATCH, *image_shape), np.float32)
-  try:
-    with tracing.traced():
-      closed = jax.make_jaxpr(lambda x: value_of(model.apply(variables, x, bits, False)))(image)
-  except NotImplementedError as error:
-    raise ConfigError(
-      f"The model cannot be exported: a layer of profit_jax.nn is called inside a transformation "
-      f"such as vmap or grad ({error}). Call it outside."
-    ) from error
+  closed = tracing.make_jaxpr(
+    lambda x: value_of(model.apply(variables, x, bits, False)),
+    image,
+    failure="The model cannot be exported",
+  )
   walk = _Walk()
   start = walk.add("input", [], image_shape)
   outputs = walk.run(closed.jaxpr, closed.consts, [start], "")

@@ -182,8 +182,8 @@ def eval_images(
     net: whose codes will be compared.
     source: the data.
     batch_size: of the batches that are read.
-    max_codes: the images end where they have so many codes, or where the net has none, so many
-      pixel values; a smaller set is used nearly whole.
+    max_codes: the images end at this number of codes, or of pixel values where the net has no
+      codes; a smaller set is used nearly whole.
   """
   shapes = jax.eval_shape(
     functools.partial(reference.run_with_codes, net),

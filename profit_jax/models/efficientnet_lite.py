@@ -1,7 +1,7 @@
 """EfficientNet-Lite 0 to 4 (Google, 2020: EfficientNet, Tan and Le, ICML 2019, arXiv 1905.11946,
 without squeeze-excite and with ReLU6) with DuQ quantizers where PROFIT puts them in MobileNet-v2.
 
-A symmetric quantizer stands on the input of every inverted-residual block except the first, and
+A symmetric quantizer is on the input of every inverted-residual block except the first, and
 before the last 1x1 convolution; an unsigned one after every ReLU6; the residual add stays in full
 precision.
 

@@ -1,7 +1,7 @@
 """MnasNet-B1 (Tan et al., CVPR 2019, arXiv 1807.11626) with DuQ quantizers where PROFIT puts them
 in MobileNet-v2.
 
-A symmetric quantizer stands on the input of every inverted-residual block except the first, and
+A symmetric quantizer is on the input of every inverted-residual block except the first, and
 before the last 1x1 convolution; an unsigned one after every ReLU; the residual add stays in full
 precision.
 

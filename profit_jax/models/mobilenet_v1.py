@@ -1,11 +1,11 @@
 """MobileNet-v1 (Howard et al., 2017, arXiv 1704.04861) with DuQ quantizers.
 
-The PROFIT paper trains it, the authors' code does not have it: an unsigned quantizer stands after
+The PROFIT paper trains it, the authors' code does not have it: an unsigned quantizer follows
 every ReLU. There is no shortcut and no layer without a ReLU after it, so none is symmetric. The
 classifier sees the mean of quantized values.
 
 Options: width, strides, activation, dropout, bn_momentum, bn_epsilon; see `MobileNetV1`. timm has
-weights. Its mobilenetv1_100h has one more convolution and is a model of its own, `mobilenet_v1_h`.
+weights. Its mobilenetv1_100h has one more convolution and is another model, `mobilenet_v1_h`.
 """
 
 import dataclasses

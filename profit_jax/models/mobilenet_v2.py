@@ -1,7 +1,7 @@
 """MobileNet-v2 (Sandler et al., CVPR 2018, arXiv 1801.04381) with DuQ quantizers where PROFIT's
 authors put them.
 
-A symmetric quantizer stands on the input of every inverted-residual block except the first, and
+A symmetric quantizer is on the input of every inverted-residual block except the first, and
 before the last 1x1 convolution; an unsigned one after every ReLU; the residual add stays in full
 precision.
 

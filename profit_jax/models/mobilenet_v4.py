@@ -1,9 +1,9 @@
 """MobileNet-v4, convolutional, small and medium (Qin et al., ECCV 2024, arXiv 2404.10518) with DuQ
 quantizers by PROFIT's rule.
 
-Every convolution reads codes. A symmetric quantizer stands where no non-linearity comes before: on
+Every convolution reads codes. A symmetric quantizer is where no non-linearity comes before: on
 the input of every block whose shortcut is in full precision, behind the depthwise convolution that
-starts a universal inverted bottleneck, and before the last 1x1 convolution. An unsigned one stands
+starts a universal inverted bottleneck, and before the last 1x1 convolution. An unsigned one is
 after every ReLU, or after the mean over space where that comes next. The residual add stays in full
 precision.
 
@@ -173,7 +173,7 @@ def _timm_names(layers: Collection[Path], variant: str) -> dict[Path, str]:
   names = {
     ("stem_conv",): "conv_stem",
     ("stem_norm",): "bn1",
-    ("head_conv",): "blocks.4.0.conv",  # the last convolution is a stage of its own
+    ("head_conv",): "blocks.4.0.conv",  # the last convolution is a separate stage
     ("head_norm",): "blocks.4.0.bn1",
     ("pre_classifier",): "conv_head",
     ("pre_classifier_norm",): "norm_head",

@@ -3,7 +3,7 @@ ResNet-34 with DuQ quantizers: a student, or a teacher.
 
 A bottleneck's stride stands on its 3x3 convolution, as in torchvision's and timm's weights.
 
-By PROFIT's rule, the quantizers of ResNet-34 stand on the convolutions' inputs, and shortcuts are
+By PROFIT's rule, the quantizers of ResNet-34 are on the convolutions' inputs, and shortcuts are
 added in full precision. All of these inputs come from a ReLU: one unsigned quantizer feeds a
 block's first convolution and the one on its shortcut, one the second, one the classifier.
 

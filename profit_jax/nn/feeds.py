@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from profit_jax.config import ConfigError
 from profit_jax.nn import tracing
 from profit_jax.nn.spec import ModelSpec, describe
 from profit_jax.quant.bits import Bits
@@ -55,14 +54,8 @@ def _traced(model: nn.Module, input_shape: tuple[int, ...], bits: Bits) -> dict[
   def run(variables, x):
     return value_of(model.apply(variables, x, bits, False))
 
-  try:
-    with tracing.traced():
-      closed = jax.make_jaxpr(run)(shapes, image)
-  except NotImplementedError as error:
-    raise ConfigError(
-      "Bits per layer need a trace of the model, but a layer of profit_jax.nn is called inside a "
-      f"transformation such as vmap or grad ({error}). Call it outside."
-    ) from error
+  failure = "The bits of single layers cannot be set"
+  closed = tracing.make_jaxpr(run, shapes, image, failure=failure)
   found: dict[str, Quantizers] = {}
   given = [None] * len(jax.tree.leaves(shapes)) + [()]
   _walk(closed.jaxpr, given, found)

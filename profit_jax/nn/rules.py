@@ -155,8 +155,8 @@ def _unused(rules: Sequence[Rule], index: int, spec: ModelSpec, field: str) -> s
 
 
 def _in_any_path(expression: str, layer: str) -> str | None:
-  """An expression that matches whole paths with a part that this one matches; None where its text
-  cannot stand in another, as with flags.
+  """An expression that matches whole paths with a part that this one matches; None where it
+  cannot be part of another, as with flags.
   """
   part = f"(?:{expression})" if "|" in expression else expression
   wider = f".*{part}.*"

@@ -10,7 +10,7 @@ returns its usual type. Its parameters are not operands: export looks them up by
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from profit_jax.config import ConfigError
 from profit_jax.kernels.padding import output_extent
 from profit_jax.quant.bits import Bits
 from profit_jax.quant.quantized import Unquantized, value_of
@@ -50,6 +51,27 @@ _CALLS = (
   "checkpoint",
 )
 _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def make_jaxpr(function: Callable[..., Any], *arguments: Any, failure: str) -> core.ClosedJaxpr:
+  """`jax.make_jaxpr(function)(*arguments)`, in which layers are opaque operations.
+
+  Args:
+    function: calls a model.
+    *arguments: of the function, or their shapes.
+    failure: how a message begins that says what cannot be done.
+
+  Raises:
+    ConfigError: a layer inside a transformation, which cannot be traced.
+  """
+  try:
+    with traced():
+      return jax.make_jaxpr(function)(*arguments)
+  except NotImplementedError as error:
+    raise ConfigError(
+      f"{failure}: a layer of profit_jax.nn is called inside a transformation such as vmap or grad "
+      f"({error}). Call it outside."
+    ) from error
 
 
 def inner_jaxpr(equation: Any) -> tuple[Any, Any] | None:

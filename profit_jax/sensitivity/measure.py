@@ -122,7 +122,7 @@ def measure_sensitivity(
     result: of `Trainer.fit`.
     data: the batches of that call.
     bits: widths that weights and inputs of each layer alone fall to, each 2 to 8.
-    images: at most so many evaluation images, spread over the whole set.
+    images: the most evaluation images, spread over the whole set.
 
   Raises:
     ConfigError: bits that are not allowed, or to which nothing can fall; batches that are not those
@@ -130,7 +130,7 @@ def measure_sensitivity(
   """
   if jax.process_count() > 1:
     raise ConfigError(
-      "measure_sensitivity runs in one process only. Call it in a program of its own, where "
+      "measure_sensitivity runs in one process only. Call it in a separate program, where "
       "Trainer.fit returns the finished run's Result at once."
     )
   if not isinstance(data, Data):
@@ -167,7 +167,7 @@ def measure(
   Args:
     model: the trained model and its data.
     bits: widths to fall to, each 2 to 8.
-    images: at most so many evaluation images, spread over the whole set.
+    images: the most evaluation images, spread over the whole set.
     image_dtype: of the batches, uint8 or float32.
     tell: is told what is going to be measured.
 
@@ -360,7 +360,7 @@ class _Evaluation:
 
 
 def _batches(model: MeasuredModel, wanted: int) -> Iterator[Batch]:
-  """Batches of at most so many evaluation images, spread over the set, whose order may be that of
+  """Batches of at most this many evaluation images, spread over the set, whose order may be that of
   the classes.
   """
   size = model.settings.train.eval_batch_size

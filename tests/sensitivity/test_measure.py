@@ -18,7 +18,6 @@ from profit_jax.nn.spec import describe
 from profit_jax.quant.quantized import value_of
 from profit_jax.sensitivity import MeasuredModel, measure, measure_sensitivity
 from profit_jax.sensitivity.measure import _spread, parts_of
-from profit_jax.train.compiler import Compiler
 from tests.export.nets import random_values
 from tests.nn.test_rules import SHAPE, Shared
 from tests.train.tiny import TinyNet
@@ -64,20 +63,6 @@ def loss_and_top1(model, bits, params):
     losses += [-row[label] for row, label in zip(chances, each["label"], strict=True)]
     correct += list(np.argmax(logits, -1) == each["label"])
   return float(np.mean(losses)), 100.0 * np.mean(correct)
-
-
-@pytest.fixture(scope="module")
-def compiled():
-  """The keys of the programs that are compiled."""
-  keys, make = [], Compiler._make
-
-  def note(compiler, key, turn):
-    keys.append(key)
-    return make(compiler, key, turn)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Compiler, "_make", note)
-    yield keys
 
 
 @pytest.fixture(scope="module")

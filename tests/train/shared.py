@@ -8,6 +8,7 @@ import pytest
 
 from configs import digits_w4
 from profit_jax.models import REGISTRY, register
+from profit_jax.train.compiler import Compiler
 from tests.train.tiny import TinyNet
 from tests.wrong_input import command
 
@@ -70,3 +71,17 @@ def finished_run(tiny, tmp_path_factory):
       code, _, err = command(f"--config={file}", f"--workdir={workdir}")
       assert code == 0, err
   return workdir
+
+
+@pytest.fixture(scope="module")
+def compiled():
+  """The keys of the programs that are compiled, in order."""
+  keys, make = [], Compiler._make
+
+  def note(compiler, key, turn):
+    keys.append(key)
+    return make(compiler, key, turn)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Compiler, "_make", note)
+    yield keys

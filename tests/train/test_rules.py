@@ -10,7 +10,6 @@ from flax import traverse_util
 from profit_jax.cli import app, compare
 from profit_jax.config import parse
 from profit_jax.models import REGISTRY, student_spec
-from profit_jax.train.compiler import Compiler
 from profit_jax.train.interrupt import Stopped
 from tests.train.runs import (
   STEPS_PER_EPOCH,
@@ -37,20 +36,6 @@ RULES = {
   "quant.rules": (("conv1", 8, 6), ("classifier", 6, None)),
   "quant.policy": "lsq_paper",
 }
-
-
-@pytest.fixture(scope="module")
-def compiled():
-  """The keys of the programs that are compiled, in order."""
-  keys, make = [], Compiler._make
-
-  def note(compiler, key, turn):
-    keys.append(key)
-    return make(compiler, key, turn)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Compiler, "_make", note)
-    yield keys
 
 
 @pytest.fixture(scope="module")
