@@ -4,8 +4,7 @@ Export reads a model's graph from its jaxpr. In a plain jaxpr a quantizer is a d
 operations. In trace mode each layer binds `operation_p` instead, with its path and attributes, and
 returns its usual type. Its parameters are not operands: export looks them up by path.
 
-    with tracing.traced():
-      jaxpr = jax.make_jaxpr(lambda x: model.apply(variables, x, bits, False))(x)
+    jaxpr = tracing.make_jaxpr(lambda x: model.apply(variables, x, bits, False), x, failure="...")
 """
 
 import contextlib
