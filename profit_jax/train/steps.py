@@ -50,11 +50,13 @@ class Distillation:
     batch_statistics: True normalizes with the batch's statistics, as in the reference; False with
       the running ones.
     normalization: of the images that the teacher sees; None is the student's.
+    bits: in full precision, with the quantizer whose scalars the teacher's variables hold.
   """
 
   model: nn.Module
   batch_statistics: bool = True
   normalization: Normalization | None = None
+  bits: Bits = Bits()
 
 
 def make_train_step(  # noqa: PLR0913  one keyword for each setting
@@ -164,7 +166,7 @@ def _teacher_logits(distillation, variables, image, key):
   logits, _ = distillation.model.apply(
     variables,
     image,
-    Bits(),
+    distillation.bits,
     distillation.batch_statistics,
     mutable=["batch_stats"],
     rngs={"dropout": key},

@@ -100,11 +100,13 @@ class Tracer:
     settings = self._settings
     teacher = distillation = None
     if program.distill:
-      teacher = self._replicated(self._specs["teacher"].shapes)
+      spec = self._specs["teacher"]
+      teacher = self._replicated(spec.shapes)
       distillation = steps.Distillation(
-        self._specs["teacher"].model,
+        spec.model,
         batch_statistics=settings.teacher.batch_stats == "batch",
         normalization=self._seen["teacher"],
+        bits=spec.bits,
       )
     step = steps.make_train_step(
       self._student.model,

@@ -15,6 +15,7 @@ from profit_jax.models import REGISTRY, build, check
 from profit_jax.quant import Bits, DuQ, bits_of
 from profit_jax.train import steps
 from tests.specs import hand_made, spec_of
+from tests.traced import deep_check
 from tests.train.shared import tiny_config
 
 # Full precision, activations, sampling, one fine-tuning with half of the kernels frozen. Without a
@@ -51,6 +52,16 @@ def test_a_whole_run(tiny, tmp_path, capsys, changes):
   capsys.readouterr()
   app.main(again, "", "eval")
   assert f"top-1 {final['top1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"quant.per_channel": True}, *({"quant.method": name} for name in ("lsq", "pact", "qil"))],
+  ids=lambda changes: str(next(iter(changes.values()))),
+)
+def test_the_net_before_quantization_teaches(tiny, changes):
+  size = {"model.name": "tiny", "model.width": 1.0, "model.strides": (), "data.image_size": 16}
+  deep_check("mobilenet_v1", {**size, **changes, "teacher.model": "self"})
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
