@@ -13,7 +13,7 @@ from profit_jax.config import MAX_BITS, MIN_BITS, QuantSettings
 from profit_jax.quant import base
 from profit_jax.quant.duq import DuQ
 
-Width = int | jax.Array | None
+Width = int | np.integer | jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +125,14 @@ def _larger(width: Any, least: int) -> Any:
   return jnp.maximum(width, least)
 
 
+def largest_code(width: int, *, signed: bool) -> float:
+  """The largest code of a width that is known: `2^(width-1) - 1` if signed, else `2^width - 1`."""
+  return 2.0 ** (width - signed) - 1
+
+
 def _qmax(bits: Width, *, signed: bool) -> Any:
   if bits is None:
     return None
   if isinstance(bits, np.generic):
-    return np.float32(2.0 ** (int(bits) - signed) - 1)
+    return np.float32(largest_code(int(bits), signed=signed))
   return (jnp.left_shift(jnp.int32(1), bits - int(signed)) - 1).astype(jnp.float32)

@@ -18,7 +18,7 @@ from profit_jax.export.net import FLOAT_BITS
 from profit_jax.nn import feeds
 from profit_jax.nn.rules import Rule
 from profit_jax.quant.base import Quantizer
-from profit_jax.quant.bits import Bits
+from profit_jax.quant.bits import largest_code
 from profit_jax.quant.duq import inverse_softplus
 from profit_jax.sensitivity.measure import LayerSensitivity, Sensitivity, Side
 
@@ -172,8 +172,8 @@ class _Costs:
     weight, act = self._of["weights"].get(row.layer), self._of["inputs"].get(row.layer)
     weight_bits = FLOAT_BITS if weight is None else choice[weight]
     # The mean of codes is no code.
-    reads_codes = act is not None and row.input != "float"
-    return row.macs * weight_bits * (choice[act] if reads_codes else row.input_bits)
+    of_codes = None if row.input == "float" else act
+    return row.macs * weight_bits * (row.input_bits if of_codes is None else choice[of_codes])
 
 
 def _rows_of_costs(found: Sensitivity) -> dict[str, LayerCost]:
@@ -193,7 +193,7 @@ def _rows_of_costs(found: Sensitivity) -> dict[str, LayerCost]:
 
 def _field_bits(by: Quantizer, width: int) -> int:
   """The bits of a kernel's code in a file."""
-  ends, qmax = jnp.float32([-1.0, 1.0]), Bits(weight=width).kernel_qmax()
+  ends, qmax = jnp.float32([-1.0, 1.0]), jnp.float32(largest_code(width, signed=True))
   scalars = jax.tree.map(inverse_softplus, by.first_kernel(ends, qmax))
   largest = int(np.abs(by.quantize_kernel(ends, scalars, qmax).codes).max())
   return packing.field_bits(max(width, largest.bit_length() + 1))

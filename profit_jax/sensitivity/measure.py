@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -16,7 +17,7 @@ from profit_jax.data.batches import BatchSource, Data
 from profit_jax.data.normalize import Normalization
 from profit_jax.nn import feeds
 from profit_jax.nn.spec import KERNEL, ModelSpec, split_path
-from profit_jax.quant.bits import Bits, LayerBits
+from profit_jax.quant.bits import Bits, LayerBits, Width, largest_code
 from profit_jax.quant.duq import inverse_softplus
 from profit_jax.sensitivity import refit
 from profit_jax.train.evaluate import Scores, scores_of, summed
@@ -228,13 +229,20 @@ def parts_of(model: MeasuredModel) -> list[LayerSensitivity]:
   spec = model.spec
   bits = _own_bits(model)
   parts = [
-    LayerSensitivity("weights", (layer,), (layer,), int(bits.weight_of(layer)))
+    LayerSensitivity("weights", (layer,), (layer,), _known(bits.weight_of(layer)))
     for layer in spec.kernels
   ]
   for layers, quantizers in _shared(spec):
-    parts.append(LayerSensitivity("inputs", layers, quantizers, int(bits.act_of(quantizers[0]))))
+    parts.append(LayerSensitivity("inputs", layers, quantizers, _known(bits.act_of(quantizers[0]))))
   places = {layer: place for place, layer in enumerate(spec.all_kernels)}
   return sorted(parts, key=lambda part: places[part.layers[0]])
+
+
+def _known(width: Width) -> int:
+  """A width of a trained model, which is no traced value."""
+  if width is None:
+    raise TypeError("a layer in full precision has no bits")
+  return int(width)
 
 
 def _shared(spec: ModelSpec) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -281,7 +289,7 @@ class _Evaluation:
     spec = programs.student
     self._model, self._programs, self._spec = model, programs, spec
     bits, own = spec.bits.at(MAX_BITS, MAX_BITS), _own_bits(model)
-    widths = {
+    widths: dict[str, Width] = {
       path: np.int32(spec.width_of(path, own)) for path in (*spec.kernels, *spec.quantizers)
     }
     self._bits = dataclasses.replace(bits, layers={**bits.layers, **widths})
@@ -297,7 +305,8 @@ class _Evaluation:
 
   def reduction(self, part: LayerSensitivity, width: int) -> Reduction:
     """The changes where a part alone has this width."""
-    bits = dict(self._bits.layers) | dict.fromkeys(part.paths, np.int32(width))
+    alone: dict[str, Width] = dict.fromkeys(part.paths, np.int32(width))
+    bits = {**self._bits.layers, **alone}
     found = self._scores(
       self._flat | self._fitted(part, width), dataclasses.replace(self._bits, layers=bits)
     )
@@ -337,19 +346,21 @@ class _Evaluation:
       self._spec.bits.quantizer,
       np.asarray(self._flat[*split_path(layer), KERNEL]),
       self._spec.kernel_scalars(self._flat, layer),
-      Bits(weight=width).kernel_qmax(),
-      None if trained is None else Bits(weight=trained).kernel_qmax(),
+      largest_code(width, signed=True),
+      None if trained is None else largest_code(trained, signed=True),
     )
 
   def _act(self, path: str, width: int, trained: int | None) -> dict[str, Any]:
     by, attributes = self._spec.bits.quantizer, self._spec.layers[path].attributes
     kind, values = attributes["kind"], self._read[path]
-    qmax = Bits(act=width).act_qmax(kind)
+    signed = kind == "symmetric"
+    qmax = largest_code(width, signed=signed)
     if trained is None:
-      first = by.first_act(values, qmax, kind, attributes["largest_interval"])
+      largest = attributes["largest_interval"]
+      first = by.first_act(jnp.asarray(values), jnp.float32(qmax), kind, largest)
       return refit.act_scalars(by, kind, values, jax.tree.map(inverse_softplus, first), qmax, None)
     scalars = {leaf: self._flat[*split_path(path), leaf] for leaf in by.act_scalars}
-    own = Bits(act=trained).act_qmax(kind)
+    own = largest_code(trained, signed=signed)
     return refit.act_scalars(by, kind, values, scalars, qmax, own)
 
   def _scores(self, flat: dict[tuple[str, ...], Any], bits: Bits) -> Scores:

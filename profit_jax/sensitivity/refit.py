@@ -45,7 +45,7 @@ def kernel_scalars(
   rows = kernel.reshape(-1, last)
   padded = np.pad(rows, [(0, (1 << (len(rows) - 1).bit_length()) - len(rows)), (0, 0)])
   if own is None:
-    first = by.of_kernel(by.first_kernel, padded, np.float32(qmax))
+    first = by.of_kernel(by.first_kernel, jnp.asarray(padded), np.float32(qmax))
     scalars = jax.tree.map(inverse_softplus, first)
   found = _of_kernel(by, own is not None, padded, dict(scalars), np.float32(qmax), _number(own))
   return jax.device_get(found)
@@ -151,7 +151,8 @@ def inputs_of_quantizers(
     jax.default_matmul_precision("highest"),
     nn.intercept_methods(keep),
   ):
-    model.apply(variables, normalize(image, normalization), bits, False)
+    seen = image if normalization is None else normalize(image, normalization)
+    model.apply(variables, seen, bits, False)
   return found
 
 
