@@ -82,6 +82,7 @@ def make(
       "file": after,
       "equal": verify.top1_equal(check.correct, check.trained_correct, check.examples),
       "examples": check.examples,
+      "images_at_ties": check.at_ties,
     },
     "verification": {
       "images": check.comparison.images,
@@ -163,6 +164,12 @@ def _range(numbers: Iterable[int]) -> str:
   return " to ".join(map(str, found[:: max(1, len(found) - 1)]))
 
 
+def _top1_difference(top1: dict[str, Any]) -> str:
+  if top1["equal"]:
+    return "equal"
+  return f"{top1['images_at_ties']} images in another class, each with a value at a tie"
+
+
 def markdown(card: dict[str, Any]) -> str:
   """The same for people."""
   size, cost, top1, proof, pixels = (
@@ -183,7 +190,7 @@ def markdown(card: dict[str, Any]) -> str:
     "| | |",
     "|:--|:--|",
     f"| top-1 of the trained model | {top1['trained']:.2f} % ({top1['examples']} images) |",
-    f"| top-1 of this file | {top1['file']:.2f} % ({'equal' if top1['equal'] else 'NOT EQUAL'}) |",
+    f"| top-1 of this file | {top1['file']:.2f} % ({_top1_difference(top1)}) |",
     f"| size | {size['bytes']:,} bytes; kernels and biases in float32 {size['float_bytes']:,}, "
     f"{size['ratio']:.1f}x |",
     f"| multiply-accumulates | {cost['macs']:,} an image |",

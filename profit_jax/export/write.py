@@ -45,8 +45,11 @@ class Report:
     float_bytes: of its kernels and biases, had they been float32.
     codes: of activations that were compared with the trained model's, on the first images.
     differing: how many of them differ, all of them at ties.
-    top1: in percent, of the file; it equals the trained model's.
+    top1: in percent, of the file.
     examples: evaluated.
+    trained_top1: in percent, of the trained model.
+    at_ties: images that the file puts into another class than the trained model, all because of
+      values at ties; None where top-1 is equal to two decimals.
   """
 
   path: epath.Path
@@ -57,14 +60,19 @@ class Report:
   differing: int
   top1: float
   examples: int
+  trained_top1: float
+  at_ties: int | None
 
   def __str__(self) -> str:
     ratio = self.float_bytes / self.bytes
     # Small nets have more graph than weights.
     size = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"
+    top1 = "top-1 equal"
+    if self.at_ties is not None:
+      top1 = f"trained {self.trained_top1:.2f} %, {self.at_ties} of them in another class, at ties"
     return (
       f"{self.path.name}  {self.bytes:,} bytes ({size} than float32)  {self.differing} of "
-      f"{self.codes:,} codes differ  top-1 {self.top1:.2f} % of {self.examples} images: top-1 equal"
+      f"{self.codes:,} codes differ  top-1 {self.top1:.2f} % of {self.examples} images: {top1}"
     )
 
 
@@ -135,16 +143,17 @@ class Exporter:
       )
       _keep(path, to, content)
     size = content["size"]
-    top1 = 100.0 * check.correct / check.examples
     return check, Report(
-      to,
-      name,
-      size["bytes"],
-      size["float_bytes"],
-      compared.codes,
-      compared.differing,
-      top1,
-      check.examples,
+      path=to,
+      format=name,
+      bytes=size["bytes"],
+      float_bytes=size["float_bytes"],
+      codes=compared.codes,
+      differing=compared.differing,
+      top1=100.0 * check.correct / check.examples,
+      examples=check.examples,
+      trained_top1=100.0 * check.trained_correct / check.examples,
+      at_ties=check.at_ties,
     )
 
 

@@ -1,11 +1,14 @@
 """What the verification of a file finds, and on which images."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from profit_jax.export import onnx_file, reference, verify
 from profit_jax.export.net import IMAGE, Activation, Layer, Net, Quantizer, Sum, Value
+from profit_jax.models import student_spec
 from profit_jax.quant.bits import Bits
 from tests.export.nets import (
   NORMALIZATION,
@@ -13,6 +16,7 @@ from tests.export.nets import (
   digits,
   every_operation,
   images,
+  random_net,
   small_settings,
 )
 from tests.specs import init_variables
@@ -151,6 +155,55 @@ def test_a_file_is_what_was_trained_or_why_it_is_not(net, runner):
   watched = check(Changed(runner, logits_factor=1.01), 100.0)
   assert "logits" in watched.problem
   assert watched.comparison is None
+
+
+class Mirrored:
+  """A runner of the reference in which one quantizer's codes are the highest less what they are."""
+
+  def __init__(self, net, name):
+    @jax.jit
+    def run(image):
+      found = {}
+
+      def quantize(node, x):
+        codes = reference.codes(node, x)
+        found[node.name] = node.high - codes if node.name == name else codes
+        return found[node.name]
+
+      return reference.run(net, image, quantize=quantize), found
+
+    self._run = run
+
+  def run(self, image, with_codes=False):
+    logits, codes = jax.device_get(self._run(image))
+    return logits, codes if with_codes else {}
+
+
+def test_images_of_another_class_are_explained_by_ties_or_not_at_all(monkeypatch):
+  settings, variables, net = random_net("mobilenet_v1", 4, 4)
+  spec = student_spec(settings, 10)
+  trained = verify.TrainedModel(
+    settings, 1.0, 1347, digits(), spec, variables, NORMALIZATION, 4, 4, None, [], "raw", None, 0.0
+  )
+  exact, mirrored = Mirrored(net, ""), Mirrored(net, net.quantizers[-1].name)
+
+  def check(runner):
+    return verify.check_file(net, [images()], runner, trained)
+
+  correct = check(exact).correct
+  # One image of 450 is more than ties may explain.
+  trained = dataclasses.replace(trained, top1=100.0 * (correct + 1) / 450)
+  assert "top-1" in check(exact).problem
+  monkeypatch.setattr(verify, "_TOP1_AT_TIES", 1.0)
+  assert (check(exact).problem, check(exact).at_ties) == (None, 0)
+  # Other codes are no ties.
+  trained = dataclasses.replace(trained, top1=100.0)
+  monkeypatch.setattr(verify.Comparison, "exact", True)
+  assert "top-1" in check(mirrored).problem
+  # If they were, all images of another class would be explained.
+  monkeypatch.setattr(verify, "_TIE", 1e6)
+  found = check(mirrored)
+  assert (found.problem, found.at_ties) == (None, 450)
 
 
 def test_another_accuracy_is_not_equal():
