@@ -71,7 +71,7 @@ def test_the_example_with_pretrained_weights_runs(python, tmp_path):
   assert removed in source
   assert epochs in source
   source = source.replace(removed, "stabilize=False, profit_bits=(), ")
-  source = source.replace(epochs, "full_precision_epochs=0, finetune_epochs=1,")
+  source = source.replace(epochs, "full_precision_epochs=1, finetune_epochs=1,")
   (tmp_path / "example.py").write_text(source)
   images = np.random.default_rng(0).integers(0, 256, (128, 28, 28), np.uint8)
   labels = np.arange(128, dtype=np.uint8) % 10
