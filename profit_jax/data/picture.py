@@ -5,7 +5,6 @@ of an export all see the pixels of `decode`.
 pixels; everything else comes here. `docs/data.md` has the table of what is read and how.
 """
 
-import functools
 import io
 import os
 import re
@@ -114,7 +113,7 @@ def orientation(content: bytes) -> int:
   """The EXIF orientation that `decode` ignores, 2 to 8; 1 where there is none."""
   _quiet()
   try:
-    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
       # Of a TIFF file it is part of the format: Pillow has turned the pixels.
       found = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION)
   except Exception:
@@ -186,12 +185,6 @@ def _center(image, size, share, interpolation):
 # Decoding.
 
 
-@functools.cache
-def _formats():
-  Image.init()
-  return tuple(name for name in _FORMATS if name in Image.OPEN)  # Pillow below 11.3 has no AVIF
-
-
 def _quiet():
   """Pillow warns of what it makes the best of (a damaged directory of frames, odd tags, more than
   89 megapixels), without the file's name.
@@ -215,7 +208,7 @@ def _opened(content):
 
 
 def _loaded(content):
-  with Image.open(io.BytesIO(content), formats=_formats()) as image:
+  with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
     image.load()
     return image
 

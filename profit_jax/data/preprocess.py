@@ -45,8 +45,8 @@ class Opened(NamedTuple):
 def opened(contents: tf.Tensor) -> Opened:
   """Reads the header of an encoded image, and decodes what is no plain JPEG.
 
-  The test of the header takes 0.02 ms. What works out a window stands outside of the `tf.cond`:
-  inside it takes 0.07 ms longer.
+  For a JPEG, the tests of its header add 0.002 to 0.014 ms. What works out a window stands outside
+  of the `tf.cond`: inside it takes 0.07 ms longer.
   """
   is_jpeg = tf.io.is_jpeg(contents)
   is_png = tf.strings.substr(contents, 0, 8) == b"\x89PNG\r\n\x1a\n"
@@ -87,7 +87,8 @@ def _most_pixels():
 def _decode(contents):
   def pixels_or_nothing(content):
     try:
-      return picture.decode(bytes(np.asarray(content).item()))  # eagerly, it is an array
+      # Outside of a graph it is an array of one object.
+      return picture.decode(content if isinstance(content, bytes) else content.item())
     except picture.UnreadableImageError:  # raised here, it would be logged with its traceback
       return np.zeros([0, 0, 3], np.uint8)
 
