@@ -226,8 +226,10 @@ class Images:
     # Of all hosts' images, because a host meets others in every epoch.
     limit = math.ceil(share * (info.train_examples + info.eval_examples))
     for name, reason in broken.items():
-      if name not in self._broken:
-        self._broken[name] = reason
+      if name in self._broken:
+        continue
+      self._broken[name] = reason
+      if len(self._broken) <= limit:
         _log.warning(
           "skipped a broken image (%d so far, %d are allowed): %s: %s",
           len(self._broken),
