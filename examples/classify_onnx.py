@@ -10,6 +10,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+if len(sys.argv) != 3:
+  sys.exit("usage: python classify_onnx.py FILE.onnx IMAGE")
 file, picture = sys.argv[1:]
 with open(f"{file}.json") as opened:
   card = json.load(opened)
@@ -17,7 +19,11 @@ if picture.endswith(".npy"):
   pixels = np.load(picture).reshape(1, *card["input"]["shape"])
 else:
   size, share = card["input"]["image_size"], card["input"]["crop_pct"]
-  image = Image.open(picture).convert("RGB")
+  image = Image.open(picture)
+  if image.mode.startswith("I;16"):  # 16 bits, of which the high byte is seen
+    image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
+  # Transparency is dropped; Pillow alone would make a palette's black.
+  image = image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
   shorter = round(size / share)  # the shorter side is scaled to this, then the centre is cut out
   image = image.resize(
     [shorter * side // min(image.size) for side in image.size],

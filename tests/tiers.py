@@ -11,6 +11,7 @@ SLOW = (
   "data/test_images.py::test_a_file_that_went_away_is_no_broken_image",
   "data/test_images.py::test_a_host_may_meet_every_broken_image",
   "data/test_images.py::test_another_epoch_or_seed_gives_other_images",
+  "data/test_images.py::test_augmentation_of_what_pillow_reads_is_that_of_tensorflow",
   "data/test_images.py::test_damaged_shards_are_refused[cut]",
   "data/test_images.py::test_evaluation_does_not_depend_on_the_seed",
   "data/test_images.py::test_one_of_two_hosts_has_its_rows_of_the_rest_of_an_epoch[stream]",

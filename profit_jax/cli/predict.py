@@ -7,6 +7,7 @@ trained on a program's own arrays: it takes .npy files of them instead.
 import hashlib
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from profit_jax.cli import command
 from profit_jax.config import ConfigError
-from profit_jax.data.picture import read_picture
+from profit_jax.data.picture import orientation, read_file, read_picture
 from profit_jax.export import card, formats
 
 _AT_ONCE = 16
@@ -23,13 +24,16 @@ _PRINTED = 5
 TopClasses = list[tuple[str, float]]
 
 
-def predict(file: str | os.PathLike, images: Sequence[str | os.PathLike]) -> Iterator[TopClasses]:
+def predict(
+  file: str | os.PathLike, images: Sequence[str | os.PathLike], exif: bool = False
+) -> Iterator[TopClasses]:
   """Classifies images.
 
   Args:
     file: exported, its card beside it.
-    images: paths of JPEG or PNG files, or of `.npy` files with one array as the model takes it, or
+    images: paths of image files, or of `.npy` files with one array as the model takes it, or
       several `[N, H, W, C]`.
+    exif: whether an EXIF orientation is applied. Training ignores it.
 
   Returns:
     Of each image the five most probable classes, best first: their names (numbers, where the data
@@ -39,13 +43,15 @@ def predict(file: str | os.PathLike, images: Sequence[str | os.PathLike]) -> Ite
     ConfigError: a file that is no exported model or not the one of its card, or an image that is
       none, or not as the model takes it.
   """
-  return (best for _, best in _classified(file, images))
+  return (best for _, best in _classified(file, images, exif, []))
 
 
 def _classified(
-  file: str | os.PathLike, images: Sequence[str | os.PathLike]
+  file: str | os.PathLike, images: Sequence[str | os.PathLike], exif: bool, turned: list[str]
 ) -> Iterator[tuple[str, TopClasses]]:
-  """As `predict`, with a name for each image."""
+  """As `predict`, with a name for each image. `turned` gets the names of those with an EXIF
+  orientation, before the first one is classified.
+  """
   name = formats.of_file(file)
   path = pathlib.Path(file)
   if not path.is_file():
@@ -59,7 +65,13 @@ def _classified(
       f"{os.fspath(file)!r} is not the file that its card describes: other bytes. Export it again."
     )
   classes = content["class_names"] or list(map(str, range(content["num_classes"])))
-  named = [pair for image in images for pair in _images(image, file, content["input"])]
+  named: list[tuple[str, np.ndarray]] = []
+  for image in images:
+    if os.fspath(image).lower().endswith(".npy"):
+      named += _arrays(os.fspath(image), content["input"])
+      continue
+    named.append((os.fspath(image), _picture(image, file, content["input"], exif)))
+    turned += [os.fspath(image)] if orientation(read_file(image)) != 1 else []
   runner = _opened(name, file, content)
   # All batches have one size, so that JAX compiles one program.
   size = min(_AT_ONCE, len(named))
@@ -75,22 +87,17 @@ def _classified(
       yield of, [(classes[index], float(probabilities[index])) for index in best]
 
 
-def _images(
-  path: str | os.PathLike, file: str | os.PathLike, pixels: dict[str, Any]
-) -> list[tuple[str, np.ndarray]]:
-  """The images of one argument, as the model takes them, and their names."""
-  name = os.fspath(path)
-  if name.endswith(".npy"):
-    return _arrays(name, pixels)
+def _picture(
+  path: str | os.PathLike, file: str | os.PathLike, pixels: dict[str, Any], exif: bool
+) -> np.ndarray:
+  """An image file as the model takes it."""
   if pixels["type"] != "uint8" or not {"crop_pct", "interpolation"} <= pixels.keys():
     raise ConfigError(
-      f"{name!r} cannot be given to {os.fspath(file)!r}: its model was trained on a program's own "
-      f"arrays, and its card does not say how they are made of pictures. Give .npy files with "
-      f"{_taken(pixels)}, made as in training."
+      f"{os.fspath(path)!r} cannot be given to {os.fspath(file)!r}: its model was trained on a "
+      f"program's own arrays, and its card does not say how they are made of pictures. Give .npy "
+      f"files with {_taken(pixels)}, made as in training."
     )
-  return [
-    (name, read_picture(path, pixels["image_size"], pixels["crop_pct"], pixels["interpolation"]))
-  ]
+  return read_picture(path, pixels["image_size"], pixels["crop_pct"], pixels["interpolation"], exif)
 
 
 def _arrays(name: str, pixels: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
@@ -139,12 +146,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument(
     "file", help=f"exported: {', '.join(format.suffix for format in formats.FORMATS.values())}"
   )
-  parser.add_argument("images", nargs="+", help="JPEG or PNG files; or .npy files of arrays")
+  parser.add_argument("images", nargs="+", help="image files; or .npy files of arrays")
+  parser.add_argument(
+    "--exif",
+    action="store_true",
+    help="turn images by their EXIF orientation, as training does not",
+  )
 
   def execute(options):
-    for image, best in _classified(options.file, options.images):
-      print(image)
+    turned: list[str] = []
+    for image, best in _classified(options.file, options.images, options.exif, turned):
+      if turned and not options.exif:
+        _tell_turned(turned)
+      turned.clear()
+      print(_shown(image))
       for name, probability in best:
         print(f"  {100.0 * probability:6.2f} %  {name}")
 
   return command.run(parser, arguments, execute)
+
+
+def _tell_turned(names: list[str]) -> None:
+  some = ", ".join(map(_shown, names[:3])) + (f" and {len(names) - 3} more" if names[3:] else "")
+  print(
+    f"The EXIF orientation is ignored, as in training; --exif applies it: {some}", file=sys.stderr
+  )
+
+
+def _shown(name: str) -> str:
+  """A file's name without bytes that are not UTF-8, which a terminal does not take."""
+  return name.encode(errors="backslashreplace").decode()

@@ -8,9 +8,9 @@ import tensorflow as tf
 
 from profit_jax import paths
 from profit_jax.config import ConfigError, DataSettings
+from profit_jax.data.picture import SUFFIXES
 from profit_jax.data.records import InMemoryRecords, Record
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
 EVAL_NAMES = ("validation", "val", "test")
 # Names asked for at once: a directory on a network takes milliseconds, and there are a thousand of
 # them.

@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from profit_jax.config import ConfigError, DataSettings
-from profit_jax.data import preprocess
-from profit_jax.data.base import DatasetInfo, HostShard
+from profit_jax.data import picture, preprocess
+from profit_jax.data.base import DatasetInfo, HostShard, without_operations
 from profit_jax.data.normalize import Normalization
 from profit_jax.data.records import EpochRequest, Records
 from profit_jax.typing import Batch
@@ -22,7 +22,7 @@ from profit_jax.typing import Batch
 _BATCHES_AT_ONCE = 2
 _READY_BATCHES = 2
 # Broken images that an error message names.
-_NAMED = 20
+_NAMED = 8
 
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.WARNING)  # of its own, because main.py quiets the root
@@ -73,7 +73,7 @@ class Images:
     shard: whose rows are made.
     """
     self._splits, self._settings, self._seed, self._shard = splits, settings, seed, shard
-    self._broken: dict[str, None] = {}  # in the order in which they were met
+    self._broken: dict[str, str] = {}  # why, by name, in the order in which they were met
     self.info = DatasetInfo(
       train_examples=splits.train.examples,
       eval_examples=splits.eval.examples,
@@ -143,12 +143,14 @@ class Images:
     }
 
     def decoded(found):
-      """One batch: what cannot be decoded is left out, and leaves its row empty."""
+      """One batch: what TensorFlow cannot decode is left out, leaves its row empty, and stands in
+      `left_out`.
+      """
       rows = tf.data.Dataset.from_tensor_slices((tf.range(part, dtype=tf.int64), found))
       rows = rows.filter(lambda row, record: record["key"][1] >= 0)
       good = rows.map(example, cores, deterministic=True).ignore_errors().batch(part)
       whole = good.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1)
-      return whole.map(lambda batch: {**_in_rows(batch, part), "key": found["key"]})
+      return whole.map(lambda batch: _with_the_rest(_in_rows(batch, part), found))
 
     # Read before that: a file that cannot be read is no broken image.
     found = (
@@ -169,17 +171,16 @@ class Images:
     seen = 0
     try:
       for batch in batches.as_numpy_iterator():
-        keys = batch.pop("key")
-        seen += int((keys[:, 1] >= 0).sum())
-        if not batch["mask"].all():
-          self._note_broken([records.name(key) for key in keys[~batch["mask"] & (keys[:, 1] >= 0)]])
+        seen += int((batch.pop("key")[:, 1] >= 0).sum())
+        left_out = batch.pop("left_out")
+        if len(left_out["row"]):
+          self._read_again(batch, left_out, records, pixels)
         self._check_labels(batch["label"][batch["mask"]])
         yield batch
     except tf.errors.OpError as error:
       raise ConfigError(
-        f"{self._settings.name} cannot be read: {' '.join(error.message.split())[:500]}. Restore "
-        "the file, or prepare the "
-        f"data again."
+        f"{self._settings.name} cannot be read: {without_operations(error.message)}. Restore the "
+        "file, or prepare the data again."
       ) from error
     expected = records.count(wanted)
     if seen != expected:
@@ -198,8 +199,25 @@ class Images:
         f"without labels? Choose others with config.data.train_split and config.data.eval_split."
       )
 
-  def _note_broken(self, names: list[str]) -> None:
-    """Names images that cannot be decoded.
+  def _read_again(self, batch: Batch, left_out: Batch, records: Records, pixels) -> None:
+    """Gives what TensorFlow cannot decode to Pillow, which reads more (PNG with wrong checksums);
+    what is broken for it too is noted, and its row stays empty.
+    """
+    for name in ("image", "label", "mask"):
+      batch[name] = batch[name].copy()  # TensorFlow's own memory
+    broken = {}
+    for row, key, place, label, contents in zip(*map(left_out.get, _LEFT_OUT), strict=True):
+      try:
+        plain = tf.io.encode_png(picture.decode(contents))
+      except picture.UnreadableImageError as error:
+        broken[records.name(key)] = str(error)
+      else:
+        batch["image"][row], batch["label"][row] = pixels(plain, tf.constant(place)), label
+        batch["mask"][row] = True
+    self._note_broken(broken)
+
+  def _note_broken(self, broken: dict[str, str]) -> None:
+    """Names images that cannot be decoded, with the reason of each.
 
     Raises:
       ConfigError: they are too many.
@@ -207,20 +225,37 @@ class Images:
     share, info = self._settings.max_broken, self.info
     # Of all hosts' images, because a host meets others in every epoch.
     limit = math.ceil(share * (info.train_examples + info.eval_examples))
-    for name in names:
-      if name not in self._broken:
-        self._broken[name] = None
+    for name, reason in broken.items():
+      if name in self._broken:
+        continue
+      self._broken[name] = reason
+      if len(self._broken) <= limit:
         _log.warning(
-          "skipped a broken image (%d so far, %d are allowed): %s", len(self._broken), limit, name
+          "skipped a broken image (%d so far, %d are allowed): %s: %s",
+          len(self._broken),
+          limit,
+          # A file's name may have bytes that are not UTF-8, which no terminal takes.
+          name.encode(errors="backslashreplace").decode(),
+          reason,
         )
     if len(self._broken) > limit:
-      listing = "\n  ".join(list(self._broken)[:_NAMED])
+      listing = "\n  ".join(f"{name!r}: {why}" for name, why in [*self._broken.items()][:_NAMED])
       raise ConfigError(
-        f"{len(self._broken)} images cannot be decoded as JPEG or PNG, more than "
-        f"config.data.max_broken = {share:g} of "
-        f"{self._settings.name} allows ({limit}). Repair or remove them, or raise it. The first "
+        f"{len(self._broken)} images cannot be read, more than config.data.max_broken = {share:g} "
+        f"of {self._settings.name} allows ({limit}). Repair or remove them, or raise it. The first "
         f"of them:\n  {listing}"
       )
+
+
+_LEFT_OUT = ("row", "key", "place", "label", "contents")
+
+
+def _with_the_rest(batch, found):
+  """A batch, with its keys and the examples that are not in it."""
+  missing = ~batch["mask"] & (found["key"][:, 1] >= 0)
+  columns = {**found, "row": tf.range(tf.size(found["label"]))}
+  left_out = {name: tf.boolean_mask(columns[name], missing) for name in _LEFT_OUT}
+  return {**batch, "key": found["key"], "left_out": left_out}
 
 
 def _in_rows(batch, part):

@@ -173,7 +173,17 @@ def class_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
       "one image and one class "
       f"label per example; its supervised keys are {keys}."
     )
+  _require_bytes(builder, keys[0])
   return keys
+
+
+def _require_bytes(builder, image):
+  """TFDS keeps a float32 image as a PNG whose colours and transparency are each value's bytes."""
+  if np.dtype(builder.info.features[image].np_dtype) == np.float32:
+    raise ConfigError(
+      f"config.data.name = {builder.info.full_name!r} is not allowed: its images ({image!r}) are "
+      "float32, and nothing says which value is white. Prepare it with images of uint8 or uint16."
+    )
 
 
 def _require_prepared(builder, settings):

@@ -3,8 +3,11 @@
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +26,7 @@ from profit_jax.export import formats, onnx_file, verify, write
 from profit_jax.export.build import build_net
 from profit_jax.models import student_spec
 from tests.cli.conftest import MODEL, tiny_settings, write_run
+from tests.data.kinds import UNREADABLE, kinds
 from tests.export.nets import NORMALIZATION, changed, digits, random_variables
 from tests.wrong_input import command as run_command
 
@@ -209,6 +213,58 @@ def test_the_example_computes_the_same(exported, picture):
   assert names == expected
   # Of the logarithms of probabilities, only the differences are those of logits.
   np.testing.assert_allclose(np.diff(np.float64(logits)), np.diff(np.log(probabilities)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["PNG gray 16", "PNG palette 8, transparent", "PNG RGBA 16"])
+def test_the_example_sees_the_pixels_that_predict_sees(exported, tmp_path, monkeypatch, name):
+  (tmp_path / "picture").write_bytes(kinds()[name][0])
+  file, picture = exported / f"{STEM}.onnx", tmp_path / "picture"
+  monkeypatch.setattr(sys, "argv", ["", str(file), str(picture)])
+  found = runpy.run_path(str(ROOT / "examples" / "classify_onnx.py"))
+  assert np.array_equal(found["pixels"][0], prepared(exported, picture))
+
+
+def test_the_example_prints_its_usage():
+  done = subprocess.run(
+    [sys.executable, "-I", ROOT / "examples" / "classify_onnx.py"], capture_output=True, text=True
+  )
+  assert done.returncode
+  assert done.stderr == "usage: python classify_onnx.py FILE.onnx IMAGE\n"
+
+
+def test_an_exif_orientation_is_told_once_and_applied_on_request(exported, tmp_path, capsys):
+  for name in ("one", "two", "plain"):
+    kind = "PNG" if name == "plain" else "PNG EXIF"
+    (tmp_path / name).write_bytes(kinds()[kind][0])
+  files = [str(tmp_path / name) for name in ("one", "two", "plain")]
+  assert predict.main([str(exported / f"{STEM}.onnx"), *files]) == 0
+  told = capsys.readouterr()
+  assert told.err == (
+    "The EXIF orientation is ignored, as in training; --exif applies it: "
+    f"{tmp_path / 'one'}, {tmp_path / 'two'}\n"
+  )
+  assert predict.main([str(exported / f"{STEM}.onnx"), "--exif", *files]) == 0
+  turned = capsys.readouterr()
+  assert not turned.err
+  one = told.out.splitlines()[1:6]
+  assert one == told.out.splitlines()[13:18]
+  assert one != turned.out.splitlines()[1:6]
+  assert told.out.splitlines()[13:] == turned.out.splitlines()[13:]
+
+
+@pytest.mark.parametrize("name", ["page", "pointer", "empty", "HEIC"])
+def test_predict_says_why_a_file_is_no_picture(exported, tmp_path, capsys, name):
+  (tmp_path / "a.jpg").write_bytes(UNREADABLE[name][0])
+  assert predict.main([str(exported / f"{STEM}.onnx"), str(tmp_path / "a.jpg")]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.search(f"a.jpg' cannot be read as an image: {UNREADABLE[name][1]}", line)
+
+
+def test_a_name_that_is_not_utf_8_is_printed(exported, picture, tmp_path, capsys):
+  path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+  shutil.copy(picture, path)
+  assert predict.main([str(exported / f"{STEM}.onnx"), path]) == 0
+  assert "caf\\udce9.png" in capsys.readouterr().out
 
 
 def test_more_pictures_than_fit_at_once(exported, picture):

@@ -72,14 +72,15 @@ def write_folder(root, train=TRAIN, evaluation=EVAL, broken=(), make=cuttings):
 
 
 class Form(NamedTuple):
-  """What a TFDS set looks like: its classes, the images' shape, names of text features, and the
-  name of its second split.
+  """What a TFDS set looks like: its classes, the images' shape, names of text features, the name
+  of its second split, and the images' type.
   """
 
   classes: tuple[str, ...] = CLASSES
   shape: tuple[int | None, ...] = (None, None, 3)
   texts: tuple[str, ...] = ()
   eval_split: str = "validation"
+  dtype: type = np.uint8
 
 
 def write_tfds(
@@ -98,7 +99,7 @@ def write_tfds(
 
       def _info(self):
         features = {
-          "image": tfds.features.Image(shape=form.shape),
+          "image": tfds.features.Image(shape=form.shape, dtype=form.dtype),
           "label": tfds.features.ClassLabel(names=form.classes),
         }
         features.update({text: tfds.features.Text() for text in form.texts})
@@ -119,7 +120,7 @@ def write_tfds(
           yield (
             i,
             {
-              "image": io.BytesIO(encoded(image, kind)),
+              "image": image if isinstance(image, np.ndarray) else io.BytesIO(encoded(image, kind)),
               "label": label,
               **dict.fromkeys(form.texts, f"{i}"),
             },

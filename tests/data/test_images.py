@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -10,9 +11,10 @@ import tensorflow as tf
 
 from profit_jax import data
 from profit_jax.config import ConfigError
-from profit_jax.data import HostShard, preprocess
+from profit_jax.data import HostShard, picture, preprocess
 from profit_jax.data.records import EpochRequest, table_rows
 from tests.data import pictures
+from tests.data.kinds import RGB, UNREADABLE, kinds
 from tests.data.pictures import EVAL, SIZE, TRAIN, settings
 
 # A table, which small TFDS sets are too, and shards that are read from front to end.
@@ -153,9 +155,62 @@ def test_a_broken_image_leaves_its_row_empty_and_is_named_once(damaged, whole, c
   ]
   assert len(named) == 2
   assert sum("003.jpeg" in line for line in named) == sum("004.png" in line for line in named) == 1
+  assert all(line.endswith("it is cut off") for line in named)
   # The other images of a batch are what they are without the broken one.
   masks = joined(epochs[1], "mask")
   assert np.array_equal(joined(whole("folder")[0])[masks], joined(epochs[1])[masks])
+
+
+def test_every_kind_is_read_whatever_its_suffix_and_a_skipped_file_is_given_a_reason(
+  tmp_path, caplog
+):
+  root = tmp_path / "data"
+  for split in ("train", "val"):
+    (root / split / "a").mkdir(parents=True)
+  # The first is read by TensorFlow, the others by Pillow, the last two after TensorFlow has failed.
+  read = (
+    "JPEG",
+    "JPEG CMYK without marker",
+    "GIF",
+    "PNG wrong checksum of the data",
+    "PNG without its end",
+  )
+  for i, name in enumerate(read):
+    (root / "train" / "a" / f"{i}.jpg").write_bytes(kinds()[name][0])
+  for name in ("page", "pointer", "empty"):
+    (root / "train" / "a" / f"{name}.jpg").write_bytes(UNREADABLE[name][0])
+  (root / "val" / "a" / "0.webp").write_bytes(kinds()["WebP lossless"][0])
+  changes = {"data.max_broken": 0.3, "data.crop_pct": 1.0, "data.image_size": 32}
+  source = load_folder(root, **changes, **{"data.augment": False})
+  with caplog.at_level(logging.WARNING):
+    (batch,) = source.train_batches(0, 8)
+  seen = as_set(batch["image"][batch["mask"]])
+  expected = [
+    picture.read_picture(root / "train" / "a" / f"{i}.jpg", 32, 1.0, "bicubic") for i in range(5)
+  ]
+  assert seen == as_set(expected)
+  assert not batch["image"][~batch["mask"]].any()
+  lines = "\n".join(sorted(record.getMessage() for record in caplog.records))
+  for name in ("page", "pointer", "empty"):
+    assert re.search(f"{name}.jpg: {UNREADABLE[name][1]}", lines)
+  (image,) = (batch["image"][batch["mask"]] for batch in source.eval_batches(8))
+  assert np.array_equal(image[0], RGB[:, 8:40])
+
+
+def test_augmentation_of_what_pillow_reads_is_that_of_tensorflow(tmp_path):
+  """A PNG with a wrong checksum is cut, scaled and mirrored as without it."""
+  batches = []
+  for name, content in (
+    ("plain", kinds()["PNG"][0]),
+    ("wrong", kinds()["PNG wrong checksum of the data"][0]),
+  ):
+    for split in ("train", "val"):
+      (tmp_path / name / split / "a").mkdir(parents=True)
+      for i in range(8):
+        (tmp_path / name / split / "a" / f"{i}.png").write_bytes(content)
+    batches.append(list(load_folder(tmp_path / name).train_batches(3, 8)))
+  assert_equal_batches(*batches)
+  assert len(as_set(batches[0][0]["image"])) == 8
 
 
 def test_a_host_may_meet_every_broken_image(damaged):
@@ -231,8 +286,9 @@ def test_a_file_that_went_away_is_no_broken_image(tmp_path):
   root = pictures.write_folder(tmp_path, TRAIN, EVAL)
   source = load_folder(root, **{"data.max_broken": 1.0})
   next((root / "train" / "temple").iterdir()).unlink()
-  with pytest.raises(ConfigError, match=r"cannot be read: .*train/temple/"):
+  with pytest.raises(ConfigError, match=r"cannot be read: .*train/temple/") as error:
     list(source.train_batches(0, 8))
+  assert not re.search(r"\{\{|\[\[|\[Op:", str(error.value))
 
 
 def fingerprint(name, path):

@@ -129,8 +129,8 @@ def test_resizing_clips_what_overshoots():
 
 
 def _decoded_whole(contents):
-  contents = tf.constant(contents)
-  return preprocess.decode(contents, tf.concat([[0, 0], preprocess.image_shape(contents)], 0))
+  image = preprocess.opened(tf.constant(contents))
+  return preprocess.decode(image, tf.concat([[0, 0], image.shape], 0))
 
 
 @pytest.mark.parametrize("size", [(640, 427), (33, 17), (16, 16), (1, 1)])
@@ -149,16 +149,15 @@ def test_a_window_of_a_jpeg_is_exact_up_to_its_edge_columns():
     height, width = rng.integers(1, 300, 2)
     top, left = rng.integers(0, 427 - height + 1), rng.integers(0, 640 - width + 1)
     window = tf.constant([top, left, height, width], tf.int32)
-    ours = preprocess.decode(tf.constant(contents), window).numpy()
+    ours = preprocess.decode(preprocess.opened(tf.constant(contents)), window).numpy()
     theirs = whole[top : top + height, left : left + width]
     assert np.array_equal(ours[:, 1:-1], theirs[:, 1:-1])
     assert _difference(ours, theirs)[1] <= _EDGE
 
 
 def test_a_window_of_a_png_is_exact():
-  ours = preprocess.decode(
-    tf.constant(_encoded(_PHOTOGRAPHS[1], "PNG")), tf.constant([3, 5, 70, 90])
-  )
+  contents = tf.constant(_encoded(_PHOTOGRAPHS[1], "PNG"))
+  ours = preprocess.decode(preprocess.opened(contents), tf.constant([3, 5, 70, 90]))
   assert np.array_equal(ours, np.asarray(_PHOTOGRAPHS[1])[3:73, 5:95])
 
 
@@ -358,4 +357,4 @@ def test_of_a_long_strip_only_the_middle_is_scaled(kind):
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 def test_the_size_is_read_from_the_header(mode):
   image = _PHOTOGRAPHS[0].resize((70, 50)).convert(mode)
-  assert preprocess.image_shape(_encoded(image, "PNG")).numpy().tolist() == [50, 70]
+  assert preprocess.opened(_encoded(image, "PNG")).shape.numpy().tolist() == [50, 70]

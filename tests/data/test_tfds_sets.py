@@ -6,12 +6,14 @@ import pytest
 from configs import cifar10_w4, mbv2_w4
 from profit_jax import data
 from profit_jax.cli import prepare
-from profit_jax.config import parse
+from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, check
 from tests.data import pictures
 
 # Synsets by their place in the list of classes, which TFDS and torchvision share.
 SYNSETS = {0: "n01440764", 1: "n01443537", 217: "n02102040"}
+
+SMALL = {"train.batch_size": 3, "train.eval_batch_size": 3}
 
 
 def settings(config, **changes):
@@ -124,3 +126,28 @@ def test_tfds_mock_data_works_as_a_source(cifar10):
     batches = list(source.eval_batches(4))
   assert len(batches) == 2
   assert all(batch["mask"].all() and batch["image"].shape == (4, 32, 32, 3) for batch in batches)
+
+
+def arrays(count, seed, dtype=np.uint16, channels=4):
+  values = np.random.default_rng(seed).integers(0, 2**16, (count, 16, 16, channels)).astype(dtype)
+  return [(image, i % 3) for i, image in enumerate(values)]
+
+
+def test_of_four_channels_of_16_bits_the_high_bytes_of_three_are_seen(tmp_path):
+  form = pictures.Form(shape=(16, 16, 4), dtype=np.uint16)
+  pictures.write_tfds(tmp_path, train=3, evaluation=3, make=arrays, form=form)
+  chosen = {"data.name": "cuttings", "data.data_dir": str(tmp_path), "data.crop_pct": 1.0}
+  batch = next(data.load(pictures.settings(**chosen, **SMALL)).eval_batches(3))
+  expected = np.uint8([(image >> 8)[..., :3] for image, _ in arrays(3, 2)])
+  # TFDS shuffles what it writes.
+  assert {image.tobytes() for image in batch["image"]} == {image.tobytes() for image in expected}
+
+
+def test_float_images_are_refused(tmp_path):
+  form = pictures.Form(shape=(16, 16, 1), dtype=np.float32)
+  pictures.write_tfds(
+    tmp_path, train=3, evaluation=3, make=lambda *ask: arrays(*ask, np.float32, 1), form=form
+  )
+  chosen = {"data.name": "cuttings", "data.data_dir": str(tmp_path)}
+  with pytest.raises(ConfigError, match=r"'image'.* float32, .*uint8 or uint16"):
+    data.load(pictures.settings(**chosen, **SMALL))
