@@ -14,7 +14,7 @@ from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data import preprocess
 from profit_jax.data.base import DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
-from profit_jax.data.records import EpochRequest, Records
+from profit_jax.data.records import EpochRequest, Records, one_line
 from profit_jax.typing import Batch
 
 # Batches in the making at once: while the last images of one are decoded, threads that are free
@@ -177,9 +177,8 @@ class Images:
         yield batch
     except tf.errors.OpError as error:
       raise ConfigError(
-        f"{self._settings.name} cannot be read: {' '.join(error.message.split())[:500]}. Restore "
-        "the file, or prepare the "
-        f"data again."
+        f"{self._settings.name} cannot be read: {one_line(error)}. Restore the file, or prepare "
+        "the data again."
       ) from error
     expected = records.count(wanted)
     if seen != expected:
