@@ -78,7 +78,7 @@ class Folder:
       split.check(f"config.data.{field} = {getattr(settings, field)!r}")
     found = (
       layout.note_on_splits(settings, evaluation.tree),
-      _note_on_entries(layout.root, {id(part.tree): part.tree for part in (train, evaluation)}),
+      _note_on_entries(layout.root, dict.fromkeys((train.tree, evaluation.tree))),
       _note_on_overlap(train, evaluation),
       None if is_given or not fixed_labels else _note_on_order(layout.root, order),
     )
@@ -101,7 +101,7 @@ def _root(data_dir: str) -> bytes:
   if not root.exists():
     raise ConfigError(f"{field} is not allowed: there is no such directory.")
   kind = "no directory"
-  if root.is_file() and not is_remote(os.fsencode(path)):
+  if os.path.isfile(path):  # of a FIFO, epath says the same, and reading one may wait forever
     if zipfile.is_zipfile(path):
       kind = f"a zip file. Unpack it: unzip {path} -d DIR"
     elif tarfile.is_tarfile(path):
@@ -130,9 +130,9 @@ class _Tree:
     listed = at_once(lambda name: entries(path + b"/" + name), folders)
     self.classes: dict[bytes, Entries] = dict(zip(folders, listed, strict=True))
 
-  def whole(self) -> "_Part":
-    """All images."""
-    return self.part(Fraction(0), Fraction(1))
+  def held(self) -> list[tuple[bytes, Entries]]:
+    """Each class folder's path, and what lies in it."""
+    return [(self.path + b"/" + name, held) for name, held in self.classes.items()]
 
   def part(self, low: Fraction, high: Fraction) -> "_Part":
     """Of each class, the images from one share of them to another, in the order of names."""
@@ -444,27 +444,40 @@ def _note_on_order(root: bytes, order: list[bytes]) -> str | None:
   )
 
 
-def _note_on_entries(root: bytes, trees: dict[int, _Tree]) -> str | None:
+# One, and more of them.
+_NOT_READ = {
+  "loose": ("file outside class folders", "files outside class folders"),
+  "files": (
+    "file whose name does not end like an image's",
+    "files whose names do not end like an image's",
+  ),
+  "folders": ("folder inside a class folder", "folders inside class folders"),
+  "broken": ("broken link", "broken links"),
+  "special": ("FIFO, socket or device", "FIFOs, sockets or devices"),
+}
+
+
+def _note_on_entries(root: bytes, trees: Iterable[_Tree]) -> str | None:
   """Counts and names what lies beside the images and is not read."""
-  found: dict[str, list[bytes]] = {}
+  found: dict[str, list[bytes]] = {kind: [] for kind in _NOT_READ}
 
   def add(kind, folder, names):
     prefix = (folder + b"/").removeprefix(root + b"/")
-    found.setdefault(kind, []).extend(prefix + name for name in names)
+    found[kind].extend(prefix + name for name in names)
 
-  for tree in trees.values():
-    loose = [*tree.own.images, *tree.own.files]
-    add("files outside class folders", tree.path, [name for name in loose if name != ORDER_FILE])
-    places = {tree.path: tree.own}
-    places |= {tree.path + b"/" + name: held for name, held in tree.classes.items()}
-    for path, held in places.items():
-      if held is not tree.own:
-        add("files whose names do not end like an image's", path, held.files)
-        add("folders inside class folders", path, held.folders)
-      add("broken links", path, held.broken)
-      add("FIFOs, sockets and devices", path, held.special)
+  for tree in trees:
+    loose = sorted([*tree.own.images, *tree.own.files])
+    add("loose", tree.path, [name for name in loose if name != ORDER_FILE])
+    for path, held in tree.held():
+      add("files", path, held.files)
+      add("folders", path, held.folders)
+    for path, held in [(tree.path, tree.own), *tree.held()]:
+      add("broken", path, held.broken)
+      add("special", path, held.special)
   told = [
-    f"{len(names)} {kind} ({_listed(names, _NOTED)})" for kind, names in found.items() if names
+    f"{len(names)} {_NOT_READ[kind][len(names) > 1]} ({_listed(names, _NOTED)})"
+    for kind, names in found.items()
+    if names
   ]
   return f"Not read in {shown(root)}: {', '.join(told)}." if told else None
 
