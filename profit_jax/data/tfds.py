@@ -239,9 +239,9 @@ def class_keys(
         else f"config.data.name = {name!r} is not allowed without config.data.{field}"
       )
       raise ConfigError(
-        f"{wrong}: it must be a data set of one image and one class label per example, whose "
+        f"{wrong}: it must be a data set of one image and one class label per example, and its "
         f"supervised keys are {builder.info.supervised_keys}. Set config.data.image_key and "
-        f"config.data.label_key to an Image and a ClassLabel of its features: "
+        "config.data.label_key to an Image and a ClassLabel of its features: "
         f"{_described(features)}."
       )
   image, label = (features[key] for key in keys)
@@ -251,6 +251,8 @@ def class_keys(
     _refuse(builder, "image", keys[0], "of uint8 or uint16")
   if type(label) is not tfds.features.ClassLabel:
     _refuse(builder, "label", keys[1], "a tfds.features.ClassLabel, which has the classes' names")
+  if (label.num_classes or 0) < 2:
+    _refuse(builder, "label", keys[1], "of two classes or more")
   return keys
 
 
@@ -271,11 +273,12 @@ def _described(features) -> str:
 def _kind(feature) -> str:
   name = type(feature).__name__
   if type(feature) is tfds.features.ClassLabel:
-    return f"{name}, {feature.num_classes} classes"
-  if isinstance(feature, (tfds.features.Tensor, tfds.features.Image)) and feature.shape != ():
-    return f"{name}, {np.dtype(feature.np_dtype).name} of shape {feature.shape}"
-  if isinstance(feature, tfds.features.Tensor) and type(feature) is not tfds.features.Text:
-    return f"{name}, {np.dtype(feature.np_dtype).name}"
+    return f"{name} of {feature.num_classes} classes"
+  if type(feature) is tfds.features.Text:
+    return name
+  if isinstance(feature, (tfds.features.Tensor, tfds.features.Image)):
+    shape = f", shape {feature.shape}" if feature.shape else ""
+    return f"{name} of {np.dtype(feature.np_dtype).name}{shape}"
   return name
 
 
