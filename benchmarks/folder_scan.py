@@ -1,12 +1,13 @@
 """Seconds and memory until a folder of ImageNet's size is open.
 
-python benchmarks/folder_scan.py [--images=1280000] [--classes=1000] [--directory=DIR]
+python benchmarks/folder_scan.py [--images=1280000] [--classes=1000] [--symlinks] [--directory=DIR]
 
-Makes an image folder of hard links to empty files in a temporary directory of DIR, with 25 times as
-many training images as evaluation images, and names as long as ImageNet's. Then a fresh process
-imports the package, opens the folder as a run does, and computes its fingerprint. Prints the
-seconds of each and the peak of the process's resident memory. The folder was just written, so that
-its directories are in the system's cache. Exits with 1 above --limit_seconds or --limit_gb.
+Makes an image folder of hard (or symbolic) links to empty files in a temporary directory of DIR,
+with 25 times as many training images as evaluation images, and names as long as ImageNet's. Then a
+fresh process imports the package, opens the folder as a run does, and computes its fingerprint.
+Prints the seconds of each and the peak of the process's resident memory. The folder was just
+written, so that its directories are in the system's cache. Exits with 1 above --limit_seconds or
+--limit_gb.
 """
 
 import argparse
@@ -21,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 _EVAL_SHARE = 25  # ImageNet: 1,281,167 to 50,000
 
 
-def make_folder(root, images, classes):
+def make_folder(root, images, classes, link):
   """Writes the folder: a file per class and split, and links to it."""
   for split, count in (("train", images), ("val", images // _EVAL_SHARE)):
     for label in range(classes):
@@ -30,7 +31,7 @@ def make_folder(root, images, classes):
       first = f"{directory}/n{label:08d}_0.JPEG"
       open(first, "w").close()
       for i in range(1, count // classes):
-        os.link(first, f"{directory}/n{label:08d}_{split}{i}.JPEG")
+        link(first, f"{directory}/n{label:08d}_{split}{i}.JPEG")
 
 
 def measure(root):
@@ -66,6 +67,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--images", type=int, default=1_280_000)
   parser.add_argument("--classes", type=int, default=1000)
+  parser.add_argument("--symlinks", action="store_true", help="each costs a look at its target")
   parser.add_argument("--directory")
   parser.add_argument("--limit_seconds", type=float, default=60.0)
   parser.add_argument("--limit_gb", type=float, default=2.0)
@@ -75,7 +77,8 @@ def main():
     seconds, peak = measure(options.open)
     return int(seconds > options.limit_seconds or peak > options.limit_gb)
   with tempfile.TemporaryDirectory(dir=options.directory) as root:
-    make_folder(root, options.images, options.classes)
+    link = os.symlink if options.symlinks else os.link
+    make_folder(root, options.images, options.classes, link)
     limits = [f"--limit_seconds={options.limit_seconds}", f"--limit_gb={options.limit_gb}"]
     command = [sys.executable, __file__, f"--open={root}", *limits]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
