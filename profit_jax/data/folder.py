@@ -2,6 +2,7 @@
 ROOT/CLASS/*.jpg without splits.
 """
 
+import collections
 import functools
 import hashlib
 import os
@@ -24,6 +25,8 @@ from profit_jax.data.listing import (
   at_once,
   content,
   entries,
+  is_directory,
+  is_file,
   is_remote,
   shown,
 )
@@ -216,7 +219,7 @@ class _Layout:
   def splits(self, settings: DataSettings, seed: int) -> tuple[_Part, _Part]:
     """What is trained on, and what is evaluated on."""
     name, low, high = self._parsed("train_split", settings.train_split)
-    path = self._find(TRAIN_NAMES if name.casefold() == "train" else (name,))
+    path = self._find((name, *TRAIN_NAMES) if name.casefold() == "train" else (name,))
     is_flat = path is None and name.casefold() == "train" and self._is_flat()
     if path is None:
       if not is_flat:
@@ -269,7 +272,7 @@ class _Layout:
     """The directory with the first of these names; in any case, where none has one exactly."""
     for name in names:
       path = self.root + b"/" + os.fsencode(name)
-      if _is_directory(path):
+      if is_directory(path):
         return path
     for name in names:
       for folder in self._folders:
@@ -295,7 +298,7 @@ class _Layout:
     inside = [
       folder
       for folder in self._folders[:_NAMED]
-      if any(_is_directory(self.root + b"/" + folder + b"/" + name.encode()) for name in names)
+      if any(is_directory(self.root + b"/" + folder + b"/" + name.encode()) for name in names)
     ]
     hint = ""
     if inside:
@@ -330,13 +333,6 @@ class _Layout:
       f"{shown(self.root)} holds {taken} and {left}, and the run evaluates on {taken}, also to "
       f"choose the best weights; config.data.eval_split={left} takes the other."
     )
-
-
-def _is_directory(path):
-  try:
-    return tf.io.gfile.isdir(path.decode()) if is_remote(path) else os.path.isdir(path)
-  except ValueError:  # a null byte
-    return False
 
 
 def _fraction(percent: str) -> Fraction:
@@ -410,16 +406,19 @@ def _order(root: bytes, classes: Iterable[bytes]) -> tuple[list[bytes], bool]:
   """
   path = root + b"/" + ORDER_FILE
   names = list(classes)
-  if not (tf.io.gfile.exists(path.decode()) if is_remote(path) else os.path.isfile(path)):
+  if not is_file(path):
     return names, False
-  lines = [line.strip() for line in content(path).removeprefix(b"\xef\xbb\xbf").splitlines()]
-  given = [line for line in lines if line]
+  try:
+    text = content(path).removeprefix(b"\xef\xbb\xbf")
+  except (OSError, tf.errors.OpError) as error:
+    raise ConfigError(f"{shown(path)} cannot be read: {one_line(error)}.") from error
+  given = [line.strip() for line in text.splitlines() if line.strip()]
   by_form = {_normal_form(name): name for name in names}
   order = [by_form.get(_normal_form(line), line) for line in given]
   wrong = {
     "missing": sorted({*names} - {*order}),
     "no class folders": sorted({*order} - {*names}),
-    "more than once": sorted({name for name in order if order.count(name) > 1}),
+    "more than once": [name for name, count in collections.Counter(order).items() if count > 1],
   }
   if any(wrong.values()):
     told = "; ".join(f"{what}: {_listed(those)}" for what, those in wrong.items() if those)

@@ -132,6 +132,29 @@ def _is_image(name):
   return name.lower().endswith(_ENDINGS)
 
 
+def is_directory(path: bytes) -> bool:
+  """Whether a path is that of a directory or of a link to one.
+
+  Raises:
+    ConfigError: a remote file system does not answer.
+  """
+  return _is(path, tf.io.gfile.isdir, os.path.isdir)
+
+
+def is_file(path: bytes) -> bool:
+  """Whether a path is that of a regular file or of a link to one; raises as `is_directory`."""
+  return _is(path, tf.io.gfile.exists, os.path.isfile)
+
+
+def _is(path, remotely, locally):
+  try:
+    return remotely(path.decode()) if is_remote(path) else locally(path)
+  except ValueError:  # a null byte
+    return False
+  except tf.errors.OpError as error:
+    raise ConfigError(f"{shown(path)} cannot be reached: {one_line(error)}.") from error
+
+
 def content(path: bytes) -> bytes:
   """Reads a file.
 

@@ -154,10 +154,9 @@ def _prepared(name: str, data_dir: str) -> str:
   other sets; "" where nothing is.
   """
   base = re.split("[/:]", name)[0]
-  root = epath.Path(
-    os.path.expanduser(paths.without_file_scheme(data_dir) or tfds.core.constants.DATA_DIR)
-  )
+  path = paths.without_file_scheme(data_dir) or tfds.core.constants.DATA_DIR
   try:
+    root = epath.Path(os.path.expanduser(path))
     versions = _versions(root / base) if base else []
     if versions:
       return f" {root} holds {listed(versions[:_NAMED])}."
