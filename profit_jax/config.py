@@ -25,6 +25,8 @@ Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 # Runs of earlier versions do not have these.
 _LATER_FIELDS = frozenset(
   {
+    "config.data.image_key",
+    "config.data.label_key",
     "config.init.published_settings",
     "config.model.padding",
     "config.oscillation",
@@ -147,17 +149,22 @@ class DataSettings:
   """Section `data`."""
 
   # "digits" (scikit-learn's); "digit_pairs" (two of them side by side, 100 classes); "folder"
-  # (images in data_dir/train/CLASS/ and data_dir/val/CLASS/); or any classification set of
-  # tensorflow-datasets, with its configuration and version where needed (imagenette/320px-v2). See
-  # docs/data.md.
+  # (images in data_dir/train/CLASS/ and data_dir/val/CLASS/, or in data_dir/CLASS/); or any
+  # classification set of tensorflow-datasets, with its configuration and version where needed
+  # (imagenette/320px-v2). See docs/data.md.
   name: str = "imagenet2012"
   # Of the folder, or of TFDS, local or gs://; "" is TFDS's own ($TFDS_DATA_DIR,
   # ~/tensorflow_datasets).
   data_dir: str = ""
-  # In TFDS also a part, as train[:90%].
+  # Or a part of one, as train[:90%]; of a folder, in percent of each class. In a folder, "train" is
+  # also Train or Training, or data_dir itself where it holds the classes.
   train_split: str = "train"
-  # "" is the first of validation, val, test that exists.
+  # Likewise. "" is the first of validation, val, test that exists (folders: docs/data.md). Folders
+  # take a share too: "10%" of each class's training images, chosen by seed; the rest trains.
   eval_split: str = ""
+  # TFDS only: the features with an example's image and class; "" is the set's supervised keys.
+  image_key: str = ""
+  label_key: str = ""
   # Height and width in pixels, 8 to 1024.
   image_size: int = 224
   # Mean and standard deviation of pixels: "dataset" (its own), "imagenet" (torchvision's),

@@ -1,6 +1,7 @@
 """Paths that users give: local, or of a file system that `etils.epath` opens (`gs://`)."""
 
 import os
+import urllib.parse
 
 from etils import epath
 
@@ -29,3 +30,11 @@ def opened(what: str, path: str) -> epath.Path:
       "system that can be opened "
       f"from here, as gs://BUCKET/NAME."
     ) from error
+
+
+def without_file_scheme(path: str) -> str:
+  """The local path that a `file://` URL names; other paths stay as they are."""
+  parts = urllib.parse.urlsplit(path) if path.lower().startswith("file://") else None
+  if parts is None or parts.netloc not in ("", "localhost"):
+    return path
+  return urllib.parse.unquote(parts.path)

@@ -21,6 +21,8 @@ SLOW = (
   "data/test_pairs.py::test_without_augmentation_an_epoch_shows_the_same_images_in_another_order",
   "data/test_records.py::test_every_epoch_and_seed_has_every_example_once_in_another_order[stream]",
   "data/test_records.py::test_hosts_share_the_rows_that_one_alone_would_see[stream-eval]",
+  "data/test_tfds_features.py::test_deep_and_transparent_images_are_read_as_numpy_reads_them[deep]",
+  "data/test_tfds_features.py::test_deep_and_transparent_images_are_read_as_numpy_reads_them[rgba]",
   "data/test_tfds_sets.py::test_tfds_mock_data_works_as_a_source",
   "export/test_build.py::test_costs_and_sums_of_the_published_nets",
   "export/test_build.py::test_its_codes_are_the_trained_models",

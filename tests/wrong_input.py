@@ -157,6 +157,8 @@ FIELDS = {
   "data.data_dir": (st.nothing(), st.just("")),
   "data.train_split": (st.just(""), st.just("train")),
   "data.eval_split": (st.nothing(), st.just("")),
+  "data.image_key": (st.nothing(), st.just("")),
+  "data.label_key": (st.nothing(), st.just("")),
   "data.image_size": ints(8, 1024),
   "data.normalization": choice(*NORMALIZATIONS),
   "data.augment": truth(),

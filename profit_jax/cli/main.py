@@ -7,6 +7,7 @@
 """
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -124,6 +125,8 @@ def _in_short(error):
 def _execute(values, rest):
   """Runs the mode; returns what `run` does."""
   absl_logging.set_verbosity(absl_logging.ERROR)
+  # As the run's own lines, without time, thread and source file.
+  absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
   try:
     if len(rest) > 1:
       raise ConfigError(

@@ -2,6 +2,7 @@
 only.
 """
 
+import logging
 import re
 
 from profit_jax import optional
@@ -38,6 +39,8 @@ KNOWN: dict[str, DatasetInfo] = {
   ),
 }
 FOLDER = "folder"
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.WARNING)  # of its own, because main.py quiets the root
 _MADE_OF_DIGITS = {"digits": digits.Digits, "digit_pairs": pairs.Pairs}
 
 
@@ -133,11 +136,16 @@ def _images(settings, shard, memory_limit):
   if settings.data.name == FOLDER:
     from profit_jax.data.folder import Folder
 
-    splits = Folder(settings.data)
+    # A teacher's classifier has an order of classes too.
+    fixed = bool(settings.teacher.weights) or not settings.new_classifier
+    splits = Folder(settings.data, settings.seed, fixed_labels=fixed)
   else:
     from profit_jax.data.tfds import Splits
 
     splits = Splits(settings.data, memory_limit)
+  if shard.index == 0:
+    for note in splits.notes:
+      _log.warning("%s", note)
   # Whether the hosts can share both.
   splits.train.count(records.EpochRequest(settings.train.batch_size, shard, shuffle=(0, 0)))
   splits.eval.count(records.EpochRequest(settings.train.eval_batch_size, shard))

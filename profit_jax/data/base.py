@@ -1,7 +1,6 @@
 """What every data source gives: `DatasetInfo` and batches."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -85,9 +84,3 @@ class Source(Protocol):
   def eval_batches(self, batch_size: int) -> Iterator[Batch]:
     """Every evaluation example exactly once over all hosts; as many batches on each, padded."""
     ...
-
-
-def without_operations(message: str) -> str:
-  """The message of a TensorFlow error in one line, without the names of its operations."""
-  message = re.sub(r"\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*", " ", message, flags=re.DOTALL)
-  return " ".join(message.split())[:500]

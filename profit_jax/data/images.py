@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from profit_jax.config import ConfigError, DataSettings
 from profit_jax.data import picture, preprocess
-from profit_jax.data.base import DatasetInfo, HostShard, without_operations
+from profit_jax.data.base import DatasetInfo, HostShard
 from profit_jax.data.normalize import Normalization
-from profit_jax.data.records import EpochRequest, Records
+from profit_jax.data.records import EpochRequest, Records, one_line
 from profit_jax.typing import Batch
 
 # Batches in the making at once: while the last images of one are decoded, threads that are free
@@ -179,8 +179,8 @@ class Images:
         yield batch
     except tf.errors.OpError as error:
       raise ConfigError(
-        f"{self._settings.name} cannot be read: {without_operations(error.message)}. Restore the "
-        "file, or prepare the data again."
+        f"{self._settings.name} cannot be read: {one_line(error)}. Restore the file, or prepare "
+        "the data again."
       ) from error
     expected = records.count(wanted)
     if seen != expected:

@@ -81,11 +81,6 @@ class UnreadableImageError(ValueError):
   """Bytes that are no image which can be read; its text is a phrase that says why."""
 
 
-def is_image_name(name: str) -> bool:
-  """Whether a file is taken for an image by its name."""
-  return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
 def decode(content: bytes) -> np.ndarray:
   """The pixels of an encoded image as uint8 RGB `[H, W, 3]`; of several frames, the first.
 

@@ -21,10 +21,11 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> str:
   optional.require("tfds", "profit prepare")
   import tensorflow_datasets as tfds
 
-  from profit_jax.data.tfds import class_keys, fashion_mnist_builder, open_builder
+  from profit_jax.data.records import one_line
+  from profit_jax.data.tfds import fashion_mnist_builder, open_builder, require_image_and_label
 
   builder = open_builder(name, data_dir)
-  class_keys(builder)
+  require_image_and_label(builder)
   manual_dir = os.path.expanduser(manual_dir)
   if manual_dir and not os.path.isdir(manual_dir) and "://" not in manual_dir:
     raise ConfigError(f"--manual_dir={manual_dir} is not allowed: there is no such directory.")
@@ -39,7 +40,7 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> str:
     if builder.name == fashion_mnist.NAME:
       hint = f" Without a network: --manual_dir=DIR. {fashion_mnist.DEBIAN}"
     raise ConfigError(
-      f"{name} could not be prepared: {' '.join(str(error).split())[:500]}{hint}"
+      f"{name} could not be prepared: {one_line(error) or type(error).__name__}.{hint}"
     ) from error
   splits = ", ".join(f"{split} {info.num_examples}" for split, info in builder.info.splits.items())
   return f"{name} is in {builder.data_dir}; examples: {splits}."

@@ -10,7 +10,8 @@ examples. The hosts share the readers, so that their number changes nothing.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,19 @@ Record = dict[str, tf.Tensor]
 # the data set.
 SHUFFLE_BUFFER = 8192
 _READ_AT_ONCE = 16  # of a host's readers
+# What TensorFlow adds to a message: nodes and operations of graphs that nobody sees.
+_OF_GRAPHS = re.compile(
+  r"Error in user-defined function passed to \S+ transformation with iterator: \S+: "
+  r"|\[\[\{\{.*?\}\}\]\]|\{\{.*?\}\}|\[Op:\w+\]( name:( \S+)?)?"
+)
+
+
+def one_line(error: Exception) -> str:
+  """What an error of TensorFlow or tensorflow-datasets says, for a message: one line of at most
+  500 characters, without names of graphs' nodes and without a full stop.
+  """
+  text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+  return " ".join(_OF_GRAPHS.sub(" ", text).split())[:500].rstrip(". ")
 
 
 class EpochRequest(NamedTuple):
@@ -78,11 +92,9 @@ class InMemoryRecords:
     examples: their number.
   """
 
-  def __init__(self, columns: Record, names: Sequence[str] = ()):
-    """Args: columns: equally long vectors, `label` among them; a record has one value of each;
-    names: of the examples.
-    """
-    self._columns, self._names = columns, names
+  def __init__(self, columns: Record):
+    """Args: columns: equally long vectors, `label` among them; a record has one value of each."""
+    self._columns = columns
     self.examples = int(next(iter(columns.values())).shape[0])
 
   def rows(self, wanted: EpochRequest) -> tf.data.Dataset:
@@ -110,11 +122,15 @@ class InMemoryRecords:
   def fingerprint(self) -> str:
     """The same wherever the same records are in the same order; where they lie does not matter."""
     digest = hashlib.sha256(self._columns["label"].numpy().tobytes())
-    for name in self._names:
-      digest.update(name.encode())
+    for name in self.names():
+      digest.update(name)
     for content in self.sample():
       digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
+
+  def names(self) -> Iterable[bytes]:
+    """Names of the records in their order, where they have any."""
+    return ()
 
   def sample(self) -> Iterable[bytes]:
     """Contents of as many records as can be read in no time: names alone do not tell which images

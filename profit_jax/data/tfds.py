@@ -2,15 +2,21 @@
 
 import itertools
 import os
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 
-from profit_jax.config import ConfigError, DataSettings
+from profit_jax import paths
+from profit_jax.config import ConfigError, DataSettings, listed
 from profit_jax.data.base import MEMORY_LIMIT
-from profit_jax.data.records import InMemoryRecords, Record, Shard, ShardedRecords
+from profit_jax.data.records import InMemoryRecords, Record, Shard, ShardedRecords, one_line
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_NAMED = 10  # features, versions or sets in an error
 
 
 class Splits:
@@ -20,6 +26,7 @@ class Splits:
     train: records to train on.
     eval: records to evaluate on.
     class_names: of the label.
+    notes: what the user should look at, one line each: evaluation images that are trained on.
   """
 
   def __init__(self, settings: DataSettings, memory_limit: int = MEMORY_LIMIT):
@@ -35,13 +42,23 @@ class Splits:
     """
     self._settings, self._memory_limit = settings, memory_limit
     self._builder = builder = open_builder(settings.name, settings.data_dir)
-    keys = class_keys(builder)
+    keys = class_keys(builder, settings.image_key, settings.label_key)
     _require_prepared(builder, settings)
     self._image, self._label = keys
     self.class_names = tuple(builder.info.features[self._label].names)
-    self.train = self._records("train_split", settings.train_split)
-    self.eval = self._records(
-      "eval_split", settings.eval_split or self._first_of("validation", "val", "test")
+    evaluation = settings.eval_split or self._first_of("validation", "val", "test")
+    train_shards = self._shards("train_split", settings.train_split)
+    eval_shards = self._shards("eval_split", evaluation)
+    self.train = self._records(settings.train_split, train_shards)
+    self.eval = self._records(evaluation, eval_shards)
+    both = _in_both(train_shards, eval_shards)
+    self.notes = (
+      (
+        f"{both} of {self.eval.examples} evaluation images are training images too: accuracy will "
+        "not say how well other images are classified.",
+      )
+      if both
+      else ()
     )
 
   def _first_of(self, *names):
@@ -55,7 +72,7 @@ class Splits:
       "as train[90%:]."
     )
 
-  def _records(self, field, split):
+  def _shards(self, field, split):
     info = self._builder.info
     try:
       found = info.splits[split]
@@ -68,6 +85,10 @@ class Splits:
       ) from error
     if not found.num_examples:
       raise ConfigError(f"config.data.{field} = {split!r} is not allowed: it holds no example.")
+    return shards
+
+  def _records(self, split, shards):
+    info = self._builder.info
     if _fits(shards, self._memory_limit):
       return _InMemory(self._builder, split, self._image, self._label)
     if info.file_format != tfds.core.FileFormat.TFRECORD:
@@ -78,7 +99,7 @@ class Splits:
         f"{self._settings.name}."
       )
     return _Streamed(
-      found.num_examples,
+      info.splits[split].num_examples,
       self._settings.num_readers,
       shards,
       info.features,
@@ -94,14 +115,14 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     ConfigError: one that neither the catalogue nor the directory has.
   """
   try:
-    return tfds.builder(name, data_dir=data_dir or None)
+    return tfds.builder(name, data_dir=paths.without_file_scheme(data_dir) or None)
   except tfds.core.DatasetNotFoundError as error:
     raise ConfigError(
       f"config.data.name = {name!r} is not allowed: it must be digits, digit_pairs, folder, or a "
       "data set of "
       "tensorflow-datasets; neither its catalogue (https://www.tensorflow.org/datasets/catalog) "
       "nor "
-      f"{data_dir or 'its own directory'} has it."
+      f"{data_dir or 'its own directory'} has it.{_prepared(name, data_dir)}"
     ) from error
   # A configuration or a version that it does not have.
   except (
@@ -110,7 +131,7 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     KeyError,
   ) as error:
     raise ConfigError(
-      f"config.data.name = {name!r} is not allowed: {' '.join(str(error).split())[:500]}"
+      f"config.data.name = {name!r} is not allowed: {one_line(error)}.{_prepared(name, data_dir)}"
     ) from error
   # No network, no permission, no such code.
   except (
@@ -124,8 +145,45 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     )
     raise ConfigError(
       f"config.data.name = {name!r} cannot be opened in {data_dir or 'its own directory'}: "
-      f"{' '.join(str(error).split())[:500]}.{login}"
+      f"{one_line(error)}.{login}"
     ) from error
+
+
+def _prepared(name: str, data_dir: str) -> str:
+  """A sentence about what is prepared in a directory: the set's configurations and versions, or
+  other sets; "" where nothing is.
+  """
+  base = re.split("[/:]", name)[0]
+  path = paths.without_file_scheme(data_dir) or tfds.core.constants.DATA_DIR
+  try:
+    root = epath.Path(os.path.expanduser(path))
+    versions = _versions(root / base) if base else []
+    if versions:
+      return f" {root} holds {listed(versions[:_NAMED])}."
+    if base in root.parts and [*_versions(root), *root.glob("dataset_info.json")]:
+      above = root.parents[list(reversed(root.parts)).index(base)]
+      return f" {root} is in the data set's own directory: give {above} as the data_dir."
+    sets = [path.name for path in sorted(root.iterdir()) if path.is_dir() and _versions(path)]
+  # Remote file systems raise their own.
+  except Exception:
+    return ""
+  more = ", ..." if len(sets) > _NAMED else ""
+  return f" {root} holds {listed(sets[:_NAMED])}{more}." if sets else ""
+
+
+def _versions(path: epath.Path) -> list[str]:
+  """What is prepared of the set in a directory, as `data.name` takes it."""
+
+  def of(directory):
+    if not directory.is_dir():
+      return []
+    return sorted(version.name for version in directory.iterdir() if _VERSION.match(version.name))
+
+  found = [f"{path.name}:{version}" for version in of(path)]
+  for below in sorted(path.iterdir()) if path.is_dir() else ():
+    if not _VERSION.match(below.name):
+      found += [f"{path.name}/{below.name}:{version}" for version in of(below)]
+  return found
 
 
 def fashion_mnist_builder(
@@ -155,34 +213,86 @@ def fashion_mnist_builder(
   return FromMemory(data_dir=os.fspath(builder.data_path.parent.parent))
 
 
-def class_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
+def class_keys(
+  builder: tfds.core.DatasetBuilder, image_key: str = "", label_key: str = ""
+) -> tuple[str, str]:
   """The names of an example's image and label.
 
+  Args:
+    builder: of the set.
+    image_key: `data.image_key`; "" is the set's own.
+    label_key: `data.label_key`; "" is the set's own.
+
   Raises:
-    ConfigError: examples are something else.
+    ConfigError: they are not known, or are something else than an image and a class label.
   """
-  keys, features = builder.info.supervised_keys, builder.info.features
-  found = (
-    [features[key] for key in keys]
-    if keys and len(keys) == 2 and all(isinstance(key, str) for key in keys)
-    else []
-  )
-  if [type(feature) for feature in found] != [tfds.features.Image, tfds.features.ClassLabel]:
-    raise ConfigError(
-      f"config.data.name = {builder.info.full_name!r} is not allowed: it must be a data set of "
-      "one image and one class "
-      f"label per example; its supervised keys are {keys}."
-    )
-  _require_bytes(builder, keys[0])
+  name, features, own = builder.info.full_name, builder.info.features, builder.info.supervised_keys
+  if not (own and len(own) == 2 and all(isinstance(key, str) for key in own)):
+    own = ("", "")
+  keys = image_key or own[0], label_key or own[1]
+  for field, key in zip(("image_key", "label_key"), keys, strict=True):
+    if key not in features:
+      wrong = (
+        f"config.data.{field} = {key!r} is not allowed"
+        if key
+        else f"config.data.name = {name!r} is not allowed without config.data.{field}"
+      )
+      raise ConfigError(
+        f"{wrong}: it must be a data set of one image and one class label per example, and its "
+        f"supervised keys are {builder.info.supervised_keys}. Set config.data.image_key and "
+        "config.data.label_key to an Image and a ClassLabel of its features: "
+        f"{_described(features)}."
+      )
+  image, label = (features[key] for key in keys)
+  if type(image) is not tfds.features.Image:
+    _refuse(builder, "image", keys[0], "a tfds.features.Image")
+  if np.dtype(image.np_dtype) not in (np.uint8, np.uint16):
+    _refuse(builder, "image", keys[0], "of uint8 or uint16")
+  if type(label) is not tfds.features.ClassLabel:
+    _refuse(builder, "label", keys[1], "a tfds.features.ClassLabel, which has the classes' names")
+  if (label.num_classes or 0) < 2:
+    _refuse(builder, "label", keys[1], "of two classes or more")
   return keys
 
 
-def _require_bytes(builder, image):
-  """TFDS keeps a float32 image as a PNG whose colours and transparency are each value's bytes."""
-  if np.dtype(builder.info.features[image].np_dtype) == np.float32:
+def _refuse(builder, role, key, allowed):
+  features = builder.info.features
+  raise ConfigError(
+    f"config.data.name = {builder.info.full_name!r} is not allowed: its {role} {key!r} is "
+    f"{_kind(features[key])} and must be {allowed}. Choose another feature with "
+    f"config.data.{role}_key, or prepare the set anew. Its features: {_described(features)}."
+  )
+
+
+def _described(features) -> str:
+  told = [f"{key} ({_kind(features[key])})" for key in features]
+  return listed(told[:_NAMED]) + (", ..." if len(told) > _NAMED else "")
+
+
+def _kind(feature) -> str:
+  name = type(feature).__name__
+  if type(feature) is tfds.features.ClassLabel:
+    return f"{name} of {feature.num_classes} classes"
+  if type(feature) is tfds.features.Text:
+    return name
+  if isinstance(feature, (tfds.features.Tensor, tfds.features.Image)):
+    shape = f", shape {feature.shape}" if feature.shape else ""
+    return f"{name} of {np.dtype(feature.np_dtype).name}{shape}"
+  return name
+
+
+def require_image_and_label(builder: tfds.core.DatasetBuilder) -> None:
+  """Checks that a set has an image and a class label; which ones, `class_keys` says.
+
+  Raises:
+    ConfigError: it has none.
+  """
+  features = builder.info.features
+  kinds = {type(features[key]) for key in features}
+  if not kinds >= {tfds.features.Image, tfds.features.ClassLabel}:
     raise ConfigError(
-      f"config.data.name = {builder.info.full_name!r} is not allowed: its images ({image!r}) are "
-      "float32, and nothing says which value is white. Prepare it with images of uint8 or uint16."
+      f"config.data.name = {builder.info.full_name!r} is not allowed: it must be a data set of one "
+      f"image and one class label per example. Its features: {_described(features)}."
     )
 
 
@@ -196,7 +306,8 @@ def _require_prepared(builder, settings):
   raise ConfigError(
     f"config.data.name = {settings.name!r} is not prepared: there is no {builder.data_dir}. "
     "Prepare it with "
-    f"profit prepare {settings.name}{where} (docs/data.md).{by_hand}"
+    f"profit prepare {settings.name}{where} (docs/data.md)."
+    f"{_prepared(settings.name, settings.data_dir)}{by_hand}"
   )
 
 
@@ -213,6 +324,16 @@ def _fits(shards: list[Shard], memory_limit: int) -> bool:
     if total > memory_limit:
       return False
   return True
+
+
+def _in_both(some: list[Shard], others: list[Shard]) -> int:
+  """How many examples are in parts of shards and in other ones."""
+  return sum(
+    max(0, min(one.skip + one.take, other.skip + other.take) - max(one.skip, other.skip))
+    for one in some
+    for other in others
+    if one.path == other.path
+  )
 
 
 def cut(shards: list[Shard], first: int, last: int) -> list[Shard]:
@@ -244,7 +365,7 @@ class _InMemory(InMemoryRecords):
       )
     except tf.errors.OpError as error:
       raise ConfigError(
-        f"{self._title} cannot be read: {' '.join(error.message.split())[:500]}. Prepare it again."
+        f"{self._title} cannot be read: {one_line(error)}. Prepare it again."
       ) from error
     contents, labels = zip(*examples, strict=True)
     super().__init__({"contents": tf.constant(contents), "label": tf.constant(labels, tf.int32)})

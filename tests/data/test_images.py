@@ -244,7 +244,10 @@ def test_too_many_broken_images_stop_the_run_with_their_names(damaged):
     ({"data.name": "coco"}, "one image and one class label"),
     ({"data.name": "no_such_set"}, "data.name = 'no_such_set' .* catalogue"),
     # Not prepared: the message has the command, and names what must be fetched by hand.
-    ({"data.name": "imagenette/320px-v2"}, r"prepare imagenette/320px-v2 --data_dir=\S+ [^-]*$"),
+    (
+      {"data.name": "imagenette/320px-v2"},
+      r"prepare imagenette/320px-v2 --data_dir=\S+ \(docs/data.md\)\. \S+ holds cuttings\.$",
+    ),
     (
       {"data.name": "imagenet2012"},
       r"prepare imagenet2012 --data_dir=\S+ --manual_dir=.* ILSVRC2012_img_train.tar",

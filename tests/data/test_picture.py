@@ -136,19 +136,6 @@ def test_pillows_own_warnings_are_not_shown():
 # Names and files.
 
 
-@pytest.mark.parametrize(
-  ("name", "taken"),
-  [
-    *(
-      (name, True) for name in ("a.jpg", "a.JPEG", "a.jfif", "a.webp", "b.c.PNG", "a.tif", "a.jp2")
-    ),
-    *((name, False) for name in ("a.txt", "a.heic", "jpg", "a.jpg.part", "._a.jpg", ".jpg", "")),
-  ],
-)
-def test_names_of_images(name, taken):
-  assert picture.is_image_name(name) == taken
-
-
 @pytest.mark.parametrize("name", [name for name in kinds() if name.endswith("EXIF")])
 def test_an_exif_orientation_is_told_and_applied_on_request(tmp_path, name):
   content = kinds()[name][0]
