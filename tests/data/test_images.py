@@ -1,6 +1,7 @@
 """TFDS sets and image folders: what stands in which batch, and what is refused."""
 
 import functools
+import itertools
 import logging
 import re
 import shutil
@@ -165,8 +166,8 @@ def test_every_kind_is_read_whatever_its_suffix_and_a_skipped_file_is_given_a_re
   tmp_path, caplog
 ):
   root = tmp_path / "data"
-  for split in ("train", "val"):
-    (root / split / "a").mkdir(parents=True)
+  for split, name in itertools.product(("train", "val"), ("a", "b")):
+    (root / split / name).mkdir(parents=True)
   # The first is read by TensorFlow, the others by Pillow, the last two after TensorFlow has failed.
   read = (
     "JPEG",
@@ -178,8 +179,9 @@ def test_every_kind_is_read_whatever_its_suffix_and_a_skipped_file_is_given_a_re
   for i, name in enumerate(read):
     (root / "train" / "a" / f"{i}.jpg").write_bytes(kinds()[name][0])
   for name in ("page", "pointer", "empty"):
-    (root / "train" / "a" / f"{name}.jpg").write_bytes(UNREADABLE[name][0])
-  (root / "val" / "a" / "0.webp").write_bytes(kinds()["WebP lossless"][0])
+    (root / "train" / "b" / f"{name}.jpg").write_bytes(UNREADABLE[name][0])
+  for name in ("a", "b"):
+    (root / "val" / name / "0.webp").write_bytes(kinds()["WebP lossless"][0])
   changes = {"data.max_broken": 0.3, "data.crop_pct": 1.0, "data.image_size": 32}
   source = load_folder(root, **changes, **{"data.augment": False})
   with caplog.at_level(logging.WARNING):
@@ -193,8 +195,9 @@ def test_every_kind_is_read_whatever_its_suffix_and_a_skipped_file_is_given_a_re
   lines = "\n".join(sorted(record.getMessage() for record in caplog.records))
   for name in ("page", "pointer", "empty"):
     assert re.search(f"{name}.jpg: {UNREADABLE[name][1]}", lines)
-  (image,) = (batch["image"][batch["mask"]] for batch in source.eval_batches(8))
-  assert np.array_equal(image[0], RGB[:, 8:40])
+  (images,) = (batch["image"][batch["mask"]] for batch in source.eval_batches(8))
+  assert len(images) == 2
+  assert all(np.array_equal(image, RGB[:, 8:40]) for image in images)
 
 
 def test_augmentation_of_what_pillow_reads_is_that_of_tensorflow(tmp_path):
