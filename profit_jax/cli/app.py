@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from profit_jax import checkpoints, data, distributed, optional, paths, schedule
+from profit_jax import checkpoints, data, devices, distributed, optional, paths, schedule
 from profit_jax.cli import export
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.export import formats, verify
@@ -99,6 +99,7 @@ def main(
     return
   with kept_programs(settings):
     distributed.initialize(*cluster)
+    require_devices()
     settings = _with_published(settings, directory if workdir else None, fork_from)
     settings = _with_dtype(settings, directory if workdir else None, fork_from, hooks.devices)
     distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
@@ -205,6 +206,13 @@ def print_plan(
       phases, info.train_examples // batch, images_per_second and images_per_second / batch
     )
   )
+
+
+def require_devices() -> None:
+  """Raises ConfigError where JAX has no devices; warns where it leaves an accelerator idle."""
+  devices.require()
+  if told := devices.warning():
+    _say(f"WARNING: {told}")
 
 
 def _say(line: str) -> None:
