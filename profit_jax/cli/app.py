@@ -97,9 +97,9 @@ def main(
   if mode == "plan":
     print_plan(settings, phases, images_per_second)
     return
+  distributed.initialize(*cluster)
+  require_devices()
   with kept_programs(settings):
-    distributed.initialize(*cluster)
-    require_devices()
     settings = _with_published(settings, directory if workdir else None, fork_from)
     settings = _with_dtype(settings, directory if workdir else None, fork_from, hooks.devices)
     distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
@@ -336,12 +336,24 @@ def _warn(screen: Console, text: str) -> None:
 
 @contextlib.contextmanager
 def kept_programs(settings: Settings) -> Iterator[None]:
-  """Inside, JAX keeps compiled programs in `compilation_cache`; afterwards where it did before."""
+  """Inside, JAX keeps compiled programs in `compilation_cache`; afterwards where it did before.
+
+  Where that cannot be written, it says so and keeps none.
+  """
   before = jax.config.jax_compilation_cache_dir
   directory = before
   if settings.compilation_cache:
     given = os.path.expanduser(settings.compilation_cache)
-    directory = os.fspath(paths.opened("config.compilation_cache =", given))
+    place = paths.opened("config.compilation_cache =", given)
+    directory = os.fspath(place)
+    try:
+      place.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # remote file systems have their own
+      _say(
+        f"WARNING: config.compilation_cache = {settings.compilation_cache!r} cannot be written "
+        f"({error}): compiled programs are not kept."
+      )
+      directory = before
   _set_cache_directory(directory)
   try:
     yield
