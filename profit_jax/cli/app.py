@@ -408,9 +408,7 @@ def best_checkpoint(settings: Settings, workdir: epath.Path) -> Iterator[Trained
       workdir / "checkpoints", spec.shapes, lambda text: _warn(screen, text)
     )
     if found is None:
-      raise ConfigError(
-        f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first."
-      )
+      raise run_directory.no_checkpoint(workdir)
     yield Trained(source, spec, programs, *found)
   finally:
     programs.close()

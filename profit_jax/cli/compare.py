@@ -114,7 +114,7 @@ def _progress(directory: epath.Path, warn: Callable[[str], None]) -> Progress:
   """What the last checkpoint of a run says."""
   found = run_state.read(directory / "checkpoints", warn)
   if found is None:
-    raise ConfigError(f"{directory} has no checkpoint yet. Train the run first.")
+    raise run_directory.no_checkpoint(directory, "The run")
   return found.progress
 
 
