@@ -3,6 +3,7 @@ the flags.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -220,10 +221,9 @@ def _say(line: str) -> None:
     print(line)
 
 
-def _load_data(settings: Settings) -> data.Source:
-  source = distributed.on_all_hosts(
-    lambda: data.load(settings, data.HostShard(jax.process_index(), jax.process_count()))
-  )
+def _load_data(settings: Settings, trains: bool = True) -> data.Source:
+  shard = data.HostShard(jax.process_index(), jax.process_count())
+  source = distributed.on_all_hosts(lambda: data.load(settings, shard, trains=trains))
   distributed.require_equal("data", source.fingerprint())
   return source
 
@@ -469,7 +469,12 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
   """Evaluates `init.weights`: in full precision, and at the plan's last bits if it has the
   quantizers' scalars.
   """
-  mesh, source = make_mesh(settings), _load_data(settings)
+  # The training's batch and data do not matter.
+  train = dataclasses.replace(
+    settings.train, batch_size=settings.train.eval_batch_size, accumulation_steps=1
+  )
+  settings = dataclasses.replace(settings, train=train)
+  mesh, source = make_mesh(settings), _load_data(settings, trains=False)
   classes = source.info.num_classes
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
   screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())

@@ -26,8 +26,12 @@ class Folder:
     class_names: folders of the training split.
   """
 
-  def __init__(self, settings: DataSettings):
+  def __init__(self, settings: DataSettings, trains: bool = True):
     """Lists the files; they are read later.
+
+    Args:
+      settings: validated.
+      trains: False takes the evaluation's split for both.
 
     Raises:
       ConfigError: no such directory or split, a class without images, or classes that differ
@@ -43,10 +47,11 @@ class Folder:
       raise ConfigError(
         f"config.data.data_dir = {settings.data_dir!r} is not allowed: there is no such directory."
       )
-    train = _split(root, "train_split", (settings.train_split,))
+    train = _split(root, "train_split", (settings.train_split,)) if trains else None
     evaluation = _split(
       root, "eval_split", (settings.eval_split,) if settings.eval_split else EVAL_NAMES
     )
+    train = train or evaluation
     classes, others = _classes(train), _classes(evaluation)
     if classes != others:
       differing = sorted({*classes} ^ {*others})

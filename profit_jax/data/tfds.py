@@ -22,12 +22,13 @@ class Splits:
     class_names: of the label.
   """
 
-  def __init__(self, settings: DataSettings, memory_limit: int = MEMORY_LIMIT):
+  def __init__(self, settings: DataSettings, memory_limit: int = MEMORY_LIMIT, trains: bool = True):
     """Opens a data set; its images are read later.
 
     Args:
       settings: validated.
       memory_limit: in bytes. A split whose files are larger is streamed, not kept in memory.
+      trains: False takes the evaluation's split for both.
 
     Raises:
       ConfigError: one that is unknown, not prepared, not made of images and classes, or lacks a
@@ -39,10 +40,11 @@ class Splits:
     _require_prepared(builder, settings)
     self._image, self._label = keys
     self.class_names = tuple(builder.info.features[self._label].names)
-    self.train = self._records("train_split", settings.train_split)
+    train = self._records("train_split", settings.train_split) if trains else None
     self.eval = self._records(
       "eval_split", settings.eval_split or self._first_of("validation", "val", "test")
     )
+    self.train = train or self.eval
 
   def _first_of(self, *names):
     for name in names:
