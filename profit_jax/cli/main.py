@@ -114,21 +114,21 @@ def _parse(values, argv):
     getattr(values.config, "keys", None)
     return rest
   except Exception as error:  # a configuration file is code: it can raise anything
-    _refuse_grid(error, argv)
+    _require_get_config(error, argv)
     raise ConfigError(f"Wrong command line or configuration file: {_in_short(error)}") from error
 
 
-def _refuse_grid(error, argv):
-  """Raises ConfigError where a file has no get_config because it is one of `profit ablate`."""
+def _require_get_config(error, argv):
+  """Raises ConfigError where a file has no get_config, as those of `profit ablate`."""
   given = _CONFIG_FILE.search("\n".join(argv))
   if given is None or not (isinstance(error, AttributeError) and error.name == "get_config"):
     return
   path = pathlib.Path(given[1])
+  told = "has no function get_config, as configs/digits_w4.py has. Give a configuration file."
   if "get_grid" in path.read_text(errors="replace"):
-    raise ConfigError(
-      f"--config={path} is a grid of runs, not the configuration of one. Train it with: profit "
-      f"ablate --config={path} --workdir=DIR"
-    ) from error
+    told = "is a grid of runs, not the configuration of one. Train it with: profit ablate "
+    told += f"--config={path} --workdir=DIR"
+  raise ConfigError(f"--config={path} {told}") from error
 
 
 def _in_short(error):
