@@ -58,14 +58,18 @@ def _require_known_flags(xla_flags: str) -> None:
     )
 
 
-def warning() -> str:
+def warning(platforms: str | None = None, root: pathlib.Path = pathlib.Path("/")) -> str:
   """What to say where JAX computes on the CPU of a machine with an accelerator; "" elsewhere, and
-  where JAX_PLATFORMS asks for the CPU.
+  where the CPU was asked for.
+
+  Args:
+    platforms: as JAX_PLATFORMS; None is JAX's own setting.
+    root: of the machine's file system.
   """
-  asked = (jax.config.jax_platforms or "").split(",")[0]
+  asked = ((jax.config.jax_platforms or "") if platforms is None else platforms).split(",")[0]
   if jax.default_backend() != "cpu" or asked == "cpu":
     return ""
-  found = accelerator()
+  found = accelerator(root)
   if found is None:
     return f"JAX finds no {asked} device here and computes on the CPU." if asked else ""
   kind, sign, extra = found
@@ -76,7 +80,7 @@ def warning() -> str:
   )
 
 
-def accelerator(root: pathlib.Path = pathlib.Path("/")) -> tuple[str, str, str] | None:
+def accelerator(root: pathlib.Path) -> tuple[str, str, str] | None:
   """What accelerator a machine has, the file that shows it, and JAX's extra for it; None without
   one, or where CUDA_VISIBLE_DEVICES hides it.
 

@@ -105,6 +105,8 @@ def _parse(values, argv):
       field = found[1]
       if told := renamed_field(field) or unknown_field(field):
         raise ConfigError(f"--config.{field} is not allowed: {told}")
+  # Python would load a file over the one before, which leaves that one's functions.
+  sys.modules.pop("config_config", None)
   try:
     with warnings.catch_warnings():
       # ml_collections' way to load a file.
