@@ -138,6 +138,7 @@ class Writer:
       _ARRAYS: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False),
       _MANIFEST: ocp.JsonCheckpointHandler(),
     }
+    self._unchecked = False  # whether a checkpoint was begun of which nobody knows the end
     self._manager = self._guarded(
       lambda: _Manager(self._directory, options=options, item_handlers=handlers)
     )
@@ -164,6 +165,15 @@ class Writer:
     if vectors:  # Orbax refuses an empty tree.
       items[_ARRAYS] = ocp.args.PyTreeSave(vectors)
     self._guarded(lambda: self._manager.save(number, args=ocp.args.Composite(**items)))
+    self._unchecked = True
+
+  def check(self) -> None:
+    """Raises as `save` where the checkpoint that was begun last could not be written; waits for
+    nothing.
+    """
+    if self._unchecked and not self._manager.is_saving_in_progress():
+      self._unchecked = False
+      self.wait()
 
   def read_newest(self, warn: Warn) -> Checkpoint | None:
     """The newest undamaged checkpoint, as `read_newest`; newer, damaged ones are set aside."""

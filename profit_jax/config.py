@@ -7,6 +7,7 @@ frozen `Settings`. Every later module trusts these.
 """
 
 import dataclasses
+import difflib
 import itertools
 import re
 from collections.abc import Collection, Mapping
@@ -433,7 +434,7 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
       f"the configuration is a {type(config).__name__}: its get_config() must return a ConfigDict."
     )
   plain = config.to_dict()
-  _refuse_old_names(plain)
+  _refuse_wrong_names(plain)
   settings = build(Settings, plain, "config", _LATER_FIELDS)
   _check_model(settings, models)
   _check_data(settings.data)
@@ -472,15 +473,54 @@ def renamed_field(field: str) -> str | None:
   return f"`{field}` is now `{new}`." if new else None
 
 
-def _refuse_old_names(config: Mapping[str, Any]) -> None:
+def unknown_field(field: str) -> str | None:
+  """A sentence about a field that no configuration has, as `train.lr`: where a field of that name
+  is, or which names are like it. None for fields and sections that there are.
+  """
+  known = _fields()
+  if field in known or any(name.startswith(f"{field}.") for name in known):
+    return None
+  section, _, name = field.rpartition(".")
+  lasts = {full: full.rpartition(".")[2] for full in known}
+  closest = difflib.get_close_matches(name, set(lasts.values()), n=1, cutoff=0.75)
+  for likely in (
+    [full for full, last in lasts.items() if last == name],
+    [full for full, last in lasts.items() if name in (_initials(last), *last.split("_"))],
+    [full for full, last in lasts.items() if last in closest],
+  ):
+    if likely:
+      return f"there is no such field. Did you mean {' or '.join(likely)}?"
+  inside = [full for full in known if full.startswith(f"{section}.")] if section else []
+  sections = dict.fromkeys(full.partition(".")[0] for full in known)
+  return f"there is no such field; there are {listed(inside or sections)}."
+
+
+def _initials(name: str) -> str:
+  """As lr for learning_rate; of one word, the word."""
+  words = name.split("_")
+  return "".join(word[0] for word in words) if len(words) > 1 else name
+
+
+def _fields() -> list[str]:
+  """All fields with their sections, as `train.batch_size`."""
+  return [
+    f"{section}.{name}" if name else section
+    for section, content in dataclasses.asdict(Settings()).items()
+    for name in (content if isinstance(content, dict) else ("",))
+  ]
+
+
+def _refuse_wrong_names(config: Mapping[str, Any]) -> None:
   for section, content in config.items():
-    for name, value in content.items() if isinstance(content, Mapping) else ():
-      field = f"{section}.{name}"
+    for name, value in content.items() if isinstance(content, Mapping) else (("", content),):
+      field = f"{section}.{name}" if name else section
       told = renamed_field(field)
       if told is None and isinstance(value, str) and (field, value) in RENAMED_VALUES:
         told = f"The value {value!r} of `{field}` is now {RENAMED_VALUES[field, value]!r}."
       if told:
         raise ConfigError(f"{told} Change it in the configuration.")
+      if told := unknown_field(field):
+        raise ConfigError(f"config.{field} is not allowed: {told}")
 
 
 def check_rules(rules: Any, field: str) -> None:

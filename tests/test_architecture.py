@@ -17,6 +17,7 @@ ORDER = [
   "memory",
   "typing",
   "schedule",
+  "devices",
   "distributed",
   "checkpoints",
   "kernels",

@@ -1,9 +1,12 @@
 """Checkpoints on disk are complete or not there at all, and damage is noticed."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+import time
 
 import jax
 import ml_dtypes
@@ -275,6 +278,27 @@ def test_another_structure_is_named(two):
     newest.restore(
       "state", {"step": np.zeros((), np.int32), "weights": np.zeros((4, 1000), np.float32)}
     )
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_without_another_save(tmp_path, monkeypatch):
+  def full(place):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  writer = checkpoints.Writer(tmp_path / "checkpoints", keep=1)
+  writer.check()  # nothing was begun
+  monkeypatch.setattr(checkpoints, "_digest", full)
+  writer.save(3, trees(3), values(3))
+  told = []
+  for _ in range(1000):
+    try:
+      writer.check()
+    except ConfigError as error:
+      told.append(str(error))
+    if told:
+      break
+    time.sleep(0.01)
+  assert "No space left on device" in told[0]
+  writer.check()  # once
 
 
 # Orbax closes its event loop when the first array fails; TensorStore's threads still report others.

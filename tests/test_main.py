@@ -1,11 +1,15 @@
 """The command line: one clear message and exit code 2 for everything that the user can mend."""
 
+import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from profit_jax.cli import app
+from profit_jax.config import Settings
 from tests.wrong_input import assert_refused, command, registered
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,6 +42,15 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:Depr
     ([*IMAGENET, "--config.data.data_dir=/absent"], "profit prepare imagenet2012"),
     ([*IMAGENET, "--config.data.name=imagenets"], "imagenets"),
     ([*DIGITS, "--workdir=r", "--num_processes=2"], "--coordinator_address"),
+    ([*DIGITS, "--config.plan.batch_size=8"], "config.plan.batch_size is not allowed: there is no"),
+    ([*DIGITS, "--config.plan.batch_size=8"], "Did you mean train.batch_size?"),
+    ([*DIGITS, "--config.learning_rate=1"], "Did you mean train.learning_rate?"),
+    ([*DIGITS, "--config.train.lr=1"], "Did you mean train.learning_rate or"),
+    ([*DIGITS, "--config.trian.momentum=0"], "Did you mean train.momentum?"),
+    ([*DIGITS, "--config.weights=w.npz"], "Did you mean init.weights or teacher.weights?"),
+    ([*DIGITS, "--config.model.foo=1"], "there are model.name, model.width, "),
+    (["--config=configs/ablation_digits.py"], "profit ablate --config=configs/ablation_digits.py"),
+    (["--config=configs/__init__.py"], "has no function get_config"),
   ],
 )
 def test_wrong_input_ends_in_one_message_and_exit_code_2(monkeypatch, arguments, named):
@@ -68,9 +81,10 @@ def test_wrong_weights_are_named_with_the_reason(monkeypatch, path, reason):
   assert reason in err
 
 
-def python_main(*arguments):
+def python_main(*arguments, **options):
   return subprocess.run(
-    [sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    [sys.executable, "main.py", *arguments],
+    **{"cwd": ROOT, "capture_output": True, "text": True, "check": False, **options},
   )
 
 
@@ -83,3 +97,59 @@ def test_plan_prints_the_published_table():
   done = python_main("--config", "configs/mbv2_w4.py", "--mode", "plan")
   assert done.returncode == 0, done.stderr
   assert "22 phases, 200 epochs, 1000800 steps" in done.stdout
+
+
+def test_output_that_nobody_reads_and_warnings_as_errors_do_not_end_a_run():
+  reader, writer = os.pipe()
+  os.close(reader)
+  done = python_main(
+    "--config=configs/digits_w4.py",
+    "--mode=plan",
+    capture_output=False,
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    env={**os.environ, "PYTHONWARNINGS": "error"},
+  )
+  os.close(writer)
+  assert (done.returncode, done.stderr) == (0, "")
+
+
+OUTPUT = """
+import sys
+from profit_jax.cli import command
+command.keep_running_without_output()
+for number in range(3):
+  print(number, flush=True)
+print("done", file=sys.stderr)
+"""
+
+
+def test_output_that_finds_a_full_disk_is_told_once():
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      [sys.executable, "-c", OUTPUT], stdout=full, stderr=subprocess.PIPE, text=True, check=True
+    )
+  assert done.stderr == "WARNING: output is lost: No space left on device.\ndone\n"
+
+
+def test_output_that_is_read_arrives():
+  done = subprocess.run([sys.executable, "-c", OUTPUT], capture_output=True, text=True, check=True)
+  assert (done.stdout, done.stderr) == ("0\n1\n2\n", "done\n")
+
+
+def test_a_wrong_variable_of_jax_is_named():
+  done = python_main(
+    "--config=configs/digits_w4.py",
+    "--workdir=r",
+    "--mode=eval",
+    env={**os.environ, "JAX_ENABLE_X64": "maybe"},
+  )
+  assert_refused(done.returncode, done.stderr, ["JAX_ENABLE_X64"])
+
+
+def test_a_cache_of_programs_that_cannot_be_written_is_told(capsys):
+  before = jax.config.jax_compilation_cache_dir
+  with app.kept_programs(Settings(compilation_cache="/dev/null/programs")):
+    assert jax.config.jax_compilation_cache_dir == before
+  told = capsys.readouterr().out
+  assert told.startswith("WARNING: config.compilation_cache = '/dev/null/programs' cannot be ")

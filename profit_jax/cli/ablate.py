@@ -9,6 +9,7 @@ ablation.png.
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -25,12 +26,19 @@ from profit_jax import checkpoints, optional, paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError, Settings
 from profit_jax.report import ablation
-from profit_jax.train import fork, run_directory
+from profit_jax.train import fork, interrupt, run_directory
 
 # Checkpoints that a run keeps which others begin with: one of every end of a phase, and those
 # between.
 _ALL = 1000
-_GPUS = "import jax; print(jax.local_device_count() if jax.default_backend() == 'gpu' else 0)"
+# Prints a warning, or an empty line, and the number of GPUs.
+_GPUS = """
+import jax
+from profit_jax import devices
+devices.require()
+print(devices.warning())
+print(jax.local_device_count() if jax.default_backend() == "gpu" else 0)
+"""
 
 
 def one_per_gpu(jobs: int | None) -> list[dict[str, str]]:
@@ -38,10 +46,18 @@ def one_per_gpu(jobs: int | None) -> list[dict[str, str]]:
 
   Args:
     jobs: number of runs at once; None is one for each GPU, or one in all without GPUs.
+
+  Raises:
+    ConfigError: JAX has no devices.
   """
   # In a process of its own: this one must not take the devices' memory.
   found = subprocess.run([sys.executable, "-c", _GPUS], capture_output=True, text=True, check=False)
-  gpus = 0 if found.returncode else int(found.stdout.split()[-1])
+  if found.returncode:
+    raise ConfigError(found.stderr.strip().splitlines()[-1].partition(": ")[2])
+  told, count = found.stdout.splitlines()[-2:]
+  if told:
+    print(f"WARNING: {told}", flush=True)
+  gpus = int(count)
   if gpus:
     return [{"CUDA_VISIBLE_DEVICES": str(index % gpus)} for index in range(jobs or gpus)]
   return [{}] * (jobs or 1)
@@ -112,7 +128,12 @@ def _execute(options: argparse.Namespace, launcher: Launcher) -> int:
       print(shlex.join(_command(launcher, grid, root, run, parents, fork=run in parents)))
     return 0
   optional.require("plots", "profit ablate")  # now, not when days of training are over
-  failed = train(grid, root, settings, parents, options.jobs, launcher)
+  try:
+    failed = train(grid, root, settings, parents, options.jobs, launcher)
+  except interrupt.Stopped as stopped:
+    raise stopped.told(
+      "with runs under way, which have saved and ended; the same command goes on from there"
+    ) from None
   report(grid, root)
   for (labels, seed), log in failed.items():
     print(f"FAILED: {', '.join(labels)}, seed {seed}: see {log}", file=sys.stderr)
@@ -160,8 +181,9 @@ def train(
   slots = list(launcher.environments(jobs))
   failed: dict[ablation.Run, pathlib.Path] = {}
   running: dict[concurrent.futures.Future, ablation.Run] = {}
-  with concurrent.futures.ThreadPoolExecutor(len(slots)) as pool:
+  with _starter(len(slots)) as start:
     while waiting or running:
+      interrupt.check()
       for run in waiting[:]:
         if not slots:
           break
@@ -171,7 +193,7 @@ def train(
         if forks or parent is None or parent.run not in (*waiting, *running.values()):
           waiting.remove(run)
           line = _command(launcher, grid, root, run, parents, fork=forks)
-          running[pool.submit(_run, line, slots.pop(0), log_of[run])] = run
+          running[start(line, slots.pop(0), log_of[run])] = run
       ended, _ = concurrent.futures.wait(
         running, timeout=launcher.poll, return_when=concurrent.futures.FIRST_COMPLETED
       )
@@ -190,18 +212,30 @@ def train(
   return failed
 
 
-def _run(command, environment, log):
-  """The exit code, the seconds that it took, and the environment, which is free again."""
-  start = time.perf_counter()
-  with log.open("a") as opened:
-    done = subprocess.run(
-      command,
-      env={**os.environ, **environment},
-      stdout=opened,
-      stderr=subprocess.STDOUT,
-      check=False,
-    )
-  return done.returncode, time.perf_counter() - start, environment
+@contextlib.contextmanager
+def _starter(count: int) -> Iterator[Callable[..., concurrent.futures.Future]]:
+  """Gives a function that starts a run, `count` of them at once at most.
+
+  Whatever ends the `with`, a signal too, no run outlives it: each is told to save and to end.
+  """
+  started: list[subprocess.Popen] = []
+  with interrupt.graceful(processes=1), concurrent.futures.ThreadPoolExecutor(count) as pool:
+
+    def start(command, environment, log):
+      """Gives the exit code, the seconds, and the environment, which is free again."""
+      began = time.perf_counter()
+      with log.open("a") as opened:
+        process = subprocess.Popen(
+          command, env={**os.environ, **environment}, stdout=opened, stderr=subprocess.STDOUT
+        )
+      started.append(process)
+      return pool.submit(lambda: (process.wait(), time.perf_counter() - began, environment))
+
+    try:
+      yield start
+    finally:
+      for process in started:
+        process.send_signal(interrupt.PREEMPTED)  # does nothing to those that have ended
 
 
 def _is_saved(root, settings, parent):

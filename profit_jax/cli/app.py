@@ -3,6 +3,7 @@ the flags.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from profit_jax import checkpoints, data, distributed, optional, paths, schedule
+from profit_jax import checkpoints, data, devices, distributed, optional, paths, schedule
 from profit_jax.cli import export
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.export import formats, verify
@@ -97,8 +98,9 @@ def main(
   if mode == "plan":
     print_plan(settings, phases, images_per_second)
     return
+  distributed.initialize(*cluster)
+  require_devices()
   with kept_programs(settings):
-    distributed.initialize(*cluster)
     settings = _with_published(settings, directory if workdir else None, fork_from)
     settings = _with_dtype(settings, directory if workdir else None, fork_from, hooks.devices)
     distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
@@ -207,15 +209,21 @@ def print_plan(
   )
 
 
+def require_devices() -> None:
+  """Raises ConfigError where JAX has no devices; warns where it leaves an accelerator idle."""
+  devices.require()
+  if told := devices.warning():
+    _say(f"WARNING: {told}")
+
+
 def _say(line: str) -> None:
   if distributed.is_first():
     print(line)
 
 
-def _load_data(settings: Settings) -> data.Source:
-  source = distributed.on_all_hosts(
-    lambda: data.load(settings, data.HostShard(jax.process_index(), jax.process_count()))
-  )
+def _load_data(settings: Settings, trains: bool = True) -> data.Source:
+  shard = data.HostShard(jax.process_index(), jax.process_count())
+  source = distributed.on_all_hosts(lambda: data.load(settings, shard, trains=trains))
   distributed.require_equal("data", source.fingerprint())
   return source
 
@@ -328,12 +336,24 @@ def _warn(screen: Console, text: str) -> None:
 
 @contextlib.contextmanager
 def kept_programs(settings: Settings) -> Iterator[None]:
-  """Inside, JAX keeps compiled programs in `compilation_cache`; afterwards where it did before."""
+  """Inside, JAX keeps compiled programs in `compilation_cache`; afterwards where it did before.
+
+  Where that cannot be written, it says so and keeps none.
+  """
   before = jax.config.jax_compilation_cache_dir
   directory = before
   if settings.compilation_cache:
     given = os.path.expanduser(settings.compilation_cache)
-    directory = os.fspath(paths.opened("config.compilation_cache =", given))
+    place = paths.opened("config.compilation_cache =", given)
+    directory = os.fspath(place)
+    try:
+      place.mkdir(parents=True, exist_ok=True)
+    except Exception as error:  # remote file systems have their own
+      _say(
+        f"WARNING: config.compilation_cache = {settings.compilation_cache!r} cannot be written "
+        f"({error}): compiled programs are not kept."
+      )
+      directory = before
   _set_cache_directory(directory)
   try:
     yield
@@ -388,9 +408,7 @@ def best_checkpoint(settings: Settings, workdir: epath.Path) -> Iterator[Trained
       workdir / "checkpoints", spec.shapes, lambda text: _warn(screen, text)
     )
     if found is None:
-      raise ConfigError(
-        f"--workdir {workdir} has no checkpoint at the plan's last bits yet. Go on training first."
-      )
+      raise run_directory.no_checkpoint(workdir)
     yield Trained(source, spec, programs, *found)
   finally:
     programs.close()
@@ -451,7 +469,12 @@ def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> Non
   """Evaluates `init.weights`: in full precision, and at the plan's last bits if it has the
   quantizers' scalars.
   """
-  mesh, source = make_mesh(settings), _load_data(settings)
+  # The training's batch and data do not matter.
+  train = dataclasses.replace(
+    settings.train, batch_size=settings.train.eval_batch_size, accumulation_steps=1
+  )
+  settings = dataclasses.replace(settings, train=train)
+  mesh, source = make_mesh(settings), _load_data(settings, trains=False)
   classes = source.info.num_classes
   student, teacher = start.load_student(settings, classes), start.Teacher(None, None, None)
   screen = Console(highlight=False, markup=False, quiet=not distributed.is_first())

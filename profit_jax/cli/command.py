@@ -3,6 +3,7 @@
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -38,6 +39,43 @@ def run(
     return action(parsed) or 0
   except ProfitError as error:
     return report(error)
+
+
+class _Unbroken(io.FileIO):
+  """Standard output or errors, of which whatever nobody takes is dropped: a run is worth more than
+  what it prints.
+  """
+
+  _told = False
+
+  def write(self, data) -> int:
+    try:
+      return super().write(data) or 0
+    except OSError as error:
+      # A pipe whose reader has gone (`| head -2`) says nothing of the run; a full disk may.
+      if not isinstance(error, BrokenPipeError) and not self._told:
+        self._told = True
+        if self.fileno() != 2 and sys.stderr is not None:
+          print(f"WARNING: output is lost: {error.strerror}.", file=sys.stderr)
+      return len(data)
+
+
+def keep_running_without_output() -> None:
+  """From here on, this process does not fail over what it prints."""
+  for name in ("stdout", "stderr"):
+    before = getattr(sys, name)
+    if before is None:  # closed before the process began
+      continue
+    before.flush()
+    raw = _Unbroken(before.fileno(), "wb", closefd=False)
+    after = io.TextIOWrapper(
+      io.BufferedWriter(raw),
+      encoding=before.encoding,
+      errors=before.errors,
+      line_buffering=before.line_buffering,
+      write_through=before.write_through,
+    )
+    setattr(sys, name, after)
 
 
 def report(error: ProfitError) -> int:

@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from profit_jax import paths
+from profit_jax import devices, paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError
 from profit_jax.schedule import Phase, bits_name, plan, summary_line
@@ -112,9 +112,10 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 
 def _progress(directory: epath.Path, warn: Callable[[str], None]) -> Progress:
   """What the last checkpoint of a run says."""
+  devices.require()
   found = run_state.read(directory / "checkpoints", warn)
   if found is None:
-    raise ConfigError(f"{directory} has no checkpoint yet. Train the run first.")
+    raise run_directory.no_checkpoint(directory, "The run")
   return found.progress
 
 

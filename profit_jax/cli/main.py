@@ -9,9 +9,11 @@
 import importlib
 import logging
 import os
+import pathlib
 import re
 import sys
 import traceback
+import warnings
 
 # TensorFlow only writes events and reads data here, and greets in five lines.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -28,6 +30,7 @@ from profit_jax.config import (
   ConfigError,
   ProfitError,
   renamed_field,
+  unknown_field,
 )
 
 # With a configuration file or a run; the others have a module each, with a `main`.
@@ -40,6 +43,10 @@ COMMANDS = {
   "sensitivity": "measure where bits matter, and assign them within a budget",
   "to-torch": "write a run's best weights for PyTorch",
 }
+# Of a command line: a field's name, without the index of an element; and the configuration file,
+# where arguments are separated by line ends.
+_OVERRIDE = re.compile(r"--?config\.([^=\[]*)")
+_CONFIG_FILE = re.compile(r"^--?config[=\n]([^:\n]*)", re.MULTILINE)
 _USAGE = "usage: profit COMMAND [OPTIONS]; profit COMMAND --help lists the options."
 
 
@@ -95,16 +102,36 @@ def run(argv):
 def _parse(values, argv):
   """Reads the options and the configuration file; gives the arguments that are no options."""
   for argument in argv:
-    field = argument.partition("=")[0].lstrip("-").removeprefix("config.")
-    if argument.startswith("-") and (told := renamed_field(field)):
-      raise ConfigError(f"--config.{field} is not allowed: {told}")
+    if found := _OVERRIDE.match(argument):
+      field = found[1]
+      if told := renamed_field(field) or unknown_field(field):
+        raise ConfigError(f"--config.{field} is not allowed: {told}")
+  # Python would load a file over the one before, which leaves that one's functions.
+  sys.modules.pop("config_config", None)
   try:
-    rest = values(argv)
+    with warnings.catch_warnings():
+      # ml_collections' way to load a file.
+      warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
+      rest = values(argv)
     # A file that could not be loaded says so only when it is used.
     getattr(values.config, "keys", None)
     return rest
   except Exception as error:  # a configuration file is code: it can raise anything
+    _require_get_config(error, argv)
     raise ConfigError(f"Wrong command line or configuration file: {_in_short(error)}") from error
+
+
+def _require_get_config(error, argv):
+  """Raises ConfigError where a file has no get_config, as those of `profit ablate`."""
+  given = _CONFIG_FILE.search("\n".join(argv))
+  if given is None or not (isinstance(error, AttributeError) and error.name == "get_config"):
+    return
+  path = pathlib.Path(given[1])
+  told = "has no function get_config, as configs/digits_w4.py has. Give a configuration file."
+  if "get_grid" in path.read_text(errors="replace"):
+    told = "is a grid of runs, not the configuration of one. Train it with: profit ablate "
+    told += f"--config={path} --workdir=DIR"
+  raise ConfigError(f"--config={path} {told}") from error
 
 
 def _in_short(error):
@@ -112,14 +139,28 @@ def _in_short(error):
   text = str(error)
   if isinstance(error, (KeyError, AttributeError)):
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
+    absent = re.match(r'Key "(\w+)" does not exist', text)  # and then all fields that do
+    text = absent[1] if absent else text
     fields = ("remedy", *RENAMED_FIELDS, *FIELDS_NOW_RULES)
     words = set(re.findall(r"\w+", text))
     old = [field for field in fields if field.rpartition(".")[2] in words]
     hint = f" {renamed_field(old[0])}" if old else ""
+    if absent and not old:
+      hint = f": {unknown_field(text) or 'there is no such field.'}"
     return f"unknown name in the configuration: {' '.join(text.split())}{hint}"
-  lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
   # Where a traceback or a list of attempts is inside, the last line says what is wrong.
+  lines = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
   return lines[-1] if "Traceback" in text or "Attempted" in text else " ".join(lines)
+
+
+def _imported(name):
+  """A module of this package. JAX refuses wrong values of its variables when it is imported."""
+  try:
+    return importlib.import_module(f"profit_jax.cli.{name}")
+  except ValueError as error:
+    raise ConfigError(
+      f"JAX does not start with this environment: {error}. Correct that variable or unset it."
+    ) from error
 
 
 def _execute(values, rest):
@@ -132,8 +173,7 @@ def _execute(values, rest):
       raise ConfigError(
         f"Wrong command line: unknown arguments {rest[1:]}; every option starts with --."
       )
-    from profit_jax.cli import app as profit
-
+    profit = _imported("app")
     profit.main(
       values.config,
       values.workdir,
@@ -166,20 +206,24 @@ def _parse_or_exit(argv):
 
 
 def _run_and_leave(rest):
-  ended = _execute(flags.FLAGS, rest)
+  code, everywhere = _execute(flags.FLAGS, rest)
+  if "jax" not in sys.modules:  # it could not be imported
+    return code
   from profit_jax import distributed
 
-  return distributed.leave(*ended)
+  return distributed.leave(code, everywhere)
 
 
 def main() -> None:
   """Runs `main.py`'s command line, and ends the process."""
+  command.keep_running_without_output()
   define(flags.FLAGS)
   app.run(_run_and_leave, flags_parser=_parse_or_exit)
 
 
 def profit() -> int | None:
   """Runs a command line that begins with a command; returns its exit code."""
+  command.keep_running_without_output()
   program, *rest = sys.argv
   # Configuration files import others beside them, as `configs/base.py`; so does `python -m`.
   if os.getcwd() not in sys.path:
@@ -189,7 +233,11 @@ def profit() -> int | None:
     sys.argv = [program, f"--mode={name}", *rest[1:]]
     return main()
   if name in COMMANDS:
-    return importlib.import_module(f"profit_jax.cli.{name.replace('-', '_')}").main(rest[1:])
+    try:
+      module = _imported(name.replace("-", "_"))
+    except ConfigError as error:
+      return command.report(error)
+    return module.main(rest[1:])
   if name in ("--help", "-h", "help"):
     print(_help())
     return 0

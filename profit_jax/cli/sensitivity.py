@@ -144,6 +144,7 @@ def run(options: argparse.Namespace) -> None:
   workdir = paths.opened("--workdir", options.workdir)
   settings = run_directory.read_settings(workdir)
   check(settings)
+  app.require_devices()
   screen = Console(highlight=False, markup=False)
   last = schedule.plan(settings)[-1]
   with app.kept_programs(settings), app.best_checkpoint(settings, workdir) as best:

@@ -5,7 +5,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from profit_jax import paths, schedule
+from profit_jax import devices, paths, schedule
 from profit_jax.cli import command
 from profit_jax.config import ConfigError, QuantSettings
 from profit_jax.models import student_spec
@@ -31,6 +31,7 @@ def write(run: str, file: str, names: str | None) -> str:
   Raises:
     ConfigError: anything that the user can mend.
   """
+  devices.require()
   directory = paths.opened("The run", run)
   settings = read_settings(directory, "The run")
   model = settings.model.name

@@ -91,7 +91,11 @@ def _known(name: str) -> DatasetInfo | None:
 
 
 def load(
-  settings: Settings, shard: HostShard = HostShard(), *, memory_limit: int = MEMORY_LIMIT
+  settings: Settings,
+  shard: HostShard = HostShard(),
+  *,
+  memory_limit: int = MEMORY_LIMIT,
+  trains: bool = True,
 ) -> Source:
   """Opens the configured source.
 
@@ -99,13 +103,15 @@ def load(
     settings: validated.
     shard: whose rows of each batch it gives.
     memory_limit: in bytes. A TFDS split whose files are larger is streamed, not kept in memory.
+    trains: whether it is trained on. Otherwise it needs no training split (the evaluation's takes
+      its place), and may be smaller than a training batch.
 
   Raises:
     ConfigError: a source that is not there or not as it must be, or batches that it cannot fill, or
       hosts not share.
   """
   train = settings.train
-  for name in ("batch_size", "eval_batch_size"):
+  for name in ("batch_size", "eval_batch_size") if trains else ("eval_batch_size",):
     if getattr(train, name) % shard.count:
       raise ConfigError(
         f"config.train.{name} = {getattr(train, name)} is not allowed: it must be a multiple of "
@@ -120,12 +126,12 @@ def load(
       shard=shard,
     )
   else:
-    source = _images(settings, shard, memory_limit)
-  _check_batch(settings, source.info)
+    source = _images(settings, shard, memory_limit, trains)
+  _check_batch(settings, source.info, trains)
   return source
 
 
-def _images(settings, shard, memory_limit):
+def _images(settings, shard, memory_limit, trains):
   # Here, because TensorFlow takes seconds to import, and what needs no images (steps, benchmarks,
   # plans) runs without it.
   packages = ("tensorflow",) if settings.data.name == FOLDER else ()
@@ -138,16 +144,17 @@ def _images(settings, shard, memory_limit):
 
     # A teacher's classifier has an order of classes too.
     fixed = bool(settings.teacher.weights) or not settings.new_classifier
-    splits = Folder(settings.data, settings.seed, fixed_labels=fixed)
+    splits = Folder(settings.data, settings.seed, fixed_labels=fixed, trains=trains)
   else:
     from profit_jax.data.tfds import Splits
 
-    splits = Splits(settings.data, memory_limit)
+    splits = Splits(settings.data, memory_limit, trains)
   if shard.index == 0:
     for note in splits.notes:
       _log.warning("%s", note)
   # Whether the hosts can share both.
-  splits.train.count(records.EpochRequest(settings.train.batch_size, shard, shuffle=(0, 0)))
+  if trains:
+    splits.train.count(records.EpochRequest(settings.train.batch_size, shard, shuffle=(0, 0)))
   splits.eval.count(records.EpochRequest(settings.train.eval_batch_size, shard))
   own = normalization_of(settings.data.name)
   return images.Images(splits, settings.data, own, settings.seed, shard)
@@ -156,9 +163,9 @@ def _images(settings, shard, memory_limit):
 _SMALL_BATCH = 1024  # of which nobody minds the padding
 
 
-def _check_batch(settings, found):
+def _check_batch(settings, found, trains=True):
   batch = settings.train.batch_size
-  if batch > found.train_examples:
+  if trains and batch > found.train_examples:
     raise ConfigError(
       f"config.train.batch_size = {batch} is larger than the data: {settings.data.name} has "
       f"{found.train_examples} "

@@ -60,7 +60,9 @@ class Folder:
       that are trained on, an order of classes that may not be the weights'.
   """
 
-  def __init__(self, settings: DataSettings, seed: int = 0, fixed_labels: bool = False):
+  def __init__(
+    self, settings: DataSettings, seed: int = 0, fixed_labels: bool = False, trains: bool = True
+  ):
     """Lists the files; they are read later.
 
     Args:
@@ -68,13 +70,17 @@ class Folder:
       seed: chooses the evaluation images where `eval_split` is a share.
       fixed_labels: whether weights are loaded whose classifier was trained with some order of the
         classes.
+      trains: False takes the evaluation's split for both.
 
     Raises:
       ConfigError: no such directory or split, a class without images, fewer than two classes, or
         classes that differ between the splits.
     """
     layout = _Layout(_root(settings.data_dir))
-    train, evaluation = layout.splits(settings, seed)
+    if trains:
+      train, evaluation = layout.splits(settings, seed)
+    else:
+      train = evaluation = layout.evaluated_alone(settings, seed)
     _check_classes(train.tree, evaluation.tree)
     order, is_given = _order(layout.root, train.tree.classes)
     for field, split in (("train_split", train), ("eval_split", evaluation)):
@@ -82,7 +88,7 @@ class Folder:
     found = (
       layout.note_on_splits(settings, evaluation.tree),
       _note_on_entries(layout.root, dict.fromkeys((train.tree, evaluation.tree))),
-      _note_on_overlap(train, evaluation),
+      _note_on_overlap(train, evaluation) if trains else None,
       None if is_given or not fixed_labels else _note_on_order(layout.root, order),
     )
     self.notes = tuple(note for note in found if note)
@@ -219,12 +225,9 @@ class _Layout:
   def splits(self, settings: DataSettings, seed: int) -> tuple[_Part, _Part]:
     """What is trained on, and what is evaluated on."""
     name, low, high = self._parsed("train_split", settings.train_split)
-    path = self._find((name, *TRAIN_NAMES) if name.casefold() == "train" else (name,))
-    is_flat = path is None and name.casefold() == "train" and self._is_flat()
+    path, is_flat = self._trained(name)
     if path is None:
-      if not is_flat:
-        raise self._absent("train_split", (name,))
-      path = self.root
+      raise self._absent("train_split", (name,))
     share, field = settings.eval_split, f"config.data.eval_split = {settings.eval_split!r}"
     if _SHARE.fullmatch(share) and self._find((share,)) is None:
       if not 0 < _fraction(share) < 1:
@@ -234,6 +237,20 @@ class _Layout:
     hint = " config.data.eval_split=10% evaluates on a tenth of the training images instead."
     tree = self._tree(path)
     return tree.part(low, high), self._tree(evaluated, hint).part(*bounds)
+
+  def evaluated_alone(self, settings: DataSettings, seed: int) -> _Part:
+    """What is evaluated on, where nothing is trained: the training split need not be there."""
+    if _SHARE.fullmatch(settings.eval_split) and self._find((settings.eval_split,)) is None:
+      return self.splits(settings, seed)[1]
+    name, *_ = self._parsed("train_split", settings.train_split)
+    path, *bounds = self._evaluated(settings.eval_split, name, *self._trained(name))
+    return self._tree(path).part(*bounds)
+
+  def _trained(self, name):
+    """The directory of the training split, None without one; and whether it is a flat root."""
+    path = self._find((name, *TRAIN_NAMES) if name.casefold() == "train" else (name,))
+    is_flat = path is None and name.casefold() == "train" and self._is_flat()
+    return (self.root if is_flat else path), is_flat
 
   def _evaluated(self, split, train, train_path, is_flat):
     """The directory of the evaluation's split, and which part of it."""

@@ -29,12 +29,13 @@ class Splits:
     notes: what the user should look at, one line each: evaluation images that are trained on.
   """
 
-  def __init__(self, settings: DataSettings, memory_limit: int = MEMORY_LIMIT):
+  def __init__(self, settings: DataSettings, memory_limit: int = MEMORY_LIMIT, trains: bool = True):
     """Opens a data set; its images are read later.
 
     Args:
       settings: validated.
       memory_limit: in bytes. A split whose files are larger is streamed, not kept in memory.
+      trains: False takes the evaluation's split for both.
 
     Raises:
       ConfigError: one that is unknown, not prepared, not made of images and classes, or lacks a
@@ -47,19 +48,19 @@ class Splits:
     self._image, self._label = keys
     self.class_names = tuple(builder.info.features[self._label].names)
     evaluation = settings.eval_split or self._first_of("validation", "val", "test")
-    train_shards = self._shards("train_split", settings.train_split)
     eval_shards = self._shards("eval_split", evaluation)
-    self.train = self._records(settings.train_split, train_shards)
     self.eval = self._records(evaluation, eval_shards)
-    both = _in_both(train_shards, eval_shards)
-    self.notes = (
-      (
+    self.notes: tuple[str, ...] = ()
+    if not trains:
+      self.train = self.eval
+      return
+    train_shards = self._shards("train_split", settings.train_split)
+    self.train = self._records(settings.train_split, train_shards)
+    if both := _in_both(train_shards, eval_shards):
+      self.notes = (
         f"{both} of {self.eval.examples} evaluation images are training images too: accuracy will "
         "not say how well other images are classified.",
       )
-      if both
-      else ()
-    )
 
   def _first_of(self, *names):
     for name in names:

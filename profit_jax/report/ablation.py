@@ -83,7 +83,13 @@ def read_grid(path: str) -> Grid:
     ConfigError: there is none, or it is not one.
   """
   try:
-    return Grid(**runpy.run_path(path)["get_grid"]())
+    content = runpy.run_path(path)
+    if "get_grid" not in content and "get_config" in content:
+      raise ConfigError(
+        f"--config={path} is the configuration of one run, not a grid. Train it with: profit train "
+        f"--config={path} --workdir=DIR"
+      )
+    return Grid(**content["get_grid"]())
   except ConfigError:
     raise
   except Exception as error:  # a configuration file is code: it can raise anything

@@ -5,11 +5,17 @@ whole process.
 """
 
 import itertools
+import logging
 from typing import Any
 
 from profit_jax import optional
 
 optional.require("plots", "Drawing plots")
+
+# Where the home directory cannot be written, matplotlib takes a temporary one, and says so twice.
+_log = logging.getLogger("matplotlib")
+_level = _log.level
+_log.setLevel(logging.ERROR)
 
 import numpy as np
 from etils import epath
@@ -26,6 +32,8 @@ from profit_jax.schedule import Phase
 from profit_jax.sensitivity import Sensitivity
 from profit_jax.train import aiwq
 from profit_jax.train.progress import EpochRecord, Progress
+
+_log.setLevel(_level)
 
 # Names of layers in the order of the network: around the blocks (1), and within one.
 _OUTSIDE = {0: "stem", 2: "head", 3: "pre_classifier", 4: "classifier"}

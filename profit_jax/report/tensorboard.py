@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 # step's loss 18 ms (under the profiler, beside compilation).
 _STEPS_BETWEEN = 10
 _EPOCHS_BETWEEN = 5
+
+
+def _reason(error: Exception) -> str:
+  """The beginning of one of TensorFlow's errors, without the names of its operations."""
+  text = re.sub(r"\{\{.*?\}\}|\[Op:[^\]]*\].*", "", " ".join(str(error).split()))
+  return text.strip()[:200].rstrip(".")
 
 
 class TensorBoardObserver(Observer):
@@ -82,9 +89,9 @@ class TensorBoardObserver(Observer):
       # Training is worth more than its curves, and a checkpoint that finds the same disk full says
       # so.
       self._writer = None
-      reason = " ".join(str(error).split())[:200]
       self._warn(
-        f"TensorBoard's events cannot be written any more, training goes on without them: {reason}"
+        "TensorBoard's events cannot be written any more, training goes on without them: "
+        f"{_reason(error)}."
       )
 
   def run_started(

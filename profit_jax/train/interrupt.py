@@ -33,16 +33,20 @@ class Stopped(ProfitError):
 
 
 @contextlib.contextmanager
-def graceful() -> Iterator[None]:
+def graceful(processes: int | None = None) -> Iterator[None]:
   """Within, SIGTERM (a preemption, a batch system) and SIGINT (Ctrl-C) make `check` raise.
 
   A second Ctrl-C ends at once; batch systems may send SIGTERM twice and mean the same. Of several
   processes, JAX listens for SIGTERM itself and lets all of them agree on a step; see
   `multihost_utils.reached_preemption_sync_point`. Nothing changes outside the main thread, where
   Python allows no handlers.
+
+  Args:
+    processes: of the run; None asks JAX, which takes the devices.
   """
   global _requested
-  if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+  processes = jax.process_count() if processes is None else processes
+  if processes > 1 or threading.current_thread() is not threading.main_thread():
     yield
     return
   before = {asked: signal.getsignal(asked) for asked in (signal.SIGTERM, signal.SIGINT)}

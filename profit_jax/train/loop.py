@@ -214,9 +214,12 @@ class Loop:
     self._stop_point()
 
   def _stop_point(self) -> None:
-    """Stops where a signal asks for it; several processes at the same step."""
+    """Stops where a signal asks for it, several processes at the same step, or where a checkpoint
+    could not be written.
+    """
     self._observer.stop_point(self._current.number(self._steps_per_epoch))
     self._stops.check()
+    self._saver.check()
 
   def _save(self) -> None:
     """Begins to save the run state; what is not finite is never saved."""

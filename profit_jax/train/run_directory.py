@@ -45,9 +45,14 @@ def claim_workdir(workdir: epath.Path, identity: Identity) -> None:
 
   Raises:
     ConfigError: the directory belongs to another configuration or to nobody knows which, the data
-      has changed, or it cannot be written.
+      has changed, it holds results without checkpoints, or it cannot be written.
   """
   path = workdir / "config.json"
+  if has_results(workdir) and not checkpoints.saved_numbers(workdir / "checkpoints"):
+    raise ConfigError(
+      f"{_without_checkpoints('--workdir', workdir)} Put them back, or give another --workdir. To "
+      f"train anew here, first move away what that run left: {listed(_left(workdir))}."
+    )
   if path.exists():
     require_same_run(workdir, identity)
     return
@@ -208,8 +213,38 @@ def hold(workdir: epath.Path) -> Iterator[None]:
 
 
 def is_begun(workdir: epath.Path) -> bool:
-  """Whether there is a run to go on with."""
-  return (workdir / "checkpoints").exists()
+  """Whether there is a run to go on with, or one that has ended and lost its checkpoints."""
+  begun = (workdir / "checkpoints").exists() or has_results(workdir)
+  return begun and (workdir / "config.json").exists()
+
+
+def has_results(workdir: epath.Path) -> bool:
+  """Whether a run has ended here."""
+  return (workdir / "result.json").exists()
+
+
+def no_checkpoint(workdir: epath.Path, flag: str = "--workdir") -> ConfigError:
+  """The error of a run that has no checkpoint to read; `flag` named its directory."""
+  if has_results(workdir):
+    return ConfigError(
+      f"{_without_checkpoints(flag, workdir)} Put them back, or train the run again in another "
+      "directory."
+    )
+  return ConfigError(
+    f"{flag} {workdir} has no checkpoint at the plan's last bits yet. Go on training first."
+  )
+
+
+def _without_checkpoints(flag: str, workdir: epath.Path) -> str:
+  return (
+    f"{flag} {workdir} holds the results of a run that has ended, but its checkpoints "
+    f"({workdir / 'checkpoints'}) are gone."
+  )
+
+
+def _left(workdir: epath.Path) -> list[str]:
+  """What a run leaves in its directory, as far as it is there."""
+  return sorted({path.name for path in workdir.iterdir()} - {"lock", "checkpoints"})
 
 
 def read_config(workdir: epath.Path, flag: str = "--workdir") -> dict[str, Any]:

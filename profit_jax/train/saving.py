@@ -44,6 +44,10 @@ class Saver:
     run_state.save(self._writer, current, current.number(self._steps_per_epoch))
     self._saved_at = self._clock()
 
+  def check(self) -> None:
+    """Raises as `Writer.save` where the last checkpoint could not be written."""
+    self._writer.check()
+
   def wait(self) -> None:
     """Until everything is on disk; raises as `Writer.save`."""
     self._writer.wait()

@@ -22,7 +22,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from profit_jax import __version__, checkpoints, distributed, paths
+from profit_jax import __version__, checkpoints, devices, distributed, paths
 from profit_jax.config import (
   CheckpointSettings,
   ConfigError,
@@ -292,7 +292,7 @@ class Trainer:
       seed: of first weights and dropout.
 
     Raises:
-      ConfigError: a model, data or directory that cannot be used.
+      ConfigError: a model, data, directory or device that cannot be used.
       NotFinite: a loss or gradient, more often than `options.recovery` allows.
       Stopped: by SIGINT or SIGTERM; everything is saved.
     """
@@ -305,6 +305,7 @@ class Trainer:
       raise ConfigError(
         f"seed = {seed!r} is not allowed: it must be a whole number, 0 to 2^32 - 1."
       )
+    devices.require()
     options = self._options
     host = HostShard(jax.process_index(), jax.process_count())
     source = distributed.on_all_hosts(lambda: BatchSource(data, host))

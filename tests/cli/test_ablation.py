@@ -3,9 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shlex
+import signal
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +76,7 @@ def test_a_part_of_a_grid():
   ("text", "message"),
   [
     ("x = 1", "get_grid"),
+    ("def get_config(): return {}", "profit train --config="),
     ("def get_grid(): return {}", "config, fields, axes, keep, seeds"),
     (
       "def get_grid(): return dict(config='{m}', fields={}, axes={'a': {'x': {}}}, keep=bool, "
@@ -284,6 +289,40 @@ def test_a_run_begins_while_its_parent_goes_on(tmp_path, alone):
   got = json.loads((root / "y-seed0" / "result.json").read_text())
   assert got["given"] == ([] if alone else [f"--fork_from={root}/x-seed0"])
   assert got["x goes on"]
+
+
+# Stands for a run that saves where it is asked to stop.
+ENDLESS = """
+import pathlib, signal, sys, time
+directory = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir")).split("=")[1])
+def save(*_):
+  time.sleep(0.2)
+  (directory / "saved").touch()
+  sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+directory.mkdir(parents=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_runs_which_save(tmp_path, capsys, asked):
+  runs = [tmp_path / "runs" / f"{cell}-seed0" for cell in ("x", "y")]
+
+  def stop():
+    for _ in range(1000):
+      if all(run.exists() for run in runs):
+        break
+      time.sleep(0.02)
+    os.kill(os.getpid(), asked)
+
+  thread = threading.Thread(target=stop)
+  thread.start()
+  assert ablate_with(tmp_path, ENDLESS, "--alone") == 128 + asked
+  thread.join()
+  assert capsys.readouterr().err.startswith(f"stopped: by {asked.name} with runs under way")
+  assert all((run / "saved").exists() for run in runs)
+  assert {run.name for run in (tmp_path / "runs").iterdir()} == {"x-seed0", "y-seed0", "logs"}
 
 
 def test_without_gpus_the_runs_at_once_share_the_devices(monkeypatch):

@@ -373,3 +373,16 @@ def test_wrong_folders_are_refused(tmp_path):
   (tmp_path / "val" / "void").mkdir()
   (tmp_path / "val" / "void" / "notes.txt").write_text("not an image")
   refused(r"train hold no image .*: void")
+
+
+def test_an_evaluation_needs_no_training_split_and_no_training_batch(written, tmp_path):
+  pictures.write_folder(tmp_path)
+  shutil.rmtree(tmp_path / "train")
+  folder = {"data.name": "folder", "data.data_dir": str(tmp_path)}
+  tfds = {"data.name": "cuttings", "data.data_dir": str(written / "tfds")}
+  for given in (folder, {**tfds, "data.train_split": "absent"}):
+    changes = settings(**given, **{"train.batch_size": 5000})
+    source = data.load(changes, trains=False)
+    assert sum(batch["mask"].sum() for batch in source.eval_batches(8)) == EVAL
+    with pytest.raises(ConfigError, match="train"):
+      data.load(changes)

@@ -1,5 +1,9 @@
 """What plots and reports say of layers."""
 
+import os
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -67,3 +71,16 @@ def test_the_policy_lists_what_is_quantized():
   assert "| quantized | 6x5 | 4 |" in lines
   assert "| input | activations | 4 |" in lines
   assert not any("plain" in line for line in lines)
+
+
+def test_a_home_that_cannot_be_written_is_not_spoken_of():
+  environment = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"}
+  environment |= {"HOME": "/dev/null", "XDG_CONFIG_HOME": "", "XDG_CACHE_HOME": ""}
+  done = subprocess.run(
+    [sys.executable, "-c", "import profit_jax.report.plots"],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert (done.stdout, done.stderr) == ("", "")

@@ -1,8 +1,10 @@
 """A whole run: its files, and that stopping it changes nothing."""
 
+import errno
 import os
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -243,6 +245,29 @@ def test_programs_are_cached_where_the_run_says_and_jax_keeps_its_own_directory(
     app.main(tiny_config(compilation_cache=str(directory)), str(finished_run), "eval")
     assert list(directory.glob("jit_*-cache"))
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_within_its_phase(
+  tiny, tmp_path, monkeypatch
+):
+  def full(place):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  class Slowly(Observer):
+    """Waits at every step, so that what is written in the background has ended."""
+
+    last = 0
+
+    def stop_point(self, number):
+      self.last = number
+      time.sleep(0.2)
+
+  monkeypatch.setattr(checkpoints, "_digest", full)
+  slowly, saves = Slowly(), SaveAt([number(0, 2)])
+  hooks = saves.hooks._replace(callbacks=[saves, slowly])
+  with pytest.raises(ConfigError, match=r"could not be written .* No space left on device"):
+    app.main(tiny_config(), str(tmp_path / "run"), "train", hooks=hooks)
+  assert number(0, 2) <= slowly.last < number(1)
 
 
 def test_the_best_weights_have_the_bits_that_were_asked_for(tiny, tmp_path):

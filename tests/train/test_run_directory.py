@@ -1,6 +1,8 @@
 """The run that a directory belongs to: its configuration, its data, its lock."""
 
 import json
+import re
+import shutil
 import types
 
 import pytest
@@ -79,6 +81,23 @@ def test_checkpoints_without_a_configuration_are_nobodys(run):
   (run / "checkpoints" / "7" / "manifest").rmdir()
   (run / "checkpoints" / "7").rmdir()
   claim(run, settings(), source())
+
+
+def test_results_without_checkpoints_are_not_trained_over(run):
+  shutil.rmtree(run / "checkpoints")
+  claim(run, settings(), source())  # it had not ended: it begins again
+  assert "Go on training" in str(run_directory.no_checkpoint(run))
+  (run / "result.json").write_text("{}")
+  assert run_directory.is_begun(run)
+  gone = f"--workdir {run} holds the results of a run that has ended, but its checkpoints .* gone"
+  with pytest.raises(ConfigError, match=f"{gone}.*: config.json, data.json, result.json"):
+    claim(run, settings(), source())
+  assert re.match(gone, str(run_directory.no_checkpoint(run)))
+  # Nor where its configuration is gone too.
+  (run / "config.json").unlink()
+  with pytest.raises(ConfigError, match=gone):
+    claim(run, settings(), source())
+  assert not (run / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,9 @@ def test_eval_of_a_file_prints_full_precision_and_the_quantized_net(finished_run
   file = str(tmp_path / "w.safetensors")
   assert to_torch.main([str(finished_run), file]) == 0
   assert_names(capsys.readouterr().out, file, "tiny", "33 float32 tensors", "profit_jax")
-  app.main(tiny_config(**{"init.weights": file}), str(tmp_path / "fresh"), "eval")
+  # Larger than the training data, which does not matter.
+  config = tiny_config(**{"init.weights": file, "train.batch_size": 2000})
+  app.main(config, str(tmp_path / "fresh"), "eval")
   lines = capsys.readouterr().out.splitlines()
   final = json.loads((finished_run / "result.json").read_text())["final"]
   assert_names(lines[0], f"{tmp_path}/fresh", file)
