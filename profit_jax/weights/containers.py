@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from profit_jax.fields import listed
-from profit_jax.weights.formats import RefusedError
+from profit_jax.weights.formats import RefusedError, some
 from profit_jax.weights.torch_file import StandIn, array_of
 
 # Entries that training scripts use, in the order in which they are taken: first averaged weights
@@ -23,7 +23,6 @@ RAW = (
 # Entries of no known name that hold no weights, though they may hold tensors.
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|amp|loss|criterion|hyper|callback|loop|rng", re.I)
 _DEEPEST = 4  # entries within entries
-_SHOWN = 8  # entries, in a message
 # Values that are looked through for tensors beside a net's.
 _MOST_LOOKED_AT = 100_000
 _CODE = "needs code, which is not run here, for"
@@ -70,7 +69,7 @@ def chosen(tree: Any, entry: str, field: str) -> Chosen:
   notes = [_note(tree, path, field)] if path else []
   tensors, skipped = _tensors(place)
   if skipped:
-    notes.append(f"Passed over beside the tensors: {_some(skipped)}.")
+    notes.append(f"Passed over beside the tensors: {some(skipped)}.")
   entries = tuple(str(name) for name, value in tree.items() if _holds_weights(value))
   return Chosen(tensors, tuple(notes), rest, entries)
 
@@ -114,7 +113,7 @@ def _next(place: Mapping[Any, Any], field: str) -> str | None:
   ]
   if len(others) > 1:
     raise RefusedError(
-      f"holds several weights: the entries {_some(others)}. Choose one by {field}={others[0]}."
+      f"holds several weights: the entries {some(others)}. Choose one by {field}={others[0]}."
     )
   return others[0] if others else None
 
@@ -149,7 +148,7 @@ def _note(tree: Mapping[Any, Any], path: list[str], field: str) -> str:
   told = f"The weights are the entry {'/'.join(path)!r} of the file"
   if path[-1] in AVERAGED:
     told += ", averaged ones (EMA)"
-  told += f"; beside it stand: {_some(others) or 'none'}."
+  told += f"; beside it stand: {some(others) or 'none'}."
   within = "/".join((*path[:-1], ""))
   weights = [name for name in others if _holds_weights(beside.get(name))]
   takes = [
@@ -172,19 +171,19 @@ def _tensors(place: Mapping[Any, Any]) -> tuple[dict[str, np.ndarray], list[str]
   odd = {str(name): value for name, value in place.items() if arrays[str(name)] is None}
   coded = [f"{name!r} ({_kind(value)})" for name, value in odd.items() if _needs_code(name, value)]
   if coded:
-    raise RefusedError(f"{_CODE} {_some(coded)}. {_PLAIN}")
+    raise RefusedError(f"{_CODE} {some(coded)}. {_PLAIN}")
   skipped = [f"{name!r} ({_kind(value)})" for name, value in odd.items()]
   if odd and not tensors:
     modules = [name for name, value in odd.items() if type(value) is StandIn and value.is_module]
     if modules:
       raise RefusedError(f"{_no_weights(odd[modules[0]])} It is the entry {modules[0]!r}.")
     raise RefusedError(
-      f"holds no tensors, but {_some(skipped)}; known places of tensors are "
+      f"holds no tensors, but {some(skipped)}; known places of tensors are "
       f"{listed((*RAW[:3], AVERAGED[0]))} and others (docs/weights.md)."
     )
   unclear = [f"{name!r} ({_kind(value)})" for name, value in odd.items() if _may_hold_more(value)]
   if unclear:
-    raise RefusedError(f"holds more than tensors: {_some(unclear)}. {_PLAIN}")
+    raise RefusedError(f"holds more than tensors: {some(unclear)}. {_PLAIN}")
   return tensors, skipped
 
 
@@ -221,8 +220,3 @@ def _no_weights(tree: Any) -> str:
 
 def _kind(value: Any) -> str:
   return value.name if type(value) is StandIn else type(value).__name__
-
-
-def _some(names: list[str]) -> str:
-  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-  return f"{listed(names[:_SHOWN])}{more}"

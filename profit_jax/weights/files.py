@@ -15,7 +15,6 @@ from etils import epath
 
 from profit_jax import checkpoints, paths
 from profit_jax.config import ConfigError
-from profit_jax.fields import listed
 from profit_jax.weights import containers, formats, hub, prefixes, torch_file
 from profit_jax.weights.claims import SETTINGS_KEY, safetensors_metadata
 from profit_jax.weights.formats import TORCH_SUFFIXES, RefusedError
@@ -33,6 +32,7 @@ _SAFETENSORS_DTYPES = {
 _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)")  # of a sharded file
 # Modules of transformers' nets, which hold a convolution and its norm.
 _TRANSFORMERS = re.compile(r"(.*\.)?(conv_stem|layer\.0|embedder|embeddings)\.(.*\.)?convolution\.")
+_LONGEST = 300  # characters of an error of a parser
 _ENTRY = "config.init.entry"
 
 
@@ -80,8 +80,7 @@ def read_contents(path: str, entry: str = "", field: str = _ENTRY) -> Contents:
     raise ConfigError(f"The weights file {path!r} {error}") from error
   # Damaged files raise whatever their parsers stumble over.
   except Exception as error:
-    told = " ".join(str(error).split()) or type(error).__name__
-    raise ConfigError(f"The weights file {path!r} cannot be read: {told}.") from error
+    raise ConfigError(f"The weights file {path!r} cannot be read: {_told(error)}.") from error
   return contents._replace(tensors=tensors, notes=contents.notes + notes)
 
 
@@ -126,8 +125,14 @@ def _parsed(reader: Callable[[bytes], Any], found: formats.Recognised) -> Any:
   except RefusedError:
     raise
   except Exception as error:
-    told = " ".join(str(error).split()) or type(error).__name__
-    raise RefusedError(f"cannot be read as {formats.CALLED[found.kind]}: {told}.") from error
+    raise RefusedError(
+      f"cannot be read as {formats.CALLED[found.kind]}: {_told(error)}."
+    ) from error
+
+
+def _told(error: Exception) -> str:
+  """An error in one line; some have whole files in them."""
+  return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
 
 
 def _below(contents: Contents, prefix: str, field: str, entries: Collection[str] = ()) -> Contents:
@@ -156,7 +161,7 @@ def _read_parts(place: epath.Path, index: bytes, update: Callable[[bytes], None]
   absent = [name for name in parts if "/" in name or not (place.parent / name).exists()]
   if absent:
     raise RefusedError(
-      f"needs its {len(parts)} parts in the same directory; missing: {listed(absent[:3])}. Fetch "
+      f"needs its {len(parts)} parts in the same directory; missing: {formats.some(absent)}. Fetch "
       "them too."
     )
   tensors: dict[str, np.ndarray] = {}
@@ -203,7 +208,9 @@ def _read_npz(content: bytes) -> Contents:
         skipped.append(name)
   if skipped and not tensors:
     raise ValueError(f"it holds objects, which need code, as {skipped[0]!r}")
-  notes = (f"Passed over beside the tensors: {listed(skipped)} (objects).",) if skipped else ()
+  notes = (
+    (f"Passed over beside the tensors: {formats.some(skipped)} (objects).",) if skipped else ()
+  )
   return Contents(tensors, None, notes)
 
 

@@ -6,10 +6,11 @@ Suffixes do not count: browsers and file servers change them, and each codebase 
 import codecs
 import gzip
 import io
+import itertools
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -44,8 +45,8 @@ _LARGEST = 4_000_000_000
 _ALWAYS_UNPACKED, _LARGEST_RATIO = 64_000_000, 100
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _MOST_PACKINGS = 3  # a .zip in a .gz, and so on
-_SHOWN = 3  # names, in a message
-_SHOWN_TEXT = 80  # characters of a file that is a text
+_SHOWN = 5  # names, in a message
+_SHOWN_TEXT = 80  # characters of a text or a name in a file
 _BEGINNING = 4096  # bytes that tell what a file is
 
 _PLAIN = "In PyTorch, save the plain weights: "
@@ -223,14 +224,16 @@ def _only_weights_in(content: bytes) -> bytes:
     return archive.read(found[0])
   if found:
     raise RefusedError(
-      f"is a zip archive with {len(found)} weights files: {_some(found)}. Unpack it, and give one."
+      f"is a zip archive with {len(found)} weights files: {some(found)}. Unpack it, and give one."
     )
-  raise RefusedError(f"is a zip archive without weights; it holds {_some(names) or 'nothing'}.")
+  raise RefusedError(f"is a zip archive without weights; it holds {some(names) or 'nothing'}.")
 
 
-def _some(names: list[str]) -> str:
+def some(names: Collection[str]) -> str:
+  """The first of some names of a file, in a message of one line."""
+  shown = [_in_one_line(name) for name in itertools.islice(names, _SHOWN)]
   more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-  return f"{listed(names[:_SHOWN])}{more}"
+  return f"{listed(shown)}{more}"
 
 
 def _refuse_others(content: bytes) -> None:
@@ -335,4 +338,4 @@ def told_of_directory(directory: epath.Path) -> str:
     if any(re.fullmatch(pattern, name) for name in names):
       return told
   files = [name for name in names if name.lower().endswith((*_KINDS, ".pkl"))]
-  return f"is a directory: give one of its files, {_some(files)}." if files else ""
+  return f"is a directory: give one of its files, {some(files)}." if files else ""

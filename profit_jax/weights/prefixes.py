@@ -4,9 +4,8 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
-from profit_jax.fields import listed
 from profit_jax.weights.containers import AVERAGED, RAW
-from profit_jax.weights.formats import RefusedError
+from profit_jax.weights.formats import RefusedError, some
 
 _DATA_PARALLEL = "module"
 # Modules that torch.compile, FSDP and activation checkpointing put around others, anywhere in a
@@ -17,7 +16,6 @@ _COUNTERS = ("total_ops", "total_params", "n_averaged")
 # A copy of the net has at least this share of the tensors that the best one has.
 _OF_A_COPY = 0.5
 _NOT_READ = "num_batches_tracked"
-_SHOWN = 5  # names, in a message
 
 Tensors = dict[str, np.ndarray]
 
@@ -76,10 +74,10 @@ def below(tensors: Tensors, prefix: str, field: str, entries: Collection[str] = 
   }
   if not found:
     first = dict.fromkeys(name.partition(".")[0] for name in tensors)
-    weights = f" Its entries with weights are {_some(list(entries))}." if entries else ""
+    weights = f" Its entries with weights are {some(entries)}." if entries else ""
     raise RefusedError(
       f"has no entry {prefix!r} ({field}), and no names that begin so: they begin with "
-      f"{_some(list(first))}.{weights}"
+      f"{some(first)}.{weights}"
     )
   return found
 
@@ -137,7 +135,7 @@ def _refuse_the_rest(
   if beside and any(set(each) <= set(names) for each in expected):
     raise RefusedError(
       f"holds {len(beside)} tensors beside the net, whose names begin with {prefix!r}: "
-      f"{_some(beside)}. If the net does not need them, {field}={prefix.rstrip('.')} leaves them "
+      f"{some(beside)}. If the net does not need them, {field}={prefix.rstrip('.')} leaves them "
       "out."
     )
 
@@ -165,7 +163,7 @@ def _first(copies: Collection[str], field: str) -> str:
   if len(ranks) > 1 and ranks[0][0] == ranks[1][0]:
     shown = [repr(prefix) for _, prefix in ranks]
     raise RefusedError(
-      f"holds the net several times, under names that begin with {listed(shown[:_SHOWN])}. Choose "
+      f"holds the net several times, under names that begin with {some(shown)}. Choose "
       f"one by {field}={ranks[0][1].rstrip('.')}."
     )
   return ranks[0][1]
@@ -189,11 +187,6 @@ def _notes(prefix: str, copies: Collection[str], field: str) -> tuple[str, ...]:
   told += ", averaged ones (EMA)" if _rank(prefix) == 0 else ""
   takes = [f"{field}={other.rstrip('.')} takes those under {other!r}" for other in others if other]
   return (f"{'; '.join([told, *takes[:1]])}.",)
-
-
-def _some(names: list[str]) -> str:
-  more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-  return f"{listed(names[:_SHOWN])}{more}"
 
 
 def _without(name: str, parts: Collection[str]) -> str:

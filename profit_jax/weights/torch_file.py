@@ -293,6 +293,11 @@ class _Machine(pickle._Unpickler):
     elif type(changed) is not collections.OrderedDict:
       raise TorchFileError(f"it changes a {type(changed).__name__}")
 
+  def _bytes(self) -> None:
+    # Python's own reserves what the file says before it reads.
+    self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+  dispatch[pickle.BYTEARRAY8[0]] = _bytes
   dispatch[pickle.REDUCE[0]] = _call
   dispatch[pickle.NEWOBJ[0]] = _call
   dispatch[pickle.NEWOBJ_EX[0]] = _call_with_names

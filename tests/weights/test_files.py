@@ -95,7 +95,7 @@ def test_what_is_beside_the_weights_does_not_matter(name):
   np.testing.assert_array_equal(read.tensors["conv.weight"], [[0, 1, 2], [3, 4, 5]])
   np.testing.assert_array_equal(read.tensors["bn.bias"], [1.5, -2])
   (note,) = read.notes
-  assert all(part in note for part in ("'state_dict'", "metric", "23 more")), note
+  assert all(part in note for part in ("'state_dict'", "metric", "26 more")), note
   tree = torch_file.read((TORCH / name).read_bytes())
   assert tree["args"]["model"] == tree["cfg"]["model"] == "mobilenetv2_100"
   assert tree["hyper"]["arch"] == "resnet18"
@@ -327,6 +327,10 @@ ATTACKS = {
   ),
   "changes a function": ((text("w"), name("torch", "Size"), STATE, b"b"), "_Function"),
   "calls a value": ((text("w"), text("x"), b")", b"R"), "called"),
+  "says bytes are more than there are": (
+    (text("w"), b"\x96" + struct.pack("<Q", 2**40)),
+    "damaged",
+  ),
   "uses an extension": ((text("w"), b"\x82\x01"), "damaged"),
   "makes an instance": ((b"(", b"ios\nsystem\n"), "damaged"),
   "has the same tensor very often": (
