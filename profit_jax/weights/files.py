@@ -188,8 +188,8 @@ def _refuse_transformers(tensors: Mapping[str, np.ndarray]) -> None:
   found = next(filter(_TRANSFORMERS.match, tensors), None)
   if found is not None:
     raise RefusedError(
-      f"has the names of the transformers library, as {found}, which are not read: its MobileNets "
-      "pad as TensorFlow does and have 1001 classes. Use timm's or torchvision's weights, as "
+      f"has the names of the transformers library, as {found}, which are not read: its nets are "
+      "others (MobileNets pad as TensorFlow does). Use timm's or torchvision's weights, as "
       "hf:timm/mobilenetv2_100.ra_in1k."
     )
 

@@ -11,8 +11,9 @@ _DATA_PARALLEL = "module"
 # Modules that torch.compile, FSDP and activation checkpointing put around others, anywhere in a
 # net.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Counters that profilers (thop) and averaging (AveragedModel) leave beside the tensors.
-_COUNTERS = ("total_ops", "total_params", "n_averaged")
+# Numbers that profilers (thop) and averaging (AveragedModel) leave beside the tensors.
+_PROFILED = ("total_ops", "total_params")
+_AVERAGED_COUNT = "n_averaged"
 # A copy of the net has at least this share of the tensors that the best one has.
 _OF_A_COPY = 0.5
 _NOT_READ = "num_batches_tracked"
@@ -30,15 +31,14 @@ def tidied(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
     RefusedError: parametrized tensors, which only their code can make.
   """
   notes = []
-  counters = [
-    name
+  counted = [name for name, tensor in tensors.items() if _ends(name, _PROFILED, tensor)]
+  if counted:
+    notes.append(f"Passed over: {len(counted)} counters of a profiler, as {counted[0]}.")
+  tensors = {
+    name: tensor
     for name, tensor in tensors.items()
-    if name.rpartition(".")[2] in _COUNTERS and tensor.size == 1
-  ]
-  tensors = {name: tensor for name, tensor in tensors.items() if name not in set(counters)}
-  averaged = all(name.rpartition(".")[2] == "n_averaged" for name in counters)
-  if counters and not averaged:
-    notes.append(f"Passed over: {len(counters)} counters of a profiler, as {counters[0]}.")
+    if not _ends(name, (*_PROFILED, _AVERAGED_COUNT), tensor)
+  }
   tensors = _renamed(tensors, lambda name: _without(name, _WRAPPERS))
   # Within names it may be anything; see `fitted`.
   while tensors and all(name.startswith(f"{_DATA_PARALLEL}.") for name in tensors):
@@ -187,6 +187,11 @@ def _notes(prefix: str, copies: Collection[str], field: str) -> tuple[str, ...]:
   told += ", averaged ones (EMA)" if _rank(prefix) == 0 else ""
   takes = [f"{field}={other.rstrip('.')} takes those under {other!r}" for other in others if other]
   return (f"{'; '.join([told, *takes[:1]])}.",)
+
+
+def _ends(name: str, words: Collection[str], tensor: np.ndarray) -> bool:
+  """Whether a tensor is a single number under one of these names."""
+  return tensor.size == 1 and name.rpartition(".")[2] in words
 
 
 def _without(name: str, parts: Collection[str]) -> str:
