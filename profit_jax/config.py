@@ -28,6 +28,7 @@ _LATER_FIELDS = frozenset(
   {
     "config.data.image_key",
     "config.data.label_key",
+    "config.init.entry",
     "config.init.published_settings",
     "config.model.padding",
     "config.oscillation",
@@ -35,6 +36,7 @@ _LATER_FIELDS = frozenset(
     "config.quant",
     "config.quant.policy",
     "config.quant.rules",
+    "config.teacher.entry",
     "config.teacher.padding",
     "config.train.kernels",
   }
@@ -100,10 +102,14 @@ class InitSettings:
   """Section `init`."""
 
   # A file of weights under torchvision's, timm's, the authors' or our names, which are recognised:
-  # .safetensors, .npz, .pth, .pt or .ckpt; or the workdir of another run; or a name, as
-  # hf:timm/mobilenetv2_100.ra_in1k or torchvision:mobilenet_v2.IMAGENET1K_V2. "" starts from random
-  # weights.
+  # .safetensors, .npz or a PyTorch file, whatever its suffix; or a directory with one; or the
+  # workdir of another run; or a name, as hf:timm/mobilenetv2_100.ra_in1k or
+  # torchvision:mobilenet_v2.IMAGENET1K_V2. "" starts from random weights.
   weights: str = ""
+  # Which of the weights in the file: an entry, as "state_dict_ema" or "checkpoint/model", or what
+  # names begin with, as "student". "" takes averaged weights (EMA) where there are some, else the
+  # first entry that docs/weights.md lists.
+  entry: str = ""
   # What is published of these weights (crop, interpolation, normalization, epsilon, ...): "apply"
   # takes it for every field that has its default; "compare" only names what differs.
   published_settings: Literal["apply", "compare"] = "apply"
@@ -120,6 +126,8 @@ class TeacherSettings:
   model: str = "self"
   # As init.weights.
   weights: str = ""
+  # As init.entry.
+  entry: str = ""
   # "batch" normalizes with the batch's statistics, as the authors' code; "running" with the file's.
   batch_stats: Literal["batch", "running"] = "batch"
   # The rest describes another model; for the meaning see ModelSettings and DataSettings.
@@ -449,6 +457,13 @@ def parse(config: ml_collections.ConfigDict, models: Collection[str]) -> Setting
     settings.init.reset_head,
     "False without init.weights: from random weights the head is new anyway",
   )
+  for section, weights in (("init", settings.init), ("teacher", settings.teacher)):
+    require(
+      bool(weights.weights) or not weights.entry,
+      f"{section}.entry",
+      weights.entry,
+      f'"" without {section}.weights, whose entry it is',
+    )
   require(0 <= settings.seed < 2**32, "seed", settings.seed, "0 or above, below 2^32")
   check_training(
     settings.train,

@@ -55,6 +55,8 @@ def test_shipped_configs_are_valid_and_locked(module):
     ("model.channel_rounding", "down", "nearest"),
     ("model.padding", "valid", "same"),
     ("init.reset_head", True, "without init.weights"),
+    ("init.entry", "state_dict", "without init.weights"),
+    ("teacher.entry", "state_dict", "without teacher.weights"),
     ("model.width", 0.0, "above 0"),
     ("teacher.model", "resnet9000", "self"),
     ("teacher.model", "mobilenet_v2", "a weights file"),

@@ -91,7 +91,13 @@ def load_student(settings: Settings, num_classes: int, progress: Progress | None
     head = jax.jit(lambda key: head_of(settings.model.name, spec.init(key)))(
       jax.random.key(settings.seed)
     )
-  loaded = load_variables(settings.init.weights, settings.model.name, spec.shapes, new_head=head)
+  loaded = load_variables(
+    settings.init.weights,
+    settings.model.name,
+    spec.shapes,
+    new_head=head,
+    entry=settings.init.entry,
+  )
   return Student(
     spec, lambda: loaded.variables, loaded, with_padding(loaded.settings.get("pad_value"))
   )
@@ -118,7 +124,9 @@ def load_teacher(
     spec = describe(build(own, num_classes), student.spec.input_shape, student.spec.bits)
     return Teacher(spec, None if later else student.make(), None, is_student=True)
   spec = describe(build(teacher.as_model(), num_classes), student.spec.input_shape)
-  loaded = load_variables(teacher.weights, teacher.model, spec.shapes, role="teacher")
+  loaded = load_variables(
+    teacher.weights, teacher.model, spec.shapes, role="teacher", entry=teacher.entry
+  )
   return Teacher(spec, loaded.variables, loaded)
 
 

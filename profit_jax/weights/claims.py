@@ -10,9 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 from etils import epath
 
 from profit_jax.models import REGISTRY
-from profit_jax.weights import torch_file
+from profit_jax.weights import formats, torch_file
 
-TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
 # In the header of a .safetensors that we wrote: section `model`, as JSON.
 SETTINGS_KEY = "profit_jax.model"
 _LARGEST_HEADER = 100_000_000  # bytes, that of the safetensors library
@@ -44,10 +43,9 @@ def claim_of(path: epath.Path, called: str | None = None) -> Claim | None:
     path: of the file.
     called: what names it; None is its own name, or its directory's if it is nameless.
   """
-  if path.name.endswith(TORCH_SUFFIXES):
-    for name in _named_in(path):
-      if name in _published():
-        return Claim(name, "the options saved in it")
+  for name in _named_in(path):
+    if name in _published():
+      return Claim(name, "the options saved in it")
   if called is None:
     called = path.parent.name if is_nameless(path) else path.name
   name = _name_at_start(called)
@@ -56,8 +54,6 @@ def claim_of(path: epath.Path, called: str | None = None) -> Claim | None:
 
 def is_own(path: epath.Path) -> bool:
   """Whether a file is a .safetensors of ours, which records the settings that count for it."""
-  if path.suffix != ".safetensors":
-    return False
   try:
     with path.open("rb") as file:
       return SETTINGS_KEY in safetensors_metadata(file)
@@ -72,7 +68,9 @@ def safetensors_metadata(file: BinaryIO) -> Mapping[str, Any]:
     ValueError: a damaged header.
   """
   size = int.from_bytes(file.read(8), "little")
-  header = json.loads(file.read(min(size, _LARGEST_HEADER)))
+  if size > _LARGEST_HEADER:
+    raise ValueError("it is no .safetensors")
+  header = json.loads(file.read(size))
   metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
   if not isinstance(metadata, dict):
     raise ValueError("its header is damaged")
@@ -100,9 +98,11 @@ def _name_at_start(text: str) -> str | None:
 def _named_in(path: epath.Path) -> list[str]:
   """The nets that a checkpoint of PyTorch names, beside its weights."""
   try:
-    tree = torch_file.read(path.read_bytes())
-  except (torch_file.TorchFileError, OSError):
-    return []  # reading the weights says so
+    found = formats.recognised(path.read_bytes(), path.name)
+    tree = torch_file.read(found.content) if found and found.kind == "torch" else None
+  # What is damaged or something else, reading the weights says.
+  except Exception:
+    return []
   if not isinstance(tree, Mapping):
     return []
   options = tree.get(_OPTIONS)

@@ -25,6 +25,7 @@ from etils import epath
 from profit_jax import optional, paths
 from profit_jax.config import ConfigError
 from profit_jax.weights.claims import claim_of, is_nameless, is_own
+from profit_jax.weights.formats import weights_in
 
 HUGGING_FACE, TORCHVISION = "hf:", "torchvision:"
 TORCHVISION_URL = "https://download.pytorch.org/models"
@@ -125,8 +126,12 @@ def published(weights: str) -> Published | None:
     called = _repository(weights)[0].partition("/")[2]
     return _published_of(place, described_by and epath.Path(described_by), weights, called)
   place = paths.opened("The weights", weights)
-  if place.is_dir():  # a run's; its config.json is another
-    return None
+  if place.is_dir():
+    # A run's config.json is another.
+    found = None if (place / "checkpoints").exists() else weights_in(place)
+    if found is None:
+      return None
+    place = found
   # Beside a file with a name of its own, it may be another file's.
   beside = place.parent / _DESCRIPTION
   return _published_of(place, beside if is_nameless(place) and beside.exists() else None, weights)

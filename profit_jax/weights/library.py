@@ -40,6 +40,7 @@ def load_weights(
   image_shape: tuple[int, ...],
   *,
   quantizer: Quantizer = DuQ(),
+  entry: str = "",
 ) -> Variables:
   """Reads a model's variables from a file; nothing is guessed, and nothing is left over.
 
@@ -50,6 +51,7 @@ def load_weights(
     image_shape: `(H, W, C)` of its images.
     quantizer: of its layers, as the file has it. A registered model's file in full precision lacks
       the scalars: they are 1.
+    entry: which of the weights in the file, as `init.entry`.
 
   Returns:
     `params` and `batch_stats`, for `Trainer(variables=...)` or `model.apply`.
@@ -61,11 +63,11 @@ def load_weights(
   spec = describe(model, image_shape, Bits(quantizer=quantizer))
   name = _registered_name(model)
   if name is not None:
-    loaded = load_variables(os.fspath(path), name, spec.shapes)
+    loaded = load_variables(os.fspath(path), name, spec.shapes, entry=entry)
     _refuse_other_settings(path, loaded, model)
     return loaded.variables
   expected = traverse_util.flatten_dict(spec.shapes, sep="/")
-  found = read_contents(os.fspath(path)).tensors
+  found = read_contents(os.fspath(path), entry, "entry").tensors
   problems = [
     *(f"{name} is missing" for name in expected.keys() - found.keys()),
     *(f"{name} is not in the model" for name in found.keys() - expected.keys()),

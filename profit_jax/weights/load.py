@@ -11,7 +11,9 @@ from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY, options
 from profit_jax.nn.spec import describe
 from profit_jax.typing import Array, Variables
-from profit_jax.weights.files import read_contents
+from profit_jax.weights import prefixes
+from profit_jax.weights.files import Contents, read_contents
+from profit_jax.weights.formats import RefusedError
 from profit_jax.weights.hub import Published
 from profit_jax.weights.naming import QUANTIZER_LEAVES, Names, OwnNames, Path, TorchNames
 
@@ -96,14 +98,17 @@ def load_variables(
   *,
   role: Literal["student", "teacher"] = "student",
   new_head: Variables | None = None,
+  entry: str = "",
 ) -> Loaded:
   """Reads a model's variables from a file; see `files.read_contents` and `import_variables`.
 
   Raises:
     ConfigError: no such file, a damaged one, or tensors that are not this model's.
   """
-  contents = read_contents(path)
+  field = "config.teacher.entry" if role == "teacher" else "config.init.entry"
+  contents = read_contents(path, entry, field)
   told = contents.published and published_settings(contents.published, model, path, role)
+  contents = _fitted(contents, model, template, path, field)
   loaded = import_variables(model, template, contents.tensors, path, role=role, new_head=new_head)
   if contents.settings is not None:
     # Whatever names a file of ours has, it was trained with our code as it was configured then.
@@ -116,6 +121,21 @@ def load_variables(
   return loaded._replace(
     notes=contents.notes + loaded.notes, sha256=contents.sha256, published=contents.published
   )
+
+
+def _fitted(
+  contents: Contents, model: str, template: Variables, source: str, field: str
+) -> Contents:
+  """The content with the names that the model has, where a prefix keeps them from it."""
+  paths = traverse_util.flatten_dict(template)
+  plain = [path for path in paths if path[-1] not in QUANTIZER_LEAVES]
+  expected = [set(names.tensor_names(plain).values()) for names in namings(model).values()]
+  whole = [set(names.tensor_names(paths).values()) for names in namings(model).values()]
+  try:
+    tensors, notes = prefixes.fitted(contents.tensors, [*expected, *whole], field)
+  except RefusedError as error:
+    raise ConfigError(f"The weights file {source!r} {error}") from error
+  return contents._replace(tensors=tensors, notes=contents.notes + notes)
 
 
 def _has_variant(model: str, architecture: str, source: str) -> bool:

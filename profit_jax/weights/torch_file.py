@@ -1,13 +1,13 @@
 """Reads what `torch.save` wrote, without torch and without running anything that the file asks for.
 
 Such a file is a pickle, and a pickle is a program for a small machine, which may call any function
-that it names and change any object that it reaches. The machine here knows only the instructions
-that tensors need; it can name only what it has a stand-in for, none of which can be changed; and
-what it builds is measured against the size of the file, so that a small file cannot fill the
-memory.
+that it names and change any object that it reaches. The machine here calls only the constructors of
+tensors and a few plain types. Every other name gives a `StandIn`, which records what it was given
+and does nothing. What the machine builds is measured against the size of the file, so that a small
+file cannot fill the memory.
 
-Both formats are read: the zip archive (torch 1.6 and later) and the stream of pickles before it, in
-which older files of torchvision and timm are published.
+Read are the zip archive (torch 1.6 and later), the stream of pickles before it, in which older
+files of torchvision and timm are published, and a plain pickle of tensors or NumPy arrays.
 """
 
 import collections
@@ -37,7 +37,17 @@ _DTYPES = {  # of storages; NumPy's dtypes cannot be changed
   "CharStorage": np.int8,
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
+  "ComplexFloatStorage": np.complex64,
+  "ComplexDoubleStorage": np.complex128,
+  # Of tensors that are not read, but may stand beside those that are.
+  "QInt8Storage": np.int8,
+  "QUInt8Storage": np.uint8,
+  "QInt32Storage": np.int32,
 }
+# Tensors with attributes of Python, which need no code.
+_PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
+_PLAIN_VALUES = (str, bool, int, float, dict)  # of attributes that are kept
+_SHOWN = 100  # characters of a name that a file gives
 
 
 class TorchFileError(ValueError):
@@ -51,8 +61,56 @@ class _Storage(NamedTuple):
   data: np.ndarray
 
 
-class _Options(dict):
-  """The options of a training script."""
+class StandIn(dict):
+  """What is in the place of a class or function that is not known here, and of what it makes. It
+  never runs anything.
+
+  As a dictionary it has the items that the file gives the object, and its attributes that are plain
+  values: of an `argparse.Namespace` or an omegaconf configuration, the options.
+
+  Attributes:
+    name: of the class or function, `module.name`.
+    arguments: with which the file would have called it.
+    state: the object's attributes, as the file has them.
+  """
+
+  # By identity: the objects may be keys of dictionaries.
+  __hash__ = object.__hash__
+  __eq__ = object.__eq__
+
+  def __init__(self, name: str, arguments: tuple[Any, ...] = ()):
+    """Args: as the attributes."""
+    super().__init__()
+    self.name = name
+    self.arguments = arguments
+    self.state: Any = None
+
+  @property
+  def is_module(self) -> bool:
+    """Whether it is a pickled `torch.nn.Module`."""
+    return type(self.state) is dict and {"_parameters", "_modules"} <= self.state.keys()
+
+  def take_state(self, state: Any) -> None:
+    """Keeps the attributes, which are a dictionary, or two where the class has slots."""
+    self.state = state
+    for part in state if type(state) is tuple else (state,):
+      if type(part) is dict:
+        self.update({k: v for k, v in part.items() if type(k) is str and type(v) in _PLAIN_VALUES})
+        self.update(_omegaconf_values(part.get("_content")))
+
+  # Lists, queues and sets are filled by these.
+  def extend(self, items: Any) -> None:
+    """Drops what a pickle puts into a list."""
+
+  append = add = extend
+
+
+def _omegaconf_values(content: Any) -> dict[str, Any]:
+  """The values in an omegaconf configuration, whose nodes have theirs as `_val`."""
+  if type(content) is not dict:
+    return {}
+  nodes = {key: node for key, node in content.items() if type(node) is StandIn and "_val" in node}
+  return {key: node["_val"] for key, node in nodes.items() if type(key) is str}
 
 
 class _Function(NamedTuple):
@@ -80,7 +138,9 @@ _OPCODES = (
     pickle.BINBYTES,
     pickle.SHORT_BINBYTES,
   ),
-  *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE),
+  *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+  *(pickle.BINBYTES8, pickle.BYTEARRAY8),
+  *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
   *(pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
   *(pickle.LIST, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS),
   *(pickle.DICT, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
@@ -98,6 +158,7 @@ _OPCODES = (
     pickle.STACK_GLOBAL,
     pickle.REDUCE,
     pickle.NEWOBJ,
+    pickle.NEWOBJ_EX,
     pickle.BUILD,
     pickle.BINPERSID,
   ),
@@ -107,7 +168,8 @@ _OPCODES = (
 # The one in Python, not the fast one in C: its instructions can be taken away, and a place number
 # of 2^32 in its memo does not reserve the memory for so many.
 class _Machine(pickle._Unpickler):
-  """Knows only `_OPCODES`, and these three in a form that cannot reach anything but `names`.
+  """Knows only `_OPCODES`, and those that call or change something in a form that only reaches the
+  functions in `_names` and stand-ins.
 
   Attributes:
     storages: that the pickle has referred to, by their names in the file; filled with zeros.
@@ -119,7 +181,8 @@ class _Machine(pickle._Unpickler):
 
   def __init__(self, file: io.BytesIO, limit: int):
     """Args: file: with the pickle; limit: bytes that storages and tensors may have."""
-    super().__init__(file, encoding="utf-8")
+    # Every byte is a character: Python 2 wrote the bytes of NumPy's scalars as text.
+    super().__init__(file, encoding="latin1")
     self.storages: dict[str, _Storage] = {}
     self._left = limit
     self._names = {
@@ -128,22 +191,24 @@ class _Machine(pickle._Unpickler):
       ("torch._utils", "_rebuild_tensor"): _Function(self._tensor),
       ("torch._utils", "_rebuild_tensor_v2"): _Function(self._tensor),
       ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),
-      # The options that training scripts save beside the weights: only texts are kept.
-      ("argparse", "Namespace"): _Function(lambda *_: _Options()),
+      ("torch._utils", "_rebuild_parameter_with_state"): _Function(lambda data, *_: data),
+      ("torch._utils", "_rebuild_device_tensor_from_numpy"): _Function(lambda data, *_: data),
+      ("torch._tensor", "_rebuild_from_type_v2"): _Function(self._tensor_with_attributes),
+      ("torch.storage", "_load_from_bytes"): _Function(self._nested_storage),
+      ("collections", "defaultdict"): _Function(lambda *_: {}),
       **{("torch", name): np.dtype(dtype) for name, dtype in _DTYPES.items()},
+      **{(module, "UntypedStorage"): np.dtype(np.uint8) for module in ("torch", "torch.storage")},
     }
 
   def find_class(self, module: str, name: str) -> Any:
     """See `pickle.Unpickler`."""
-    if (module, name) not in self._names:
-      raise TorchFileError(
-        f"it asks to run {module}.{name}, which weights do not need and which is not run here. "
-        f"In torch, save the plain weights: torch.save(model.state_dict(), FILE)"
-      )
-    return self._names[module, name]
+    full_name = "".join(c if c.isprintable() else "?" for c in f"{module}.{name}"[:_SHOWN])
+    return self._names[module, name] if (module, name) in self._names else StandIn(full_name)
 
-  def persistent_load(self, pid: Any) -> _Storage:
+  def persistent_load(self, pid: Any) -> Any:
     """See `pickle.Unpickler`: torch keeps storages outside of the pickle."""
+    if type(pid) is tuple and len(pid) > 1 and pid[0] == "module" and type(pid[1]) is StandIn:
+      return pid[1]  # a class, with its source code
     if not (
       type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)
     ):
@@ -162,8 +227,10 @@ class _Machine(pickle._Unpickler):
       raise TorchFileError(f"storage {key} is described in two ways")
     return storage
 
-  def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
+  def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
     """What torch's constructors make; their other arguments are gradients, hooks and metadata."""
+    if type(storage) is StandIn:
+      return StandIn(f"torch._utils._rebuild_tensor_v2({storage.name})")
     if type(storage) is not _Storage or type(shape) is not tuple or type(strides) is not tuple:
       raise TorchFileError("a tensor without a storage, a shape or strides")
     numbers = (offset, *shape, *strides)
@@ -187,22 +254,53 @@ class _Machine(pickle._Unpickler):
     if self._left < 0:
       raise TorchFileError("its tensors are many times larger than the file")
 
+  def _tensor_with_attributes(self, function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    """A tensor of a class of its own, or with attributes that somebody has hung on it."""
+    if type(kind) is not StandIn:
+      raise TorchFileError("a tensor whose class makes no sense")
+    if kind.name not in _PLAIN_TENSORS:
+      return StandIn(f"torch._tensor._rebuild_from_type_v2({kind.name})")
+    return self._called(function, arguments)
+
+  def _nested_storage(self, content: Any) -> Any:
+    """The storage in a pickle that `torch.save` did not write: a file in the file."""
+    content = _buffer(content)
+    if type(content) is not bytes:
+      return StandIn("torch.storage._load_from_bytes")
+    self._take(len(content))
+    return _read_stream(content)
+
+  def _called(self, function: Any, arguments: Any) -> Any:
+    if type(function) not in (_Function, StandIn) or type(arguments) is not tuple:
+      raise TorchFileError("it calls something that cannot be called")
+    if type(function) is StandIn:
+      return StandIn(function.name, arguments)
+    return function.call(*arguments)
+
   def _call(self) -> None:
     arguments, function = self.stack.pop(), self.stack.pop()
-    if type(function) is not _Function or type(arguments) is not tuple:
-      raise TorchFileError("it calls something that cannot be called")
-    self.stack.append(function.call(*arguments))
+    self.stack.append(self._called(function, arguments))
+
+  def _call_with_names(self) -> None:
+    self.stack.pop()  # arguments that have names
+    self._call()
 
   def _take_state(self) -> None:
     state, changed = self.stack.pop(), self.stack[-1]
-    if type(changed) is _Options and type(state) is dict:
-      changed.update({k: v for k, v in state.items() if type(k) is type(v) is str})
+    if type(changed) is StandIn:
+      changed.take_state(state)
     # What torch hangs on a state dict, `_metadata`, is not needed.
-    elif type(changed) not in (_Options, collections.OrderedDict):
+    elif type(changed) is not collections.OrderedDict:
       raise TorchFileError(f"it changes a {type(changed).__name__}")
 
+  def _bytes(self) -> None:
+    # Python's own reserves what the file says before it reads.
+    self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+  dispatch[pickle.BYTEARRAY8[0]] = _bytes
   dispatch[pickle.REDUCE[0]] = _call
   dispatch[pickle.NEWOBJ[0]] = _call
+  dispatch[pickle.NEWOBJ_EX[0]] = _call_with_names
   dispatch[pickle.BUILD[0]] = _take_state
 
 
@@ -213,10 +311,10 @@ def read(content: bytes) -> Any:
     content: of the file.
 
   Returns:
-    Dictionaries, lists and plain values.
+    Dictionaries, lists, plain values, and a `StandIn` for everything else.
 
   Raises:
-    TorchFileError: not a torch file, a damaged one, or one that asks for more than tensors.
+    TorchFileError: not a torch file, a damaged one, or one that asks for what no weights need.
   """
   try:
     return _read_archive(content) if content[:4] == b"PK\x03\x04" else _read_stream(content)
@@ -231,13 +329,20 @@ def read(content: bytes) -> Any:
 
 def _read_archive(content: bytes) -> Any:
   archive = zipfile.ZipFile(io.BytesIO(content))
-  if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-    raise TorchFileError("its entries are compressed, which torch never does")
-  (pickled,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
-  root = pickled.removesuffix("data.pkl")
+  # macOS puts a directory __MACOSX beside what it packs.
+  pickles = [
+    name
+    for name in archive.namelist()
+    if name.rpartition("/")[2] == "data.pkl" and not name.startswith("__MACOSX/")
+  ]
+  if len(pickles) != 1:
+    raise TorchFileError(f"it has {len(pickles)} files data.pkl, not one")
+  root = pickles[0].removesuffix("data.pkl")
   if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
     raise TorchFileError("it was written on a big-endian machine; save it again on another")
-  machine = _Machine(io.BytesIO(archive.read(pickled)), _LARGEST_GROWTH * len(content))
+  # torch never compresses, but who packs a file again does.
+  size = sum(entry.file_size for entry in archive.infolist())
+  machine = _Machine(io.BytesIO(archive.read(pickles[0])), _LARGEST_GROWTH * size)
   tree = machine.load()
   for storage in machine.storages.values():
     _fill(storage, archive.read(f"{root}data/{storage.key}"))
@@ -246,8 +351,12 @@ def _read_archive(content: bytes) -> Any:
 
 def _read_stream(content: bytes) -> Any:
   file, limit = io.BytesIO(content), _LARGEST_GROWTH * len(content)
-  if _Machine(file, limit).load() != _STREAM_MAGIC:
-    raise TorchFileError("it does not begin as a file of torch.save does")
+  first = _Machine(file, limit)
+  magic = first.load()
+  if type(magic) is not int or magic != _STREAM_MAGIC:
+    if first.storages:
+      raise TorchFileError("it has tensors without their values")
+    return magic  # a plain pickle
   protocol, system = _Machine(file, limit).load(), _Machine(file, limit).load()
   if protocol != _STREAM_PROTOCOL or not system.get("little_endian", True):
     raise TorchFileError(
@@ -261,6 +370,46 @@ def _read_stream(content: bytes) -> Any:
     size, data = int.from_bytes(file.read(8), "little"), machine.storages[key].data
     _fill(machine.storages[key], file.read(size * data.itemsize))
   return tree
+
+
+def array_of(value: Any) -> np.ndarray | None:
+  """A tensor, or a NumPy array that was pickled; None for everything else."""
+  if isinstance(value, np.ndarray):
+    return value
+  if type(value) is not StandIn:
+    return None
+  try:
+    return _numpy_array(value)
+  except (TypeError, ValueError, AttributeError):  # no array, or one of objects
+    return None
+
+
+def _numpy_array(value: StandIn) -> np.ndarray | None:
+  """NumPy's pickles of an array: made empty and then filled (to protocol 4), or from a buffer."""
+  module, _, name = value.name.rpartition(".")
+  if module.partition(".")[0] != "numpy":
+    return None
+  if name == "_reconstruct":
+    _, shape, dtype, by_columns, data = value.state
+  elif name == "_frombuffer":
+    data, dtype, shape, order = value.arguments
+    by_columns = order == "F"
+  else:
+    return None
+  array = np.frombuffer(_buffer(data), _numpy_dtype(dtype))
+  return array.reshape(shape, order="F" if by_columns else "C")
+
+
+def _numpy_dtype(value: Any) -> np.dtype:
+  # Its code, as f4, and in the state the order of its bytes.
+  return np.dtype(value.arguments[0]).newbyteorder(value.state[1])
+
+
+def _buffer(data: Any) -> Any:
+  # Protocol 2 has no bytes: it has a call that encodes a text.
+  if type(data) is StandIn and data.name == "_codecs.encode" and data.arguments[1] == "latin1":
+    data = data.arguments[0]
+  return data.encode("latin1") if type(data) is str else data
 
 
 def _fill(storage: _Storage, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """File formats: every one that people have, and none that can run code."""
 
+import gzip
 import io
 import os
 import pathlib
@@ -15,8 +16,11 @@ import pytest
 import safetensors.numpy
 
 from profit_jax.config import ConfigError
+from profit_jax.weights import formats, torch_file
 from profit_jax.weights.files import read_contents
 from tests import golden_data
+from tests.weights.torch_writer import Global, Made, Tensor, pickled
+from tests.weights.torch_writer import torch_file as written
 
 TORCH = golden_data.GOLDEN / "torch_files"
 
@@ -83,6 +87,21 @@ def test_bfloat16_in_safetensors(tmp_path):
   )
 
 
+# Written by torch beside NumPy's scalars and arrays, dates, paths, counters, enumerations, types of
+# torch, omegaconf's and EasyDict's configurations, and tensors that need code.
+@pytest.mark.parametrize("name", ["beside_2.pth", "beside_5.pth"])
+def test_what_is_beside_the_weights_does_not_matter(name):
+  read = read_contents(str(TORCH / name))
+  np.testing.assert_array_equal(read.tensors["conv.weight"], [[0, 1, 2], [3, 4, 5]])
+  np.testing.assert_array_equal(read.tensors["bn.bias"], [1.5, -2])
+  (note,) = read.notes
+  assert all(part in note for part in ("'state_dict'", "metric", "26 more")), note
+  tree = torch_file.read((TORCH / name).read_bytes())
+  assert tree["args"]["model"] == tree["cfg"]["model"] == "mobilenetv2_100"
+  assert tree["hyper"]["arch"] == "resnet18"
+  assert tree["args"]["lr"] == 0.1
+
+
 class Touch:
   """Creates a file when it is unpickled."""
 
@@ -122,6 +141,92 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, write, evil):
   # The same pickle does run where it is let: what was refused is a real danger.
   pickle.loads(pickle.dumps(evil(marker), protocol=2))
   assert marker.exists()
+
+
+PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("evil", [Touch, Evaluated])
+def test_code_beside_the_weights_does_not_run(tmp_path, protocol, evil):
+  marker = tmp_path / "ran"
+  weights = {"w": Tensor(np.arange(4, dtype=np.float32))}
+  tree = {"state_dict": weights, "x": evil(marker), "y": [{evil(marker): evil(marker)}]}
+  (tmp_path / "w.pth").write_bytes(written(tree, protocol))
+  np.testing.assert_array_equal(contents(str(tmp_path / "w.pth"))["w"], np.arange(4))
+  assert not marker.exists()
+
+
+QUANTIZED = Made(Global("torch._utils", "_rebuild_qtensor"))
+MASKED = Made(
+  Global("torch._tensor", "_rebuild_from_type_v2"),
+  (Global("torch._utils", "_rebuild_tensor_v2"), Global("mine", "Masked"), (), {}),
+)
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "told"),
+  [
+    ("w", QUANTIZED, "_rebuild_qtensor"),
+    ("w", MASKED, r"mine\.Masked"),
+    # By its name, it is a part of the net.
+    ("layer.weight", Made(Global("mine", "Weight")), r"mine\.Weight"),
+  ],
+)
+def test_a_tensor_that_needs_code_is_refused(tmp_path, name, value, told):
+  tensor = Tensor(np.zeros(4, np.float32))
+  for tree in ({"layer.bias": tensor, name: value}, {"state_dict": {name: value}}):
+    (tmp_path / "w.pth").write_bytes(written(tree))
+    with pytest.raises(ConfigError, match=rf"'{name}' \(.*{told}.*state_dict"):
+      contents(str(tmp_path / "w.pth"))
+
+
+def test_what_is_among_the_tensors_is_named(tmp_path):
+  scalar = Made(Global("numpy", "scalar"), (3,))
+  tree = {"layer.bias": Tensor(np.zeros(4, np.float32)), "acc": scalar, "epoch": 3}
+  tree |= {"layer._extra_state": scalar, "history": [0.5, {"loss": 0.1}]}
+  (tmp_path / "w.pth").write_bytes(written(tree))
+  read = read_contents(str(tmp_path / "w.pth"))
+  assert list(read.tensors) == ["layer.bias"]
+  (note,) = read.notes
+  assert all(f"'{name}'" in note for name in ("acc", "epoch", "layer._extra_state", "history"))
+  # It may be another part of the net.
+  (tmp_path / "w.pth").write_bytes(written({**tree, "head": {"bias": tree["layer.bias"]}}))
+  with pytest.raises(ConfigError, match=r"more than tensors: 'head' \(dict\)"):
+    contents(str(tmp_path / "w.pth"))
+
+
+def test_a_pickle_of_tensors_that_torch_save_did_not_write(tmp_path):
+  nested = b"".join(
+    pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+  )
+  nested += b"\x80\x02" + storage(6) + b"." + pickle.dumps(["0"], 2)
+  nested += (6).to_bytes(8, "little") + np.arange(6, dtype=np.float32).tobytes()
+  inner = Made(Global("torch.storage", "_load_from_bytes"), (nested,))
+  tensor = Made(Global("torch._utils", "_rebuild_tensor_v2"), (inner, 0, (2, 3), (3, 1), False, {}))
+  for protocol in PROTOCOLS:
+    (tmp_path / "w.pkl").write_bytes(pickled({"w": tensor}, protocol)[0])
+    np.testing.assert_array_equal(contents(str(tmp_path / "w.pkl"))["w"], [[0, 1, 2], [3, 4, 5]])
+
+
+ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+  "value",
+  [
+    ARRAY,
+    np.asfortranarray(ARRAY),
+    ARRAY.astype(">f4"),
+    Made(Global("torch._utils", "_rebuild_device_tensor_from_numpy"), (ARRAY, None, "xla:0")),
+    Made(Global("torch._utils", "_rebuild_parameter_with_state"), (Tensor(ARRAY), True, {}, {})),
+  ],
+  ids=["rows", "columns", "big endian", "of a TPU", "with attributes"],
+)
+def test_arrays_and_other_tensors(tmp_path, value, protocol):
+  (tmp_path / "w.pth").write_bytes(written({"w": value}, protocol))
+  np.testing.assert_array_equal(contents(str(tmp_path / "w.pth"))["w"], ARRAY)
 
 
 def test_a_pickled_module_and_a_pickle_in_npz_are_refused(tmp_path):
@@ -179,11 +284,12 @@ def tensor(shape, strides, size, offset=0, **options):
   return name("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
 
 
-def crafted(*entries, elements=4, compression=zipfile.ZIP_STORED):
+def crafted(*entries, elements=4, compression=zipfile.ZIP_STORED, beside=0):
   file = io.BytesIO()
   with zipfile.ZipFile(file, "w", compression) as content:
     content.writestr("archive/data.pkl", b"\x80\x02}(" + b"".join(entries) + b"u.")
     content.writestr("archive/data/0", np.arange(elements, dtype=np.float32).tobytes())
+    content.writestr("archive/data/1", bytes(beside))
   return file.getvalue()
 
 
@@ -221,6 +327,10 @@ ATTACKS = {
   ),
   "changes a function": ((text("w"), name("torch", "Size"), STATE, b"b"), "_Function"),
   "calls a value": ((text("w"), text("x"), b")", b"R"), "called"),
+  "says bytes are more than there are": (
+    (text("w"), b"\x96" + struct.pack("<Q", 2**40)),
+    "damaged",
+  ),
   "uses an extension": ((text("w"), b"\x82\x01"), "damaged"),
   "makes an instance": ((b"(", b"ios\nsystem\n"), "damaged"),
   "has the same tensor very often": (
@@ -246,9 +356,17 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path):
   (tmp_path / "w.pth").write_bytes(crafted(text("l"), laughs, text("w"), far))
   with pytest.raises(ConfigError, match=r"'l' \(tuple\)"):
     contents(str(tmp_path / "w.pth"))
-  (tmp_path / "w.pth").write_bytes(crafted(text("w"), far, compression=zipfile.ZIP_DEFLATED))
-  with pytest.raises(ConfigError, match="compressed"):
-    contents(str(tmp_path / "w.pth"))
+
+
+def test_a_packed_file_cannot_fill_the_memory(tmp_path, monkeypatch):
+  monkeypatch.setattr(formats, "_ALWAYS_UNPACKED", 10_000)
+  size = 2_000_000  # zeros shrink to a thousandth
+  bomb = crafted(text("w"), tensor((4,), (1,), 4), compression=zipfile.ZIP_DEFLATED, beside=size)
+  np.savez_compressed(tmp_path / "w.npz", w=np.zeros(size))
+  for packed in (bomb, gzip.compress(bytes(size)), (tmp_path / "w.npz").read_bytes()):
+    (tmp_path / "w.pth").write_bytes(packed)
+    with pytest.raises(ConfigError, match="unpacked"):
+      contents(str(tmp_path / "w.pth"))
 
 
 def test_wrappers_of_wrappers_and_options_beside_the_weights(tmp_path):

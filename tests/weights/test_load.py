@@ -177,3 +177,27 @@ def test_settings_of_the_code_behind_a_file(tensors):
   # The published strides are the same written out.
   assert differing_settings({"strides": [2, 1, 2, 2, 2, 1, 2, 1]}, given) == {}
   assert list(differing_settings({"strides": [1] * 8}, given)) == ["strides"]
+
+
+@pytest.mark.parametrize(
+  ("prefix", "beside", "entry", "role"),
+  [
+    ("", "", "", "student"),
+    ("module.model.", "", "", "student"),
+    ("ema_model.", "model.", "", "student"),
+    ("student.", "teacher.", "", "student"),
+    ("right.", "left.", "right", "teacher"),
+  ],
+)
+def test_prefixes_and_entries(tensors, tmp_path, prefix, beside, entry, role):
+  given = {f"{prefix}{name}": value for name, value in tensors.items()}
+  if beside:
+    given |= {f"{beside}{name}": np.zeros_like(value) for name, value in tensors.items()}
+  np.savez(tmp_path / "w.npz", **given)
+  path = str(tmp_path / "w.npz")
+  loaded = load_variables(path, "mobilenet_v2", template(), entry=entry, role=role)
+  kernel = loaded.variables["params"]["stem_conv"]["kernel"]
+  np.testing.assert_allclose(kernel[0, 0, 0], tensors["features.0.0.weight"][:, 0, 0, 0], rtol=1e-6)
+  if entry:
+    with pytest.raises(ConfigError, match=r"w\.npz.*config\.teacher\.entry=left"):
+      load_variables(path, "mobilenet_v2", template(), role=role)
