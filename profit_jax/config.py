@@ -26,6 +26,7 @@ Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 _LATER_FIELDS = frozenset(
   {
     "config.init.published_settings",
+    "config.init.variant",
     "config.model.padding",
     "config.oscillation",
     "config.plan.refit_bits",
@@ -33,6 +34,7 @@ _LATER_FIELDS = frozenset(
     "config.quant.policy",
     "config.quant.rules",
     "config.teacher.padding",
+    "config.teacher.variant",
     "config.train.kernels",
   }
 )
@@ -101,6 +103,10 @@ class InitSettings:
   # hf:timm/mobilenetv2_100.ra_in1k or torchvision:mobilenet_v2.IMAGENET1K_V2. "" starts from random
   # weights.
   weights: str = ""
+  # Which net these weights are, by timm's or torchvision's name, as tf_mobilenetv3_large_100: nets
+  # of the same tensors may compute different things. "" is what the file, its config.json or its
+  # name says.
+  variant: str = ""
   # What is published of these weights (crop, interpolation, normalization, epsilon, ...): "apply"
   # takes it for every field that has its default; "compare" only names what differs.
   published_settings: Literal["apply", "compare"] = "apply"
@@ -115,8 +121,9 @@ class TeacherSettings:
   # "none"; "self", the student before quantization (its init.weights, or, from random weights, what
   # the full-precision phase ends with); or a model's name, which needs teacher.weights.
   model: str = "self"
-  # As init.weights.
+  # As init.weights, and init.variant.
   weights: str = ""
+  variant: str = ""
   # "batch" normalizes with the batch's statistics, as the authors' code; "running" with the file's.
   batch_stats: Literal["batch", "running"] = "batch"
   # The rest describes another model; for the meaning see ModelSettings and DataSettings.
