@@ -123,7 +123,7 @@ def _other_settings(
     ConfigError: the file says what it is, and they are no choice.
   """
   differing = differing_settings(name, loaded.settings, model)
-  of = loaded.variant or f"a file with {loaded.source} names"
+  of = f"is {loaded.variant}, which computes" if loaded.variant else "was trained"
   certain = loaded.told_by not in (None, BY_TENSORS, ASSUMED)
   wrong = [setting for setting in differing if setting not in _CHOSEN] if certain else []
   told = ", ".join(
@@ -132,7 +132,6 @@ def _other_settings(
   )
   if wrong:
     raise ConfigError(
-      f"{os.fspath(path)} is {of}, which computes with {told}. Make the {type(model).__name__} "
-      "with that."
+      f"{os.fspath(path)} {of} with {told}. Make the {type(model).__name__} with that."
     )
-  return told and f"{os.fspath(path)} is {of}, trained with {told}."
+  return told and f"{os.fspath(path)} {of} with {told}, by its {loaded.source} names."
