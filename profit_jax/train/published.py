@@ -14,7 +14,7 @@ from profit_jax.config import Settings
 from profit_jax.models import REGISTRY
 from profit_jax.weights import hub
 from profit_jax.weights.hub import Published
-from profit_jax.weights.variants import named, published_settings
+from profit_jax.weights.variants import VARIANT_FIELD, named, published_settings
 
 _INTERPOLATIONS = ("bicubic", "bilinear")
 _DATA_FIELDS = ("image_size", "crop_pct", "interpolation", "normalization")
@@ -58,14 +58,14 @@ def apply(settings: Settings) -> Applied:
       continue  # the authors' files may have this name, too
     wanted = {f"{section}.{name}": v for name, v in of_model.items() if name not in _CHOSEN}
     wanted |= _image_settings(settings, told, section)
+    by_user = told.origin in VARIANT_FIELD.values()
     for field, value in wanted.items():
       default = _get(Settings(), field)
       if _get(settings, field) == default != value:
         settings = _set(settings, field, value)
-        lines.append(
-          f"config.{field} = {_text(value)}, as published with {weights} (default: "
-          f"{_text(default)})."
-        )
+        of_net = by_user and field.partition(".")[2] in of_model
+        by = f"as {told.architecture} has it" if of_net else f"as published with {weights}"
+        lines.append(f"config.{field} = {_text(value)}, {by} (default: {_text(default)}).")
       if _get(settings, field) == value != default:
         fields.append(field)
   return Applied(settings, lines, tuple(fields))

@@ -119,7 +119,10 @@ def _checkpoint(path: epath.Path) -> Mapping[str, Any]:
 def _options(tree: Mapping[str, Any]) -> Mapping[str, Any]:
   """Of a training script, in a checkpoint."""
   options = tree.get(_OPTIONS)
-  return options if isinstance(options, Mapping) else {}
+  # An object's attributes, where the reader keeps those that are no plain values apart.
+  attributes = getattr(options, "state", None)
+  found = attributes if isinstance(attributes, Mapping) else options
+  return found if isinstance(found, Mapping) else {}
 
 
 def _named_in(tree: Mapping[str, Any]) -> list[str]:

@@ -90,7 +90,7 @@ class Likeness(NamedTuple):
     prefix: what stands before the model's names in the file.
     names: share of the kernels in common, by name.
     shapes: share of the model's kernels whose shapes agree too.
-    width: the file's channels over the model's; None where they are the same.
+    width: that the file has; None where it has the configured one, or that of another model.
   """
 
   model: str
@@ -273,6 +273,8 @@ def _closest(given: Given) -> Likeness | None:
   )
   if configured.names >= best.names and configured.shapes >= _SAME:
     best = configured
+  elif best.model == given.model and best.shapes >= _SAME:
+    best = best._replace(width=1.0)  # that of the index
   return best if best.names >= _ALIKE else None
 
 

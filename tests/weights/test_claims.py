@@ -14,10 +14,12 @@ from etils import epath
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, Naming, register, student_spec
 from profit_jax.train import published
+from profit_jax.weights import hub
 from profit_jax.weights.claims import claim_of
 from profit_jax.weights.library import load_weights
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import named_tensors, settings_metadata, write_safetensors
+from profit_jax.weights.variants import published_settings
 from tests.specs import init_variables
 from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
@@ -186,6 +188,30 @@ def test_options_say_the_net(content, tmp_path, tree, net):
   (tmp_path / "w.pth").write_bytes(buffer.getvalue())
   claim = claim_of(epath.Path(tmp_path / "w.pth"))
   assert (claim and claim.net) == net
+
+
+def checkpoint(path, **options):
+  """Writes a checkpoint that has only options; the weights do not matter."""
+  with zipfile.ZipFile(path, "w") as file:
+    tree = {"state_dict": {}, "args": {"model": "tinynet_100", **options}}
+    file.writestr("archive/data.pkl", pickle.dumps(tree, protocol=2))
+  return epath.Path(path)
+
+
+def test_options_that_change_the_net_count_too(content, tmp_path):
+  path = tmp_path / "w.pth"
+  # As timm's script names them.
+  assert claim_of(checkpoint(path, bn_eps=0.01)).settings == {"bn_epsilon": 0.01}
+  assert claim_of(checkpoint(path, bn_eps=None)).settings == {}
+  assert claim_of(checkpoint(path, model_kwargs={"drop_rate": 0.2})).settings == {}
+  with pytest.raises(ConfigError, match=r"not a plain tinynet_100.*'pad_type': 'same'"):
+    claim_of(checkpoint(path, model_kwargs={"pad_type": "same", "num_classes": 10}))
+
+
+def test_the_epsilon_of_a_training_is_that_of_the_net(tmp_path):
+  path = checkpoint(tmp_path / "w.pth", model="mobilenetv3_large_100", bn_eps=0.01)
+  told = hub.published(str(path))
+  assert published_settings(told, "mobilenet_v3_large", str(path))["bn_epsilon"] == 0.01
 
 
 def test_the_authors_files_may_have_torchvisions_names(tmp_path):

@@ -104,6 +104,10 @@ def test_the_kind_of_difference_is_named(given, parts):
   file.unlink()
 
 
+def test_a_file_of_width_1():
+  assert "set config.model.width=1," in message(v2(), shapes=template(0.5))[1]
+
+
 def test_counts_make_sense():
   given = prefixed("x.", v2())
   counts = message(given)[2]
