@@ -126,7 +126,7 @@ def load_variables(
     own = variants.recorded_settings(model, contents.settings)
     return loaded._replace(settings=own, told_by=variants.BY_RECORD)
   if told and published and variants.has_variant(model, told.architecture, loaded.source):
-    by = told.origin or path
+    by = variants.teller(told)
     return loaded._replace(settings=published, variant=told.architecture, told_by=by)
   if variant:
     raise ConfigError(

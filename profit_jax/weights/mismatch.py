@@ -53,7 +53,9 @@ class Problem(NamedTuple):
   detail: str
 
   def __str__(self) -> str:
-    return f"{self.kind}: {self.tensor}{self.detail}"
+    # A name may have any letters; this is one line.
+    name = "".join(letter if letter.isprintable() else "?" for letter in self.tensor)
+    return f"{self.kind}: {name}{self.detail}"
 
 
 class Given(NamedTuple):
@@ -126,7 +128,11 @@ def mismatch(given: Given, problems: Collection[Problem]) -> ConfigError:
 def _by_number(name: str) -> list[tuple[int, str]]:
   """By which names are sorted: `features.2` before `features.10`."""
   parts = re.split(r"([0-9]+)", name)
-  return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+  numbers = [part.lstrip("0") if part.isdecimal() else None for part in parts]
+  return [
+    (-1, part) if number is None else (len(number), number)
+    for part, number in zip(parts, numbers, strict=True)
+  ]
 
 
 def _counts(given: Given, kinds: Mapping[str, Collection[Problem]]) -> str:
@@ -171,11 +177,16 @@ def _advice(given: Given, problems: Collection[Problem]) -> str:
       "Only values are wrong, which no training leaves: it was damaged, or its training diverged. "
       "Use another file."
     )
+  field = "config.teacher.model" if section == "teacher" else "config.model.name"
+  if given.recorded not in (None, given.model):
+    return (
+      f"It was trained as {given.recorded}: set {field}={given.recorded}, or use a file of "
+      f"{given.model}."
+    )
   like = _closest(given)
   if like is None:
     return _unknown(given)
   if like.model != given.model:
-    field = "config.model.name" if section == "model" else "config.teacher.model"
     width = _width(like, given)
     return (
       f"{_prefix(like)}Its tensors are those of {like.model}: set {field}={like.model}"
@@ -188,8 +199,6 @@ def _advice(given: Given, problems: Collection[Problem]) -> str:
     )
   if width := _width(like, given):
     return f"It has the names of {like.model} and other widths: set {width}, or use another file."
-  if given.recorded not in (None, given.model):
-    return f"It was trained as {given.recorded}, another model. Use that one, or another file."
   if like.shapes >= _SAME:
     return f"Most of it is {like.model}. Use a file that has all tensors of this net and no others."
   return (

@@ -113,6 +113,14 @@ def named(told: Published | None, variant: str, weights: str, role: Role) -> Pub
   return told._replace(origin=field, claimed=False)
 
 
+def teller(told: Published) -> str:
+  """What says which net a file is, for the record, without the directories of this machine."""
+  if told.origin is None:
+    return "its publisher"
+  says_itself = told.claimed or told.origin in VARIANT_FIELD.values()
+  return told.origin if says_itself else "its config.json"
+
+
 def has_variant(model: str, architecture: str, source: str) -> bool:
   """Whether it is this source that calls a net so: the authors' files may have a name of
   torchvision's.

@@ -456,11 +456,21 @@ def test_a_run_from_a_name_keeps_its_settings_and_its_card_has_the_checksum(
   said = capsys.readouterr().out
   assert "config.data.normalization = inception, as published with hf:timm/" in said
   digest = hashlib.sha256(weights).hexdigest()
-  told = {"variant": "tinynet_100", "variant_by": "config.json of its repository"}
+  told = {"variant": "tinynet_100", "variant_by": "its config.json"}
   assert result_of(run)["initial_weights"] == {"student": {"name": NAME, "sha256": digest, **told}}
-  assert f"{NAME}, SHA-256 `{digest}`, tinynet_100 by config" in (run / "report.md").read_text()
+  assert (
+    f"{NAME}, SHA-256 `{digest}`, tinynet_100 by its config.json" in (run / "report.md").read_text()
+  )
   config = json.loads((run / "config.json").read_text())
   assert (config["data"]["crop_pct"], config["model"]["activation"]) == (0.95, "relu")
+  taken = json.loads((run / "published.json").read_text())
+  assert sorted(taken) == [
+    "data.crop_pct",
+    "data.image_size",
+    "data.interpolation",
+    "data.normalization",
+    "model.activation",
+  ]
   # The same command needs neither the server nor the cache any more.
   monkeypatch.setenv("HF_ENDPOINT", CLOSED)
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))

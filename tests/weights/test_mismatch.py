@@ -101,7 +101,6 @@ def test_the_kind_of_difference_is_named(given, parts):
   assert f"All {len(told) - 1} differences" in listing[-1]
   for line in listing[:-1]:
     assert line.strip() in told
-  file.unlink()
 
 
 def test_a_file_of_width_1():
@@ -136,6 +135,16 @@ def test_values_that_no_training_leaves():
   assert listing[1].strip() == (
     "impossible: features.0.1.running_var has the value -0.25, but a variance is 0 or above"
   )
+
+
+def test_a_file_of_ours_says_its_model():
+  given = of_torch("timm_mobilenetv3_small_100")
+  kind = message(given, recorded="mine")[1]
+  assert kind.startswith("It was trained as mine: set config.model.name=mine")
+
+
+def test_a_name_is_one_line():
+  assert "  unexpected: a?b (3,)" in message({**v2(), "a\nb": np.ones(3)})
 
 
 def test_a_few_differences_are_all_listed():
