@@ -134,4 +134,5 @@ def _other_settings(
     raise ConfigError(
       f"{os.fspath(path)} {of} with {told}. Make the {type(model).__name__} with that."
     )
-  return told and f"{os.fspath(path)} {of} with {told}, by its {loaded.source} names."
+  by = loaded.told_by or f"its {loaded.source} names"
+  return told and f"{os.fspath(path)} {of} with {told}, by {by}."

@@ -51,6 +51,8 @@ class Net(NamedTuple):
   @property
   def label(self) -> str:
     """What to call it in a message."""
+    if self.unsupported:
+      return self.name
     return f"{self.name} of {self.source}" if self.name else f"the net of {self.source}"
 
 

@@ -111,7 +111,9 @@ def test_quantizers_that_nobody_has_set_are_passed_over(tensors):
   zeros = {
     name: np.zeros(1) if name.endswith((".a", ".c")) else value for name, value in tensors.items()
   }
-  for given in (zeros, {**tensors, "relu6.a": np.array([np.nan])}):
+  # Or what was in it: tiny, huge.
+  memory = ({**tensors, "relu6.a": np.array([value], np.float32)} for value in (4e-41, 0, -3e30))
+  for given in (zeros, {**tensors, "relu6.a": np.array([np.nan])}, *memory):
     loaded = import_variables("mobilenet_v2", template(), given, "w.npz")
     assert (loaded.source, loaded.quantizers) == ("authors", False)
     assert "w.npz" in loaded.notes[0]

@@ -161,7 +161,7 @@ def test_nets_that_are_not_supported_are_named_too(tmp_path):
   student = start.load_student(settings, 10)
   teacher = start.load_teacher(settings, student, 10)
   (line,) = start.weight_warnings(settings, student, teacher)
-  assert "resnetblur18 of torchvision (it blurs before its strides)" in line
+  assert "resnetblur18 (it blurs before its strides)" in line
   assert "Taken as resnet18 of torchvision; set config.teacher.variant" in line
 
 
