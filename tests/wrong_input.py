@@ -133,10 +133,12 @@ FIELDS = {
   "model.channel_rounding": choice("nearest", "up", "timm"),
   "model.padding": choice("torch", "same"),
   "init.weights": (st.nothing(), st.just("")),  # a plan is made without reading it
+  "init.variant": (WORDS, st.just("")),
   "init.reset_head": (st.just(True), st.just(False)),
   "init.published_settings": choice("apply", "compare"),
   "teacher.model": choice("self", "none"),
   "teacher.weights": (WORDS, st.just("")),
+  "teacher.variant": (WORDS, st.just("")),
   "teacher.batch_stats": choice("batch", "running"),
   "teacher.normalization": choice(*NORMALIZATIONS),
   "teacher.width": floats(0, 4, open_low=True),
