@@ -30,6 +30,7 @@ _LATER_FIELDS = frozenset(
     "config.data.label_key",
     "config.init.entry",
     "config.init.published_settings",
+    "config.init.variant",
     "config.model.padding",
     "config.oscillation",
     "config.plan.refit_bits",
@@ -38,6 +39,7 @@ _LATER_FIELDS = frozenset(
     "config.quant.rules",
     "config.teacher.entry",
     "config.teacher.padding",
+    "config.teacher.variant",
     "config.train.kernels",
   }
 )
@@ -110,6 +112,10 @@ class InitSettings:
   # names begin with, as "student". "" takes averaged weights (EMA) where there are some, else the
   # first entry that docs/weights.md lists.
   entry: str = ""
+  # Which net these weights are, by timm's or torchvision's name, as tf_mobilenetv3_large_100: nets
+  # of the same tensors may compute different things. "" is what the file, its config.json or its
+  # name says.
+  variant: str = ""
   # What is published of these weights (crop, interpolation, normalization, epsilon, ...): "apply"
   # takes it for every field that has its default; "compare" only names what differs.
   published_settings: Literal["apply", "compare"] = "apply"
@@ -126,8 +132,9 @@ class TeacherSettings:
   model: str = "self"
   # As init.weights.
   weights: str = ""
-  # As init.entry.
+  # As init.entry and init.variant.
   entry: str = ""
+  variant: str = ""
   # "batch" normalizes with the batch's statistics, as the authors' code; "running" with the file's.
   batch_stats: Literal["batch", "running"] = "batch"
   # The rest describes another model; for the meaning see ModelSettings and DataSettings.

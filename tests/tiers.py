@@ -53,6 +53,8 @@ SLOW = (
   "test_examples.py::test_the_example_with_pretrained_weights_runs",
   "test_package.py::test_a_run_without_the_packages_of_other_features",
   "test_tutorial.py",
+  "weights/test_mismatch.py::test_the_kernels_are_those_of_the_models",
+  "weights/test_variants.py::test_a_file_that_the_user_names_has_the_logits_of_that_net",
   "test_wrong_input.py::test_a_configuration_of_a_published_net_that_is_accepted_can_be_traced",
   "train/test_fork.py::test_a_fork_of_another_plan_ends_as_that_plan_alone_to_the_bit",
   "train/test_imagenet.py",
@@ -88,9 +90,7 @@ SLOW = (
   "train/test_trainer.py::test_rules_give_layers_their_bits",
   "train/test_trajectory.py",
   "weights/test_hub.py::test_a_run_from_a_name_keeps_its_settings_and_its_card_has_the_checksum",
-  "weights/test_claims.py::test_the_library_knows_the_members_of_a_class",
   "weights/test_library.py::test_a_registered_model_takes_every_name_that_it_has",
-  "weights/test_load.py::test_a_file_of_another_model_is_named",
   # The largest nets; their families have smaller ones.
   *(
     f"weights/test_save.py::test_round_trip_is_bit_identical[{case}]"

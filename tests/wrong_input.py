@@ -134,11 +134,13 @@ FIELDS = {
   "model.padding": choice("torch", "same"),
   "init.weights": (st.nothing(), st.just("")),  # a plan is made without reading it
   "init.entry": (WORDS, st.just("")),
+  "init.variant": (WORDS, st.just("")),
   "init.reset_head": (st.just(True), st.just(False)),
   "init.published_settings": choice("apply", "compare"),
   "teacher.model": choice("self", "none"),
   "teacher.weights": (WORDS, st.just("")),
   "teacher.entry": (WORDS, st.just("")),
+  "teacher.variant": (WORDS, st.just("")),
   "teacher.batch_stats": choice("batch", "running"),
   "teacher.normalization": choice(*NORMALIZATIONS),
   "teacher.width": floats(0, 4, open_low=True),

@@ -101,7 +101,7 @@ def main(
   distributed.initialize(*cluster)
   require_devices()
   with kept_programs(settings):
-    settings = _with_published(settings, directory if workdir else None, fork_from)
+    settings, _ = _with_published(settings, directory if workdir else None, fork_from)
     settings = _with_dtype(settings, directory if workdir else None, fork_from, hooks.devices)
     distributed.require_equal("settings", identity(settings, mode, workdir, fork_from))
     if only_file:
@@ -164,27 +164,38 @@ def _with_dtype(
   return settings.with_dtype(default_dtype((devices or jax.devices())[0].platform))
 
 
-def _settings_of_begun(flag: str, path: str) -> Settings | None:
-  """The settings of a run that the first process sees; None where there is none yet."""
+def _begun(flag: str, path: str) -> tuple[Settings, tuple[str, ...] | None] | None:
+  """The settings of a run that the first process sees, and the fields that it took from what is
+  published of its weights; None where there is no run yet.
+  """
   origin = paths.opened(flag, path)
   if not distributed.on_first_host(lambda: run_directory.is_begun(origin)):
     return None
-  return distributed.on_all_hosts(lambda: run_directory.read_settings(origin, flag))
+  return distributed.on_all_hosts(
+    lambda: (
+      run_directory.read_settings(origin, flag),
+      run_directory.read_published(origin, flag),
+    )
+  )
 
 
-def _with_published(settings: Settings, workdir: epath.Path | None, fork_from: str) -> Settings:
-  """The settings with what is published of their weights; a run keeps what it began with."""
+def _with_published(
+  settings: Settings, workdir: epath.Path | None, fork_from: str
+) -> tuple[Settings, tuple[str, ...] | None]:
+  """The settings with what is published of their weights, and the fields that were taken; a run
+  keeps what it began with.
+  """
   named = settings.init.weights or settings.teacher.weights
   if not named or settings.init.published_settings == "compare":
-    return settings
+    return settings, None
   for flag, path in (("--workdir", workdir), ("--fork_from", fork_from)):
-    begun = path and _settings_of_begun(flag, os.fspath(path))
+    begun = path and _begun(flag, os.fspath(path))
     if begun:
-      return published.as_begun(settings, begun)
-  applied, lines = distributed.on_all_hosts(lambda: published.apply(settings))
-  for line in lines:
+      return published.as_begun(settings, *begun), begun[1]
+  applied = distributed.on_all_hosts(lambda: published.apply(settings))
+  for line in applied.lines:
     _say(line)
-  return applied
+  return applied.settings, applied.fields
 
 
 def identity(settings: Settings, mode: str, workdir: str, fork_from: str) -> str:
@@ -252,7 +263,7 @@ def train(
   Returns:
     What `result.json` holds, in the first process; None in the others.
   """
-  settings = _with_published(settings, workdir, fork_from)
+  settings, taken = _with_published(settings, workdir, fork_from)
   settings = _with_dtype(settings, workdir, fork_from, hooks.devices)
   phases = schedule.plan(settings)
   mesh = make_mesh(settings, hooks.devices)
@@ -264,12 +275,13 @@ def train(
     # A fresh directory is claimed only when what the run starts from has been read: files of
     # weights, or another run.
     begun = distributed.on_first_host(lambda: run_directory.is_begun(workdir))
-    writer = _claim(workdir, settings, source, closing) if begun else None
+    identity = run_directory.identity_of(settings, source, taken)
+    writer = _claim(workdir, settings, identity, closing) if begun else None
     saved = run_state.opened(writer and writer.read_newest(lambda text: _warn(screen, text)))
     if saved is None and fork_from:
       origin = distributed.on_all_hosts(lambda: paths.opened("--fork_from", fork_from))
       saved = fork.checkpoint(settings, source, origin, lambda text: _warn(screen, text))
-      writer = writer or _claim_fresh(workdir, settings, source, closing)
+      writer = writer or _claim_fresh(workdir, settings, identity, closing)
       run_state.copy(writer, saved)
       screen.print(
         f"Up to the end of phase {saved.progress.forked_phases}, this is the run in {fork_from}."
@@ -281,7 +293,7 @@ def train(
     teacher = distributed.on_all_hosts(
       lambda: start.load_teacher(settings, student, info.num_classes, progress)
     )
-    writer = writer or _claim_fresh(workdir, settings, source, closing)
+    writer = writer or _claim_fresh(workdir, settings, identity, closing)
     screen.print(f"{schedule.summary_line(phases)}; {workdir}")
     if settings.from_scratch:
       screen.print("The student starts from random weights (config.init.weights is empty).")
@@ -309,10 +321,13 @@ def train(
 
 
 def _claim_fresh(
-  workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
+  workdir: epath.Path,
+  settings: Settings,
+  identity: run_directory.Identity,
+  closing: contextlib.ExitStack,
 ) -> checkpoints.Writer:
   """`_claim`, of a directory in which no run was a moment ago."""
-  writer = _claim(workdir, settings, source, closing)
+  writer = _claim(workdir, settings, identity, closing)
   if checkpoints.saved_numbers(workdir / "checkpoints"):
     raise ConfigError(
       f"--workdir {workdir}: another run began there meanwhile. The same command goes on from its "
@@ -322,10 +337,12 @@ def _claim_fresh(
 
 
 def _claim(
-  workdir: epath.Path, settings: Settings, source: data.Source, closing: contextlib.ExitStack
+  workdir: epath.Path,
+  settings: Settings,
+  identity: run_directory.Identity,
+  closing: contextlib.ExitStack,
 ) -> checkpoints.Writer:
   """Makes the directory this run's, until `closing`; gives the writer of its checkpoints."""
-  identity = run_directory.identity_of(settings, source)
   return trainer.claim(workdir, identity, settings.checkpoint.keep, closing)
 
 

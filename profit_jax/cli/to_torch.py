@@ -10,13 +10,15 @@ from profit_jax.cli import command
 from profit_jax.config import ConfigError, QuantSettings
 from profit_jax.models import student_spec
 from profit_jax.train.run_directory import read_data, read_settings
-from profit_jax.weights.load import differing_settings, load_variables, namings
+from profit_jax.weights.load import load_variables
+from profit_jax.weights.naming import namings
 from profit_jax.weights.save import (
   leaves_quantizers_out,
   named_tensors,
   settings_metadata,
   write_safetensors,
 )
+from profit_jax.weights.variants import differing_settings, nearest, nets_of
 
 
 def write(run: str, file: str, names: str | None) -> str:
@@ -57,10 +59,14 @@ def write(run: str, file: str, names: str | None) -> str:
       "the file; the weights "
       f"were trained for {bits} and lose accuracy without them."
     )
-  for name, (theirs, ours) in differing_settings(known[names].settings, settings.model).items():
+  net = nearest(model, nets_of(model, [names], settings.model), settings.model)
+  if net and net.name:
+    told.append(f"Its net there: {net.name}.")
+  there = net.settings if net else known[names].settings
+  for name, (theirs, ours) in differing_settings(model, there, settings.model).items():
     told.append(
-      f"WARNING: the code behind {names} names computes with {name} = {theirs!r}, these weights "
-      "were trained with "
+      f"WARNING: {net.name if net and net.name else f'the code behind {names} names'} computes "
+      f"with {name} = {theirs!r}, these weights were trained with "
       f"{ours!r}: change it there, or they lose accuracy although every tensor fits."
     )
   return "\n".join(told)

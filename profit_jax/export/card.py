@@ -19,6 +19,7 @@ from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
 from profit_jax.export.net import FLOAT_BITS, Layer, Net, Quantizer
 from profit_jax.schedule import bits_name
+from profit_jax.train.progress import weights_text
 
 
 def make(
@@ -260,8 +261,7 @@ def markdown(card: dict[str, Any]) -> str:
 def _initial_weights(files: dict[str, dict[str, str | None]]) -> list[str]:
   lines = []
   for who, file in files.items():
-    digest = f", SHA-256 `{file['sha256']}`" if file["sha256"] else ""
-    lines += ["", f"Initial weights of the {who}: {file['name']}{digest}."]
+    lines += ["", f"Initial weights of the {who}: {weights_text(file)}."]
   return lines
 
 

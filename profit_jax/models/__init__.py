@@ -5,6 +5,7 @@ name known to the process that runs it.
 """
 
 import dataclasses
+import difflib
 import importlib
 import math
 import pkgutil
@@ -12,7 +13,7 @@ import pkgutil
 import flax.linen as nn
 
 from profit_jax.config import ConfigError, ModelSettings, Settings
-from profit_jax.fields import require
+from profit_jax.fields import listed, require
 from profit_jax.models.naming import Naming
 from profit_jax.models.registry import REGISTRY, ModelEntry, register
 from profit_jax.nn.rules import with_rules
@@ -27,6 +28,8 @@ __all__ = [
   "build",
   "check",
   "options",
+  "published_net",
+  "published_nets",
   "register",
   "student_spec",
 ]
@@ -40,9 +43,14 @@ def check(settings: Settings) -> None:
   Raises:
     ConfigError: strides of another number, or too many of them for the image; strides, a width or
       a padding where there are none; bits for a model without quantizers; what a quantizer does not
-      offer; rules that do not fit the model.
+      offer; rules that do not fit the model; a variant that nobody knows, or without weights.
   """
   _check_quantizer(settings)
+  for section, own in (("init", settings.init), ("teacher", settings.teacher)):
+    if own.variant:
+      needed = f'"" without {section}.weights, whose net it names'
+      require(bool(own.weights), f"{section}.variant", own.variant, needed)
+      published_net(own.variant, f"config.{section}.variant")
   _check_shape(settings.model, settings.data.image_size, "model")
   if settings.teacher.model in REGISTRY:
     _check_shape(settings.teacher.as_model(), settings.data.image_size, "teacher")
@@ -58,6 +66,34 @@ def check(settings: Settings) -> None:
     )
   if settings.quant.rules or settings.quant.policy != "profit":
     student_spec(settings, num_classes=10)  # layers have the same names for any number
+
+
+def published_nets() -> set[str]:
+  """The names of all nets of other codebases that a registered model knows."""
+  return {name for entry in REGISTRY.values() for naming in entry.names for name in naming.nets}
+
+
+def published_net(name: str, field: str) -> str:
+  """The name of a net of another codebase, without the tag of its training (`.in1k`).
+
+  Args:
+    name: as timm or torchvision has it.
+    field: what has it, for messages.
+
+  Raises:
+    ConfigError: no registered model knows it.
+  """
+  known, plain = published_nets(), name.partition(".")[0]
+  if name in known:
+    return name
+  if plain in known:
+    return plain
+  near = difflib.get_close_matches(plain, sorted(known), n=5, cutoff=0.5)
+  like = f" Names like it: {listed(near)}." if near else ""
+  raise ConfigError(
+    f"{field} = {name!r} is not allowed: it must be timm's or torchvision's name of a net.{like} "
+    "docs/weights.md lists all."
+  )
 
 
 def _check_quantizer(settings: Settings) -> None:

@@ -101,7 +101,7 @@ _NAMES = (
     layer_names=_timm_names,
     settings=_SETTINGS,
     variants={f"mnasnet_{percent:03d}": {"width": percent / 100} for percent in (50, 75, 100, 140)},
-    unsupported={"mnasnet_small": "it has other stages"},
+    absent={"mnasnet_small": "it has other stages"},
   ),
 )
 

@@ -27,7 +27,7 @@ from profit_jax.models.common import (
   scaled_depths,
   timm_names,
 )
-from profit_jax.models.naming import Naming, Path
+from profit_jax.models.naming import Naming, Path, quantizable
 from profit_jax.models.registry import register
 from profit_jax.nn.functions import spatial_mean
 from profit_jax.nn.layers import BatchNorm, Dropout, QuantAct, QuantConv, QuantDense
@@ -102,7 +102,10 @@ _NAMES = (
     source="torchvision",
     layer_names=_authors_names,
     settings=_RELU6,
-    variants={"mobilenet_v2": {"width": 1.0}},
+    variants={
+      "mobilenet_v2": {"width": 1.0},
+      **quantizable("mobilenet_v2", {"width": 1.0, "activation": "relu"}),
+    },
   ),
   Naming(
     source="timm",

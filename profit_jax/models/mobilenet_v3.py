@@ -39,7 +39,7 @@ import jax
 
 from profit_jax.kernels.padding import Padding
 from profit_jax.models.common import blocks_of, divisible_by_8, timm_names
-from profit_jax.models.naming import Naming, Path
+from profit_jax.models.naming import Naming, Path, quantizable
 from profit_jax.models.registry import register
 from profit_jax.nn.functions import hard_sigmoid, hard_swish, relu, spatial_mean
 from profit_jax.nn.fused import activate
@@ -409,12 +409,20 @@ def _timm(variant: str, widths: Collection[int]) -> Naming:
       "channel_rounding": "timm",
     },
     variants=variants,
-    unsupported={"mobilenetv3_large_150d": "it is deeper"} if variant == "large" else {},
+    absent={"mobilenetv3_large_150d": "it is deeper"} if variant == "large" else {},
   )
+
+
+# torchvision's segmentation nets.
+_ABSENT = {
+  f"{head}_mobilenet_v3_large": "it segments images and dilates in place of its last strides"
+  for head in ("deeplabv3", "lraspp")
+}
 
 
 def _names(variant: str, timm_widths: Collection[int]) -> tuple[Naming, ...]:
   """What other codebases call a member of the family."""
+  plain, large = {"width": 1.0}, variant == "large"
   return (
     Naming(
       source="torchvision",
@@ -426,7 +434,11 @@ def _names(variant: str, timm_widths: Collection[int]) -> tuple[Naming, ...]:
         "channel_rounding": "nearest",
       },
       pointwise=frozenset({"reduce", "expand"}),
-      variants={f"mobilenet_v3_{variant}": {"width": 1.0}},
+      variants={
+        f"mobilenet_v3_{variant}": plain,
+        **(quantizable("mobilenet_v3_large", plain) if large else {}),
+      },
+      absent=_ABSENT if large else {},
     ),
     _timm(variant, timm_widths),
     Naming(

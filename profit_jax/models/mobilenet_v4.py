@@ -191,7 +191,7 @@ def _timm_names(layers: Collection[Path], variant: str) -> dict[Path, str]:
   return {layer: name for layer, name in names.items() if layer in layers}
 
 
-def _register(variant: str, widths: dict[str, float], unsupported: dict[str, str]):
+def _register(variant: str, widths: dict[str, float], **refused: dict[str, str]):
   timm = Naming(
     source="timm",
     layer_names=functools.partial(_timm_names, variant=variant),
@@ -200,7 +200,7 @@ def _register(variant: str, widths: dict[str, float], unsupported: dict[str, str
     variants={
       f"mobilenetv4_conv_{variant}{suffix}": {"width": width} for suffix, width in widths.items()
     },
-    unsupported=unsupported,
+    **refused,
   )
   return register(
     f"mobilenet_v4_conv_{variant}",
@@ -210,10 +210,12 @@ def _register(variant: str, widths: dict[str, float], unsupported: dict[str, str
   )
 
 
-# timm's other nets of the family. The first two have the tensors of medium.
+# timm's other nets of the family.
 _UNSUPPORTED = {
   "mobilenetv4_conv_aa_medium": "it pools behind convolutions with a stride",
   "mobilenetv4_conv_blur_medium": "it blurs behind convolutions with a stride",
+}
+_ABSENT = {
   "mobilenetv4_conv_large": "only small and medium are",
   "mobilenetv4_conv_aa_large": "only small and medium are",
   "mobilenetv4_hybrid_medium": "it has attention",
@@ -223,8 +225,8 @@ _UNSUPPORTED = {
 }
 
 
-@_register("medium", {"": 1.0}, _UNSUPPORTED)
-@_register("small", {"": 1.0, "_035": 0.35, "_050": 0.5}, {})
+@_register("medium", {"": 1.0}, unsupported=_UNSUPPORTED, absent=_ABSENT)
+@_register("small", {"": 1.0, "_035": 0.35, "_050": 0.5})
 class MobileNetV4(nn.Module):
   """MobileNet-v4 of convolutions only.
 

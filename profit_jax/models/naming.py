@@ -8,6 +8,13 @@ from typing import Any
 Path = tuple[str, ...]
 
 
+def quantizable(name: str, settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+  """Variants: the class of torchvision.models.quantization for a net, by both names that it has.
+  Before quantization it has the tensors of the plain net.
+  """
+  return {f"quantized_{name}": settings, f"quantization.{name}": settings}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Naming:
   """The names of a model's layers in one other codebase, in PyTorch.
@@ -21,8 +28,9 @@ class Naming:
     quantizers: whether the source has DuQ's scalars.
     variants: names of the source's models that are this net -> settings of `config.model` that
       make it that one, beyond `settings`.
-    unsupported: names of its models whose tensors look the same, but which compute something else
-      -> what.
+    unsupported: names of its models that have the same tensors at width 1, but compute something
+      else -> what.
+    absent: names of its related models that no model here is -> why.
   """
 
   source: str
@@ -32,6 +40,17 @@ class Naming:
   quantizers: bool = False
   variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def refused(self) -> dict[str, str]:
+    """All names of nets that are refused -> why."""
+    return {**self.unsupported, **self.absent}
+
+  @property
+  def nets(self) -> set[str]:
+    """All names of the source's nets that this naming knows."""
+    return {*self.variants, *self.unsupported, *self.absent}
 
   def variant_settings(self, name: str) -> dict[str, Any]:
     """All settings of `config.model` that make the model one of `variants`."""

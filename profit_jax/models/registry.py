@@ -49,6 +49,17 @@ class ModelEntry:
     """The fields of `ModelSettings` that the model has."""
     return frozenset(_fields(self.module) & _SETTINGS - self.fixed.keys())
 
+  def settings_of(self, naming: Naming, variant: str | None = None) -> dict[str, Any]:
+    """The settings of `config.model` with which another codebase computes: the published strides
+    and what `naming` says.
+
+    Args:
+      naming: one of `names`.
+      variant: one of its `variants`; None takes what all of them have in common.
+    """
+    strides = {"strides": ()} if self.strides and "strides" in self.options else {}
+    return {**strides, **(naming.variant_settings(variant) if variant else naming.settings)}
+
 
 REGISTRY: dict[str, ModelEntry] = {}
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from profit_jax.models.common import divisible_by_8
-from profit_jax.models.naming import Naming, Path
+from profit_jax.models.naming import Naming, Path, quantizable
 from profit_jax.models.registry import register
 from profit_jax.nn.functions import relu, spatial_mean
 from profit_jax.nn.layers import BatchNorm, QuantAct, QuantConv, QuantDense
@@ -102,14 +102,19 @@ def _torchvision_names(layers: Collection[Path]) -> dict[Path, str]:
   return names
 
 
-# Of timm, with the same tensors.
+# With the same tensors, of timm; and of torchvision, where dilation is an argument and no name.
+_DILATED = "it dilates in place of its last strides (replace_stride_with_dilation, output_stride)"
 _UNSUPPORTED = {
   18: {"resnetblur18": "it blurs before its strides"},
   50: {
     "resnetblur50": "it blurs before its strides",
     "resnetaa50": "it pools before its strides",
+    "resnet50_dilated": _DILATED,
   },
+  101: {"resnet101_dilated": _DILATED},
 }
+_QUANTIZABLE = (18, 50)
+_SEGMENTING = (50, 101)
 
 
 def _register(depth: int, *, quantized: bool = False):
@@ -118,8 +123,16 @@ def _register(depth: int, *, quantized: bool = False):
     source="torchvision",
     layer_names=_torchvision_names,
     settings={"bn_epsilon": 1e-5},
-    variants={f"resnet{depth}": {}},
+    variants={
+      f"resnet{depth}": {},
+      **(quantizable(f"resnet{depth}", {}) if depth in _QUANTIZABLE else {}),
+    },
     unsupported=_UNSUPPORTED.get(depth, {}),
+    absent={
+      f"{head}_resnet{depth}": f"it segments images: {_DILATED}"
+      for head in ("deeplabv3", "fcn")
+      if depth in _SEGMENTING
+    },
   )
   return register(
     f"resnet{depth}",

@@ -13,6 +13,7 @@ from profit_jax.config import Settings
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.schedule import Phase, bits_name, summary_line
 from profit_jax.train.oscillation import Remedies
+from profit_jax.train.progress import weights_text
 
 
 @functools.cache
@@ -67,7 +68,7 @@ def markdown(
     schedule.append(f"PROFIT at {', '.join(map(str, plan.profit_bits))} bits, freezing {shares}")
   else:
     schedule.append("no PROFIT")
-  files = {who: f"{file['name']}{_digest(file['sha256'])}" for who, file in initial_weights.items()}
+  files = {who: weights_text(file) for who, file in initial_weights.items()}
   taught = {"none": "none", "self": "the student before quantization"}.get(
     teacher.model, f"{teacher.model}, {files.get('teacher', teacher.weights)}"
   )
@@ -116,10 +117,6 @@ def markdown(
     f"| {layer} | activations | {width or 'float'} |" for layer, width in sorted(acts.items())
   ]
   return lines
-
-
-def _digest(sha256: str | None) -> str:
-  return f", SHA-256 `{sha256}`" if sha256 else ""
 
 
 def layer_bits(spec: ModelSpec, phase: Phase) -> dict[str, dict[str, int | None]]:

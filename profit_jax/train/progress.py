@@ -1,6 +1,7 @@
 """What a run has done so far, without its arrays: plain data that a checkpoint holds as JSON."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from profit_jax.config import Settings
@@ -61,6 +62,11 @@ class Start:
     examples: evaluated.
     sha256: of the student's file.
     teacher_sha256: of the teacher's.
+    variant: which net of another codebase the student's file is; None where it is none, or nothing
+      gives it a name.
+    variant_by: what says so, or gives the settings of the file.
+    teacher_variant: as `variant`, of the teacher's.
+    teacher_variant_by: likewise.
   """
 
   source: str | None = None
@@ -74,6 +80,10 @@ class Start:
   examples: int = 0
   sha256: str | None = None
   teacher_sha256: str | None = None
+  variant: str | None = None
+  variant_by: str | None = None
+  teacher_variant: str | None = None
+  teacher_variant_by: str | None = None
 
 
 @dataclasses.dataclass
@@ -187,14 +197,29 @@ class Progress:
 
 def initial_weights(settings: Settings, progress: Progress) -> dict[str, dict[str, str | None]]:
   """The weights files that a run started from: `student` and `teacher`, each with its `name` as
-  configured and the `sha256` of the file (None where a run's directory was given).
+  configured, the `sha256` of the file (None where a run's directory was given), the `variant` that
+  it is, and what told it, `variant_by`.
   """
   start = progress.start or Start()
   files = {
-    "student": (settings.init.weights, start.sha256),
-    "teacher": (settings.teacher.weights, start.teacher_sha256),
+    "student": (settings.init.weights, start.sha256, start.variant, start.variant_by),
+    "teacher": (
+      settings.teacher.weights,
+      start.teacher_sha256,
+      start.teacher_variant,
+      start.teacher_variant_by,
+    ),
   }
-  return {who: {"name": name, "sha256": sha} for who, (name, sha) in files.items() if name}
+  keys = ("name", "sha256", "variant", "variant_by")
+  return {who: dict(zip(keys, facts, strict=True)) for who, facts in files.items() if facts[0]}
+
+
+def weights_text(file: Mapping[str, str | None]) -> str:
+  """What to say of a file of `initial_weights`, in a report or a card."""
+  text = f"{file['name']}, SHA-256 `{file['sha256']}`" if file["sha256"] else str(file["name"])
+  if file.get("variant"):  # not in runs of earlier versions
+    text += f", {file['variant']} by {file['variant_by']}"
+  return text
 
 
 def summary(progress: Progress, phases: tuple[Phase, ...]) -> dict[str, Any]:

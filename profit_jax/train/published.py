@@ -4,7 +4,8 @@ They are taken for every field that has its default. A field that the user has s
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -13,7 +14,7 @@ from profit_jax.config import Settings
 from profit_jax.models import REGISTRY
 from profit_jax.weights import hub
 from profit_jax.weights.hub import Published
-from profit_jax.weights.load import published_settings
+from profit_jax.weights.variants import VARIANT_FIELD, named, published_settings
 
 _INTERPOLATIONS = ("bicubic", "bilinear")
 _DATA_FIELDS = ("image_size", "crop_pct", "interpolation", "normalization")
@@ -22,51 +23,79 @@ _CHOSEN = frozenset({"pad_value"})
 _CLOSE = 1e-3  # of shares and pixel values in 0..1, which are published rounded
 
 
-def apply(settings: Settings) -> tuple[Settings, list[str]]:
-  """Takes what is published of `init.weights` and of a teacher's weights.
+class Applied(NamedTuple):
+  """What was taken of that which is published of a run's weights.
 
-  Returns:
-    The settings, and a line for each field that changed.
+  Attributes:
+    settings: with what was taken.
+    lines: one for each field that changed.
+    fields: those that have a published value that is not their default, `data.crop_pct`.
+  """
+
+  settings: Settings
+  lines: list[str]
+  fields: tuple[str, ...]
+
+
+def apply(settings: Settings) -> Applied:
+  """Takes what is published of `init.weights` and of a teacher's weights.
 
   Raises:
     ConfigError: weights that are not known, cannot be described, or are another net's.
   """
   lines: list[str] = []
-  for section, weights, model in (
-    ("model", settings.init.weights, settings.model.name),
-    ("teacher", settings.teacher.weights, settings.teacher.model),
+  fields: list[str] = []
+  for section, weights, variant, model in (
+    ("model", settings.init.weights, settings.init.variant, settings.model.name),
+    ("teacher", settings.teacher.weights, settings.teacher.variant, settings.teacher.model),
   ):
-    told = hub.published(weights) if weights else None
+    role = "student" if section == "model" else "teacher"
+    told = named(hub.published(weights), variant, weights, role) if weights else None
     if told is None:
       continue
-    role = "student" if section == "model" else "teacher"
-    fields = published_settings(told, model, weights, role)
+    of_model = published_settings(told, model, weights, role)
     if told.claimed and told.architecture in REGISTRY:
       continue  # the authors' files may have this name, too
-    wanted = {f"{section}.{name}": v for name, v in fields.items() if name not in _CHOSEN}
+    wanted = {f"{section}.{name}": v for name, v in of_model.items() if name not in _CHOSEN}
     wanted |= _image_settings(settings, told, section)
+    by_user = told.origin in VARIANT_FIELD.values()
     for field, value in wanted.items():
       default = _get(Settings(), field)
       if _get(settings, field) == default != value:
         settings = _set(settings, field, value)
-        lines.append(
-          f"config.{field} = {_text(value)}, as published with {weights} (default: "
-          f"{_text(default)})."
-        )
-  return settings, lines
+        of_net = by_user and field.partition(".")[2] in of_model
+        by = f"as {told.architecture} has it" if of_net else f"as published with {weights}"
+        lines.append(f"config.{field} = {_text(value)}, {by} (default: {_text(default)}).")
+      if _get(settings, field) == value != default:
+        fields.append(field)
+  return Applied(settings, lines, tuple(fields))
 
 
-def as_begun(settings: Settings, saved: Settings) -> Settings:
+def as_begun(
+  settings: Settings, saved: Settings, fields: Collection[str] | None = None
+) -> Settings:
   """The settings with what a run that has begun took from its weights.
 
   Args:
     settings: of a command that resumes the run.
     saved: the run's.
+    fields: that it took, as `Applied.fields`; None of a run of an earlier version, which did not
+      save them: those that it may have taken.
   """
-  weights = settings.init.weights, settings.teacher.weights
-  same = settings.init == saved.init and settings.teacher.weights == saved.teacher.weights
-  if not same or not any(map(_may_be_described, filter(None, weights))):
+  ours, theirs = ((run.init, run.teacher.weights, run.teacher.variant) for run in (settings, saved))
+  if ours != theirs:
     return settings
+  for field in _may_have_taken(settings) if fields is None else fields:
+    if _get(settings, field) == _get(Settings(), field):
+      settings = _set(settings, field, _get(saved, field))
+  return settings
+
+
+def _may_have_taken(settings: Settings) -> list[str]:
+  """The fields that a run with these settings may have taken from its weights."""
+  weights = settings.init.weights, settings.teacher.weights
+  if not any(map(_may_be_described, filter(None, weights))):
+    return []
   fields = [f"data.{name}" for name in _DATA_FIELDS]
   for section, model in (("model", settings.model.name), ("teacher", settings.teacher.model)):
     names = REGISTRY[model].names if model in REGISTRY else ()
@@ -74,10 +103,7 @@ def as_begun(settings: Settings, saved: Settings) -> Settings:
     fields += [f"{section}.{name}" for name in sorted(told - _CHOSEN)]
   if settings.teacher.model in REGISTRY:
     fields.append(_normalization_field("teacher"))
-  for field in fields:
-    if _get(settings, field) == _get(Settings(), field):
-      settings = _set(settings, field, _get(saved, field))
-  return settings
+  return fields
 
 
 def _may_be_described(weights: str) -> bool:

@@ -1,6 +1,7 @@
 """A run's directory: which run it belongs to, and who holds it.
 
-`config.json` has the settings, `data.json` the identity of the data, `lock` the process.
+`config.json` has the settings, `published.json` the fields that were taken from what is published
+of the first weights, `data.json` the identity of the data, `lock` the process.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ from profit_jax.data import Source
 from profit_jax.fields import listed
 from profit_jax.models import REGISTRY
 
+_PUBLISHED = "published.json"
+
 
 class Identity(NamedTuple):
   """Which run a directory belongs to.
@@ -28,15 +31,20 @@ class Identity(NamedTuple):
   Attributes:
     config: what `config.json` holds, plain values. Runs of the library say so under `library`.
     data: what `data.json` holds: the numbers in `_COUNTS`, and `fingerprint`.
+    published: what `published.json` holds; None without first weights that something is published
+      of.
   """
 
   config: dict[str, Any]
   data: dict[str, Any]
+  published: tuple[str, ...] | None = None
 
 
-def identity_of(settings: Settings, source: Source) -> Identity:
-  """That of a configured run."""
-  return Identity(settings.to_dict(), data_identity(source))
+def identity_of(
+  settings: Settings, source: Source, published: tuple[str, ...] | None = None
+) -> Identity:
+  """That of a configured run; `published` as in `Identity`."""
+  return Identity(settings.to_dict(), data_identity(source), published)
 
 
 def claim_workdir(workdir: epath.Path, identity: Identity) -> None:
@@ -64,7 +72,10 @@ def claim_workdir(workdir: epath.Path, identity: Identity) -> None:
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, content in (("data.json", identity.data), ("config.json", identity.config)):
+    files: dict[str, Any] = {"data.json": identity.data, "config.json": identity.config}
+    if identity.published is not None:
+      files = {_PUBLISHED: identity.published, **files}
+    for name, content in files.items():  # config.json last: with it, the directory is a run's
       write_text(workdir / name, json.dumps(content, indent=2) + "\n")
   except OSError as error:
     raise ConfigError(
@@ -314,6 +325,32 @@ def read_settings(workdir: epath.Path, flag: str = "--workdir") -> Settings:
     raise ConfigError(
       f"{flag} {workdir}: config.json is damaged, or of another release: {error}"
     ) from error
+
+
+def read_published(workdir: epath.Path, flag: str = "--workdir") -> tuple[str, ...] | None:
+  """The fields that a run took from what is published of its weights, `data.crop_pct`; None where
+  no file says it. Arguments as `read_config`'s.
+
+  Raises:
+    ConfigError: the file cannot be read.
+  """
+  path = workdir / _PUBLISHED
+  if not path.exists():
+    return None
+  allowed = {
+    f"{section}.{name}"
+    for section, fields in Settings().to_dict().items()
+    for name in (fields if isinstance(fields, dict) else ())
+  }
+  try:
+    fields = json.loads(path.read_text())
+    if not isinstance(fields, list) or not all(field in allowed for field in fields):
+      raise ValueError("it is no list of fields")
+  except (OSError, ValueError, TypeError, RecursionError) as error:
+    raise ConfigError(
+      f"{path} cannot be read: {error}. Use another {flag}, restore the file, or delete it."
+    ) from error
+  return tuple(fields)
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:

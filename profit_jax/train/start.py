@@ -19,7 +19,8 @@ from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Best, Progress, Start
 from profit_jax.train.tracer import Who
 from profit_jax.typing import Variables
-from profit_jax.weights.load import Loaded, differing_settings, head_of, load_variables
+from profit_jax.weights.load import Loaded, head_of, load_variables
+from profit_jax.weights.variants import differing_settings
 
 
 class Student(NamedTuple):
@@ -97,6 +98,8 @@ def load_student(settings: Settings, num_classes: int, progress: Progress | None
     spec.shapes,
     new_head=head,
     entry=settings.init.entry,
+    variant=settings.init.variant,
+    settings=settings.model,
   )
   return Student(
     spec, lambda: loaded.variables, loaded, with_padding(loaded.settings.get("pad_value"))
@@ -125,7 +128,13 @@ def load_teacher(
     return Teacher(spec, None if later else student.make(), None, is_student=True)
   spec = describe(build(teacher.as_model(), num_classes), student.spec.input_shape)
   loaded = load_variables(
-    teacher.weights, teacher.model, spec.shapes, role="teacher", entry=teacher.entry
+    teacher.weights,
+    teacher.model,
+    spec.shapes,
+    role="teacher",
+    entry=teacher.entry,
+    variant=teacher.variant,
+    settings=teacher.as_model(),
   )
   return Teacher(spec, loaded.variables, loaded)
 
@@ -144,12 +153,13 @@ def weight_warnings(settings: Settings, student: Student, teacher: Teacher) -> l
     found += loaded.notes
     if loaded.published is not None:
       found += published.differences(settings, loaded.published, section)
-    for name, (theirs, ours) in differing_settings(loaded.settings, model).items():
+    of = f"{loaded.variant}, " if loaded.variant else ""
+    for name, (theirs, ours) in differing_settings(model.name, loaded.settings, model).items():
       # The student's padding is a choice, to which the full-precision phase adapts it.
       if (section, name) != ("model", "pad_value"):
         found.append(
-          f"config.{section}.{name} = {ours!r}, but these weights ({loaded.source} names) are for "
-          f"{theirs!r}."
+          f"config.{section}.{name} = {ours!r}, but these weights ({of}{loaded.source} names) are "
+          f"for {theirs!r}."
         )
   if student.file_spec is not None and (
     settings.teacher.model == "none" or not settings.plan.full_precision_epochs
@@ -192,6 +202,8 @@ def evaluate_start(
       start,
       source=student.loaded.source,
       sha256=student.loaded.sha256,
+      variant=student.loaded.variant,
+      variant_by=student.loaded.told_by,
       quantized=student.loaded.quantizers,
       file_pad_value=None if student.file_spec is None else student.file_spec.model.pad_value,
       new_head=settings.init.reset_head or student.loaded.incomplete,
@@ -208,6 +220,8 @@ def evaluate_start(
       start,
       teacher_top1=scores["top1"],
       teacher_sha256=teacher.loaded.sha256,
+      teacher_variant=teacher.loaded.variant,
+      teacher_variant_by=teacher.loaded.told_by,
       examples=int(scores["examples"]),
     )
   return start

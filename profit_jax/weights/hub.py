@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -70,6 +71,7 @@ class Published(NamedTuple):
     std: likewise.
     origin: what names the architecture; None where the user does.
     claimed: whether the file itself does, of which nothing is published then.
+    settings: of `config.model`, with which the net was trained in place of its own.
   """
 
   architecture: str
@@ -80,6 +82,7 @@ class Published(NamedTuple):
   std: tuple[float, ...] | None = None
   origin: str | None = None
   claimed: bool = False
+  settings: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def is_name(weights: str) -> bool:
@@ -147,7 +150,7 @@ def _published_of(
   if described or not place.exists():
     return described
   claim = claim_of(place, called)
-  return claim and Published(claim.net, origin=claim.origin, claimed=True)
+  return claim and Published(claim.net, origin=claim.origin, claimed=True, settings=claim.settings)
 
 
 def _read_description(path: epath.Path, weights: str) -> Published | None:

@@ -1,6 +1,7 @@
 """Weights files for models that are given as modules: what `Trainer` starts from and ends with."""
 
 import os
+import warnings
 
 import flax.linen as nn
 import jax
@@ -13,10 +14,13 @@ from profit_jax.nn.spec import describe
 from profit_jax.quant import Bits, DuQ, Quantizer
 from profit_jax.typing import Variables
 from profit_jax.weights.files import read_contents
-from profit_jax.weights.load import Loaded, differing_settings, load_variables
+from profit_jax.weights.load import VARIANCE, Loaded, load_variables, problem_of
 from profit_jax.weights.save import write_safetensors
+from profit_jax.weights.variants import ASSUMED, BY_TENSORS, differing_settings
 
 _SHOWN = 5  # names in a message
+# What a model may have otherwise on purpose: negative padding, and fewer strides for small images.
+_CHOSEN = ("pad_value", "strides")
 
 
 def save_weights(variables: Variables, path: str | os.PathLike[str]) -> None:
@@ -41,6 +45,7 @@ def load_weights(
   *,
   quantizer: Quantizer = DuQ(),
   entry: str = "",
+  variant: str = "",
 ) -> Variables:
   """Reads a model's variables from a file; nothing is guessed, and nothing is left over.
 
@@ -52,31 +57,49 @@ def load_weights(
     quantizer: of its layers, as the file has it. A registered model's file in full precision lacks
       the scalars: they are 1.
     entry: which of the weights in the file, as `init.entry`.
+    variant: which net a file of another codebase is, by timm's or torchvision's name, where neither
+      the file nor its name says it.
 
   Returns:
     `params` and `batch_stats`, for `Trainer(variables=...)` or `model.apply`.
 
   Raises:
     ConfigError: no such file, a damaged one, tensors that are not this model's, or a file that
-      names a net which computes something else.
+      names a net, or records settings, with which it computes something else.
+
+  Warns:
+    UserWarning: other strides or padding than the file was trained with; or nothing says which of
+      several nets the file is.
   """
   spec = describe(model, image_shape, Bits(quantizer=quantizer))
   name = _registered_name(model)
   if name is not None:
-    loaded = load_variables(os.fspath(path), name, spec.shapes, entry=entry)
-    _refuse_other_settings(path, loaded, model)
+    loaded = load_variables(
+      os.fspath(path),
+      name,
+      spec.shapes,
+      role="library",
+      entry=entry,
+      variant=variant,
+      settings=model,
+    )
+    for note in loaded.notes:
+      warnings.warn(note, stacklevel=2)
+    if told := _other_settings(path, loaded, name, model):
+      warnings.warn(told, stacklevel=2)
     return loaded.variables
+  if variant:
+    raise ConfigError(
+      f"variant = {variant!r} is not allowed for {type(model).__name__}, which is not registered: "
+      "no other codebase has names for it."
+    )
   expected = traverse_util.flatten_dict(spec.shapes, sep="/")
   found = read_contents(os.fspath(path), entry, "entry").tensors
-  problems = [
-    *(f"{name} is missing" for name in expected.keys() - found.keys()),
-    *(f"{name} is not in the model" for name in found.keys() - expected.keys()),
-    *(
-      f"{name} has the shape {found[name].shape}, not {leaf.shape}"
-      for name, leaf in expected.items()
-      if name in found and found[name].shape != leaf.shape
-    ),
-  ]
+  problems = [f"unexpected: {name}" for name in found.keys() - expected.keys()]
+  for name, leaf in expected.items():
+    variance = name.startswith("batch_stats/") and name.endswith(f"/{VARIANCE}")
+    if problem := problem_of(name, found.get(name), tuple(leaf.shape), variance=variance):
+      problems.append(str(problem))
   if problems:
     more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     raise ConfigError(
@@ -99,21 +122,25 @@ def _registered_name(model: nn.Module) -> str | None:
   return max(found, key=lambda name: len(REGISTRY[name].fixed), default=None)
 
 
-def _refuse_other_settings(path: str | os.PathLike[str], loaded: Loaded, model: nn.Module) -> None:
-  """Refuses a file that names its net where the model computes something else. The padding after
-  h-swish is a choice.
+def _other_settings(
+  path: str | os.PathLike[str], loaded: Loaded, name: str, model: nn.Module
+) -> str:
+  """A line on settings that the model has otherwise than the file; "" where there are none.
+
+  Raises:
+    ConfigError: the file says what it is, and they are no choice.
   """
-  if loaded.published is None:
-    return
-  told = {
-    name: value for name, value in loaded.settings.items() if name not in ("pad_value", "strides")
-  }
-  differing = differing_settings(told, model)
-  if differing:
-    settings = ", ".join(
-      f"{name}={theirs!r} (not {ours!r})" for name, (theirs, ours) in differing.items()
-    )
+  differing = differing_settings(name, loaded.settings, model)
+  of = f"is {loaded.variant}, which computes" if loaded.variant else "was trained"
+  certain = loaded.told_by not in (None, BY_TENSORS, ASSUMED)
+  wrong = [setting for setting in differing if setting not in _CHOSEN] if certain else []
+  told = ", ".join(
+    f"{setting}={differing[setting][0]!r} (not {differing[setting][1]!r})"
+    for setting in wrong or differing
+  )
+  if wrong:
     raise ConfigError(
-      f"{os.fspath(path)} is {loaded.published.architecture}, which computes with {settings}. Make "
-      f"the {type(model).__name__} with that."
+      f"{os.fspath(path)} {of} with {told}. Make the {type(model).__name__} with that."
     )
+  by = loaded.told_by or f"its {loaded.source} names"
+  return told and f"{os.fspath(path)} {of} with {told}, by {by}."

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from profit_jax.models.naming import Naming
-from profit_jax.models.registry import OWN_NAMES
+from profit_jax.models.registry import OWN_NAMES, REGISTRY
 from profit_jax.quant import QUANTIZERS
 from profit_jax.weights import layout
 
@@ -55,16 +55,12 @@ class TorchNames(Names):
   """Another codebase's names, and torch's layout."""
 
   naming: Naming
+  settings: Mapping[str, Any]
 
   @property
   def source(self) -> str:
     """See `Names`."""
     return self.naming.source
-
-  @property
-  def settings(self) -> Mapping[str, Any]:
-    """See `Names`."""
-    return self.naming.settings
 
   @property
   def duq_only(self) -> bool:
@@ -120,3 +116,10 @@ class OwnNames(Names):
   def write(self, path: Path, array: np.ndarray) -> np.ndarray:
     """See `Names`."""
     return np.asarray(array, order="C")
+
+
+def namings(model: str) -> dict[str, Names]:
+  """The names of a model's tensors by source; of equally good ones the first count."""
+  entry = REGISTRY[model]
+  known = [TorchNames(naming, entry.settings_of(naming)) for naming in entry.names]
+  return {names.source: names for names in (*known, OwnNames())}

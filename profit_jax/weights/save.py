@@ -12,8 +12,7 @@ from profit_jax import paths
 from profit_jax.config import ConfigError, ModelSettings
 from profit_jax.typing import Variables
 from profit_jax.weights.claims import SETTINGS_KEY
-from profit_jax.weights.load import namings
-from profit_jax.weights.naming import QUANTIZER_LEAVES
+from profit_jax.weights.naming import QUANTIZER_LEAVES, namings
 
 
 def named_tensors(model: str, variables: Variables, source: str) -> dict[str, np.ndarray]:

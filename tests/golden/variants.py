@@ -19,6 +19,7 @@ import timm
 import torch
 import torchvision
 from efficientnet_lite_pytorch import EfficientNet
+from torchvision.models import get_model
 
 from tests import golden_data
 
@@ -26,7 +27,7 @@ PACKAGES = ("torch", "torchvision", "timm", "efficientnet-lite-pytorch")
 LOGITS = 10
 MAKERS = {
   "timm": timm.create_model,
-  "torchvision": torchvision.models.get_model,
+  "torchvision": lambda name: get_model(name.replace("quantization.", "quantized_")),
   # Without an image size it pads by that of each image.
   "efficientnet-lite-pytorch": functools.partial(EfficientNet.from_name, image_size=None),
 }
@@ -50,6 +51,11 @@ NAMES = {
     *(f"mnasnet{width}" for width in ("0_5", "0_75", "1_0", "1_3")),
     *("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"),
     *(f"resnet{depth}" for depth in (18, 34, 50, 101)),
+    *(
+      f"{prefix}{name}"
+      for prefix in ("quantized_", "quantization.")
+      for name in ("mobilenet_v2", "mobilenet_v3_large", "resnet18", "resnet50")
+    ),
   ),
   "efficientnet-lite-pytorch": tuple(f"efficientnet-lite{size}" for size in range(5)),
 }

@@ -10,8 +10,8 @@ import pytest
 from flax import traverse_util
 
 from profit_jax.models import REGISTRY
-from profit_jax.weights.load import import_variables, namings
-from profit_jax.weights.naming import QUANTIZER_LEAVES
+from profit_jax.weights.load import import_variables
+from profit_jax.weights.naming import QUANTIZER_LEAVES, namings
 from tests import golden_data
 from tests.specs import variable_shapes
 

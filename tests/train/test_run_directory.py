@@ -113,6 +113,24 @@ def test_a_damaged_data_json_is_named(run, content):
     run_directory.read_data(run)
 
 
+def test_a_run_says_what_it_took_from_published_settings(run, tmp_path):
+  assert run_directory.read_published(run) is None  # of a run without, or of an earlier release
+  fields = ("data.crop_pct", "model.padding")
+  fresh = tmp_path / "fresh"
+  run_directory.claim_workdir(
+    fresh, run_directory.identity_of(settings(), source())._replace(published=fields)
+  )
+  assert run_directory.read_published(fresh) == fields
+  claim(fresh, settings(), source())  # it is no part of the identity
+
+
+@pytest.mark.parametrize("content", ["", "3", '["model.absent"]', '[["model"]]', "[" * 100_000])
+def test_a_damaged_published_json_is_named(run, content):
+  (run / "published.json").write_text(content)
+  with pytest.raises(ConfigError, match=f"{run}/published.json"):
+    run_directory.read_published(run)
+
+
 @pytest.mark.parametrize(
   "content",
   [

@@ -62,8 +62,11 @@ def test_from_a_file_the_student_teaches_itself_from_the_start(weights_file):
   settings, student, teacher = first(**{"init.weights": weights_file})
   jax.tree.map(np.testing.assert_array_equal, student.make(), teacher.variables)
   assert student.file_spec is None
-  (doubt,) = start.weight_warnings(settings, student, teacher)
-  assert_names(doubt, "config.model.activation", "'relu6'", "'relu'")
+  doubts = start.weight_warnings(settings, student, teacher)
+  assert len(doubts) == 2
+  # The authors' nets have the published strides.
+  assert_names(doubts[0], "strides = (2, 1, 2, 2, 2, 1, 1, 1)", "(2, 1, 2, 2, 2, 1, 2, 1)")
+  assert_names(doubts[1], "config.model.activation", "'relu6'", "'relu'")
 
 
 def test_another_model_teaches_with_its_own_settings(tiny, weights_file):
@@ -85,7 +88,8 @@ def test_another_model_teaches_with_its_own_settings(tiny, weights_file):
     1,
   )
   assert teacher.variables["params"]["stem_conv"]["kernel"].shape == (3, 3, 3, 8)
-  assert start.weight_warnings(settings, student, teacher) == []
+  (doubt,) = start.weight_warnings(settings, student, teacher)
+  assert_names(doubt, "config.teacher.strides = (2, 1, 1, ", "(2, 1, 2, 2, 2, 1, 2, 1)")
   assert start.evaluated(student, teacher) == ["teacher"]
   with pytest.raises(ConfigError, match=r"wrong shape: features\.0\.0\.weight"):
     first(**{**changes, "teacher.width": 1.0})
@@ -287,7 +291,7 @@ def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys)
   settings = parse(digits_w4.get_config(), REGISTRY)
   rng = np.random.default_rng(0)
   shapes = variable_shapes(build(settings.model, 10), 32)
-  variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+  variables = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes)
   (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()))
   (tmp_path / "data.json").write_text(
     json.dumps({"train_examples": 1347, "eval_examples": 450, "num_classes": 10})
@@ -299,9 +303,13 @@ def test_to_torch_says_where_the_other_code_computes_otherwise(tmp_path, capsys)
   assert to_torch.main([str(tmp_path), file]) == 0
   told = capsys.readouterr().out
   assert_names(told, "472 float32 tensors", "authors", "activation = 'relu'", "'relu6'")
+  # Of small images; the other code has the published strides.
+  strides = "strides = (2, 1, 2, 2, 2, 1, 2, 1)", "(2, 1, 2, 2, 2, 1, 1, 1)"
+  assert_names(told, *strides)
   assert to_torch.main([str(tmp_path), file, "--names=torchvision"]) == 0
   told = capsys.readouterr().out
   assert "a and c" in told
+  assert_names(told, *strides)
   assert "activation" not in told
 
 

@@ -16,6 +16,7 @@ from profit_jax.train import aiwq, optimizer, steps
 from profit_jax.train.packing import pack, unpack
 from profit_jax.train.state import create_state
 from profit_jax.weights import load
+from profit_jax.weights.naming import namings
 from tests import golden_data
 from tests.specs import spec_of
 
@@ -57,7 +58,7 @@ def setting(name):
     ).variables
     for prefix in ("", "teacher.")
   )
-  names = load.namings(name)["authors"].tensor_names(traverse_util.flatten_dict(template))
+  names = namings(name)["authors"].tensor_names(traverse_util.flatten_dict(template))
   layers = {
     their.removesuffix(".weight"): "/".join(path[1:-1])
     for path, their in names.items()

@@ -14,10 +14,12 @@ from etils import epath
 from profit_jax.config import ConfigError, parse
 from profit_jax.models import REGISTRY, Naming, register, student_spec
 from profit_jax.train import published
+from profit_jax.weights import hub
 from profit_jax.weights.claims import claim_of
 from profit_jax.weights.library import load_weights
 from profit_jax.weights.load import load_variables
 from profit_jax.weights.save import named_tensors, settings_metadata, write_safetensors
+from profit_jax.weights.variants import published_settings
 from tests.specs import init_variables
 from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
@@ -104,7 +106,7 @@ def test_a_name_of_the_net_gives_its_settings(content, tmp_path):
   path = tmp_path / "tinynet_100.safetensors"
   path.write_bytes(content)
   assert load(path).settings == {"activation": "relu", "width": 1.0}
-  applied, lines = published.apply(settings_of(path))
+  applied, lines, _ = published.apply(settings_of(path))
   assert applied.model.activation == "relu"
   assert [line.partition(",")[0] for line in lines] == ["config.model.activation = relu"]
 
@@ -114,7 +116,7 @@ def test_the_settings_in_our_file_count_and_not_its_name(content, tmp_path, name
   path = str(tmp_path / f"{name}.safetensors")
   settings = settings_of(path, **{"model.activation": "relu6"})
   write_safetensors(path, safetensors.numpy.load(content), settings_metadata(settings.model))
-  assert published.apply(settings) == (settings, [])
+  assert published.apply(settings)[:2] == (settings, [])
   loaded = load(path)
   assert loaded.published is None
   assert loaded.settings["activation"] == "relu6"
@@ -188,10 +190,34 @@ def test_options_say_the_net(content, tmp_path, tree, net):
   assert (claim and claim.net) == net
 
 
+def checkpoint(path, **options):
+  """Writes a checkpoint that has only options; the weights do not matter."""
+  with zipfile.ZipFile(path, "w") as file:
+    tree = {"state_dict": {}, "args": {"model": "tinynet_100", **options}}
+    file.writestr("archive/data.pkl", pickle.dumps(tree, protocol=2))
+  return epath.Path(path)
+
+
+def test_options_that_change_the_net_count_too(content, tmp_path):
+  path = tmp_path / "w.pth"
+  # As timm's script names them.
+  assert claim_of(checkpoint(path, bn_eps=0.01)).settings == {"bn_epsilon": 0.01}
+  assert claim_of(checkpoint(path, bn_eps=None)).settings == {}
+  assert claim_of(checkpoint(path, model_kwargs={"drop_rate": 0.2})).settings == {}
+  with pytest.raises(ConfigError, match=r"not a plain tinynet_100.*'pad_type': 'same'"):
+    claim_of(checkpoint(path, model_kwargs={"pad_type": "same", "num_classes": 10}))
+
+
+def test_the_epsilon_of_a_training_is_that_of_the_net(tmp_path):
+  path = checkpoint(tmp_path / "w.pth", model="mobilenetv3_large_100", bn_eps=0.01)
+  told = hub.published(str(path))
+  assert published_settings(told, "mobilenet_v3_large", str(path))["bn_epsilon"] == 0.01
+
+
 def test_the_authors_files_may_have_torchvisions_names(tmp_path):
   path = tmp_path / "mobilenet_v3_large.npz"
   np.savez(path, w=np.zeros(3))
   settings = parse(
     tiny_config(**{"model.name": "mobilenet_v3_large", "init.weights": str(path)}), REGISTRY
   )
-  assert published.apply(settings) == (settings, [])
+  assert published.apply(settings)[:2] == (settings, [])

@@ -198,7 +198,7 @@ def test_a_file_that_was_put_there_is_described_by_the_config_beside_it(server, 
     (tmp_path / name).write_bytes(content)
   path = str(tmp_path / "model.safetensors")
   assert hub.published(path)._replace(origin="") == hub.published(NAME)._replace(origin="")
-  applied, _ = published.apply(settings_of(**{"init.weights": path, "data.name": "imagenet2012"}))
+  applied, *_ = published.apply(settings_of(**{"init.weights": path, "data.name": "imagenet2012"}))
   assert applied.data.crop_pct == 0.95
   (tmp_path / "config.json").unlink()
   assert hub.published(path) is None
@@ -284,7 +284,7 @@ def test_a_checkpoint_in_a_repository_names_its_net(server):
 
 def test_published_settings_are_taken_for_fields_with_defaults_and_said(server):
   given = settings_of(**{"data.name": "imagenet2012", "data.image_size": 224})
-  applied, lines = published.apply(given)
+  applied, lines, fields = published.apply(given)
   assert (applied.data.image_size, applied.data.crop_pct) == (16, 0.95)
   assert (applied.data.interpolation, applied.data.normalization) == ("bilinear", "inception")
   assert applied.model.activation == "relu"
@@ -298,13 +298,13 @@ def test_published_settings_are_taken_for_fields_with_defaults_and_said(server):
   ]
   assert all(NAME in line and "default: " in line for line in lines)
   # Nothing is left to apply or to name.
-  assert published.apply(applied) == (applied, [])
+  assert published.apply(applied)[:2] == (applied, [])
   assert published.differences(applied, hub.published(NAME), "model") == []
 
 
 def test_fields_that_the_user_has_set_are_compared(server):
   changes = {"data.crop_pct": 0.8, "data.normalization": "none", "data.image_size": 24}
-  settings, _ = published.apply(settings_of(**changes))
+  settings, *_ = published.apply(settings_of(**changes))
   assert (settings.data.crop_pct, settings.data.normalization) == (0.8, "none")
   student = start.load_student(settings, 10)
   doubts = start.weight_warnings(settings, student, start.Teacher(None, None, None))
@@ -344,15 +344,15 @@ def test_the_own_normalization_of_a_data_set_stands_for_equal_numbers(server):
   files(server)["config.json"] = json.dumps(
     {**CONFIG, "pretrained_cfg": {"mean": own.mean, "std": own.std}}
   ).encode()
-  applied, _ = published.apply(settings_of(**{"data.name": "imagenet2012"}))
+  applied, *_ = published.apply(settings_of(**{"data.name": "imagenet2012"}))
   assert applied.data.normalization == "dataset"
-  applied, _ = published.apply(settings_of(**{"data.name": "cifar10"}))
+  applied, *_ = published.apply(settings_of(**{"data.name": "cifar10"}))
   assert applied.data.normalization == "imagenet"
 
 
 def test_a_teacher_gets_its_own_normalization_and_settings(server):
   changes = {"init.weights": "", "teacher.model": "tinynet", "teacher.weights": NAME}
-  applied, lines = published.apply(settings_of(**changes, **{"data.image_size": 224}))
+  applied, lines, _ = published.apply(settings_of(**changes, **{"data.image_size": 224}))
   assert (applied.teacher.normalization, applied.teacher.activation) == ("inception", "relu")
   assert applied.data.image_size == 224
   assert len(lines) == 2
@@ -362,11 +362,14 @@ def test_a_teacher_gets_its_own_normalization_and_settings(server):
 def test_a_run_keeps_what_it_took_without_the_server(server, monkeypatch, role):
   changes = {"init.weights": "", f"{role}.weights": NAME, "data.name": "imagenet2012"}
   given = settings_of(**changes, **({"teacher.model": "tinynet"} if role == "teacher" else {}))
-  applied, lines = published.apply(given)
+  applied, lines, fields = published.apply(given)
   assert lines
   monkeypatch.setenv("HF_ENDPOINT", CLOSED)
   monkeypatch.setattr(constants, "HF_HUB_CACHE", "/absent")
-  assert published.as_begun(given, applied) == applied
+  # Exactly the fields that it saved; of a run that saved none, those that it may have taken.
+  for taken in (fields, None):
+    assert published.as_begun(given, applied, taken) == applied
+  assert published.as_begun(given, applied, []) == given
 
 
 @pytest.fixture
@@ -453,10 +456,21 @@ def test_a_run_from_a_name_keeps_its_settings_and_its_card_has_the_checksum(
   said = capsys.readouterr().out
   assert "config.data.normalization = inception, as published with hf:timm/" in said
   digest = hashlib.sha256(weights).hexdigest()
-  assert result_of(run)["initial_weights"] == {"student": {"name": NAME, "sha256": digest}}
-  assert f"{NAME}, SHA-256 `{digest}`" in (run / "report.md").read_text()
+  told = {"variant": "tinynet_100", "variant_by": "its config.json"}
+  assert result_of(run)["initial_weights"] == {"student": {"name": NAME, "sha256": digest, **told}}
+  assert (
+    f"{NAME}, SHA-256 `{digest}`, tinynet_100 by its config.json" in (run / "report.md").read_text()
+  )
   config = json.loads((run / "config.json").read_text())
   assert (config["data"]["crop_pct"], config["model"]["activation"]) == (0.95, "relu")
+  taken = json.loads((run / "published.json").read_text())
+  assert sorted(taken) == [
+    "data.crop_pct",
+    "data.image_size",
+    "data.interpolation",
+    "data.normalization",
+    "model.activation",
+  ]
   # The same command needs neither the server nor the cache any more.
   monkeypatch.setenv("HF_ENDPOINT", CLOSED)
   monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))

@@ -10,7 +10,9 @@ from flax import traverse_util
 
 from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY
-from profit_jax.weights.load import differing_settings, import_variables, load_variables, namings
+from profit_jax.weights.load import import_variables, load_variables
+from profit_jax.weights.naming import namings
+from profit_jax.weights.variants import differing_settings
 from tests import golden_data
 from tests.specs import variable_shapes
 
@@ -81,8 +83,10 @@ def test_every_wrong_tensor_is_listed(tensors):
   tensors["features.18.1.running_var"] = np.full(1280, np.nan)
   with pytest.raises(ConfigError) as error:
     import_variables("mobilenet_v2", template(), tensors, "w.npz")
-  told, *listing = str(error.value).splitlines()
-  assert "5 of 472" in told
+  told, _, counts, *listing = str(error.value).splitlines()
+  assert "Nothing was loaded" in told
+  assert "Of the model's 472 tensors 468 fit, 1 missing, 1 of another shape" in counts
+  assert counts.endswith("The file has 1 more.")
   assert len(listing) == 5
   for tensor, parts in {
     "features.0.0.weight": ("missing", "(16, 3, 3, 3)"),
@@ -107,7 +111,9 @@ def test_quantizers_that_nobody_has_set_are_passed_over(tensors):
   zeros = {
     name: np.zeros(1) if name.endswith((".a", ".c")) else value for name, value in tensors.items()
   }
-  for given in (zeros, {**tensors, "relu6.a": np.array([np.nan])}):
+  # Or what was in it: tiny, huge.
+  memory = ({**tensors, "relu6.a": np.array([value], np.float32)} for value in (4e-41, 0, -3e30))
+  for given in (zeros, {**tensors, "relu6.a": np.array([np.nan])}, *memory):
     loaded = import_variables("mobilenet_v2", template(), given, "w.npz")
     assert (loaded.source, loaded.quantizers) == ("authors", False)
     assert "w.npz" in loaded.notes[0]
@@ -141,7 +147,7 @@ def test_another_number_of_classes_needs_reset_head(tensors):
     loaded(role="teacher")
   assert "reset_head" not in str(error.value)
   nan = {**tensors, "classifier.1.weight": np.full((10, 1280), np.nan)}
-  with pytest.raises(ConfigError, match=r"config\.model\.width[\s\S]*classifier\.1\.weight"):
+  with pytest.raises(ConfigError, match=r"Only values are wrong[\s\S]*classifier\.1\.weight"):
     import_variables("mobilenet_v2", template(), nan, "w.npz")
   head = {
     "kernel": np.full((1280, 7), 0.5),
@@ -162,21 +168,26 @@ def test_another_number_of_classes_needs_reset_head(tensors):
 def test_a_new_head_does_not_excuse_the_rest(tensors):
   del tensors["features.0.0.weight"]
   head = {"params": {"classifier": {"kernel": np.zeros((1280, 7)), "bias": np.zeros(7)}}}
-  with pytest.raises(ConfigError, match=r"\b1 of \d+[\s\S]*features\.0\.0\.weight"):
+  with pytest.raises(ConfigError, match=r"\b1 missing[\s\S]*features\.0\.0\.weight"):
     import_variables("mobilenet_v2", template(classes=7), tensors, "w.npz", new_head=head)
 
 
 def test_settings_of_the_code_behind_a_file(tensors):
-  given = types.SimpleNamespace(
-    name="mobilenet_v2", width=1.0, activation="relu6", bn_epsilon=1e-5, strides=()
-  )
+  given = types.SimpleNamespace(width=1.0, activation="relu6", bn_epsilon=1e-5, strides=())
+
+  def differing(told):
+    return differing_settings("mobilenet_v2", told, given)
+
   authors = import_variables("mobilenet_v2", template(), tensors, "w.npz")
   torchvision = import_variables("mobilenet_v2", template(), full_precision(tensors), "w.npz")
-  assert differing_settings(torchvision.settings, given) == {}
-  assert differing_settings(authors.settings, given) == {"activation": ("relu", "relu6")}
+  assert differing(torchvision.settings) == {}
+  assert differing(authors.settings) == {"activation": ("relu", "relu6")}
   # The published strides are the same written out.
-  assert differing_settings({"strides": [2, 1, 2, 2, 2, 1, 2, 1]}, given) == {}
-  assert list(differing_settings({"strides": [1] * 8}, given)) == ["strides"]
+  assert differing({"strides": [2, 1, 2, 2, 2, 1, 2, 1]}) == {}
+  assert list(differing({"strides": [1] * 8})) == ["strides"]
+  # Other codebases' nets have the published ones.
+  given.strides = (1,) * 8
+  assert differing(torchvision.settings) == {"strides": ((2, 1, 2, 2, 2, 1, 2, 1), (1,) * 8)}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from profit_jax import data
 from profit_jax.config import ConfigError, parse
 from profit_jax.data.normalize import normalize
 from profit_jax.models import REGISTRY, student_spec
-from profit_jax.weights.load import differing_settings, load_variables
+from profit_jax.weights.load import load_variables
+from profit_jax.weights.variants import differing_settings
 from tests import golden_data
 from tests.weights.photos import PHOTOS, pixels
 
@@ -54,8 +55,10 @@ def test_the_file_is_read_as_what_it_is():
   _, loaded = load()
   assert loaded.source == "efficientnet-lite-pytorch"
   assert loaded.sha256.startswith("57934424")  # as the file's name says
-  assert differing_settings(loaded.settings, settings().model) == {}
-  told = differing_settings(loaded.settings, settings(**{"model.padding": "torch"}).model)
+  assert differing_settings("efficientnet_lite0", loaded.settings, settings().model) == {}
+  told = differing_settings(
+    "efficientnet_lite0", loaded.settings, settings(**{"model.padding": "torch"}).model
+  )
   assert told == {"padding": ("same", "torch")}
 
 

@@ -10,8 +10,8 @@ from flax import traverse_util
 
 from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY
-from profit_jax.weights.load import load_variables, namings
-from profit_jax.weights.naming import QUANTIZER_LEAVES
+from profit_jax.weights.load import load_variables
+from profit_jax.weights.naming import QUANTIZER_LEAVES, namings
 from profit_jax.weights.save import named_tensors, write_safetensors
 from tests import golden_data
 from tests.specs import variable_shapes
@@ -25,9 +25,13 @@ def shapes(model):
 
 @functools.cache
 def variables(model):
-  """Random float32 values in every leaf."""
+  """Random float32 values in every leaf; variances are not below 0."""
   rng = np.random.default_rng(0)
-  return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes(model))
+  drawn = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes(model))
+  flat = traverse_util.flatten_dict(drawn)
+  return traverse_util.unflatten_dict(
+    {path: np.abs(leaf) if path[-1] == "var" else leaf for path, leaf in flat.items()}
+  )
 
 
 # ResNet-101's names follow the rule of ResNet-50's; our own follow one rule for all models.

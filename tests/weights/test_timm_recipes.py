@@ -10,7 +10,7 @@ from profit_jax.models import REGISTRY, check
 from profit_jax.schedule import plan
 from profit_jax.train import published
 from profit_jax.weights import hub
-from profit_jax.weights.load import differing_settings, published_settings
+from profit_jax.weights.variants import differing_settings, published_settings
 from tests import golden_data
 
 PAGES = golden_data.load("timm_pages.json")
@@ -51,7 +51,7 @@ def test_images_are_as_published(settings, told):
 def test_the_net_is_the_published_one(settings, told, name):
   theirs = published_settings(told, settings.model.name, name)
   # Negative padding is a choice.
-  assert set(differing_settings(theirs, settings.model)) <= {"pad_value"}
+  assert set(differing_settings(settings.model.name, theirs, settings.model)) <= {"pad_value"}
   assert settings.model.bn_epsilon == PAGES[name]["bn_epsilon"]
 
 
