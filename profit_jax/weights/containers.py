@@ -212,7 +212,7 @@ def _may_hold_more(value: Any) -> bool:
 
 def _no_weights(tree: Any) -> str:
   if type(tree) is StandIn and tree.is_module:
-    return f"holds a whole pickled module ({tree.name}), which needs its code. {_PLAIN}"
+    return f"holds a whole pickled module ({tree.name}), whose code is not run here. {_PLAIN}"
   if type(tree) is StandIn:
     return f"{_CODE} {tree.name}. {_PLAIN}"
   return f"holds no dictionary of tensors, but one value ({_kind(tree)}). {_PLAIN}"

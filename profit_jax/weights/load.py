@@ -260,7 +260,8 @@ def import_variables(
     raise mismatch(wrong, problems)
   ordered = {path: leaves[path] for path in shapes}
   notes = ()
-  if unset:
+  # Of scalars that are as they start, nothing is lost.
+  if not all(is_first_scalar(given[name]) for name in unset):
     notes = (
       f"The quantizers' a and c in {source} are passed over: they are from before quantization "
       "(all equal, NaN, or values of uninitialized memory).",
