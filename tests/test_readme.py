@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FIGURES = json.loads((ROOT / "benchmarks" / "readme_figures.json").read_text())
 RUNS = FIGURES["runs"]
 DEMO = "configs/digits_w4.py"
+FINETUNED = json.loads((ROOT / "benchmarks" / "lite0_finetune.json").read_text())
 README = (ROOT / "README.md").read_text()
 # docs/ablation.md has figures of its own, with their commits, in docs/ablation/*.json.
 DOCS = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "ablation.md")
@@ -111,8 +112,29 @@ def test_every_percentage_is_measured_or_cited(path):
     known |= set(re.findall(r"[\d.]+(?= points)", run["final_line"]))
   # 0.22 points: what one of the 450 images is.
   known |= {f"{100 / RUNS[DEMO]['examples']:.2f}"}
+  known |= {f"{value:.2f}" for value in finetuned()}
   found = re.findall(r"(\d+\.\d{2,})(?= %| points)", words(text))
   assert sorted({*found} - known) == []
+
+
+def finetuned():
+  """Top-1 in full precision, at 4 bits and of the file."""
+  final = FINETUNED["final"]
+  return final["full_precision_top1"], final["top1"], FINETUNED["export"]["top1"]["file"]
+
+
+def test_the_fine_tuned_network_is_the_measured_one():
+  full, four, file = map(percent, finetuned())
+  text = words(docstring(ROOT / "configs/lite0_finetune_w4.py"))
+  assert (
+    f"{four} at W4A4, {full} in full precision, of 10,000 test images; the ONNX file {file}" in text
+  )
+  text = words((ROOT / "docs/weights.md").read_text())
+  rows = (
+    f"6 epochs | {full} | | W4A4 | {four} | | the ONNX file, {FINETUNED['export']['bytes']:,} bytes"
+  )
+  assert rows in text
+  assert f"{FINETUNED['export']['top1']['images_at_ties']} get another class" in text
 
 
 def test_exports_print_these_lines():
