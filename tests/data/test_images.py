@@ -208,9 +208,10 @@ def test_augmentation_of_what_pillow_reads_is_that_of_tensorflow(tmp_path):
     ("wrong", kinds()["PNG wrong checksum of the data"][0]),
   ):
     for split in ("train", "val"):
-      (tmp_path / name / split / "a").mkdir(parents=True)
       for i in range(8):
-        (tmp_path / name / split / "a" / f"{i}.png").write_bytes(content)
+        file = tmp_path / name / split / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
     batches.append(list(load_folder(tmp_path / name).train_batches(3, 8)))
   assert_equal_batches(*batches)
   assert len(as_set(batches[0][0]["image"])) == 8
