@@ -98,7 +98,7 @@ def _read(place: epath.Path, name: str, entry: str, field: str) -> Contents:
 
 
 def _read_file(place: epath.Path, name: str, entry: str, field: str) -> Contents:
-  content = place.read_bytes()
+  content, whole = place.read_bytes(), entry
   digest = hashlib.sha256(content)
   found = formats.recognised(content, place.name)
   if found is None:
@@ -115,7 +115,7 @@ def _read_file(place: epath.Path, name: str, entry: str, field: str) -> Contents
     reader = _read_npz if found.kind == "npz" else _read_safetensors
     contents = _parsed(reader, found)
   contents = _below(contents, entry, field)
-  return contents._replace(sha256=digest.hexdigest(), published=hub.published(name))
+  return contents._replace(sha256=digest.hexdigest(), published=hub.published(name, whole))
 
 
 def _parsed(reader: Callable[[bytes], Any], found: formats.Recognised) -> Any:

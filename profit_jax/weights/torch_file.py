@@ -106,11 +106,15 @@ class StandIn(dict):
 
 
 def _omegaconf_values(content: Any) -> dict[str, Any]:
-  """The values in an omegaconf configuration, whose nodes have theirs as `_val`."""
+  """The values in an omegaconf configuration, whose nodes have theirs as `_val`, and those in
+  configurations within it.
+  """
   if type(content) is not dict:
     return {}
-  nodes = {key: node for key, node in content.items() if type(node) is StandIn and "_val" in node}
-  return {key: node["_val"] for key, node in nodes.items() if type(key) is str}
+  nodes = {key: node for key, node in content.items() if type(key) is str and type(node) is StandIn}
+  return {
+    key: node.get("_val", node) for key, node in nodes.items() if node.keys() & {"_val", "_content"}
+  }
 
 
 class _Function(NamedTuple):
