@@ -29,6 +29,16 @@ _SAFETENSORS_DTYPES = {
   "F16": np.float16,
   "BF16": ml_dtypes.bfloat16,
 }
+# Of tensors that are refused, or counters that nobody reads: their values do not matter.
+_OTHER_DTYPES = {
+  "I64": np.int64,
+  "I32": np.int32,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+  "C64": np.complex64,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)")  # of a sharded file
 # Modules of transformers' nets, which hold a convolution and its norm.
 _TRANSFORMERS = re.compile(r"(.*\.)?(conv_stem|layer\.0|embedder|embeddings)\.(.*\.)?convolution\.")
@@ -218,12 +228,10 @@ def _read_safetensors(content: bytes) -> Contents:
   tensors = {}
   for name, entry in safetensors.deserialize(content):
     dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-    # Of a tensor in integers only the shape matters: it will be refused, or is a counter that
-    # nobody reads.
-    data = (
-      np.zeros(entry["shape"], np.int8) if dtype is None else np.frombuffer(entry["data"], dtype)
-    )
-    tensors[name] = data.reshape(entry["shape"])
+    if dtype is None:
+      tensors[name] = np.zeros(entry["shape"], _OTHER_DTYPES.get(entry["dtype"], np.int8))
+    else:
+      tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
   settings = safetensors_metadata(io.BytesIO(content)).get(SETTINGS_KEY)
   return Contents(tensors, None if settings is None else dict(json.loads(settings)))
 
