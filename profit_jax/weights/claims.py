@@ -4,6 +4,7 @@ may compute different things.
 
 import json
 import re
+import reprlib
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -175,8 +176,8 @@ def _trained_settings(options: Mapping[str, Any], net: str, path: epath.Path) ->
     changed[_POOLING] = pooling
   if others := {key: value for key, value in changed.items() if key not in _HARMLESS_OPTIONS}:
     raise ConfigError(
-      f"{path} is not a plain {net}: its training changed the net by {str(others)[:200]}, which "
-      "is not supported. Use other weights."
+      f"{path} is not a plain {net}: its training changed the net by "
+      f"{reprlib.repr(others)[:200]}, which is not supported. Use other weights."
     )
   if epsilon is None and options.get(_TENSORFLOW_NORM) is True:
     epsilon = _TENSORFLOW_EPSILON

@@ -21,6 +21,7 @@ RAW = (
   *("model", "state_dict", "model_state_dict", "model_state", "net", "network", "params"),
   *("weights", "checkpoint", "student", "teacher", "module", "backbone"),
 )
+_KNOWN = frozenset((*AVERAGED, *RAW))
 # Entries of no known name that hold no weights, though they may hold tensors.
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|amp|loss|criterion|hyper|callback|loop|rng", re.I)
 _DEEPEST = 4  # entries within entries
@@ -137,12 +138,18 @@ def _next(place: Mapping[Any, Any], field: str) -> str | None:
   return others[0] if others else None
 
 
-def _holds_weights(value: Any, depth: int = _DEEPEST) -> bool:
-  if not depth or not _is_container(value):
-    return False
-  return _has_tensors(value) or any(
-    _holds_weights(value.get(name), depth - 1) for name in (*AVERAGED, *RAW)
-  )
+def _holds_weights(value: Any) -> bool:
+  """Whether there are tensors in an entry, or in known entries of it."""
+  level, seen = [value], set()
+  for _ in range(_DEEPEST):
+    # Entries may be the same ones many times.
+    level = [each for each in level if _is_container(each) and id(each) not in seen]
+    if any(map(_has_tensors, level)):
+      return True
+    seen.update(map(id, level))
+    within = {id(each[name]): each[name] for each in level for name in _KNOWN & each.keys()}
+    level = [*within.values()]
+  return False
 
 
 def _has_tensors(place: Mapping[Any, Any]) -> bool:

@@ -43,6 +43,7 @@ _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)")  # of a sharded file
 # Modules of transformers' nets, which hold a convolution and its norm.
 _TRANSFORMERS = re.compile(r"(.*\.)?(conv_stem|layer\.0|embedder|embeddings)\.(.*\.)?convolution\.")
 _LONGEST = 300  # characters of an error of a parser
+_MOST_TENSORS = 20_000  # of a net
 _ENTRY = "config.init.entry"
 
 
@@ -82,6 +83,8 @@ def read_contents(path: str, entry: str = "", field: str = _ENTRY) -> Contents:
     contents = _read(place, path, entry, field)
     if not contents.tensors:
       raise RefusedError("holds no tensors.")
+    if len(contents.tensors) > _MOST_TENSORS:
+      raise RefusedError(f"holds {len(contents.tensors)} tensors, more than any net here has.")
     tensors, notes = prefixes.tidied(contents.tensors)
     _refuse_transformers(tensors)
   except ConfigError:

@@ -312,8 +312,9 @@ def _closest(given: Given) -> Likeness | None:
 def _likeness(model: str, names: Shapes, kernels: Shapes) -> Likeness:
   """How much kernels in a file have in common with those of a model under some names."""
   counts: collections.Counter[str] = collections.Counter()
+  most = max((len(_starts(name)) for name in names), default=1)
   for name in kernels:
-    counts.update(name[:at] for at in _starts(name) if name[at:] in names)
+    counts.update(name[:at] for at in _starts(name)[-most:] if name[at:] in names)
   if not counts:
     return Likeness(model)
   prefix, common = max(counts.items(), key=lambda item: (item[1], -len(item[0])))

@@ -154,9 +154,10 @@ def _refuse_the_rest(
 def _parts(names: Collection[str], wanted: Collection[str]) -> dict[str, set[str]]:
   """Which wanted names there are behind which prefix. A name has the shortest that it can."""
   found: dict[str, set[str]] = {}
+  most = max((name.count(".") + 1 for name in wanted), default=0)
   for name in names:
     steps = name.split(".")
-    for first in range(len(steps)):
+    for first in range(max(0, len(steps) - most), len(steps)):
       rest = ".".join(steps[first:])
       if rest in wanted:
         found.setdefault(name.removesuffix(rest), set()).add(rest)
