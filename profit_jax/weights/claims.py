@@ -154,13 +154,15 @@ def _named_in(
   # An architecture beside the options is that which these describe.
   first = next(filter(None, found), {})
   for options, text in named:
-    name = _net(text)
+    name = net_named(text)
     if name is not None:
       yield first if options is place else options, name
 
 
-def _net(text: Any) -> str | None:
-  """The published net that an option names, as timm takes it: `hf_hub:timm/NAME.TAG`."""
+def net_named(text: Any) -> str | None:
+  """The published net that a text names, as timm takes it: `hf_hub:timm/NAME.TAG`; None where it
+  names none.
+  """
   if not isinstance(text, str):
     return None
   known, name = published_nets(), re.sub(r"^(hf[-_]hub:)?(timm/)?", "", text)

@@ -25,7 +25,7 @@ from etils import epath
 
 from profit_jax import optional, paths
 from profit_jax.config import ConfigError
-from profit_jax.weights.claims import claim_of, is_nameless, is_own
+from profit_jax.weights.claims import claim_of, is_nameless, is_own, net_named
 from profit_jax.weights.formats import weights_in
 
 HUGGING_FACE, TORCHVISION = "hf:", "torchvision:"
@@ -173,6 +173,7 @@ def _read_description(path: epath.Path, weights: str) -> Published | None:
   architecture = content.get("architecture") if isinstance(content, dict) else None
   if not isinstance(architecture, str):
     return None
+  architecture = net_named(architecture) or architecture
   if content.get("model_args"):
     raise ConfigError(
       f"{weights} is not a plain {architecture}: {path} changes the net by model_args = "
