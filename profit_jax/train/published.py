@@ -45,12 +45,13 @@ def apply(settings: Settings) -> Applied:
   """
   lines: list[str] = []
   fields: list[str] = []
-  for section, weights, variant, model in (
-    ("model", settings.init.weights, settings.init.variant, settings.model.name),
-    ("teacher", settings.teacher.weights, settings.teacher.variant, settings.teacher.model),
+  for section, own, model in (
+    ("model", settings.init, settings.model.name),
+    ("teacher", settings.teacher, settings.teacher.model),
   ):
+    weights, variant = own.weights, own.variant
     role = "student" if section == "model" else "teacher"
-    told = named(hub.published(weights), variant, weights, role) if weights else None
+    told = named(hub.published(weights, own.entry), variant, weights, role) if weights else None
     if told is None:
       continue
     of_model = published_settings(told, model, weights, role)

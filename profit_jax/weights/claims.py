@@ -4,21 +4,33 @@ may compute different things.
 
 import json
 import re
+import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
 from profit_jax.config import ConfigError
 from profit_jax.models import REGISTRY, published_nets
-from profit_jax.weights import formats, torch_file
+from profit_jax.weights import containers, formats, torch_file
 
 # In the header of a .safetensors that we wrote: section `model`, as JSON.
 SETTINGS_KEY = "profit_jax.model"
 _LARGEST_HEADER = 100_000_000  # bytes, that of the safetensors library
-_OPTIONS = "args"  # of a training script, in torchvision's and timm's checkpoints
-_NET_OPTIONS = ("model", "arch")
+# Where checkpoints have the options of their training: torchvision's and timm's, Lightning's, and
+# those of others.
+_OPTIONS = ("args", "hyper_parameters", "hparams", "config", "cfg", "opt", "options")
+_NET_OPTIONS = ("model", "arch", "model_name", "architecture", "net", "network", "backbone")
+# What a section of options calls it: {"model": {"name": NET}}.
+_NAME = "name"
+# Of a distillation, for the weights of its teacher.
+_TEACHER = "teacher"
+_TEACHER_OPTIONS = ("teacher_model", "teacher_arch", "teacher_name", _TEACHER)
+# timm's of normalization as TensorFlow has it, and the epsilon that it stands for.
+_TENSORFLOW_NORM, _TENSORFLOW_EPSILON = "bn_tf", 1e-3
+# timm's of the last pooling: the average, by its names.
+_POOLING, _AVERAGE = "gp", ("avg", "fast", "fastavg")
 # Of timm's `model_kwargs`, what changes nothing in evaluation.
 _HARMLESS_OPTIONS = ("num_classes", "drop_rate", "drop_path_rate", "bn_momentum")
 # Files that have the name of their directory.
@@ -44,7 +56,7 @@ def is_nameless(path: epath.Path) -> bool:
   return path.name.partition(".")[0] in _NAMELESS
 
 
-def claim_of(path: epath.Path, called: str | None = None) -> Claim | None:
+def claim_of(path: epath.Path, called: str | None = None, entry: str = "") -> Claim | None:
   """What a file says of its net: in a training script's options, or by its name.
 
   Only names of published nets count that a registered model knows. Of several, the longest does:
@@ -53,14 +65,17 @@ def claim_of(path: epath.Path, called: str | None = None) -> Claim | None:
   Args:
     path: of the file.
     called: what names it; None is its own name, or its directory's if it is nameless.
+    entry: which of the weights in it, as `containers.chosen` has it.
 
   Raises:
     ConfigError: the training script changed the net in a way that is not supported.
   """
   tree = _checkpoint(path)
-  for name in _named_in(tree):
-    if name in published_nets():
-      return Claim(name, "the options saved in it", _trained_settings(tree, name, path))
+  of_teacher = _TEACHER in re.split(r"[/.]", entry)
+  # What stands nearest to the weights says it.
+  for place in reversed(containers.places(tree, entry)):
+    for options, name in _named_in(place, of_teacher):
+      return Claim(name, "the options saved in it", _trained_settings(options, name, path))
   if called is None:
     called = path.parent.name if is_nameless(path) else path.name
   name = _name_at_start(called)
@@ -116,30 +131,56 @@ def _checkpoint(path: epath.Path) -> Mapping[str, Any]:
   return tree if isinstance(tree, Mapping) else {}
 
 
-def _options(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Of a training script, in a checkpoint."""
-  options = tree.get(_OPTIONS)
-  # An object's attributes, where the reader keeps those that are no plain values apart.
-  attributes = getattr(options, "state", None)
-  found = attributes if isinstance(attributes, Mapping) else options
-  return found if isinstance(found, Mapping) else {}
+def _options(value: Any) -> Mapping[str, Any]:
+  """Of a training script: a dictionary, or an object with attributes or items."""
+  if not isinstance(value, Mapping):
+    return {}
+  # Attributes that are no plain values are no items of it; private ones are no options.
+  state = getattr(value, "state", None)
+  attributes = state if isinstance(state, Mapping) else {}
+  return {k: v for k, v in {**value, **attributes}.items() if not str(k).startswith("_")}
 
 
-def _named_in(tree: Mapping[str, Any]) -> list[str]:
-  """The nets that a checkpoint names, beside its weights."""
-  found = [place.get(key) for place in (_options(tree), tree) for key in _NET_OPTIONS]
-  return [name for name in found if isinstance(name, str)]
+def _named_in(
+  place: Mapping[str, Any], of_teacher: bool
+) -> Iterator[tuple[Mapping[str, Any], str]]:
+  """The nets that a checkpoint names, beside its weights, each with the options that do."""
+  keys = (*(_TEACHER_OPTIONS if of_teacher else ()), *_NET_OPTIONS)
+  found = [_options(place.get(key)) for key in _OPTIONS]
+  named = [(options, options.get(key)) for key in keys for options in (*found, place)]
+  # Of entries of the checkpoint, these are the weights.
+  sections = [_options(options.get(key)) for options in found for key in keys]
+  named += [(each, each.get(key)) for each in sections for key in (_NAME, *keys)]
+  # An architecture beside the options is that which these describe.
+  first = next(filter(None, found), {})
+  for options, text in named:
+    name = net_named(text)
+    if name is not None:
+      yield first if options is place else options, name
 
 
-def _trained_settings(tree: Mapping[str, Any], net: str, path: epath.Path) -> dict[str, Any]:
+def net_named(text: Any) -> str | None:
+  """The published net that a text names, as timm takes it: `hf_hub:timm/NAME.TAG`; None where it
+  names none.
+  """
+  if not isinstance(text, str):
+    return None
+  known, name = published_nets(), re.sub(r"^(hf[-_]hub:)?(timm/)?", "", text)
+  return next((each for each in (name, name.partition(".")[0]) if each in known), None)
+
+
+def _trained_settings(options: Mapping[str, Any], net: str, path: epath.Path) -> dict[str, Any]:
   """The settings of `config.model` that the options of timm's training script give a net."""
-  options = _options(tree)
-  changed = options.get("model_kwargs")
-  changed = changed if isinstance(changed, Mapping) else {}
+  changed = dict(_options(options.get("model_kwargs")))
+  epsilon = changed.pop("bn_eps", None) or options.get("bn_eps")
+  pooling = options.get(_POOLING)
+  if isinstance(pooling, str) and pooling not in _AVERAGE:
+    changed[_POOLING] = pooling
   if others := {key: value for key, value in changed.items() if key not in _HARMLESS_OPTIONS}:
     raise ConfigError(
-      f"{path} is not a plain {net}: its training changed the net by model_kwargs = "
-      f"{str(others)[:200]}, which is not supported. Use other weights."
+      f"{path} is not a plain {net}: its training changed the net by "
+      f"{reprlib.repr(others)[:200]}, which is not supported. Use other weights."
     )
-  epsilon = options.get("bn_eps")
+  if epsilon is None and options.get(_TENSORFLOW_NORM) is True:
+    epsilon = _TENSORFLOW_EPSILON
   return {"bn_epsilon": float(epsilon)} if isinstance(epsilon, int | float) else {}

@@ -14,12 +14,14 @@ from profit_jax.weights.torch_file import StandIn, array_of
 # (EMA), which are those that scripts evaluate; then raw ones.
 AVERAGED = (
   *("state_dict_ema", "model_ema", "model_ema_state_dict", "ema_state_dict", "ema_model"),
-  *("params_ema", "ema"),
+  *("params_ema", "ema", "ema_weights", "ema_net", "net_ema"),
+  *("average_model", "averaged_model", "swa_model", "swa_state_dict"),
 )
 RAW = (
   *("model", "state_dict", "model_state_dict", "model_state", "net", "network", "params"),
   *("weights", "checkpoint", "student", "teacher", "module", "backbone"),
 )
+_KNOWN = frozenset((*AVERAGED, *RAW))
 # Entries of no known name that hold no weights, though they may hold tensors.
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|amp|loss|criterion|hyper|callback|loop|rng", re.I)
 _DEEPEST = 4  # entries within entries
@@ -57,6 +59,29 @@ def chosen(tree: Any, entry: str, field: str) -> Chosen:
   Raises:
     RefusedError: no weights, several that none is the first of, or tensors that need code.
   """
+  path, rest = _path(tree, entry, field)
+  place = _at(tree, path)
+  notes = [_note(tree, path, field)] if path else []
+  tensors, skipped = _tensors(place)
+  if skipped:
+    notes.append(f"Passed over beside the tensors: {some(skipped)}.")
+  entries = tuple(str(name) for name, value in tree.items() if _holds_weights(value))
+  return Chosen(tensors, tuple(notes), rest, entries)
+
+
+def places(tree: Any, entry: str) -> list[Mapping[Any, Any]]:
+  """What holds the weights that `chosen` takes: the whole tree, and each entry of an entry; none
+  where it would refuse.
+  """
+  try:
+    path, _ = _path(tree, entry, "")
+  except RefusedError:
+    return []
+  return [_at(tree, path[:depth]) for depth in range(len(path) + 1)]
+
+
+def _path(tree: Any, entry: str, field: str) -> tuple[list[str], str]:
+  """The entries in which the weights are, and what of `entry` names none."""
   if not _is_container(tree):
     raise RefusedError(_no_weights(tree))
   path, rest = _followed(tree, entry)
@@ -66,12 +91,7 @@ def chosen(tree: Any, entry: str, field: str) -> Chosen:
   while len(path) < _DEEPEST and (step := _next(place, field)) is not None:
     path.append(step)
     place = place[step]
-  notes = [_note(tree, path, field)] if path else []
-  tensors, skipped = _tensors(place)
-  if skipped:
-    notes.append(f"Passed over beside the tensors: {some(skipped)}.")
-  entries = tuple(str(name) for name, value in tree.items() if _holds_weights(value))
-  return Chosen(tensors, tuple(notes), rest, entries)
+  return path, rest
 
 
 def _is_container(value: Any) -> bool:
@@ -118,12 +138,18 @@ def _next(place: Mapping[Any, Any], field: str) -> str | None:
   return others[0] if others else None
 
 
-def _holds_weights(value: Any, depth: int = _DEEPEST) -> bool:
-  if not depth or not _is_container(value):
-    return False
-  return _has_tensors(value) or any(
-    _holds_weights(value.get(name), depth - 1) for name in (*AVERAGED, *RAW)
-  )
+def _holds_weights(value: Any) -> bool:
+  """Whether there are tensors in an entry, or in known entries of it."""
+  level, seen = [value], set()
+  for _ in range(_DEEPEST):
+    # Entries may be the same ones many times.
+    level = [each for each in level if _is_container(each) and id(each) not in seen]
+    if any(map(_has_tensors, level)):
+      return True
+    seen.update(map(id, level))
+    within = {id(each[name]): each[name] for each in level for name in _KNOWN & each.keys()}
+    level = [*within.values()]
+  return False
 
 
 def _has_tensors(place: Mapping[Any, Any]) -> bool:

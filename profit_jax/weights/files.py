@@ -29,10 +29,21 @@ _SAFETENSORS_DTYPES = {
   "F16": np.float16,
   "BF16": ml_dtypes.bfloat16,
 }
+# Of tensors that are refused, or counters that nobody reads: their values do not matter.
+_OTHER_DTYPES = {
+  "I64": np.int64,
+  "I32": np.int32,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+  "C64": np.complex64,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})(\..*)")  # of a sharded file
 # Modules of transformers' nets, which hold a convolution and its norm.
 _TRANSFORMERS = re.compile(r"(.*\.)?(conv_stem|layer\.0|embedder|embeddings)\.(.*\.)?convolution\.")
 _LONGEST = 300  # characters of an error of a parser
+_MOST_TENSORS = 20_000  # of a net
 _ENTRY = "config.init.entry"
 
 
@@ -72,6 +83,8 @@ def read_contents(path: str, entry: str = "", field: str = _ENTRY) -> Contents:
     contents = _read(place, path, entry, field)
     if not contents.tensors:
       raise RefusedError("holds no tensors.")
+    if len(contents.tensors) > _MOST_TENSORS:
+      raise RefusedError(f"holds {len(contents.tensors)} tensors, more than any net here has.")
     tensors, notes = prefixes.tidied(contents.tensors)
     _refuse_transformers(tensors)
   except ConfigError:
@@ -98,7 +111,7 @@ def _read(place: epath.Path, name: str, entry: str, field: str) -> Contents:
 
 
 def _read_file(place: epath.Path, name: str, entry: str, field: str) -> Contents:
-  content = place.read_bytes()
+  content, whole = place.read_bytes(), entry
   digest = hashlib.sha256(content)
   found = formats.recognised(content, place.name)
   if found is None:
@@ -115,7 +128,7 @@ def _read_file(place: epath.Path, name: str, entry: str, field: str) -> Contents
     reader = _read_npz if found.kind == "npz" else _read_safetensors
     contents = _parsed(reader, found)
   contents = _below(contents, entry, field)
-  return contents._replace(sha256=digest.hexdigest(), published=hub.published(name))
+  return contents._replace(sha256=digest.hexdigest(), published=hub.published(name, whole))
 
 
 def _parsed(reader: Callable[[bytes], Any], found: formats.Recognised) -> Any:
@@ -218,12 +231,10 @@ def _read_safetensors(content: bytes) -> Contents:
   tensors = {}
   for name, entry in safetensors.deserialize(content):
     dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-    # Of a tensor in integers only the shape matters: it will be refused, or is a counter that
-    # nobody reads.
-    data = (
-      np.zeros(entry["shape"], np.int8) if dtype is None else np.frombuffer(entry["data"], dtype)
-    )
-    tensors[name] = data.reshape(entry["shape"])
+    if dtype is None:
+      tensors[name] = np.zeros(entry["shape"], _OTHER_DTYPES.get(entry["dtype"], np.int8))
+    else:
+      tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
   settings = safetensors_metadata(io.BytesIO(content)).get(SETTINGS_KEY)
   return Contents(tensors, None if settings is None else dict(json.loads(settings)))
 

@@ -25,7 +25,7 @@ from etils import epath
 
 from profit_jax import optional, paths
 from profit_jax.config import ConfigError
-from profit_jax.weights.claims import claim_of, is_nameless, is_own
+from profit_jax.weights.claims import claim_of, is_nameless, is_own, net_named
 from profit_jax.weights.formats import weights_in
 
 HUGGING_FACE, TORCHVISION = "hf:", "torchvision:"
@@ -108,10 +108,14 @@ def locate(weights: str) -> str:
   return weights
 
 
-def published(weights: str) -> Published | None:
+def published(weights: str, entry: str = "") -> Published | None:
   """What is published of weights: from torchvision's table, or the `config.json` of a repository
   of the hub or beside a `model.safetensors`; else what the file says itself, or the repository's
   name. None where nothing names an architecture, and for files of ours.
+
+  Args:
+    weights: a name, or a path.
+    entry: which of the weights in the file.
 
   Raises:
     ConfigError: as `locate`; or a `config.json` that cannot be understood.
@@ -127,7 +131,7 @@ def published(weights: str) -> Published | None:
     place = epath.Path(_hub_weights(weights))
     described_by = _hub_file(weights, _DESCRIPTION)
     called = _repository(weights)[0].partition("/")[2]
-    return _published_of(place, described_by and epath.Path(described_by), weights, called)
+    return _published_of(place, described_by and epath.Path(described_by), weights, entry, called)
   place = paths.opened("The weights", weights)
   if place.is_dir():
     # A run's config.json is another.
@@ -137,19 +141,24 @@ def published(weights: str) -> Published | None:
     place = found
   # Beside a file with a name of its own, it may be another file's.
   beside = place.parent / _DESCRIPTION
-  return _published_of(place, beside if is_nameless(place) and beside.exists() else None, weights)
+  description = beside if is_nameless(place) and beside.exists() else None
+  return _published_of(place, description, weights, entry)
 
 
 def _published_of(
-  place: epath.Path, description: epath.Path | None, weights: str, called: str | None = None
+  place: epath.Path,
+  description: epath.Path | None,
+  weights: str,
+  entry: str,
+  called: str | None = None,
 ) -> Published | None:
-  """What is published of a file that is called `weights` in messages; `called` as in `claim_of`."""
+  """What is published of a file that is called `weights` in messages; others as in `claim_of`."""
   if is_own(place):  # the settings that it records count, whatever it is called
     return None
   described = description and _read_description(description, weights)
   if described or not place.exists():
     return described
-  claim = claim_of(place, called)
+  claim = claim_of(place, called, entry)
   return claim and Published(claim.net, origin=claim.origin, claimed=True, settings=claim.settings)
 
 
@@ -164,6 +173,7 @@ def _read_description(path: epath.Path, weights: str) -> Published | None:
   architecture = content.get("architecture") if isinstance(content, dict) else None
   if not isinstance(architecture, str):
     return None
+  architecture = net_named(architecture) or architecture
   if content.get("model_args"):
     raise ConfigError(
       f"{weights} is not a plain {architecture}: {path} changes the net by model_args = "

@@ -124,7 +124,7 @@ def load_variables(
     )
   told = variants.named(contents.published, variant, path, role)
   published = told and variants.published_settings(told, model, path, role)
-  contents = _fitted(contents, model, template, path, field)
+  contents = _fitted(contents, model, template, path, field, new_head)
   recorded = contents.settings and contents.settings.get("name")
   loaded = import_variables(
     model, template, contents.tensors, path, role=role, new_head=new_head, recorded=recorded
@@ -148,15 +148,25 @@ def load_variables(
 
 
 def _fitted(
-  contents: Contents, model: str, template: Variables, source: str, field: str
+  contents: Contents,
+  model: str,
+  template: Variables,
+  source: str,
+  field: str,
+  new_head: Variables | None,
 ) -> Contents:
   """The content with the names that the model has, where a prefix keeps them from it."""
-  paths = traverse_util.flatten_dict(template)
-  plain = [path for path in paths if path[-1] not in QUANTIZER_LEAVES]
-  expected = [set(names.tensor_names(plain).values()) for names in namings(model).values()]
-  whole = [set(names.tensor_names(paths).values()) for names in namings(model).values()]
+  whole = traverse_util.flatten_dict(template)
+  plain = [path for path in whole if path[-1] not in QUANTIZER_LEAVES]
+  # With a new head, a net without one is complete.
+  body = [path for path in plain if new_head is None or not _is_of_head(model, path)]
+  expected = [
+    set(names.tensor_names(paths).values())
+    for paths in (plain, whole, body)
+    for names in namings(model).values()
+  ]
   try:
-    tensors, notes = prefixes.fitted(contents.tensors, [*expected, *whole], field)
+    tensors, notes = prefixes.fitted(contents.tensors, expected, field)
   except RefusedError as error:
     raise ConfigError(f"The weights file {source!r} {error}") from error
   return contents._replace(tensors=tensors, notes=contents.notes + notes)
@@ -302,7 +312,7 @@ def problem_of(
   if not _is_float(tensor):
     return Problem("wrong type", name, f" is {tensor.dtype}, must be floating point")
   if not _is_finite(tensor):
-    return Problem("not finite", name, " has NaN or infinite values")
+    return Problem("not finite", name, " has NaN, infinite or too large values")
   if variance and tensor.size and (least := float(tensor.min())) < 0:
     return Problem("impossible", name, f" has the value {least:g}, but a variance is 0 or above")
   return None
@@ -347,4 +357,5 @@ def _is_float(tensor: np.ndarray) -> bool:
 
 
 def _is_finite(tensor: np.ndarray) -> bool:
-  return _is_float(tensor) and bool(np.isfinite(tensor.astype(np.float64)).all())
+  with np.errstate(over="ignore"):  # what float32 cannot have is infinite in it
+    return _is_float(tensor) and bool(np.isfinite(tensor.astype(np.float32)).all())

@@ -38,6 +38,7 @@ _CLOSE = 0.12  # of widths, relative: channels are rounded
 _LARGE = 64  # channels from which rounding matters little
 _LONGEST = 300  # letters of a line on a tensor
 _DATA = "kernels.json"
+_VALUES = ("wrong type", "not finite", "impossible")
 
 Shapes = Mapping[str, tuple[int, ...]]
 ProblemKind = Literal[
@@ -168,15 +169,8 @@ def _listed_in_file(file: str, problems: Collection[Problem]) -> str | None:
 def _advice(given: Given, problems: Collection[Problem]) -> str:
   """Which kind of difference it is, and what to do about it."""
   section = "model" if given.role != "teacher" else "teacher"
-  if all(p.kind == "wrong shape" and p.tensor in given.head for p in problems):
-    return _other_classes(given)
-  if all(p.tensor.rpartition("/")[2].startswith(PREFIX) for p in problems):
-    return "Its quantizers are others. Set config.quant as it was in its run, or use another file."
-  if all(p.kind in ("wrong type", "not finite", "impossible") for p in problems):
-    return (
-      "Only values are wrong, which no training leaves: it was damaged, or its training diverged. "
-      "Use another file."
-    )
+  if told := _of_few(given, problems):
+    return told
   field = "config.teacher.model" if section == "teacher" else "config.model.name"
   if given.recorded not in (None, given.model):
     return (
@@ -225,6 +219,27 @@ def _unknown(given: Given) -> str:
   )
 
 
+def _of_few(given: Given, problems: Collection[Problem]) -> str:
+  """Of a file whose net is right, what else is wrong; "" of others."""
+  if all(p.kind == "wrong shape" and p.tensor in given.head for p in problems):
+    return _other_classes(given)
+  if {("missing", name) for name in given.head} == {(p.kind, p.tensor) for p in problems}:
+    return _no_classifier(given)
+  if all(p.tensor.rpartition("/")[2].startswith(PREFIX) for p in problems):
+    return "Its quantizers are others. Set config.quant as it was in its run, or use another file."
+  if all(p.kind == "wrong type" for p in problems):
+    return (
+      "Only the type of its numbers is wrong, as of quantized weights. Save them as float32: "
+      "{name: tensor.float()}; or use the file from before their conversion."
+    )
+  if all(p.kind in _VALUES for p in problems):
+    return (
+      "Only values are wrong, which no training leaves: it was damaged, or its training diverged. "
+      "Use another file."
+    )
+  return ""
+
+
 def _other_classes(given: Given) -> str:
   theirs = [
     there
@@ -238,6 +253,13 @@ def _other_classes(given: Given) -> str:
   if given.role == "library":
     return f"{told} Load it into a model of its classes, and leave out the variables of the head."
   return f"{told} config.init.reset_head=True starts with a new classifier."
+
+
+def _no_classifier(given: Given) -> str:
+  told = "Only its classifier is missing."
+  if given.role == "student":
+    return f"{told} config.init.reset_head=True starts with a new classifier."
+  return f"{told} Use a file that has one."
 
 
 def _prefix(like: Likeness) -> str:
@@ -290,8 +312,9 @@ def _closest(given: Given) -> Likeness | None:
 def _likeness(model: str, names: Shapes, kernels: Shapes) -> Likeness:
   """How much kernels in a file have in common with those of a model under some names."""
   counts: collections.Counter[str] = collections.Counter()
+  most = max((len(_starts(name)) for name in names), default=1)
   for name in kernels:
-    counts.update(name[:at] for at in _starts(name) if name[at:] in names)
+    counts.update(name[:at] for at in _starts(name)[-most:] if name[at:] in names)
   if not counts:
     return Likeness(model)
   prefix, common = max(counts.items(), key=lambda item: (item[1], -len(item[0])))

@@ -68,10 +68,12 @@ def below(tensors: Tensors, prefix: str, field: str, entries: Collection[str] = 
   Raises:
     RefusedError: there are none.
   """
-  start = f"{prefix.rstrip('.')}."
-  found = {
-    name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)
-  }
+  found = _starting(tensors, prefix)
+  if not found:
+    # As `fitted` names them, without wrappers.
+    unwrapped = {*_WRAPPERS, _DATA_PARALLEL}
+    plain = _renamed(tensors, lambda name: _without(name, unwrapped))
+    found = _starting(plain, _without(prefix.rstrip("."), unwrapped))
   if not found:
     first = dict.fromkeys(name.partition(".")[0] for name in tensors)
     weights = f" Its entries with weights are {some(entries)}." if entries else ""
@@ -80,6 +82,13 @@ def below(tensors: Tensors, prefix: str, field: str, entries: Collection[str] = 
       f"{some(first)}.{weights}"
     )
   return found
+
+
+def _starting(tensors: Tensors, prefix: str) -> Tensors:
+  start = f"{prefix.rstrip('.')}."
+  return {
+    name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)
+  }
 
 
 def fitted(
@@ -132,6 +141,8 @@ def _refuse_the_rest(
 ) -> None:
   """Names what is beside a net that is complete without it, as the weights of a loss."""
   beside = sorted(name for name in left if not name.endswith(_NOT_READ))
+  if any(name.startswith(prefix) for name in beside):
+    return  # choosing the prefix would not leave it out
   if beside and any(set(each) <= set(names) for each in expected):
     raise RefusedError(
       f"holds {len(beside)} tensors beside the net, whose names begin with {prefix!r}: "
@@ -143,9 +154,10 @@ def _refuse_the_rest(
 def _parts(names: Collection[str], wanted: Collection[str]) -> dict[str, set[str]]:
   """Which wanted names there are behind which prefix. A name has the shortest that it can."""
   found: dict[str, set[str]] = {}
+  most = max((name.count(".") + 1 for name in wanted), default=0)
   for name in names:
     steps = name.split(".")
-    for first in range(len(steps)):
+    for first in range(max(0, len(steps) - most), len(steps)):
       rest = ".".join(steps[first:])
       if rest in wanted:
         found.setdefault(name.removesuffix(rest), set()).add(rest)

@@ -14,8 +14,9 @@ import collections
 import io
 import math
 import pickle
+import reprlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
@@ -48,6 +49,9 @@ _DTYPES = {  # of storages; NumPy's dtypes cannot be changed
 _PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 _PLAIN_VALUES = (str, bool, int, float, dict)  # of attributes that are kept
 _SHOWN = 100  # characters of a name that a file gives
+# Of a pickle: the largest checkpoint of a net here, with its optimizer, has a twentieth of it.
+_MOST_INSTRUCTIONS = 1_000_000
+_MOST_IN_KEY = 1000  # elements of tuples, which may hold each other
 
 
 class TorchFileError(ValueError):
@@ -106,11 +110,15 @@ class StandIn(dict):
 
 
 def _omegaconf_values(content: Any) -> dict[str, Any]:
-  """The values in an omegaconf configuration, whose nodes have theirs as `_val`."""
+  """The values in an omegaconf configuration, whose nodes have theirs as `_val`, and those in
+  configurations within it.
+  """
   if type(content) is not dict:
     return {}
-  nodes = {key: node for key, node in content.items() if type(node) is StandIn and "_val" in node}
-  return {key: node["_val"] for key, node in nodes.items() if type(key) is str}
+  nodes = {key: node for key, node in content.items() if type(key) is str and type(node) is StandIn}
+  return {
+    key: node.get("_val", node) for key, node in nodes.items() if node.keys() & {"_val", "_content"}
+  }
 
 
 class _Function(NamedTuple):
@@ -165,6 +173,39 @@ _OPCODES = (
 )
 
 
+class _Limited(dict):
+  """The machine's instructions, which end after `_MOST_INSTRUCTIONS`."""
+
+  left = _MOST_INSTRUCTIONS
+
+  def __getitem__(self, code: int) -> Callable[..., None]:
+    """See `dict`."""
+    self.left -= 1
+    if self.left < 0:
+      raise TorchFileError(
+        f"it has more than {_MOST_INSTRUCTIONS} instructions, as no weights need"
+      )
+    return super().__getitem__(code)
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+  """Tuples that hold each other many times would be hashed for ever."""
+  for key in keys:
+    left, seen = [key], 0
+    while left:
+      seen += 1
+      if seen > _MOST_IN_KEY:
+        raise TorchFileError(f"it has a key of more than {_MOST_IN_KEY} elements")
+      if type(value := left.pop()) is tuple:
+        left.extend(value)
+
+
+def _ordered(items: Any = ()) -> collections.OrderedDict:
+  items = list(items.items() if isinstance(items, Mapping) else items)
+  _check_keys(key for key, _ in items)
+  return collections.OrderedDict(items)
+
+
 # The one in Python, not the fast one in C: its instructions can be taken away, and a place number
 # of 2^32 in its memo does not reserve the memory for so many.
 class _Machine(pickle._Unpickler):
@@ -183,10 +224,11 @@ class _Machine(pickle._Unpickler):
     """Args: file: with the pickle; limit: bytes that storages and tensors may have."""
     # Every byte is a character: Python 2 wrote the bytes of NumPy's scalars as text.
     super().__init__(file, encoding="latin1")
+    self.dispatch = _Limited(self.dispatch)
     self.storages: dict[str, _Storage] = {}
     self._left = limit
     self._names = {
-      ("collections", "OrderedDict"): _Function(collections.OrderedDict),
+      ("collections", "OrderedDict"): _Function(_ordered),
       ("torch", "Size"): _Function(tuple),
       ("torch._utils", "_rebuild_tensor"): _Function(self._tensor),
       ("torch._utils", "_rebuild_tensor_v2"): _Function(self._tensor),
@@ -202,8 +244,11 @@ class _Machine(pickle._Unpickler):
 
   def find_class(self, module: str, name: str) -> Any:
     """See `pickle.Unpickler`."""
-    full_name = "".join(c if c.isprintable() else "?" for c in f"{module}.{name}"[:_SHOWN])
-    return self._names[module, name] if (module, name) in self._names else StandIn(full_name)
+    # One of a name: a pickle may name it a million times.
+    if (module, name) not in self._names:
+      full_name = "".join(c if c.isprintable() else "?" for c in f"{module}.{name}"[:_SHOWN])
+      self._names[module, name] = StandIn(full_name)
+    return self._names[module, name]
 
   def persistent_load(self, pid: Any) -> Any:
     """See `pickle.Unpickler`: torch keeps storages outside of the pickle."""
@@ -218,6 +263,8 @@ class _Machine(pickle._Unpickler):
       raise TorchFileError(
         "it has views of storages, which torch stopped writing in version 0.4; save it again"
       )
+    if type(key) not in (str, int):
+      raise TorchFileError("it has a storage whose name makes no sense")
     key = str(key)
     if key not in self.storages:
       self._take(size * dtype.itemsize)
@@ -297,6 +344,26 @@ class _Machine(pickle._Unpickler):
     # Python's own reserves what the file says before it reads.
     self.append(self.read(int.from_bytes(self.read(8), "little")))
 
+  def _checked_item(self) -> None:
+    _check_keys(self.stack[-2:-1])
+    self.load_setitem()
+
+  def _checked_items(self) -> None:
+    _check_keys(self.stack[::2])
+    self.load_setitems()
+
+  def _checked_members(self) -> None:
+    _check_keys(self.stack)
+    self.load_additems()
+
+  def _checked_frozenset(self) -> None:
+    _check_keys(self.stack)
+    self.load_frozenset()
+
+  dispatch[pickle.SETITEM[0]] = _checked_item
+  dispatch[pickle.SETITEMS[0]] = _checked_items
+  dispatch[pickle.ADDITEMS[0]] = _checked_members
+  dispatch[pickle.FROZENSET[0]] = _checked_frozenset
   dispatch[pickle.BYTEARRAY8[0]] = _bytes
   dispatch[pickle.REDUCE[0]] = _call
   dispatch[pickle.NEWOBJ[0]] = _call
@@ -360,10 +427,12 @@ def _read_stream(content: bytes) -> Any:
   protocol, system = _Machine(file, limit).load(), _Machine(file, limit).load()
   if protocol != _STREAM_PROTOCOL or not system.get("little_endian", True):
     raise TorchFileError(
-      f"its version is {protocol}, on {system}: only {_STREAM_PROTOCOL}, little-endian, is known"
+      f"its version is {reprlib.repr(protocol)}, on {reprlib.repr(system)}: only "
+      f"{_STREAM_PROTOCOL}, little-endian, is known"
     )
   machine = _Machine(file, limit)
-  tree, keys = machine.load(), [str(key) for key in _Machine(file, limit).load()]
+  tree, keys = machine.load(), _Machine(file, limit).load()
+  keys = [str(key) for key in keys if type(key) in (str, int)]
   if machine.storages.keys() != set(keys):
     raise TorchFileError(f"its storages {keys} are not those of its tensors")
   for key in keys:

@@ -24,6 +24,7 @@ from tests.specs import init_variables
 from tests.train.shared import tiny_config
 from tests.train.tiny import TinyNet
 from tests.weights.test_files import crafted, tensor, text
+from tests.weights.torch_writer import Global, Made, Tensor, torch_file
 
 
 class ClaimedNet(TinyNet):
@@ -179,6 +180,13 @@ def test_a_checkpoint_that_names_another_net_is_refused(content, tmp_path):
     ({"arch": "efficientnet"}, None),
     ({"args": argparse.Namespace(model="mine", arch=3)}, None),
     ({"args": [1], "arch": None}, None),
+    # With the tag of a training, and where it is fetched from.
+    ({"args": argparse.Namespace(model="hf_hub:timm/tf_tinynet_100.in1k")}, "tf_tinynet_100"),
+    ({"arch": "quantization.mobilenet_v2"}, "quantization.mobilenet_v2"),
+    # Lightning's, and those of other scripts.
+    ({"hyper_parameters": {"lr": 0.1, "model_name": "tf_tinynet_100"}}, "tf_tinynet_100"),
+    ({"cfg": {"model": {"name": "tf_tinynet_100", "lr": 3}}}, "tf_tinynet_100"),
+    ({"model_name": "tinynet_100"}, "tinynet_100"),
   ],
 )
 def test_options_say_the_net(content, tmp_path, tree, net):
@@ -188,6 +196,45 @@ def test_options_say_the_net(content, tmp_path, tree, net):
   (tmp_path / "w.pth").write_bytes(buffer.getvalue())
   claim = claim_of(epath.Path(tmp_path / "w.pth"))
   assert (claim and claim.net) == net
+
+
+@pytest.mark.parametrize(
+  ("entry", "net"),
+  [("", None), ("a", "tinynet_100"), ("b", "tf_tinynet_100"), ("c/teacher", "resnet50")],
+)
+def test_the_options_nearest_to_the_chosen_weights_say_the_net(content, tmp_path, entry, net):
+  weights = {"w": Tensor(np.zeros(3, np.float32))}
+  options = Made(Global("argparse", "Namespace"), (), {"model": "tinynet", "teacher": "resnet50"})
+  tree = {
+    "a": {"arch": "tinynet_100", "state_dict": weights},
+    "b": {"arch": "tf_tinynet_100", "model": weights},
+    "c": {"args": options, "arch": "tinynet_100", "student": weights, "teacher": weights},
+  }
+  path = epath.Path(tmp_path / "w.pth")
+  path.write_bytes(torch_file(tree))
+  claim = claim_of(path, entry=entry)
+  assert (claim and claim.net) == net
+  if net and entry != "b":
+    assert hub.published(str(path), entry).architecture == net
+
+
+def test_options_in_an_omegaconf_configuration(content, tmp_path):
+  def node(value):
+    return Made(Global("omegaconf.nodes", "AnyNode"), (), {"_val": value})
+
+  def section(**nodes):
+    state = {"_content": nodes, "_metadata": None}
+    return Made(Global("omegaconf.dictconfig", "DictConfig"), (), state)
+
+  path = epath.Path(tmp_path / "w.pth")
+  options = section(model=section(name=node("tinynet_100"), bn_eps=node(0.01)))
+  tree = {"state_dict": {"w": Tensor(np.zeros(3, np.float32))}, "cfg": options}
+  path.write_bytes(torch_file(tree))
+  assert claim_of(path)[::2] == ("tinynet_100", {"bn_epsilon": 0.01})
+  changed = section(model=node("tinynet_100"), model_kwargs=section(pad_type=node("same")))
+  path.write_bytes(torch_file({**tree, "args": changed}))
+  with pytest.raises(ConfigError, match=r"tinynet_100: .* by \{'pad_type': 'same'\}"):
+    claim_of(path)
 
 
 def checkpoint(path, **options):
@@ -204,6 +251,10 @@ def test_options_that_change_the_net_count_too(content, tmp_path):
   assert claim_of(checkpoint(path, bn_eps=0.01)).settings == {"bn_epsilon": 0.01}
   assert claim_of(checkpoint(path, bn_eps=None)).settings == {}
   assert claim_of(checkpoint(path, model_kwargs={"drop_rate": 0.2})).settings == {}
+  assert claim_of(checkpoint(path, model_kwargs={"bn_eps": 1e-3})).settings == {"bn_epsilon": 1e-3}
+  assert claim_of(checkpoint(path, bn_tf=True, gp="avg")).settings == {"bn_epsilon": 1e-3}
+  with pytest.raises(ConfigError, match="'gp': 'max'"):
+    claim_of(checkpoint(path, gp="max"))
   with pytest.raises(ConfigError, match=r"not a plain tinynet_100.*'pad_type': 'same'"):
     claim_of(checkpoint(path, model_kwargs={"pad_type": "same", "num_classes": 10}))
 

@@ -181,6 +181,19 @@ def test_prefixes_that_all_names_have(prefix):
   assert (sorted(tensors), notes) == (sorted(RAW), ())
 
 
+@pytest.mark.parametrize("wrapped", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}"])
+def test_the_choice_that_a_message_gives_can_be_made(read, wrapped):
+  copies = {**weights(3, "online.module."), **weights(4, "target.module.")}
+  tree = {wrapped.format(name): tensor for name, tensor in copies.items()}
+  for entry, value in (("online", 3), ("target.module", 4), (wrapped.format("target."), 4)):
+    assert read(tree, entry)[0] == value
+
+
+def test_what_a_choice_would_not_leave_out_is_left_for_the_strict_import():
+  tensors = {**arrays(0, "model."), "model.extra.weight": np.zeros(3)}
+  assert "model.extra.weight" in fitted(tensors, EXPECTED, "F")[0]
+
+
 def test_a_prefix_of_the_backbone_alone():
   tensors = arrays(0, "backbone.")
   head = {name: tensors.pop(f"backbone.{name}") for name in ("fc.weight", "fc.bias")}

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import struct
+import time
 import zipfile
 
 import ml_dtypes
@@ -16,7 +17,7 @@ import pytest
 import safetensors.numpy
 
 from profit_jax.config import ConfigError
-from profit_jax.weights import formats, torch_file
+from profit_jax.weights import containers, files, formats, hub, prefixes, torch_file
 from profit_jax.weights.files import read_contents
 from tests import golden_data
 from tests.weights.torch_writer import Global, Made, Tensor, pickled
@@ -356,6 +357,60 @@ def test_a_small_file_cannot_fill_the_memory(tmp_path):
   (tmp_path / "w.pth").write_bytes(crafted(text("l"), laughs, text("w"), far))
   with pytest.raises(ConfigError, match=r"'l' \(tuple\)"):
     contents(str(tmp_path / "w.pth"))
+
+
+# A tuple of two, each of which is a tuple of two, sixty times.
+DEEP = b"K\x01\x85q\0" + b"".join(b"0h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+
+
+@pytest.mark.parametrize(
+  ("program", "told"),
+  [
+    (text("w") + b"N0" * 500_001 + b"N", "1000000 instructions"),
+    (DEEP + b"K\x01", "key of more than"),
+    (text("w") + b"\x8f(" + DEEP + b"\x90", "key of more than"),
+    (text("w") + name("torch", "Size") + b")R(" + DEEP + b"\x91", "key of more than"),
+    (text("w") + name("collections", "OrderedDict") + b"](" + DEEP + b"Nta\x85R", "key of more"),
+    (
+      text("w")
+      + group(text("storage"), name("torch", "FloatStorage"), DEEP, text("cpu"), number(4))
+      + b"Q",
+      "name",
+    ),
+  ],
+)
+def test_a_small_file_ends_soon(tmp_path, program, told):
+  (tmp_path / "w.pth").write_bytes(crafted(program))
+  began = time.process_time()
+  with pytest.raises(ConfigError, match=told):
+    contents(str(tmp_path / "w.pth"))
+  assert time.process_time() - began < 3
+
+
+def test_names_and_options_of_any_size_end_soon(tmp_path):
+  options = {"model": "mobilenetv2_100", "model_kwargs": {}}
+  for _ in range(60):
+    options["model_kwargs"] = {"a": options["model_kwargs"], "b": options["model_kwargs"]}
+  entries = {}
+  for _ in range(60):
+    entries = dict.fromkeys((*containers.RAW, *containers.AVERAGED), entries)
+  (tmp_path / "options.pth").write_bytes(archive({"state_dict": {}, "args": options}))
+  (tmp_path / "entries.pth").write_bytes(archive(entries))
+  began = time.process_time()
+  with pytest.raises(ConfigError, match="not a plain mobilenetv2_100"):
+    hub.published(str(tmp_path / "options.pth"))
+  with pytest.raises(ConfigError, match="no tensors"):
+    contents(str(tmp_path / "entries.pth"))
+  deep = {"a." * 100_000 + "w": np.zeros(3)}
+  assert prefixes.fitted(deep, [{"w", "b"}], "F")[0].keys() == {"w"}
+  assert time.process_time() - began < 1
+
+
+def test_more_tensors_than_any_net_has(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "_MOST_TENSORS", 2)
+  np.savez(tmp_path / "w.npz", **{str(i): np.zeros(0) for i in range(3)})
+  with pytest.raises(ConfigError, match="holds 3 tensors, more than any net"):
+    contents(str(tmp_path / "w.npz"))
 
 
 def test_a_packed_file_cannot_fill_the_memory(tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ def test_directories_of_the_hub(tmp_path):
   directory.mkdir()
   (directory / "pytorch_model.bin").write_bytes(TORCH)
   assert expect(directory).published.architecture == "mobilenetv2_100"
-  (directory / "config.json").write_text('{"architecture": "mobilenetv1_100"}')
+  (directory / "config.json").write_text('{"architecture": "timm/mobilenetv1_100.in1k"}')
   assert expect(directory).published.architecture == "mobilenetv1_100"
   assert hub.published(str(directory)).architecture == "mobilenetv1_100"
   # The first of several counts.

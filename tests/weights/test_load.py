@@ -165,6 +165,17 @@ def test_another_number_of_classes_needs_reset_head(tensors):
   )
 
 
+def test_another_head_behind_another_prefix_can_be_left_out(tensors, tmp_path):
+  body = {n: v for n, v in full_precision(tensors).items() if not n.startswith("classifier")}
+  given = {f"backbone.{name}": value for name, value in body.items()}
+  np.savez(tmp_path / "w.npz", **given, **{"head.weight": np.zeros((5, 1280))})
+  head = {"params": {"classifier": {"kernel": np.zeros((1280, 10)), "bias": np.zeros(10)}}}
+  path, options = str(tmp_path / "w.npz"), {"new_head": head}
+  with pytest.raises(ConfigError, match=r"head\.weight.*config\.init\.entry=backbone"):
+    load_variables(path, "mobilenet_v2", template(), **options)
+  load_variables(path, "mobilenet_v2", template(), entry="backbone", **options)
+
+
 def test_a_new_head_does_not_excuse_the_rest(tensors):
   del tensors["features.0.0.weight"]
   head = {"params": {"classifier": {"kernel": np.zeros((1280, 7)), "bias": np.zeros(7)}}}

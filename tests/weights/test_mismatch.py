@@ -5,6 +5,7 @@ import pathlib
 import re
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -121,6 +122,27 @@ def test_another_number_of_classes():
   assert counts == "Of the model's 262 tensors 260 fit, 2 of another shape."
   assert "A teacher needs those of the data, 10." in message(given, role="teacher")[1]
   assert "reset_head" not in message(given, role="library")[1]
+
+
+def test_a_missing_classifier():
+  given = {name: value for name, value in v2().items() if not name.startswith("classifier")}
+  kind = message(given)[1]
+  assert kind.startswith("Only its classifier is missing. config.init.reset_head=True")
+  assert "reset_head" not in message(given, role="teacher")[1]
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.complex64, ml_dtypes.float8_e4m3fn])
+def test_tensors_of_another_type(dtype):
+  given = {name: np.zeros(value.shape, dtype) for name, value in v2().items()}
+  _, kind, counts, first, *_ = message(given)
+  assert kind.startswith("Only the type of its numbers is wrong")
+  assert counts.endswith("0 fit, 262 of another type.")
+  assert first.endswith(f"is {np.dtype(dtype)}, must be floating point")
+
+
+def test_a_value_that_float32_cannot_have():
+  given = {**v2(), "features.0.0.weight": np.full((32, 3, 3, 3), 1e300)}
+  assert "features.0.0.weight has NaN, infinite or too large values" in message(given)[3]
 
 
 def test_values_that_no_training_leaves():
