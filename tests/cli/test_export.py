@@ -215,13 +215,31 @@ def test_the_example_computes_the_same(exported, picture):
   np.testing.assert_allclose(np.diff(np.float64(logits)), np.diff(np.log(probabilities)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["PNG gray 16", "PNG palette 8, transparent", "PNG RGBA 16"])
-def test_the_example_sees_the_pixels_that_predict_sees(exported, tmp_path, monkeypatch, name):
-  (tmp_path / "picture").write_bytes(kinds()[name][0])
+@pytest.mark.filterwarnings("ignore")  # a script leaves its file to the end of the process
+def test_the_example_sees_the_pixels_that_predict_sees(exported, tmp_path, monkeypatch):
+  """Or it does not read the file; those few are listed."""
+
+  class Session:
+    def __init__(self, *_, **__):
+      pass
+
+    def run(self, _, inputs):
+      return [np.zeros((1, 10))]
+
   file, picture = exported / f"{STEM}.onnx", tmp_path / "picture"
   monkeypatch.setattr(sys, "argv", ["", str(file), str(picture)])
-  found = runpy.run_path(str(ROOT / "examples" / "classify_onnx.py"))
-  assert np.array_equal(found["pixels"][0], prepared(exported, picture))
+  monkeypatch.setattr("onnxruntime.InferenceSession", Session)
+  unread = set()
+  for name, (content, _) in kinds().items():
+    picture.write_bytes(content)
+    try:
+      found = runpy.run_path(str(ROOT / "examples" / "classify_onnx.py"))
+    except (OSError, ValueError, SystemExit):
+      unread.add(name)
+      continue
+    assert np.array_equal(found["pixels"][0], prepared(exported, picture)), name
+  damaged = {name for name in kinds() if name.startswith("PNG wrong")}
+  assert unread <= damaged | {"PNG ICC of 3 MB", "TIFF 12", "TIFF 16", "TIFF 16, white is zero"}
 
 
 def test_the_example_prints_its_usage():
