@@ -33,8 +33,8 @@ def opened(what: str, path: str) -> epath.Path:
 
 
 def without_file_scheme(path: str) -> str:
-  """The local path that a `file://` URL names; other paths stay as they are."""
-  parts = urllib.parse.urlsplit(path) if path.lower().startswith("file://") else None
+  """The local path that a `file:` URL names; other paths stay as they are."""
+  parts = urllib.parse.urlsplit(path) if path.lower().startswith("file:/") else None
   if parts is None or parts.netloc not in ("", "localhost"):
     return path
-  return urllib.parse.unquote(parts.path)
+  return urllib.parse.unquote(parts.path, errors="surrogateescape")
