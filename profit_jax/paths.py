@@ -38,3 +38,20 @@ def without_file_scheme(path: str) -> str:
   if parts is None or parts.netloc not in ("", "localhost"):
     return path
   return urllib.parse.unquote(parts.path, errors="surrogateescape")
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+  """The content of a local file.
+
+  Raises:
+    ConfigError: no regular file, or one that cannot be read.
+  """
+  # A special file, as a pipe, would be waited for.
+  if os.path.exists(path) and not os.path.isfile(path):
+    what = "a directory" if os.path.isdir(path) else "a special file"
+    raise ConfigError(f"{os.fspath(path)!r} is {what}. Give a file.")
+  try:
+    with open(path, "rb") as file:
+      return file.read()
+  except OSError as error:
+    raise ConfigError(f"{os.fspath(path)!r} cannot be read: {error.strerror}.") from error

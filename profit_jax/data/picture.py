@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageChops, features
 
+from profit_jax import paths
 from profit_jax.config import ConfigError
 from profit_jax.data.base import LONGEST
 
@@ -138,7 +139,7 @@ def read_picture(
   Raises:
     ConfigError: no picture.
   """
-  content = read_file(path)
+  content = paths.read_file(path)
   try:
     image = Image.fromarray(decode(content))
   except UnreadableImageError as error:
@@ -146,23 +147,6 @@ def read_picture(
   turned = orientation(content) if turn else 1
   image = image if turned == 1 else image.transpose(_TURNS[turned])
   return _center(image, size, share, interpolation)
-
-
-def read_file(path: str | os.PathLike) -> bytes:
-  """The content of a file that a user names.
-
-  Raises:
-    ConfigError: no file.
-  """
-  # A special file, as a pipe, would be waited for.
-  if os.path.exists(path) and not os.path.isfile(path):
-    what = "a directory" if os.path.isdir(path) else "a special file"
-    raise ConfigError(f"{os.fspath(path)!r} is {what}. Give image files.")
-  try:
-    with open(path, "rb") as file:
-      return file.read()
-  except OSError as error:
-    raise ConfigError(f"{os.fspath(path)!r} cannot be read: {error.strerror}.") from error
 
 
 def _center(image, size, share, interpolation):

@@ -337,8 +337,15 @@ def test_a_model_of_own_arrays_takes_arrays_only(exported, picture, tmp_path, ca
     (np.zeros((5, 5, 3), np.uint8), r"uint8 of the shape \[5, 5, 3\]: the model takes uint8"),
     (np.zeros((16, 16, 3), np.float32), "float32 of the shape .*: the model takes uint8"),
     (np.zeros((0, 16, 16, 3), np.uint8), r"\[0, 16, 16, 3\]: the model takes"),
-    (np.array([{}]), "pickle"),
+    (np.array([{}]), "no array of numbers"),
     (b"no array", "cannot be read.*numpy.save"),
+    (b"PK\3\4", "cannot be read.*numpy.save"),
+    (
+      b"\x93NUMPY\1\0\x60\0{'descr': '|u1', 'fortran_order': False, 'shape': (9"
+      + b"0" * 37
+      + b"), }\n",
+      "cut off",
+    ),
     (None, "No such file"),
   ],
 )
@@ -367,6 +374,17 @@ def test_wrong_input_of_predict(exported, picture, capsys, make, named):
   errors = capsys.readouterr().err
   assert named in errors
   assert errors.count("error: ") == 1
+
+
+@pytest.mark.parametrize("name", ["pipe.npy", "pipe.png", "pipe.onnx", "model.onnx.json"])
+def test_predict_does_not_wait_for_a_pipe(exported, tmp_path, capsys, name):
+  os.mkfifo(tmp_path / name)
+  (tmp_path / "model.onnx").write_bytes(b"")
+  model = tmp_path / (name if name == "pipe.onnx" else "model.onnx")
+  if name in ("pipe.npy", "pipe.png"):
+    model = exported / f"{STEM}.onnx"
+  assert predict.main([str(model), str(tmp_path / name)]) == 2
+  assert f"{name}' is a special file" in capsys.readouterr().err
 
 
 def test_a_file_that_was_changed_after_its_verification(exported, picture, tmp_path, capsys):
