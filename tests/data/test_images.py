@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import os
 import re
 import shutil
 
@@ -280,8 +281,13 @@ def damaged_copy(written, directory, change):
     (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "cuttings cannot be read"),
     (lambda shard: shard.write_bytes(b""), "cuttings holds fewer examples"),
     (lambda shard: shard.unlink(), "train.tfrecord-00000-of-00003 does not exist"),
+    (lambda shard: (shard.unlink(), os.mkfifo(shard)), "00000-of-00003 is no regular file"),
+    (
+      lambda shard: (shard.parent / "dataset_info.json").write_text("{"),
+      "'cuttings' cannot be opened in .*JSON",
+    ),
   ],
-  ids=["cut", "empty", "missing"],
+  ids=["cut", "empty", "missing", "pipe", "description"],
 )
 def test_damaged_shards_are_refused(written, tmp_path, change, message):
   with pytest.raises(ConfigError, match=message):
