@@ -41,7 +41,9 @@ _SHARE = re.compile(_PERCENT)
 _PART = re.compile(rf"(?P<name>.+)\[(?P<low>-?{_PERCENT})?:(?P<high>-?{_PERCENT})?\]")
 # Class folders that are looked into to tell whether a directory without splits holds classes.
 _LOOKED_INTO = 5
-_COMPARED = 16  # files, to tell whether a split is a copy
+# Images of both splits, local and remote, of which the bytes are compared.
+_COMPARED, _COMPARED_REMOTELY = 20_000, 16
+_STARTS = 4096  # bytes of a file, compared before the rest
 _NOTED = 3  # of each kind of entry that is not read
 
 
@@ -476,12 +478,8 @@ def _note_on_overlap(train: _Part, evaluation: _Part) -> str | None:
     example = ""
   else:
     both, example = _linked(train, evaluation)
-    if not both and _are_copies(train, evaluation):
-      return (
-        f"The {total} evaluation images in {shown(evaluation.tree.path)} are copies of training "
-        f"images, as far as compared: names and contents are the same. Accuracy will not say how "
-        "well other images are classified."
-      )
+    if not both:
+      both, example = _copied(train, evaluation)
   if not both:
     return None
   return (
@@ -517,19 +515,52 @@ def _is_same(one, two):
     return False
 
 
-def _are_copies(train, evaluation):
-  """Whether all evaluation images have a training image's name, and some of them its content."""
-  if not all({*evaluation.names(label)} <= {*train.names(label)} for label in evaluation.chosen):
-    return False
-  names = list(evaluation.paths())
-  compared = names[:: -(-len(names) // _COMPARED)]
+def _copied(train, evaluation):
+  """How many evaluation images have the bytes of a training image, and an example.
+
+  Of large or remote splits, some images are compared, and only with those of the same name.
+  """
+  is_far = is_remote(train.tree.path)
+  most = _COMPARED_REMOTELY if is_far else _COMPARED
+  images = sum(len(chosen) for part in (train, evaluation) for chosen in part.chosen.values())
+  if is_far or images > most:
+    sides = _of_one_name(train, evaluation, most)
+  else:
+    parts = (train, evaluation)
+    sides = [[part.tree.path + b"/" + path for path in part.paths()] for part in parts]
+  keys: dict[bytes, object] = {}
   try:
-    return all(
-      content(train.tree.path + b"/" + name) == content(evaluation.tree.path + b"/" + name)
-      for name in compared
-    )
-  except (OSError, tf.errors.OpError):
-    return False
+    for key in (_digest,) if is_far else (os.path.getsize, _start, _digest):
+      paths = [path for side in sides for path in side]
+      keys = dict(zip(paths, at_once(key, paths), strict=True))
+      both = {keys[path] for path in sides[0]} & {keys[path] for path in sides[1]}
+      sides = [[path for path in side if keys[path] in both] for side in sides]
+  except (OSError, tf.errors.OpError):  # told when it is read
+    return 0, ""
+  if not sides[1]:
+    return 0, ""
+  first = next(path for path in sides[0] if keys[path] == keys[sides[1][0]])
+  return len(sides[1]), f" ({shown(sides[1][0])} is a copy of {shown(first)})"
+
+
+def _of_one_name(train, evaluation, most):
+  """At most so many images of each split whose class and name the other has too."""
+  names = sorted(
+    label + b"/" + name
+    for label in evaluation.chosen
+    for name in {*train.names(label)} & {*evaluation.names(label)}
+  )
+  kept = names[:: max(1, -(-len(names) // most))]
+  return [[part.tree.path + b"/" + name for name in kept] for part in (train, evaluation)]
+
+
+def _start(path):
+  with open(path, "rb") as file:
+    return file.read(_STARTS)
+
+
+def _digest(path):
+  return hashlib.sha256(content(path)).digest()
 
 
 class _Files(InMemoryRecords):

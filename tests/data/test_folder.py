@@ -12,7 +12,7 @@ import pytest
 
 from profit_jax import data
 from profit_jax.config import ConfigError
-from profit_jax.data import HostShard, listing
+from profit_jax.data import HostShard, folder, listing
 from profit_jax.data.folder import Folder
 from profit_jax.data.records import EpochRequest
 from tests.data.pictures import settings
@@ -424,10 +424,20 @@ class TestOverlap:
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     (tmp_path / "val" / "cat" / "cat0.jpg").unlink()
     (note,) = opened(tmp_path).notes
-    assert "3 evaluation images" in note
-    assert "copies" in note
-    (tmp_path / "val" / "cat" / "cat1.jpg").write_text("another")
-    assert not opened(tmp_path).notes
+    assert note.startswith("3 of 3 evaluation images are training images too")
+
+  def test_one_copy_of_another_name(self, tmp_path, monkeypatch):
+    root = write_splits(tmp_path)
+    assert not opened(root).notes
+    shutil.copy(root / "train" / "cat" / "cat0.jpg", root / "val" / "dog" / "x.png")
+    (note,) = opened(root).notes
+    assert note.startswith("1 of 3 evaluation images are training images too")
+    assert f"{root}/val/dog/x.png is a copy of {root}/train/cat/cat0.jpg" in note
+    # Of many, those of one name are compared.
+    monkeypatch.setattr(folder, "_COMPARED", 3)
+    assert not opened(root).notes
+    (root / "val" / "dog" / "dog0.jpg").write_bytes((root / "train/dog/dog0.jpg").read_bytes())
+    assert "val/dog/dog0.jpg is a copy of" in opened(root).notes[0]
 
 
 def test_only_the_first_process_tells(tmp_path, caplog):
