@@ -422,6 +422,8 @@ def _without_images(tree, empty):
       f" {shown(first)} holds folders ({there}): images must lie in it directly, not one folder "
       "deeper."
     )
+  elif files := [name + b"/" + file for name in empty for file in tree.classes[name].files]:
+    hint = f" Files there have other names: {shown_names(files, _NOTED)}."
   return ConfigError(
     f"{len(empty)} class folders of {path} hold no image ({', '.join(SUFFIXES)}): "
     f"{shown_names(empty)}. Remove them from both splits, or fill them.{hint}"

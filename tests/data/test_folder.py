@@ -358,6 +358,11 @@ class TestOddEntries:
       write(tmp_path / split, "cat/images/1.jpg", "dog/images/1.jpg")
     refused(tmp_path, r"2 class folders .* cat holds folders \(images\): .* not one folder deeper")
 
+  def test_files_of_other_names_are_said_to_be_there(self, tmp_path):
+    for split in ("train", "val"):
+      write(tmp_path / split, "cat/IMG_1.HEIC", "dog/IMG_2.HEIC")
+    refused(tmp_path, r"hold no image .* have other names: cat/IMG_1.HEIC, dog/IMG_2.HEIC\.$")
+
   def test_a_class_that_is_a_broken_link_in_one_split(self, tmp_path):
     root = write_splits(tmp_path, classes=("cat", "dog", "elk"))
     shutil.rmtree(root / "train" / "elk")
