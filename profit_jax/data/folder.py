@@ -89,7 +89,9 @@ class Folder:
     found = (
       layout.note_on_splits(settings, evaluation.tree),
       _note_on_entries(layout.root, dict.fromkeys((train.tree, evaluation.tree))),
-      _note_on_overlap(train, evaluation) if trains else None,
+      _note_on_overlap(train, evaluation)
+      if trains
+      else layout.note_on_classes(settings, evaluation.tree),
       class_order.note(layout.root, order) if fixed_labels and not given else None,
     )
     self.notes = tuple(note for note in found if note)
@@ -365,6 +367,19 @@ class _Layout:
     return (
       f"{shown(self.root)} holds {taken} and {left}, and the run evaluates on {taken}, also to "
       f"choose the best weights; config.data.eval_split={left} takes the other."
+    )
+
+  def note_on_classes(self, settings: DataSettings, evaluated: _Tree) -> str | None:
+    """Tells, where nothing is trained, of a training split with other classes."""
+    path, _ = self._trained(self._parsed("train_split", settings.train_split)[0])
+    if path is None or path == evaluated.path:
+      return None
+    differing = sorted({*entries(path).folders} ^ evaluated.classes.keys())
+    if not differing:
+      return None
+    return (
+      f"{shown(path)} has other class folders than {shown(evaluated.path)}, whose order gives the "
+      f"labels. In one alone: {shown_names(differing)}."
     )
 
 

@@ -445,6 +445,17 @@ class TestOverlap:
     assert "val/dog/dog0.jpg is a copy of" in opened(root).notes[0]
 
 
+def test_an_evaluation_alone_tells_of_other_classes_in_the_training_split(tmp_path):
+  write_splits(tmp_path)
+  chosen = settings(**{"data.name": "folder", "data.data_dir": str(tmp_path)})
+  assert not Folder(chosen.data, trains=False).notes
+  (tmp_path / "train" / "cat").rename(tmp_path / "train" / "cats")
+  (note,) = Folder(chosen.data, trains=False).notes
+  assert note.endswith("whose order gives the labels. In one alone: cat, cats.")
+  shutil.rmtree(tmp_path / "train")
+  assert not Folder(chosen.data, trains=False).notes
+
+
 def test_only_the_first_process_tells(tmp_path, caplog):
   write(write_splits(tmp_path), "train/cat/notes.txt")
   fields = {"data.name": "folder", "data.data_dir": str(tmp_path)}
