@@ -208,10 +208,10 @@ def test_augmentation_of_what_pillow_reads_is_that_of_tensorflow(tmp_path):
     ("plain", kinds()["PNG"][0]),
     ("wrong", kinds()["PNG wrong checksum of the data"][0]),
   ):
-    for split in ("train", "val"):
-      (tmp_path / name / split / "a").mkdir(parents=True)
-      for i in range(8):
-        (tmp_path / name / split / "a" / f"{i}.png").write_bytes(content)
+    for split, label in itertools.product(("train", "val"), ("a", "b")):
+      (tmp_path / name / split / label).mkdir(parents=True)
+      for i in range(4):
+        (tmp_path / name / split / label / f"{i}.png").write_bytes(content)
     batches.append(list(load_folder(tmp_path / name).train_batches(3, 8)))
   assert_equal_batches(*batches)
   assert len(as_set(batches[0][0]["image"])) == 8
