@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageChops
 
 if len(sys.argv) != 3:
   sys.exit("usage: python classify_onnx.py FILE.onnx IMAGE")
@@ -20,8 +20,12 @@ if picture.endswith(".npy"):
 else:
   size, share = card["input"]["image_size"], card["input"]["crop_pct"]
   image = Image.open(picture)
-  if image.mode.startswith("I;16"):  # 16 bits, of which the high byte is seen
+  if image.mode == "F" or (image.mode.startswith("I") and image.format == "TIFF"):
+    sys.exit(f"{picture} has more than 8 bits: convert it to PNG")
+  if image.mode.startswith("I"):  # 16 bits, of which the high byte is seen
     image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
+  if image.mode == "CMYK" and image.format != "TIFF" and "adobe" not in image.info:
+    image = ImageChops.invert(image)  # Pillow takes all JPEG files for Adobe's
   # Transparency is dropped; Pillow alone would make a palette's black.
   image = image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
   shorter = round(size / share)  # the shorter side is scaled to this, then the centre is cut out

@@ -33,8 +33,25 @@ def opened(what: str, path: str) -> epath.Path:
 
 
 def without_file_scheme(path: str) -> str:
-  """The local path that a `file://` URL names; other paths stay as they are."""
-  parts = urllib.parse.urlsplit(path) if path.lower().startswith("file://") else None
+  """The local path that a `file:` URL names; other paths stay as they are."""
+  parts = urllib.parse.urlsplit(path) if path.lower().startswith("file:/") else None
   if parts is None or parts.netloc not in ("", "localhost"):
     return path
-  return urllib.parse.unquote(parts.path)
+  return urllib.parse.unquote(parts.path, errors="surrogateescape")
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+  """The content of a local file.
+
+  Raises:
+    ConfigError: no regular file, or one that cannot be read.
+  """
+  # A special file, as a pipe, would be waited for.
+  if os.path.exists(path) and not os.path.isfile(path):
+    what = "a directory" if os.path.isdir(path) else "a special file"
+    raise ConfigError(f"{os.fspath(path)!r} is {what}. Give a file.")
+  try:
+    with open(path, "rb") as file:
+      return file.read()
+  except OSError as error:
+    raise ConfigError(f"{os.fspath(path)!r} cannot be read: {error.strerror}.") from error

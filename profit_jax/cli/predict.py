@@ -5,17 +5,18 @@ trained on a program's own arrays: it takes .npy files of them instead.
 """
 
 import hashlib
+import io
 import os
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from profit_jax import paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError
-from profit_jax.data.picture import orientation, read_file, read_picture
+from profit_jax.data.picture import orientation, read_picture
 from profit_jax.export import card, formats
 
 _AT_ONCE = 16
@@ -53,14 +54,14 @@ def _classified(
   orientation, before the first one is classified.
   """
   name = formats.of_file(file)
-  path = pathlib.Path(file)
-  if not path.is_file():
+  if not os.path.exists(file):
     raise ConfigError(
       f"{os.fspath(file)!r} does not exist. Give a file that profit export or profit_jax.export "
       "wrote."
     )
+  own = hashlib.sha256(paths.read_file(file)).hexdigest()
   content = card.read(file)
-  if hashlib.sha256(path.read_bytes()).hexdigest() != content["sha256"]:
+  if own != content["sha256"]:
     raise ConfigError(
       f"{os.fspath(file)!r} is not the file that its card describes: other bytes. Export it again."
     )
@@ -71,7 +72,7 @@ def _classified(
       named += _arrays(os.fspath(image), content["input"])
       continue
     named.append((os.fspath(image), _picture(image, file, content["input"], exif)))
-    turned += [os.fspath(image)] if orientation(read_file(image)) != 1 else []
+    turned += [os.fspath(image)] if orientation(paths.read_file(image)) != 1 else []
   runner = _opened(name, file, content)
   # All batches have one size, so that JAX compiles one program.
   size = min(_AT_ONCE, len(named))
@@ -101,10 +102,14 @@ def _picture(
 
 
 def _arrays(name: str, pixels: dict[str, Any]) -> list[tuple[str, np.ndarray]]:
+  content = io.BytesIO(paths.read_file(name))
   try:
-    array = np.load(name, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
-    raise ConfigError(f"{name!r} cannot be read: {error}. Give a file of numpy.save.") from error
+    array = np.lib.format.read_array(content, allow_pickle=False)
+  # Of a damaged header, numpy takes what it says for Python's syntax, and for the memory needed.
+  except (ValueError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
+    raise ConfigError(
+      f"{name!r} cannot be read: it is cut off, or no array of numbers that numpy.save wrote."
+    ) from error
   shape, dtype = tuple(pixels["shape"]), np.dtype(pixels["type"])
   alone = array.shape == shape
   fits = array.dtype == dtype or (dtype.kind == "f" and array.dtype.kind == "f")

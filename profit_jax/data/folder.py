@@ -2,13 +2,11 @@
 ROOT/CLASS/*.jpg without splits.
 """
 
-import collections
 import functools
 import hashlib
 import os
 import re
 import tarfile
-import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -19,15 +17,17 @@ import tensorflow as tf
 
 from profit_jax import paths
 from profit_jax.config import ConfigError, DataSettings
+from profit_jax.data import class_order
 from profit_jax.data.listing import (
   Entries,
   at_once,
   content,
   entries,
   is_directory,
-  is_file,
   is_remote,
+  normal_form,
   shown,
+  shown_names,
 )
 from profit_jax.data.picture import SUFFIXES
 from profit_jax.data.records import InMemoryRecords, Record, one_line
@@ -36,14 +36,14 @@ from profit_jax.data.records import InMemoryRecords, Record, one_line
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "val", "test", "valid", "eval", "testing")
 _TESTS = ("test", "testing")
-ORDER_FILE = b"classes.txt"
 _PERCENT = r"\d+(?:\.\d+)?%"
 _SHARE = re.compile(_PERCENT)
 _PART = re.compile(rf"(?P<name>.+)\[(?P<low>-?{_PERCENT})?:(?P<high>-?{_PERCENT})?\]")
 # Class folders that are looked into to tell whether a directory without splits holds classes.
 _LOOKED_INTO = 5
-_COMPARED = 16  # files, to tell whether a split is a copy
-_NAMED = 10  # in an error
+# Images of both splits, local and remote, of which the bytes are compared.
+_COMPARED, _COMPARED_REMOTELY = 20_000, 16
+_STARTS = 4096  # bytes of a file, compared before the rest
 _NOTED = 3  # of each kind of entry that is not read
 
 
@@ -82,14 +82,17 @@ class Folder:
     else:
       train = evaluation = layout.evaluated_alone(settings, seed)
     _check_classes(train.tree, evaluation.tree)
-    order, is_given = _order(layout.root, train.tree.classes)
+    given = class_order.given(layout.root, layout.own, train.tree.classes)
+    order = given or [*train.tree.classes]
     for field, split in (("train_split", train), ("eval_split", evaluation)):
       split.check(f"config.data.{field} = {getattr(settings, field)!r}")
     found = (
       layout.note_on_splits(settings, evaluation.tree),
       _note_on_entries(layout.root, dict.fromkeys((train.tree, evaluation.tree))),
-      _note_on_overlap(train, evaluation) if trains else None,
-      None if is_given or not fixed_labels else _note_on_order(layout.root, order),
+      _note_on_overlap(train, evaluation)
+      if trains
+      else layout.note_on_classes(settings, evaluation.tree),
+      class_order.note(layout.root, order) if fixed_labels and not given else None,
     )
     self.notes = tuple(note for note in found if note)
     self.class_names = tuple(name.decode("utf-8", "backslashreplace") for name in order)
@@ -183,7 +186,7 @@ class _Part(NamedTuple):
     if empty:
       raise ConfigError(
         f"{field} is not allowed: it leaves no image of {len(empty)} classes of "
-        f"{shown(self.tree.path)}, which have too few: {_listed(empty)}."
+        f"{shown(self.tree.path)}, which have too few: {shown_names(empty)}."
       )
 
   def divided(self, share: Fraction, seed: int, field: str) -> tuple["_Part", "_Part"]:
@@ -219,8 +222,13 @@ class _Layout:
     self._trees: dict[bytes, _Tree] = {}
 
   @functools.cached_property
+  def own(self) -> Entries:
+    """What lies in it."""
+    return entries(self.root)
+
+  @property
   def _folders(self) -> list[bytes]:
-    return entries(self.root).folders
+    return self.own.folders
 
   def splits(self, settings: DataSettings, seed: int) -> tuple[_Part, _Part]:
     """What is trained on, and what is evaluated on."""
@@ -248,8 +256,12 @@ class _Layout:
 
   def _trained(self, name):
     """The directory of the training split, None without one; and whether it is a flat root."""
-    path = self._find((name, *TRAIN_NAMES) if name.casefold() == "train" else (name,))
-    is_flat = path is None and name.casefold() == "train" and self._is_flat()
+    if name.casefold() != "train":
+      return self._find((name,)), False
+    path = self._find((name, *TRAIN_NAMES))
+    # Of vehicles, a train is a class.
+    is_class = path is not None and _is_class(entries(path))
+    is_flat = (path is None or is_class) and self._is_flat(path)
     return (self.root if is_flat else path), is_flat
 
   def _evaluated(self, split, train, train_path, is_flat):
@@ -297,12 +309,12 @@ class _Layout:
           return self.root + b"/" + folder
     return None
 
-  def _is_flat(self):
-    """Whether the root itself is a directory of class folders."""
+  def _is_flat(self, train):
+    """Whether the root itself is a directory of class folders, others than `train`."""
     if self._find(EVAL_NAMES) is not None:
       return False
-    looked_into = self._folders[:_LOOKED_INTO]
-    return any(entries(self.root + b"/" + name).images for name in looked_into)
+    places = (self.root + b"/" + name for name in self._folders[: _LOOKED_INTO + 1])
+    return any(entries(path).images for path in places if path != train)
 
   def _tree(self, path, hint=""):
     """The tree of a directory, one for all of its names."""
@@ -314,17 +326,18 @@ class _Layout:
   def _absent(self, field, names):
     inside = [
       folder
-      for folder in self._folders[:_NAMED]
-      if any(is_directory(self.root + b"/" + folder + b"/" + name.encode()) for name in names)
+      for folder in self._folders[:_LOOKED_INTO]
+      if any(is_directory(self.root + b"/" + folder + b"/" + os.fsencode(name)) for name in names)
     ]
     hint = ""
     if inside:
       hint = f" Give {shown(self.root + b'/' + inside[0])} as config.data.data_dir?"
     elif field == "eval_split":
       hint = " config.data.eval_split=10% evaluates on a tenth of the training images instead."
+    wanted = " or ".join(shown(os.fsencode(name)) for name in names)
     return ConfigError(
-      f"config.data.{field} is not there: {shown(self.root)} must hold a directory "
-      f"{' or '.join(names)}; it holds {_listed(self._folders) or 'no directories'}.{hint}"
+      f"config.data.{field} is not there: {shown(self.root)} must hold a directory {wanted}; it "
+      f"holds {shown_names(self._folders) or 'no directories'}.{hint}"
     )
 
   def _flat_without_evaluation(self):
@@ -334,12 +347,17 @@ class _Layout:
       hint = f" If it is the folder of the training split, give {shown(parent)} as its data_dir."
     return ConfigError(
       f"config.data.eval_split is not there: {shown(self.root)} holds class folders "
-      f"({_listed(self._folders)}) and no directories train and val. config.data.eval_split=10% "
-      f"evaluates on a tenth of each class and trains on the rest.{hint}"
+      f"({shown_names(self._folders)}) and no directories train and val. "
+      f"config.data.eval_split=10% evaluates on a tenth of each class and trains on the rest.{hint}"
     )
 
   def note_on_splits(self, settings: DataSettings, evaluated: _Tree) -> str | None:
-    """Tells of a validation split that is not taken, because a test split is there."""
+    """Tells of a folder `train` that is taken for a class, and of a validation split that is not
+    taken, because a test split is there.
+    """
+    if evaluated.path == self.root:
+      path = self._find(TRAIN_NAMES)
+      return path and f"{shown(path)} holds images itself: it is one of the classes, no split."
     if settings.eval_split or os.path.basename(evaluated.path).lower().decode() not in _TESTS:
       return None
     other = self._find([name for name in EVAL_NAMES if name not in _TESTS])
@@ -351,13 +369,27 @@ class _Layout:
       f"choose the best weights; config.data.eval_split={left} takes the other."
     )
 
+  def note_on_classes(self, settings: DataSettings, evaluated: _Tree) -> str | None:
+    """Tells, where nothing is trained, of a training split with other classes."""
+    path, _ = self._trained(self._parsed("train_split", settings.train_split)[0])
+    if path is None or path == evaluated.path:
+      return None
+    differing = sorted({*entries(path).folders} ^ evaluated.classes.keys())
+    if not differing:
+      return None
+    return (
+      f"{shown(path)} has other class folders than {shown(evaluated.path)}, whose order gives the "
+      f"labels. In one alone: {shown_names(differing)}."
+    )
+
+
+def _is_class(inside: Entries) -> bool:
+  """Whether a directory is a class folder, not one of class folders."""
+  return bool(inside.images) and not inside.folders
+
 
 def _fraction(percent: str) -> Fraction:
   return Fraction(percent.removesuffix("%")) / 100
-
-
-def _listed(names: Sequence[bytes], count: int = _NAMED) -> str:
-  return ", ".join(map(shown, names[:count])) + (", ..." if len(names) > count else "")
 
 
 def _check_classes(train: _Tree, evaluation: _Tree) -> None:
@@ -365,11 +397,11 @@ def _check_classes(train: _Tree, evaluation: _Tree) -> None:
   differing = sorted(train.classes.keys() ^ evaluation.classes.keys())
   if differing:
     broken = sorted({*train.own.broken, *evaluation.own.broken} & {*differing})
-    links = f" Broken links: {_listed(broken)}." if broken else ""
+    links = f" Broken links: {shown_names(broken)}." if broken else ""
     raise ConfigError(
       f"{shown(train.path)} has {len(train.classes)} classes and {shown(evaluation.path)} has "
       f"{len(evaluation.classes)}; they must be the same folders. In one alone: "
-      f"{_listed(differing)}.{links}"
+      f"{shown_names(differing)}.{links}"
     )
   for tree in (train, evaluation):
     empty = [name for name, found in tree.classes.items() if not found.images]
@@ -377,8 +409,8 @@ def _check_classes(train: _Tree, evaluation: _Tree) -> None:
       raise _without_images(tree, empty)
   if len(train.classes) < 2:
     raise ConfigError(
-      f"{shown(train.path)} has one class, {_listed([*train.classes])}: a classifier needs two or "
-      "more. Images must lie in a folder for each class."
+      f"{shown(train.path)} has one class, {shown_names([*train.classes])}: a classifier needs two "
+      "or more. Images must lie in a folder for each class."
     )
 
 
@@ -387,7 +419,7 @@ def _check_forms(train, evaluation):
   forms: dict[str, tuple[bytes, _Tree]] = {}
   for tree in (train, evaluation):
     for name in tree.classes:
-      other, there = forms.setdefault(_normal_form(name), (name, tree))
+      other, there = forms.setdefault(normal_form(name), (name, tree))
       if other != name:
         one, two = (ascii(text.decode("utf-8", "replace")) for text in (other, name))
         raise ConfigError(
@@ -396,67 +428,20 @@ def _check_forms(train, evaluation):
         )
 
 
-def _normal_form(name: bytes) -> str:
-  return unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))
-
-
 def _without_images(tree, empty):
   path, first = shown(tree.path), next((name for name in empty if tree.classes[name].folders), None)
   hint = ""
   if first is not None:
-    there = _listed(tree.classes[first].folders, 1)
+    there = shown_names(tree.classes[first].folders, 1)
     hint = (
       f" {shown(first)} holds folders ({there}): images must lie in it directly, not one folder "
       "deeper."
     )
+  elif files := [name + b"/" + file for name in empty for file in tree.classes[name].files]:
+    hint = f" Files there have other names: {shown_names(files, _NOTED)}."
   return ConfigError(
     f"{len(empty)} class folders of {path} hold no image ({', '.join(SUFFIXES)}): "
-    f"{_listed(empty)}. Remove them from both splits, or fill them.{hint}"
-  )
-
-
-def _order(root: bytes, classes: Iterable[bytes]) -> tuple[list[bytes], bool]:
-  """The classes by label, and whether a file gives their order.
-
-  Raises:
-    ConfigError: the file does not name each class once.
-  """
-  path = root + b"/" + ORDER_FILE
-  names = list(classes)
-  if not is_file(path):
-    return names, False
-  try:
-    text = content(path).removeprefix(b"\xef\xbb\xbf")
-  except (OSError, tf.errors.OpError) as error:
-    raise ConfigError(f"{shown(path)} cannot be read: {one_line(error)}.") from error
-  given = [line.strip() for line in text.splitlines() if line.strip()]
-  by_form = {_normal_form(name): name for name in names}
-  order = [by_form.get(_normal_form(line), line) for line in given]
-  wrong = {
-    "missing": sorted({*names} - {*order}),
-    "no class folders": sorted({*order} - {*names}),
-    "more than once": [name for name, count in collections.Counter(order).items() if count > 1],
-  }
-  if any(wrong.values()):
-    told = "; ".join(f"{what}: {_listed(those)}" for what, those in wrong.items() if those)
-    raise ConfigError(
-      f"{shown(path)} fixes the order of the classes and must hold each class folder's name once, "
-      f"one a line. {told[0].upper()}{told[1:]}. Correct it, or remove it for the order of names."
-    )
-  return order, True
-
-
-def _note_on_order(root: bytes, order: list[bytes]) -> str | None:
-  """Tells that classes are numbers, whose order is not that of their names."""
-  if not all(re.fullmatch(rb"[0-9]+", name) for name in order):
-    return None
-  if order == sorted(order, key=int):
-    return None
-  label = next(i for i, name in enumerate(order) if int(name) != i)
-  return (
-    f"The classes are numbered in the order of their names, {_listed(order, 4)}: label {label} is "
-    f"class {shown(order[label])}. If the loaded weights were trained with 0, 1, 2, 3, ..., write "
-    f"the names in that order to {shown(root + b'/' + ORDER_FILE)}, one a line."
+    f"{shown_names(empty)}. Remove them from both splits, or fill them.{hint}"
   )
 
 
@@ -483,7 +468,8 @@ def _note_on_entries(root: bytes, trees: Iterable[_Tree]) -> str | None:
 
   for tree in trees:
     loose = sorted([*tree.own.images, *tree.own.files])
-    add("loose", tree.path, [name for name in loose if name != ORDER_FILE])
+    in_root = tree.path == root
+    add("loose", tree.path, [n for n in loose if not (in_root and class_order.is_file(n))])
     for path, held in tree.held():
       add("files", path, held.files)
       add("folders", path, held.folders)
@@ -491,7 +477,7 @@ def _note_on_entries(root: bytes, trees: Iterable[_Tree]) -> str | None:
       add("broken", path, held.broken)
       add("special", path, held.special)
   told = [
-    f"{len(names)} {_NOT_READ[kind][len(names) > 1]} ({_listed(names, _NOTED)})"
+    f"{len(names)} {_NOT_READ[kind][len(names) > 1]} ({shown_names(names, _NOTED)})"
     for kind, names in found.items()
     if names
   ]
@@ -509,12 +495,8 @@ def _note_on_overlap(train: _Part, evaluation: _Part) -> str | None:
     example = ""
   else:
     both, example = _linked(train, evaluation)
-    if not both and _are_copies(train, evaluation):
-      return (
-        f"The {total} evaluation images in {shown(evaluation.tree.path)} are copies of training "
-        f"images, as far as compared: names and contents are the same. Accuracy will not say how "
-        "well other images are classified."
-      )
+    if not both:
+      both, example = _copied(train, evaluation)
   if not both:
     return None
   return (
@@ -550,19 +532,52 @@ def _is_same(one, two):
     return False
 
 
-def _are_copies(train, evaluation):
-  """Whether all evaluation images have a training image's name, and some of them its content."""
-  if not all({*evaluation.names(label)} <= {*train.names(label)} for label in evaluation.chosen):
-    return False
-  names = list(evaluation.paths())
-  compared = names[:: -(-len(names) // _COMPARED)]
+def _copied(train, evaluation):
+  """How many evaluation images have the bytes of a training image, and an example.
+
+  Of large or remote splits, some images are compared, and only with those of the same name.
+  """
+  is_far = is_remote(train.tree.path)
+  most = _COMPARED_REMOTELY if is_far else _COMPARED
+  images = sum(len(chosen) for part in (train, evaluation) for chosen in part.chosen.values())
+  if is_far or images > most:
+    sides = _of_one_name(train, evaluation, most)
+  else:
+    parts = (train, evaluation)
+    sides = [[part.tree.path + b"/" + path for path in part.paths()] for part in parts]
+  keys: dict[bytes, object] = {}
   try:
-    return all(
-      content(train.tree.path + b"/" + name) == content(evaluation.tree.path + b"/" + name)
-      for name in compared
-    )
-  except (OSError, tf.errors.OpError):
-    return False
+    for key in (_digest,) if is_far else (os.path.getsize, _start, _digest):
+      paths = [path for side in sides for path in side]
+      keys = dict(zip(paths, at_once(key, paths), strict=True))
+      both = {keys[path] for path in sides[0]} & {keys[path] for path in sides[1]}
+      sides = [[path for path in side if keys[path] in both] for side in sides]
+  except (OSError, tf.errors.OpError):  # told when it is read
+    return 0, ""
+  if not sides[1]:
+    return 0, ""
+  first = next(path for path in sides[0] if keys[path] == keys[sides[1][0]])
+  return len(sides[1]), f" ({shown(sides[1][0])} is a copy of {shown(first)})"
+
+
+def _of_one_name(train, evaluation, most):
+  """At most so many images of each split whose class and name the other has too."""
+  names = sorted(
+    label + b"/" + name
+    for label in evaluation.chosen
+    for name in {*train.names(label)} & {*evaluation.names(label)}
+  )
+  kept = names[:: max(1, -(-len(names) // most))]
+  return [[part.tree.path + b"/" + name for name in kept] for part in (train, evaluation)]
+
+
+def _start(path):
+  with open(path, "rb") as file:
+    return file.read(_STARTS)
+
+
+def _digest(path):
+  return hashlib.sha256(content(path)).digest()
 
 
 class _Files(InMemoryRecords):

@@ -3,7 +3,8 @@
 import collections
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -19,6 +20,7 @@ _HIDDEN = {
   *(b"@eadir", b"@recycle", b"#recycle", b"$recycle.bin", b"__macosx", b"__pycache__"),
   *(b"lost+found", b"system volume information", b"desktop.ini", b"thumbs.db", b"ehthumbs.db"),
 }
+_NAMED = 10  # in an error
 # Requests at a time: a directory on a network answers after milliseconds.
 _AT_ONCE = 16
 
@@ -134,17 +136,8 @@ def is_directory(path: bytes) -> bool:
   Raises:
     ConfigError: a remote file system does not answer.
   """
-  return _is(path, tf.io.gfile.isdir, os.path.isdir)
-
-
-def is_file(path: bytes) -> bool:
-  """Whether a path is that of a regular file or of a link to one; raises as `is_directory`."""
-  return _is(path, tf.io.gfile.exists, os.path.isfile)
-
-
-def _is(path, remotely, locally):
   try:
-    return remotely(path.decode()) if is_remote(path) else locally(path)
+    return tf.io.gfile.isdir(path.decode()) if is_remote(path) else os.path.isdir(path)
   except ValueError:  # a null byte
     return False
   except tf.errors.OpError as error:
@@ -178,3 +171,13 @@ def shown(path: bytes) -> str:
   return "".join(
     char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
   )
+
+
+def shown_names(names: Sequence[bytes], count: int = _NAMED) -> str:
+  """The first names of a list, for a message."""
+  return ", ".join(map(shown, names[:count])) + (", ..." if len(names) > count else "")
+
+
+def normal_form(name: bytes) -> str:
+  """The same for all Unicode forms of a name."""
+  return unicodedata.normalize("NFC", name.decode("utf-8", "surrogateescape"))

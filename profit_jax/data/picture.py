@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageChops, features
 
+from profit_jax import paths
 from profit_jax.config import ConfigError
 from profit_jax.data.base import LONGEST
 
@@ -60,6 +61,7 @@ _CONVERT = "which is not read: convert it to JPEG or PNG"
 _UNREAD = (
   (rb"version https://git-lfs", "it is a Git LFS pointer: git lfs pull fetches the image"),
   (rb"....ftyp(hei|hev|mif1|msf1)", f"it is HEIC, {_CONVERT}"),
+  (rb"....ftypcrx |FUJIFILMCCD-RAW", f"it is a camera's raw file, {_CONVERT}"),
   (rb"....ftyp", "it is a film"),
   (rb"RIFF....AVI |\x1aE\xdf\xa3", "it is a film"),
   (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", f"it is JPEG XL, {_CONVERT}"),
@@ -67,12 +69,12 @@ _UNREAD = (
   (rb"8BPS", f"it is a Photoshop file, {_CONVERT}"),
   (rb"%PDF", f"it is PDF, {_CONVERT}"),
   (rb"%!PS", f"it is PostScript, {_CONVERT}"),
-  (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "it is an archive"),
+  (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ", "it is an archive"),
   (rb"\x00\x05\x16\x07", "it is a file in which macOS keeps attributes of another one"),
   (rb"\x93NUMPY", "it is an array of NumPy"),
   (rb"(?s:.{,1000})<svg", f"it is SVG, {_CONVERT}"),
-  (rb"\s*(<!--.*?-->\s*)*<(!doctype html|html|head|body)", "it is a web page"),
-  (rb"\s*<", "it is XML, as a storage service sends it in place of a file"),
+  (rb"(\xef\xbb\xbf)?\s*<(.*<)?(!doctype html|html|head|body|title|script)\b", "it is a web page"),
+  (rb"(\xef\xbb\xbf)?\s*<", "it is XML, as a storage service sends it in place of a file"),
   (rb"\s*[{\[]", "it is JSON, as a web service sends it in place of a file"),
 )
 
@@ -138,7 +140,7 @@ def read_picture(
   Raises:
     ConfigError: no picture.
   """
-  content = read_file(path)
+  content = paths.read_file(path)
   try:
     image = Image.fromarray(decode(content))
   except UnreadableImageError as error:
@@ -146,23 +148,6 @@ def read_picture(
   turned = orientation(content) if turn else 1
   image = image if turned == 1 else image.transpose(_TURNS[turned])
   return _center(image, size, share, interpolation)
-
-
-def read_file(path: str | os.PathLike) -> bytes:
-  """The content of a file that a user names.
-
-  Raises:
-    ConfigError: no file.
-  """
-  # A special file, as a pipe, would be waited for.
-  if os.path.exists(path) and not os.path.isfile(path):
-    what = "a directory" if os.path.isdir(path) else "a special file"
-    raise ConfigError(f"{os.fspath(path)!r} is {what}. Give image files.")
-  try:
-    with open(path, "rb") as file:
-      return file.read()
-  except OSError as error:
-    raise ConfigError(f"{os.fspath(path)!r} cannot be read: {error.strerror}.") from error
 
 
 def _center(image, size, share, interpolation):
@@ -218,11 +203,13 @@ def _rgb(image):
     image = Image.fromarray(~gray if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else gray)
   elif image.mode in ("I", "F"):
     raise UnreadableImageError(
-      "its values have 32 bits, and nothing says which is white: convert it to 8 bits"
+      "its values have signs or 32 bits, and nothing says which is white: convert it to 8 bits"
     )
   elif image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
     # Adobe's programs write inks inverted, and their marker. Pillow takes all files for theirs.
     image = ImageChops.invert(image)
+  elif image.mode == "La":  # Pillow converts it to its like alone
+    image = image.convert("LA")
   elif image.mode == "P" and "transparency" in image.info:
     # Transparency is dropped, and colours below it are kept: Pillow would make them black.
     image = image.convert("RGBA")

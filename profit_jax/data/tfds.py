@@ -134,19 +134,14 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     raise ConfigError(
       f"config.data.name = {name!r} is not allowed: {one_line(error)}.{_prepared(name, data_dir)}"
     ) from error
-  # No network, no permission, no such code.
-  except (
-    RuntimeError,
-    ImportError,
-    OSError,
-    tf.errors.OpError,
-  ) as error:
+  # No network, no permission, no such code, a damaged description: each library has its own.
+  except Exception as error:
     login = (
       " For gs://, gcloud auth application-default login." if data_dir.startswith("gs://") else ""
     )
     raise ConfigError(
       f"config.data.name = {name!r} cannot be opened in {data_dir or 'its own directory'}: "
-      f"{one_line(error)}.{login}"
+      f"{one_line(error) or type(error).__name__}.{login}"
     ) from error
 
 
@@ -321,6 +316,9 @@ def _fits(shards: list[Shard], memory_limit: int) -> bool:
         f"{path} does not exist, though the data set's description names it. Prepare the data "
         "again."
       )
+    # Reading a pipe may wait forever.
+    if "://" not in path and not os.path.isfile(path):
+      raise ConfigError(f"{path} is no regular file. Prepare the data again.")
     total += tf.io.gfile.stat(path).length
     if total > memory_limit:
       return False

@@ -10,9 +10,8 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from profit_jax import __version__
+from profit_jax import __version__, paths
 from profit_jax.config import ConfigError
 from profit_jax.export import verify
 from profit_jax.export.costs import costs
@@ -293,18 +292,18 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
   Raises:
     ConfigError: there is none, or it is not a card.
   """
-  place = epath.Path(f"{os.fspath(path)}.json")
+  place = f"{os.fspath(path)}.json"
   try:
-    card = json.loads(place.read_text())
+    card = json.loads(paths.read_file(place))
     if "eval_share" in card["input"]:  # before version 0.2
       card["input"]["crop_pct"] = card["input"].pop("eval_share")
     for field in ("type", "shape", "image_size"):
       card["input"][field]
     card["class_names"], card["num_classes"], card["sha256"], card["versions"]
     return card
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (ConfigError, ValueError, KeyError, TypeError) as error:
+    told = str(error) if isinstance(error, ConfigError) else f"{place!r} is no card: {error!r}."
     raise ConfigError(
-      f"{place} cannot be read: {error!r}. It lies beside every exported file and says how images "
-      "are prepared: put it "
-      f"back."
+      f"{told} A card lies beside every exported file and says how images are prepared: put it "
+      "back."
     ) from error

@@ -168,15 +168,24 @@ def _tiff_of_12_bits(values):
   """By hand: Pillow reads it, but does not write it."""
   data = np.stack([values[:, ::2] >> 4, (values[:, ::2] & 15) << 4 | values[:, 1::2] >> 8], 2)
   data = np.uint8(np.concatenate([data, (values[:, 1::2] & 255)[..., None]], 2)).tobytes()
-  # Width, height, bits, no compression, black is zero, where the data is, one sample, rows, bytes.
-  tags = ((256, WIDTH), (257, HEIGHT), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1))
-  tags = (*tags, (278, HEIGHT), (279, len(data)))
-  entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+  return _tiff(data, (1, 12))
+
+
+def _tiff(data, bits, *more):
+  """Rows of samples, `(samples, bits of each)`, with further tags."""
+  samples = (
+    ("<HHII", 258, 4, 1, bits[1]) if bits[0] == 1 else ("<HHIHH", 258, 3, 2, bits[1], bits[1])
+  )
+  # Width, height, no compression, black is zero, where the data is, samples, rows, bytes.
+  tags = [(256, WIDTH), (257, HEIGHT), (259, 1), (262, 1), (273, 8), (277, bits[0])]
+  tags += [(278, HEIGHT), (279, len(data)), *more]
+  found = [("<HHII", tag, 4, 1, value) for tag, value in tags] + [samples]
+  entries = b"".join(struct.pack(*entry) for entry in sorted(found, key=lambda entry: entry[1]))
   return (
     b"II*\0"
     + struct.pack("<I", 8 + len(data))
     + data
-    + struct.pack("<H", len(tags))
+    + struct.pack("<H", len(found))
     + entries
     + bytes(4)
   )
@@ -189,7 +198,12 @@ def _tiffs():
     ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
   )
   white_is_zero = saved(Image.fromarray(deep), "TIFF", tiffinfo={262: 0})
+  half = np.full((HEIGHT, WIDTH, 2), 128, np.uint8)
   return {
+    "TIFF gray, multiplied by alpha": (
+      _tiff(half.tobytes(), (2, 8), (338, 1)),
+      gray(np.full((HEIGHT, WIDTH), 255)),
+    ),
     "TIFF": (saved(PHOTO, "TIFF"), RGB),
     "TIFF LZW": (saved(PHOTO, "TIFF", compression="tiff_lzw"), RGB),
     "TIFF deflate": (saved(PHOTO, "TIFF", compression="tiff_adobe_deflate"), RGB),
@@ -262,6 +276,11 @@ UNREADABLE = {
   ),
   "page": (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "it is a web page"),
   "page, commented": (b"<!-- 403 -->\n<HTML></HTML>", "it is a web page"),
+  "page of XML": (
+    b'\xef\xbb\xbf<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "x">',
+    "it is a web page",
+  ),
+  "raw": (b"\0\0\0\x18ftypcrx " + bytes(50), "it is a camera's raw file"),
   "XML": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "it is XML"),
   "JSON": (b'{"message": "Not Found"}', "it is JSON"),
   "text": ("Datei nicht gefunden: ä".encode(), "it is text"),

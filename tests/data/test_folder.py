@@ -12,7 +12,7 @@ import pytest
 
 from profit_jax import data
 from profit_jax.config import ConfigError
-from profit_jax.data import HostShard, listing
+from profit_jax.data import HostShard, folder, listing
 from profit_jax.data.folder import Folder
 from profit_jax.data.records import EpochRequest
 from tests.data.pictures import settings
@@ -138,6 +138,20 @@ class TestWithoutSplits:
     third = opened(tmp_path, train_split="train[:60%]", eval_split="33.3%")
     assert {*names(third.train), *names(third.eval)} == {*names(found.train)}
 
+  def test_a_class_may_be_called_train(self, tmp_path):
+    write_classes(tmp_path, ("bus", "train"), images=2)
+    refused(tmp_path, r"holds class folders \(bus, train\).*config.data.eval_split=10%")
+    found = opened(tmp_path, eval_split="50%")
+    assert found.class_names == ("bus", "train")
+    assert found.notes == (
+      f"{tmp_path}/train holds images itself: it is one of the classes, no split.",
+    )
+    # Without classes, it is a split without class folders.
+    shutil.rmtree(tmp_path / "bus")
+    refused(tmp_path, "train holds no class folders", eval_split="50%")
+    write(tmp_path, "bus/0.jpg", "val/0.jpg")
+    refused(tmp_path, "train holds no class folders", eval_split="50%")
+
   def test_without_a_split_to_evaluate_the_share_is_offered(self, tmp_path):
     write_classes(tmp_path / "train", images=2)
     refused(tmp_path, "eval_split is not there.*config.data.eval_split=10%")
@@ -157,6 +171,8 @@ class TestWithoutSplits:
     ("eval_split", "100%", "below 100 %"),
     ("eval_split", "holdout[:10%]", "directory holdout"),
     ("train_split", "holdout", "directory holdout"),
+    ("train_split", "caf\udce9", r"directory caf\\xe9"),
+    ("eval_split", "a\nb", r"directory a\\nb"),
   ],
 )
 def test_wrong_parts_are_refused(tmp_path, field, value, message):
@@ -189,6 +205,43 @@ class TestOrder:
     write_splits(tmp_path)
     (tmp_path / "classes.txt").write_text(text)
     refused(tmp_path, f"classes.txt .* {message}")
+
+  @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+      ("classes.txt", "dog\r\ncat \r\n".encode("utf-16")),
+      ("Classes.TXT", b"dog\ncat "),
+    ],
+    ids=["UTF-16", "another case"],
+  )
+  def test_the_file_as_windows_writes_it(self, tmp_path, name, text):
+    write_splits(tmp_path, classes=("cat ", "dog"))
+    (tmp_path / name).write_bytes(text)
+    assert opened(tmp_path).class_names == ("dog", "cat ")
+
+  @pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+      (os.mkfifo, "no regular file"),
+      (os.mkdir, "a folder"),
+      (lambda path: path.symlink_to("absent"), "a broken link"),
+    ],
+    ids=["pipe", "folder", "link"],
+  )
+  def test_what_is_no_file_is_not_passed_over(self, tmp_path, make, kind):
+    make(write_splits(tmp_path) / "classes.txt")
+    refused(tmp_path, f"classes.txt is {kind}, and must be a text file")
+
+  def test_a_file_of_no_text_is_refused_in_short(self, tmp_path):
+    write_splits(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(bytes(range(14, 256)) * 100)
+    with pytest.raises(ConfigError, match="Missing: cat, dog") as error:
+      opened(tmp_path)
+    assert len(str(error.value)) < 1000
+
+  def test_a_file_inside_a_split_is_not_the_order(self, tmp_path):
+    write(write_splits(tmp_path), "train/classes.txt")
+    assert "1 file outside class folders (train/classes.txt)" in opened(tmp_path).notes[0]
 
   def test_numbers_in_the_order_of_names_are_noted_where_weights_have_an_order(self, tmp_path):
     write_splits(tmp_path, classes=[str(i) for i in range(12)])
@@ -225,6 +278,9 @@ class TestPlaces:
     root = write_splits(tmp_path / "with space")
     assert opened(f"file://{tmp_path}/with%20space").train.examples == 2
     assert names(opened(f"file://localhost{root}").eval) == names(opened(root).eval)
+    assert names(opened(f"file:{root}").eval) == names(opened(root).eval)
+    root.rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert opened(f"file://{tmp_path}/caf%E9").train.examples == 2
 
   def test_the_directory_around_it_or_within_it(self, tmp_path):
     write_splits(tmp_path / "unpacked")
@@ -302,6 +358,11 @@ class TestOddEntries:
       write(tmp_path / split, "cat/images/1.jpg", "dog/images/1.jpg")
     refused(tmp_path, r"2 class folders .* cat holds folders \(images\): .* not one folder deeper")
 
+  def test_files_of_other_names_are_said_to_be_there(self, tmp_path):
+    for split in ("train", "val"):
+      write(tmp_path / split, "cat/IMG_1.HEIC", "dog/IMG_2.HEIC")
+    refused(tmp_path, r"hold no image .* have other names: cat/IMG_1.HEIC, dog/IMG_2.HEIC\.$")
+
   def test_a_class_that_is_a_broken_link_in_one_split(self, tmp_path):
     root = write_splits(tmp_path, classes=("cat", "dog", "elk"))
     shutil.rmtree(root / "train" / "elk")
@@ -368,10 +429,31 @@ class TestOverlap:
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     (tmp_path / "val" / "cat" / "cat0.jpg").unlink()
     (note,) = opened(tmp_path).notes
-    assert "3 evaluation images" in note
-    assert "copies" in note
-    (tmp_path / "val" / "cat" / "cat1.jpg").write_text("another")
-    assert not opened(tmp_path).notes
+    assert note.startswith("3 of 3 evaluation images are training images too")
+
+  def test_one_copy_of_another_name(self, tmp_path, monkeypatch):
+    root = write_splits(tmp_path)
+    assert not opened(root).notes
+    shutil.copy(root / "train" / "cat" / "cat0.jpg", root / "val" / "dog" / "x.png")
+    (note,) = opened(root).notes
+    assert note.startswith("1 of 3 evaluation images are training images too")
+    assert f"{root}/val/dog/x.png is a copy of {root}/train/cat/cat0.jpg" in note
+    # Of many, those of one name are compared.
+    monkeypatch.setattr(folder, "_COMPARED", 3)
+    assert not opened(root).notes
+    (root / "val" / "dog" / "dog0.jpg").write_bytes((root / "train/dog/dog0.jpg").read_bytes())
+    assert "val/dog/dog0.jpg is a copy of" in opened(root).notes[0]
+
+
+def test_an_evaluation_alone_tells_of_other_classes_in_the_training_split(tmp_path):
+  write_splits(tmp_path)
+  chosen = settings(**{"data.name": "folder", "data.data_dir": str(tmp_path)})
+  assert not Folder(chosen.data, trains=False).notes
+  (tmp_path / "train" / "cat").rename(tmp_path / "train" / "cats")
+  (note,) = Folder(chosen.data, trains=False).notes
+  assert note.endswith("whose order gives the labels. In one alone: cat, cats.")
+  shutil.rmtree(tmp_path / "train")
+  assert not Folder(chosen.data, trains=False).notes
 
 
 def test_only_the_first_process_tells(tmp_path, caplog):
