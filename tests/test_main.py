@@ -9,7 +9,8 @@ import jax
 import pytest
 
 from profit_jax.cli import app
-from profit_jax.config import Settings
+from profit_jax.config import ConfigError, Settings
+from profit_jax.report import ablation
 from tests.wrong_input import assert_refused, command, registered
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -57,6 +58,27 @@ def test_wrong_input_ends_in_one_message_and_exit_code_2(monkeypatch, arguments,
   monkeypatch.chdir(ROOT)
   code, _, err = command(*arguments)
   assert_refused(code, err, [named])
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "told"),
+  [
+    ("absent.py", None, "does not exist. Give a configuration file"),
+    (".", None, "is a directory, not a file. Give a configuration file"),
+    ("a.py", "def get_config(:", "cannot be used: SyntaxError: invalid syntax (a.py, line 1)"),
+    ("a.py", "import no_such_module", "cannot be used: ModuleNotFoundError: No module named "),
+    ("a.txt", "some words", "cannot be used: SyntaxError: "),
+    ("a.py", "", "has no function get_config"),
+  ],
+)
+def test_a_configuration_file_that_cannot_be_used_is_named(tmp_path, name, content, told):
+  path = tmp_path / name
+  if content is not None:
+    path.write_text(content)
+  code, _, err = command(f"--config={path}", "--mode=plan")
+  assert_refused(code, err, [f"--config={path} {told}"])
+  with pytest.raises(ConfigError, match=f"^--config={path} .* get_grid .*, seeds.$"):
+    ablation.read_grid(str(path))
 
 
 @pytest.mark.parametrize(

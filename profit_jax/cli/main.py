@@ -23,6 +23,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from profit_jax import paths
 from profit_jax.cli import command
 from profit_jax.config import (
   FIELDS_NOW_RULES,
@@ -47,6 +48,8 @@ COMMANDS = {
 # where arguments are separated by line ends.
 _OVERRIDE = re.compile(r"--?config\.([^=\[]*)")
 _CONFIG_FILE = re.compile(r"^--?config[=\n]([^:\n]*)", re.MULTILINE)
+# What absl and ml_collections raise for wrong options and fields; a configuration file may, too.
+_OF_OPTIONS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 _USAGE = "usage: profit COMMAND [OPTIONS]; profit COMMAND --help lists the options."
 
 
@@ -106,6 +109,11 @@ def _parse(values, argv):
       field = found[1]
       if told := renamed_field(field) or unknown_field(field):
         raise ConfigError(f"--config.{field} is not allowed: {told}")
+  files = _CONFIG_FILE.findall("\n".join(argv))
+  if files:
+    paths.require_file(
+      "--config=", files[-1], "Give a configuration file, as --config=configs/digits_w4.py."
+    )
   # Python would load a file over the one before, which leaves that one's functions.
   sys.modules.pop("config_config", None)
   try:
@@ -117,16 +125,21 @@ def _parse(values, argv):
     getattr(values.config, "keys", None)
     return rest
   except Exception as error:  # a configuration file is code: it can raise anything
-    _require_get_config(error, argv)
+    if files:
+      _require_get_config(error, files[-1])
+    if files and not isinstance(error, _OF_OPTIONS):
+      raise ConfigError(
+        f"--config={files[-1]} cannot be used: {type(error).__name__}: {_in_short(error)}. Correct "
+        "that file."
+      ) from error
     raise ConfigError(f"Wrong command line or configuration file: {_in_short(error)}") from error
 
 
-def _require_get_config(error, argv):
+def _require_get_config(error, file):
   """Raises ConfigError where a file has no get_config, as those of `profit ablate`."""
-  given = _CONFIG_FILE.search("\n".join(argv))
-  if given is None or not (isinstance(error, AttributeError) and error.name == "get_config"):
+  if not (isinstance(error, AttributeError) and error.name == "get_config"):
     return
-  path = pathlib.Path(given[1])
+  path = pathlib.Path(file)
   told = "has no function get_config, as configs/digits_w4.py has. Give a configuration file."
   if "get_grid" in path.read_text(errors="replace"):
     told = "is a grid of runs, not the configuration of one. Train it with: profit ablate "
