@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from profit_jax.cli import app
+from profit_jax.cli import command as commands
 from profit_jax.config import ConfigError, Settings
 from profit_jax.report import ablation
 from tests.wrong_input import assert_refused, command, registered
@@ -134,6 +135,14 @@ def test_output_that_nobody_reads_and_warnings_as_errors_do_not_end_a_run():
   )
   os.close(writer)
   assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_ends_every_command_in_one_line(capsys):
+  def interrupted(options):
+    raise KeyboardInterrupt
+
+  assert commands.run(commands.parser("compare", None), [], interrupted) == 130
+  assert capsys.readouterr().err == "stopped: by SIGINT.\n"
 
 
 OUTPUT = """

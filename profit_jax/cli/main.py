@@ -200,8 +200,7 @@ def _execute(values, rest):
   except ProfitError as error:
     return _report(error)
   except KeyboardInterrupt:
-    print("error: stopped; the same command resumes from the last checkpoint.", file=sys.stderr)
-    return 130, False  # what shells give a program that was interrupted
+    return command.interrupted("; the same command resumes from the last checkpoint"), False
   except Exception:
     traceback.print_exc()
     return 1, False
@@ -250,6 +249,8 @@ def profit() -> int | None:
       module = _imported(name.replace("-", "_"))
     except ConfigError as error:
       return command.report(error)
+    except KeyboardInterrupt:
+      return command.interrupted()
     return module.main(rest[1:])
   if name in ("--help", "-h", "help"):
     print(_help())
