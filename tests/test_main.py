@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -51,6 +52,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:Depr
     ([*DIGITS, "--config.trian.momentum=0"], "Did you mean train.momentum?"),
     ([*DIGITS, "--config.weights=w.npz"], "Did you mean init.weights or teacher.weights?"),
     ([*DIGITS, "--config.model.foo=1"], "there are model.name, model.width, "),
+    ([*DIGITS, "--config.plan.weight_bits[0]=8"], 'as --config.plan.weight_bits="(8, 4)".'),
     (["--config=configs/ablation_digits.py"], "profit ablate --config=configs/ablation_digits.py"),
     (["--config=configs/__init__.py"], "has no function get_config"),
   ],
@@ -114,6 +116,12 @@ def python_main(*arguments, **options):
 def test_a_process_leaves_with_one_message_and_exit_code_2():
   done = python_main("--config=configs/digits_w4.py", "--config.train.batchsize=3")
   assert_refused(done.returncode, done.stderr, ["batchsize"])
+
+
+def test_help_is_not_a_failure():
+  done = python_main("--help")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "--fork_from" in done.stdout
 
 
 def test_plan_prints_the_published_table():
@@ -184,3 +192,18 @@ def test_a_cache_of_programs_that_cannot_be_written_is_told(capsys):
     assert jax.config.jax_compilation_cache_dir == before
   told = capsys.readouterr().out
   assert told.startswith("WARNING: config.compilation_cache = '/dev/null/programs' cannot be ")
+
+
+def test_a_read_only_cache_of_programs_is_used_and_told_once(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(os, "access", lambda path, mode: False)
+  with app.kept_programs(Settings(compilation_cache=str(tmp_path))):
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    warnings.warn("Error writing persistent compilation cache entry for 'step'", stacklevel=1)
+  assert "is read-only: compiled programs in it are used" in capsys.readouterr().out
+
+
+def test_a_full_disk_of_the_cache_of_programs_is_no_error(tmp_path):
+  caching = app.kept_programs(Settings(compilation_cache=str(tmp_path)))
+  with caching, warnings.catch_warnings(record=True) as told:
+    warnings.warn("Error writing persistent compilation cache entry for 'step'", stacklevel=1)
+  assert len(told) == 1

@@ -81,7 +81,7 @@ def keep_running_without_output() -> None:
 
 
 def interrupted(then: str = "") -> int:
-  """Says that Ctrl-C ended a command, and what then; returns the exit code, which is the shells'."""
+  """Says that Ctrl-C ended a command, and what then; returns the exit code that shells give."""
   print(f"stopped: by SIGINT{then}.", file=sys.stderr)
   return 130
 

@@ -49,7 +49,7 @@ COMMANDS = {
 _OVERRIDE = re.compile(r"--?config\.([^=\[]*)")
 _CONFIG_FILE = re.compile(r"^--?config[=\n]([^:\n]*)", re.MULTILINE)
 # What absl and ml_collections raise for wrong options and fields; a configuration file may, too.
-_OF_OPTIONS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
+_OF_OPTIONS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
 _USAGE = "usage: profit COMMAND [OPTIONS]; profit COMMAND --help lists the options."
 
 
@@ -150,6 +150,8 @@ def _require_get_config(error, file):
 def _in_short(error):
   """An error of absl or ml_collections in one line."""
   text = str(error)
+  if isinstance(error, IndexError):  # as of --config.plan.weight_bits[0]=8
+    return f'{text}. Give a tuple as a whole, as --config.plan.weight_bits="(8, 4)".'
   if isinstance(error, (KeyError, AttributeError)):
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
     absent = re.match(r'Key "(\w+)" does not exist', text)  # and then all fields that do
@@ -211,10 +213,22 @@ def _report(ending):
 
 
 def _parse_or_exit(argv):
+  if {"--help", "-help", "-h"} & {*argv}:  # absl's lists no options, and ends with 1
+    print(_options())
+    sys.exit(0)
   try:
     return _parse(flags.FLAGS, argv)
   except ConfigError as error:
     sys.exit(_report(error)[0])
+
+
+def _options() -> str:
+  """The help of the commands with a configuration file or a run."""
+  known = flags.FLAGS
+  here = {known.find_module_defining_flag(name) for name in ("config", "workdir")}
+  names = sorted(name for name in known if known.find_module_defining_flag(name) in here)
+  lines = [f"  --{name:20} {known[name].help}" for name in names]
+  return "\n".join([__doc__ or "", "Options:", *lines])
 
 
 def _run_and_leave(rest):
