@@ -202,8 +202,9 @@ def test_a_read_only_cache_of_programs_is_used_and_told_once(tmp_path, monkeypat
   assert "is read-only: compiled programs in it are used" in capsys.readouterr().out
 
 
-def test_a_full_disk_of_the_cache_of_programs_is_no_error(tmp_path):
+@pytest.mark.parametrize("what", ["writing", "reading"])
+def test_a_full_disk_of_the_cache_of_programs_is_no_error(tmp_path, what):
   caching = app.kept_programs(Settings(compilation_cache=str(tmp_path)))
   with caching, warnings.catch_warnings(record=True) as told:
-    warnings.warn("Error writing persistent compilation cache entry for 'step'", stacklevel=1)
+    warnings.warn(f"Error {what} persistent compilation cache entry for 'step'", stacklevel=1)
   assert len(told) == 1

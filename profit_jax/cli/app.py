@@ -35,7 +35,7 @@ from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress, initial_weights, summary
 from profit_jax.train.run import Run
 
-_UNWRITTEN = "Error writing persistent compilation cache entry"  # as JAX warns
+_NOT_KEPT = "Error (writing|reading) persistent compilation cache entry"  # as JAX warns
 MODES = ("train", "eval", "plan", "export")
 
 
@@ -384,9 +384,9 @@ def kept_programs(settings: Settings) -> Iterator[None]:
   try:
     with warnings.catch_warnings():
       # A full disk: JAX tells it, and goes on. It is no error under `python -W error` either.
-      warnings.filterwarnings("default", _UNWRITTEN, UserWarning)
+      warnings.filterwarnings("default", _NOT_KEPT, UserWarning)
       if told:
-        warnings.filterwarnings("ignore", _UNWRITTEN, UserWarning)
+        warnings.filterwarnings("ignore", _NOT_KEPT, UserWarning)
       yield
   finally:
     _set_cache_directory(before)
