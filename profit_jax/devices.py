@@ -2,12 +2,15 @@
 accelerator idle.
 """
 
+import contextlib
 import functools
+import logging
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 
 import jax
@@ -17,17 +20,31 @@ from profit_jax.config import ConfigError
 # XLA reads its flags when it compiles first, and ends the process over one that it does not know.
 _READ_FLAGS = "from jaxlib import xla_client; xla_client.CompileOptions()"
 _GOOGLE = "0x1ae0"  # as a PCI vendor
+# JAX's settings with which its programs are not compiled, or arrays do not meet.
+_REFUSED = {
+  "jax_disable_jit": (True,),
+  "jax_numpy_rank_promotion": ("raise",),
+  "jax_transfer_guard": ("disallow", "disallow_explicit"),
+}
 
 
 def require() -> None:
   """Asks JAX for its devices; must come after `distributed.initialize`.
 
   Raises:
-    ConfigError: JAX gives none, or XLA does not know a flag in XLA_FLAGS.
+    ConfigError: JAX gives none, XLA does not know a flag in XLA_FLAGS, or JAX has a setting with
+      which this package cannot compute.
   """
   _require_known_flags(os.environ.get("XLA_FLAGS", ""))
+  for setting, refused in _REFUSED.items():
+    if (value := getattr(jax.config, setting)) in refused:
+      raise ConfigError(
+        f"{setting.upper()}={value} is not allowed: training and evaluation need JAX's default. "
+        "Unset it."
+      )
   try:
-    jax.devices()
+    with _without_stacks():
+      jax.devices()
   except (RuntimeError, AssertionError) as error:
     asked = jax.config.jax_platforms
     # JAX asserts, without a text, that one of these platforms is there. It ends others with advice.
@@ -38,6 +55,26 @@ def require() -> None:
       f"JAX has no devices {where}: {reason}. Set JAX_PLATFORMS=cpu to compute on the CPU. For "
       "accelerators, unset it and install JAX's build for them (docs/gpu.md, docs/cloud_tpu.md)."
     ) from error
+
+
+@contextlib.contextmanager
+def _without_stacks() -> Iterator[None]:
+  """Inside, a build for accelerators that finds none says so in one line; JAX prints a stack."""
+
+  def in_short(record: logging.LogRecord) -> bool:
+    if record.exc_info and record.exc_info[1]:
+      told = " ".join(str(record.exc_info[1]).split())[:300]
+      record.msg, record.args = "JAX cannot use an accelerator: %s", (told,)
+      record.levelno, record.levelname = logging.WARNING, "WARNING"
+      record.exc_info = None
+    return True
+
+  logger = logging.getLogger("jax._src.xla_bridge")
+  logger.addFilter(in_short)
+  try:
+    yield
+  finally:
+    logger.removeFilter(in_short)
 
 
 @functools.cache

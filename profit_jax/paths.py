@@ -32,6 +32,23 @@ def opened(what: str, path: str) -> epath.Path:
     ) from error
 
 
+def require_file(what: str, path: str, instead: str) -> None:
+  """Checks that a local path is a file.
+
+  Args:
+    what: it is, as a message begins: `--config=`.
+    path: the path.
+    instead: what the user should give, as a sentence.
+
+  Raises:
+    ConfigError: there is no file.
+  """
+  if os.path.isfile(path):
+    return
+  problem = "is a directory, not a file" if path and os.path.isdir(path) else "does not exist"
+  raise ConfigError(f"{what}{path or repr(path)} {problem}. {instead}")
+
+
 def without_file_scheme(path: str) -> str:
   """The local path that a `file:` URL names; other paths stay as they are."""
   parts = urllib.parse.urlsplit(path) if path.lower().startswith("file:/") else None

@@ -1,10 +1,13 @@
 """What is said where JAX has no devices, and where it leaves an accelerator idle."""
 
+import logging
+
 import jax
 import pytest
 
 from profit_jax import devices
 from profit_jax.config import ConfigError
+from profit_jax.export import jax_file
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,48 @@ def test_flags_that_xla_does_not_know_are_refused(monkeypatch, flags, reason):
     devices.require()
   assert str(refused.value).startswith(f"XLA_FLAGS='{flags}' is not allowed: ")
   assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  ("setting", "value", "told"),
+  [
+    ("jax_disable_jit", True, "JAX_DISABLE_JIT=True is not allowed"),
+    ("jax_numpy_rank_promotion", "raise", "JAX_NUMPY_RANK_PROMOTION=raise is not allowed"),
+    ("jax_transfer_guard", "disallow", "JAX_TRANSFER_GUARD=disallow is not allowed"),
+  ],
+)
+def test_settings_of_jax_that_stop_every_program_are_refused(monkeypatch, setting, value, told):
+  monkeypatch.setattr(devices.jax, "config", type("Config", (), {"jax_platforms": ""}))
+  for name in devices._REFUSED:
+    monkeypatch.setattr(devices.jax.config, name, None, raising=False)
+  monkeypatch.setattr(devices.jax.config, setting, value)
+  with pytest.raises(ConfigError, match=told):
+    devices.require()
+
+
+def test_a_build_that_finds_no_accelerator_says_so_in_one_line(monkeypatch, caplog):
+  def finds_none():
+    try:
+      raise RuntimeError("Unable to load cuDNN. Is it installed?")
+    except RuntimeError:
+      logging.getLogger("jax._src.xla_bridge").exception("Jax plugin configuration error")
+
+  monkeypatch.setattr(jax, "devices", finds_none)
+  devices.require()
+  (record,) = caplog.records
+  assert record.getMessage() == (
+    "JAX cannot use an accelerator: Unable to load cuDNN. Is it installed?"
+  )
+  assert not record.exc_info
+
+
+def test_an_exported_jax_file_needs_devices(monkeypatch, tmp_path):
+  def fails():
+    raise RuntimeError("Unable to initialize backend 'tpu'")
+
+  monkeypatch.setattr(jax, "devices", fails)
+  with pytest.raises(ConfigError, match="JAX has no devices"):
+    jax_file.open_file(tmp_path / "net.jax")
 
 
 def machine(root, *files):

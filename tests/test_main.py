@@ -4,12 +4,15 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
 
 from profit_jax.cli import app
-from profit_jax.config import Settings
+from profit_jax.cli import command as commands
+from profit_jax.config import ConfigError, Settings
+from profit_jax.report import ablation
 from tests.wrong_input import assert_refused, command, registered
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -49,6 +52,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:Depr
     ([*DIGITS, "--config.trian.momentum=0"], "Did you mean train.momentum?"),
     ([*DIGITS, "--config.weights=w.npz"], "Did you mean init.weights or teacher.weights?"),
     ([*DIGITS, "--config.model.foo=1"], "there are model.name, model.width, "),
+    ([*DIGITS, "--config.plan.weight_bits[0]=8"], 'as --config.plan.weight_bits="(8, 4)".'),
     (["--config=configs/ablation_digits.py"], "profit ablate --config=configs/ablation_digits.py"),
     (["--config=configs/__init__.py"], "has no function get_config"),
   ],
@@ -57,6 +61,27 @@ def test_wrong_input_ends_in_one_message_and_exit_code_2(monkeypatch, arguments,
   monkeypatch.chdir(ROOT)
   code, _, err = command(*arguments)
   assert_refused(code, err, [named])
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "told"),
+  [
+    ("absent.py", None, "does not exist. Give a configuration file"),
+    (".", None, "is a directory, not a file. Give a configuration file"),
+    ("a.py", "def get_config(:", "cannot be used: SyntaxError: invalid syntax (a.py, line 1)"),
+    ("a.py", "import no_such_module", "cannot be used: ModuleNotFoundError: No module named "),
+    ("a.txt", "some words", "cannot be used: SyntaxError: "),
+    ("a.py", "", "has no function get_config"),
+  ],
+)
+def test_a_configuration_file_that_cannot_be_used_is_named(tmp_path, name, content, told):
+  path = tmp_path / name
+  if content is not None:
+    path.write_text(content)
+  code, _, err = command(f"--config={path}", "--mode=plan")
+  assert_refused(code, err, [f"--config={path} {told}"])
+  with pytest.raises(ConfigError, match=f"^--config={path} .* get_grid .*, seeds.$"):
+    ablation.read_grid(str(path))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +118,12 @@ def test_a_process_leaves_with_one_message_and_exit_code_2():
   assert_refused(done.returncode, done.stderr, ["batchsize"])
 
 
+def test_help_is_not_a_failure():
+  done = python_main("--help")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "--fork_from" in done.stdout
+
+
 def test_plan_prints_the_published_table():
   done = python_main("--config", "configs/mbv2_w4.py", "--mode", "plan")
   assert done.returncode == 0, done.stderr
@@ -112,6 +143,14 @@ def test_output_that_nobody_reads_and_warnings_as_errors_do_not_end_a_run():
   )
   os.close(writer)
   assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_ends_every_command_in_one_line(capsys):
+  def interrupted(options):
+    raise KeyboardInterrupt
+
+  assert commands.run(commands.parser("compare", None), [], interrupted) == 130
+  assert capsys.readouterr().err == "stopped: by SIGINT.\n"
 
 
 OUTPUT = """
@@ -153,3 +192,19 @@ def test_a_cache_of_programs_that_cannot_be_written_is_told(capsys):
     assert jax.config.jax_compilation_cache_dir == before
   told = capsys.readouterr().out
   assert told.startswith("WARNING: config.compilation_cache = '/dev/null/programs' cannot be ")
+
+
+def test_a_read_only_cache_of_programs_is_used_and_told_once(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(os, "access", lambda path, mode: False)
+  with app.kept_programs(Settings(compilation_cache=str(tmp_path))):
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    warnings.warn("Error writing persistent compilation cache entry for 'step'", stacklevel=1)
+  assert "is read-only: compiled programs in it are used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["writing", "reading"])
+def test_a_full_disk_of_the_cache_of_programs_is_no_error(tmp_path, what):
+  caching = app.kept_programs(Settings(compilation_cache=str(tmp_path)))
+  with caching, warnings.catch_warnings(record=True) as told:
+    warnings.warn(f"Error {what} persistent compilation cache entry for 'step'", stacklevel=1)
+  assert len(told) == 1

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from profit_jax.train.programs import Programs
 from profit_jax.train.progress import Progress, initial_weights, summary
 from profit_jax.train.run import Run
 
+_NOT_KEPT = "Error (writing|reading) persistent compilation cache entry"  # as JAX warns
 MODES = ("train", "eval", "plan", "export")
 
 
@@ -355,10 +357,10 @@ def _warn(screen: Console, text: str) -> None:
 def kept_programs(settings: Settings) -> Iterator[None]:
   """Inside, JAX keeps compiled programs in `compilation_cache`; afterwards where it did before.
 
-  Where that cannot be written, it says so and keeps none.
+  Where that cannot be written, it says so and keeps none; those that are there are used.
   """
   before = jax.config.jax_compilation_cache_dir
-  directory = before
+  directory, told = before, False
   if settings.compilation_cache:
     given = os.path.expanduser(settings.compilation_cache)
     place = paths.opened("config.compilation_cache =", given)
@@ -371,9 +373,21 @@ def kept_programs(settings: Settings) -> Iterator[None]:
         f"({error}): compiled programs are not kept."
       )
       directory = before
+    else:
+      told = "://" not in directory and not os.access(directory, os.W_OK)
+      if told:
+        _say(
+          f"WARNING: config.compilation_cache = {settings.compilation_cache!r} is read-only: "
+          "compiled programs in it are used, and new ones are not kept."
+        )
   _set_cache_directory(directory)
   try:
-    yield
+    with warnings.catch_warnings():
+      # A full disk: JAX tells it, and goes on. It is no error under `python -W error` either.
+      warnings.filterwarnings("default", _NOT_KEPT, UserWarning)
+      if told:
+        warnings.filterwarnings("ignore", _NOT_KEPT, UserWarning)
+      yield
   finally:
     _set_cache_directory(before)
 

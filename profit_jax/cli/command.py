@@ -39,6 +39,8 @@ def run(
     return action(parsed) or 0
   except ProfitError as error:
     return report(error)
+  except KeyboardInterrupt:
+    return interrupted()
 
 
 class _Unbroken(io.FileIO):
@@ -76,6 +78,12 @@ def keep_running_without_output() -> None:
       write_through=before.write_through,
     )
     setattr(sys, name, after)
+
+
+def interrupted(then: str = "") -> int:
+  """Says that Ctrl-C ended a command, and what then; returns the exit code that shells give."""
+  print(f"stopped: by SIGINT{then}.", file=sys.stderr)
+  return 130
 
 
 def report(error: ProfitError) -> int:

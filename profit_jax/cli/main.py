@@ -23,6 +23,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from profit_jax import paths
 from profit_jax.cli import command
 from profit_jax.config import (
   FIELDS_NOW_RULES,
@@ -47,6 +48,8 @@ COMMANDS = {
 # where arguments are separated by line ends.
 _OVERRIDE = re.compile(r"--?config\.([^=\[]*)")
 _CONFIG_FILE = re.compile(r"^--?config[=\n]([^:\n]*)", re.MULTILINE)
+# What absl and ml_collections raise for wrong options and fields; a configuration file may, too.
+_OF_OPTIONS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
 _USAGE = "usage: profit COMMAND [OPTIONS]; profit COMMAND --help lists the options."
 
 
@@ -106,6 +109,11 @@ def _parse(values, argv):
       field = found[1]
       if told := renamed_field(field) or unknown_field(field):
         raise ConfigError(f"--config.{field} is not allowed: {told}")
+  files = _CONFIG_FILE.findall("\n".join(argv))
+  if files:
+    paths.require_file(
+      "--config=", files[-1], "Give a configuration file, as --config=configs/digits_w4.py."
+    )
   # Python would load a file over the one before, which leaves that one's functions.
   sys.modules.pop("config_config", None)
   try:
@@ -117,16 +125,21 @@ def _parse(values, argv):
     getattr(values.config, "keys", None)
     return rest
   except Exception as error:  # a configuration file is code: it can raise anything
-    _require_get_config(error, argv)
+    if files:
+      _require_get_config(error, files[-1])
+    if files and not isinstance(error, _OF_OPTIONS):
+      raise ConfigError(
+        f"--config={files[-1]} cannot be used: {type(error).__name__}: {_in_short(error)}. Correct "
+        "that file."
+      ) from error
     raise ConfigError(f"Wrong command line or configuration file: {_in_short(error)}") from error
 
 
-def _require_get_config(error, argv):
+def _require_get_config(error, file):
   """Raises ConfigError where a file has no get_config, as those of `profit ablate`."""
-  given = _CONFIG_FILE.search("\n".join(argv))
-  if given is None or not (isinstance(error, AttributeError) and error.name == "get_config"):
+  if not (isinstance(error, AttributeError) and error.name == "get_config"):
     return
-  path = pathlib.Path(given[1])
+  path = pathlib.Path(file)
   told = "has no function get_config, as configs/digits_w4.py has. Give a configuration file."
   if "get_grid" in path.read_text(errors="replace"):
     told = "is a grid of runs, not the configuration of one. Train it with: profit ablate "
@@ -137,6 +150,8 @@ def _require_get_config(error, argv):
 def _in_short(error):
   """An error of absl or ml_collections in one line."""
   text = str(error)
+  if isinstance(error, IndexError):  # as of --config.plan.weight_bits[0]=8
+    return f'{text}. Give a tuple as a whole, as --config.plan.weight_bits="(8, 4)".'
   if isinstance(error, (KeyError, AttributeError)):
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "").strip('"')
     absent = re.match(r'Key "(\w+)" does not exist', text)  # and then all fields that do
@@ -187,8 +202,7 @@ def _execute(values, rest):
   except ProfitError as error:
     return _report(error)
   except KeyboardInterrupt:
-    print("error: stopped; the same command resumes from the last checkpoint.", file=sys.stderr)
-    return 130, False  # what shells give a program that was interrupted
+    return command.interrupted("; the same command resumes from the last checkpoint"), False
   except Exception:
     traceback.print_exc()
     return 1, False
@@ -199,10 +213,22 @@ def _report(ending):
 
 
 def _parse_or_exit(argv):
+  if {"--help", "-help", "-h"} & {*argv}:  # absl's lists no options, and ends with 1
+    print(_options())
+    sys.exit(0)
   try:
     return _parse(flags.FLAGS, argv)
   except ConfigError as error:
     sys.exit(_report(error)[0])
+
+
+def _options() -> str:
+  """The help of the commands with a configuration file or a run."""
+  known = flags.FLAGS
+  here = {known.find_module_defining_flag(name) for name in ("config", "workdir")}
+  names = sorted(name for name in known if known.find_module_defining_flag(name) in here)
+  lines = [f"  --{name:20} {known[name].help}" for name in names]
+  return "\n".join([__doc__ or "", "Options:", *lines])
 
 
 def _run_and_leave(rest):
@@ -237,6 +263,8 @@ def profit() -> int | None:
       module = _imported(name.replace("-", "_"))
     except ConfigError as error:
       return command.report(error)
+    except KeyboardInterrupt:
+      return command.interrupted()
     return module.main(rest[1:])
   if name in ("--help", "-h", "help"):
     print(_help())

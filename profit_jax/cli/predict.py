@@ -136,6 +136,8 @@ def _opened(name: str, file: str | os.PathLike, content: dict[str, Any]) -> form
   module = formats.load(name)
   try:
     return module.open_file(file)
+  except ConfigError:
+    raise
   except Exception as error:  # its bytes are the card's: it is the versions that differ
     versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
     text = " ".join(str(error).split())

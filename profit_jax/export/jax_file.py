@@ -24,6 +24,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import func, stablehlo
 from jax.interpreters import mlir
 
+from profit_jax import devices
 from profit_jax.export import reference
 from profit_jax.export.net import Net, Quantizer
 from profit_jax.export.packing import pack, unpack
@@ -62,7 +63,8 @@ def _named_codes(node: Quantizer, x: jax.Array) -> jax.Array:
 
 
 def open_file(path: str | os.PathLike) -> "Runner":
-  """Reads a file that `write` wrote."""
+  """Reads a file that `write` wrote; raises as `devices.require`."""
+  devices.require()
   return Runner(jax.export.deserialize(bytearray(pathlib.Path(path).read_bytes())))
 
 

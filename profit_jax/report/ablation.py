@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import runpy
 import statistics
@@ -16,7 +17,9 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from profit_jax import paths
 from profit_jax.config import ConfigError, Settings, parse
+from profit_jax.fields import listed
 from profit_jax.models import REGISTRY
 from profit_jax.train import fork
 
@@ -82,6 +85,9 @@ def read_grid(path: str) -> Grid:
   Raises:
     ConfigError: there is none, or it is not one.
   """
+  names = listed([field.name for field in dataclasses.fields(Grid)])
+  wanted = f"Give a file with a function get_grid that returns a dictionary of {names}."
+  paths.require_file("--config=", path, wanted)
   try:
     content = runpy.run_path(path)
     if "get_grid" not in content and "get_config" in content:
@@ -89,14 +95,14 @@ def read_grid(path: str) -> Grid:
         f"--config={path} is the configuration of one run, not a grid. Train it with: profit train "
         f"--config={path} --workdir=DIR"
       )
+    if "get_grid" not in content:
+      raise ConfigError(f"--config={path} has no function get_grid. {wanted}")
     return Grid(**content["get_grid"]())
   except ConfigError:
     raise
   except Exception as error:  # a configuration file is code: it can raise anything
-    names = ", ".join(field.name for field in dataclasses.fields(Grid))
     raise ConfigError(
-      f"--config={path} cannot be read: {error!r}. Give a file with a function get_grid that "
-      f"returns a dictionary of {names}."
+      f"--config={path} cannot be used: {type(error).__name__}: {error}. {wanted}"
     ) from error
 
 
@@ -135,6 +141,11 @@ def settings_of(grid: Grid, run: Run) -> Settings:
   that far.
   """
   read, line = flags.FlagValues(), ["profit", *grid.arguments(*run)]
+  paths.require_file(
+    "The grid's config ",
+    line[1].removeprefix("--config=").partition(":")[0],
+    f"It is looked for in {os.getcwd()}. Run the command in the directory that has it.",
+  )
   config = config_flags.DEFINE_config_file("config", flag_values=read, sys_argv=line)
   try:
     with warnings.catch_warnings():

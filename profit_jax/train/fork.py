@@ -12,6 +12,7 @@ from etils import epath
 
 from profit_jax import checkpoints, data, distributed, schedule
 from profit_jax.config import ConfigError, Settings
+from profit_jax.fields import listed
 from profit_jax.train import run_directory
 from profit_jax.train.run_state import SavedRun, number_at_end, opened
 
@@ -94,12 +95,13 @@ def checkpoint(
       "(--mode=plan prints them). Begin "
       f"without --fork_from."
     )
+  if not saved and run_directory.has_results(origin):
+    raise run_directory.no_checkpoint(origin, "--fork_from")
   raise ConfigError(
-    f"--fork_from {origin}: that run has {count} phases in common with this one, but no "
-    "checkpoint at the end of any of "
-    f"them that can be used: those would be {wanted}, and there are {saved}. Wait until "
-    "it has got there, train "
-    f"it with a larger --config.checkpoint.keep, or begin without --fork_from."
+    f"--fork_from {origin}: that run has {count} phases in common with this one, but no checkpoint "
+    f"at the end of any of them that can be used: these would be {listed(wanted)}, and it has "
+    f"{listed(saved) or 'none'}. Wait until it gets there, train it with a larger "
+    "--config.checkpoint.keep, or begin without --fork_from."
   )
 
 

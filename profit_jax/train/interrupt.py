@@ -11,13 +11,14 @@ from jax.experimental import multihost_utils
 from profit_jax.config import ProfitError
 
 PREEMPTED = signal.SIGTERM  # what clusters send before they take a machine away
+_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _requested: signal.Signals | None = None
 
 
 class Stopped(ProfitError):
-  """Raised after a graceful stop on SIGINT or SIGTERM; the exit code is what shells give a program
-  that a signal ended.
+  """Raised after a graceful stop on SIGINT, SIGTERM or SIGHUP; the exit code is what shells give a
+  program that a signal ended.
   """
 
   label, everywhere = "stopped", True
@@ -34,7 +35,8 @@ class Stopped(ProfitError):
 
 @contextlib.contextmanager
 def graceful(processes: int | None = None) -> Iterator[None]:
-  """Within, SIGTERM (a preemption, a batch system) and SIGINT (Ctrl-C) make `check` raise.
+  """Within, SIGTERM (a preemption, a batch system), SIGINT (Ctrl-C) and SIGHUP (a terminal that is
+  closed) make `check` raise; those that are ignored, as SIGHUP under `nohup`, do not.
 
   A second Ctrl-C ends at once; batch systems may send SIGTERM twice and mean the same. Of several
   processes, JAX listens for SIGTERM itself and lets all of them agree on a step; see
@@ -49,12 +51,14 @@ def graceful(processes: int | None = None) -> Iterator[None]:
   if processes > 1 or threading.current_thread() is not threading.main_thread():
     yield
     return
-  before = {asked: signal.getsignal(asked) for asked in (signal.SIGTERM, signal.SIGINT)}
+  before = {asked: signal.getsignal(asked) for asked in _HEARD}
+  before = {asked: old for asked, old in before.items() if old != signal.SIG_IGN}
 
   def handle(number, _):
     global _requested
     _requested = signal.Signals(number)
-    signal.signal(signal.SIGINT, before[signal.SIGINT])
+    if signal.SIGINT in before:
+      signal.signal(signal.SIGINT, before[signal.SIGINT])
 
   for asked in before:
     signal.signal(asked, handle)

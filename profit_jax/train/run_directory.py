@@ -23,6 +23,7 @@ from profit_jax.fields import listed
 from profit_jax.models import REGISTRY
 
 _PUBLISHED = "published.json"
+_RESULTS = ("result.json", "report.md")  # written at the end of a run
 
 
 class Identity(NamedTuple):
@@ -231,7 +232,7 @@ def is_begun(workdir: epath.Path) -> bool:
 
 def has_results(workdir: epath.Path) -> bool:
   """Whether a run has ended here."""
-  return (workdir / "result.json").exists()
+  return any((workdir / name).exists() for name in _RESULTS)
 
 
 def no_checkpoint(workdir: epath.Path, flag: str = "--workdir") -> ConfigError:

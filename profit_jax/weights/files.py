@@ -249,9 +249,8 @@ def _read_run(workdir: epath.Path) -> Contents:
     if told:
       raise RefusedError(told)
     raise ConfigError(
-      f"The directory {os.fspath(workdir)!r} holds no weights: it must be the --workdir of a run "
-      "that has reached its "
-      f"plan's last bits, or give a file, one of {_FORMATS}."
+      f"The directory {os.fspath(workdir)!r} holds no weights: it has no checkpoint at the last "
+      f"bits of a run's plan. Give one of {_FORMATS}."
     )
   model = json.loads((workdir / "config.json").read_text())["model"]
   # Of a run of `Trainer`, the name of the class.

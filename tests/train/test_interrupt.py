@@ -24,7 +24,7 @@ class Slow:
     return lambda: None
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_during_compilation_stops_the_run(asked):
   program = Slow()
   compiler = Compiler(lambda key: program)
@@ -38,3 +38,14 @@ def test_a_signal_during_compilation_stops_the_run(asked):
     program.may_end.set()
     compiler.close()
   assert (stopped.value.asked, stopped.value.code) == (asked, 128 + asked)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+  try:
+    with interrupt.graceful(processes=1):
+      os.kill(os.getpid(), signal.SIGHUP)
+      interrupt.check()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)

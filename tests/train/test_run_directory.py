@@ -93,7 +93,10 @@ def test_results_without_checkpoints_are_not_trained_over(run):
   with pytest.raises(ConfigError, match=f"{gone}.*: config.json, data.json, result.json"):
     claim(run, settings(), source())
   assert re.match(gone, str(run_directory.no_checkpoint(run)))
-  # Nor where its configuration is gone too.
+  # Nor where of the results the report alone is there, or its configuration is gone too.
+  (run / "result.json").rename(run / "report.md")
+  with pytest.raises(ConfigError, match=f"{gone}.*: config.json, data.json, report.md"):
+    claim(run, settings(), source())
   (run / "config.json").unlink()
   with pytest.raises(ConfigError, match=gone):
     claim(run, settings(), source())
