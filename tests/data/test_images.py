@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import os
 import re
 import shutil
 
@@ -207,11 +208,10 @@ def test_augmentation_of_what_pillow_reads_is_that_of_tensorflow(tmp_path):
     ("plain", kinds()["PNG"][0]),
     ("wrong", kinds()["PNG wrong checksum of the data"][0]),
   ):
-    for split in ("train", "val"):
-      for i in range(8):
-        file = tmp_path / name / split / "ab"[i % 2] / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+    for split, label in itertools.product(("train", "val"), ("a", "b")):
+      (tmp_path / name / split / label).mkdir(parents=True)
+      for i in range(4):
+        (tmp_path / name / split / label / f"{i}.png").write_bytes(content)
     batches.append(list(load_folder(tmp_path / name).train_batches(3, 8)))
   assert_equal_batches(*batches)
   assert len(as_set(batches[0][0]["image"])) == 8
@@ -281,8 +281,13 @@ def damaged_copy(written, directory, change):
     (lambda shard: shard.write_bytes(shard.read_bytes()[:-100]), "cuttings cannot be read"),
     (lambda shard: shard.write_bytes(b""), "cuttings holds fewer examples"),
     (lambda shard: shard.unlink(), "train.tfrecord-00000-of-00003 does not exist"),
+    (lambda shard: (shard.unlink(), os.mkfifo(shard)), "00000-of-00003 is no regular file"),
+    (
+      lambda shard: (shard.parent / "dataset_info.json").write_text("{"),
+      "'cuttings' cannot be opened in .*JSON",
+    ),
   ],
-  ids=["cut", "empty", "missing"],
+  ids=["cut", "empty", "missing", "pipe", "description"],
 )
 def test_damaged_shards_are_refused(written, tmp_path, change, message):
   with pytest.raises(ConfigError, match=message):
