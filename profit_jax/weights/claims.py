@@ -31,6 +31,9 @@ _TEACHER_OPTIONS = ("teacher_model", "teacher_arch", "teacher_name", _TEACHER)
 _TENSORFLOW_NORM, _TENSORFLOW_EPSILON = "bn_tf", 1e-3
 # timm's of the last pooling: the average, by its names.
 _POOLING, _AVERAGE = "gp", ("avg", "fast", "fastavg")
+# Only torchvision's script for quantization-aware training has it. Its `model` names the net
+# without quantization, which may compute something else.
+_QUANTIZATION = "num_calibration_batches"
 # Of timm's `model_kwargs`, what changes nothing in evaluation.
 _HARMLESS_OPTIONS = ("num_classes", "drop_rate", "drop_path_rate", "bn_momentum")
 # Files that have the name of their directory.
@@ -156,7 +159,9 @@ def _named_in(
   for options, text in named:
     name = net_named(text)
     if name is not None:
-      yield first if options is place else options, name
+      of = first if options is place else options
+      quantizable = f"quantization.{name}"
+      yield of, quantizable if _QUANTIZATION in of and quantizable in published_nets() else name
 
 
 def net_named(text: Any) -> str | None:

@@ -175,6 +175,15 @@ def test_a_checkpoint_that_names_another_net_is_refused(content, tmp_path):
     ({"arch": "tinynet_100", "args": argparse.Namespace(model="tinynet_100")}, "tinynet_100"),
     ({"arch": "tinynet", "args": argparse.Namespace(model="tf_tinynet_100")}, "tf_tinynet_100"),
     ({"model": {}, "args": argparse.Namespace(lr=0.1, model="mobilenet_v2")}, "mobilenet_v2"),
+    # torchvision's script for quantization-aware training: its MobileNet-v2 has ReLU, not ReLU6.
+    (
+      {"args": argparse.Namespace(model="mobilenet_v2", num_calibration_batches=32)},
+      "quantization.mobilenet_v2",
+    ),
+    (
+      {"args": argparse.Namespace(model="tinynet_100", num_calibration_batches=32)},
+      "tinynet_100",
+    ),
     ({"arch": "resnet50", "epoch": 3}, "resnet50"),
     # Classes, and names that nobody here knows.
     ({"arch": "efficientnet"}, None),
