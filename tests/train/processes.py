@@ -130,14 +130,18 @@ def fit(workdir, coordinator, processes, process, faults=()):
   jax.config.update("jax_num_cpu_devices", 2)
   jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=10)
   data = own_data(processes, process, faults if process == processes - 1 else ())
-  result = own_run(workdir).fit(data)
-  own_result(workdir, process).write_text(json.dumps(summary_of(result)))
   try:
-    report = pj.export(result, workdir / "net.onnx", data.eval)
-    print(report)
-  except pj.ConfigError as error:
-    print(f"{error.label}: {error}")
-  jax.distributed.shutdown()
+    result = own_run(workdir).fit(data)
+    own_result(workdir, process).write_text(json.dumps(summary_of(result)))
+    try:
+      report = pj.export(result, workdir / "net.onnx", data.eval)
+      print(report)
+    except pj.ConfigError as error:
+      print(f"{error.label}: {error}")
+  finally:
+    # As JAX does where Python ends, after an error too; forked processes end without it. If the
+    # first process were gone sooner, JAX would abort the other one.
+    jax.distributed.shutdown()
 
 
 def own_result(workdir, process):
