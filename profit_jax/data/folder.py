@@ -551,6 +551,7 @@ def _copied(train, evaluation):
       paths = [path for side in sides for path in side]
       keys = dict(zip(paths, at_once(key, paths), strict=True))
       both = {keys[path] for path in sides[0]} & {keys[path] for path in sides[1]}
+      both.discard(0)  # bytes: an empty file is no image
       sides = [[path for path in side if keys[path] in both] for side in sides]
   except (OSError, tf.errors.OpError):  # told when it is read
     return 0, ""

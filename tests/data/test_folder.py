@@ -444,6 +444,12 @@ class TestOverlap:
     (root / "val" / "dog" / "dog0.jpg").write_bytes((root / "train/dog/dog0.jpg").read_bytes())
     assert "val/dog/dog0.jpg is a copy of" in opened(root).notes[0]
 
+  def test_empty_files_are_no_copies(self, tmp_path):
+    root = write_splits(tmp_path)
+    for split in ("train", "val"):
+      (root / split / "cat" / "empty.jpg").touch()
+    assert not opened(root).notes
+
 
 def test_an_evaluation_alone_tells_of_other_classes_in_the_training_split(tmp_path):
   write_splits(tmp_path)
