@@ -132,7 +132,7 @@ def _execute(options: argparse.Namespace, launcher: Launcher) -> int:
     failed = train(grid, root, settings, parents, options.jobs, launcher)
   except interrupt.Stopped as stopped:
     raise stopped.told(
-      "with runs under way, which have saved and ended; the same command goes on from there"
+      "with runs under way, which have saved and ended; the same command resumes them"
     ) from None
   report(grid, root)
   for (labels, seed), log in failed.items():

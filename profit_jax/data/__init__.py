@@ -40,7 +40,7 @@ KNOWN: dict[str, DatasetInfo] = {
 }
 FOLDER = "folder"
 _log = logging.getLogger(__name__)
-_log.setLevel(logging.WARNING)  # of its own, because main.py quiets the root
+_log.setLevel(logging.WARNING)  # explicit, because main.py quiets the root
 _MADE_OF_DIGITS = {"digits": digits.Digits, "digit_pairs": pairs.Pairs}
 
 

@@ -201,8 +201,7 @@ class _Part(NamedTuple):
       if count >= len(chosen):
         raise ConfigError(
           f"{field} is not allowed: class {shown(label)} of {shown(self.tree.path)} has "
-          f"{len(chosen)} images, which cannot be divided. Each class needs at least one to train "
-          "on and one to evaluate on."
+          f"too few images to divide ({len(chosen)}). Each class needs at least one on both sides."
         )
       drawn = [
         hashlib.blake2b(label + b"/" + name, digest_size=8, key=b"%d" % seed).digest()

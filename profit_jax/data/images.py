@@ -25,7 +25,7 @@ _READY_BATCHES = 2
 _NAMED = 8
 
 _log = logging.getLogger(__name__)
-_log.setLevel(logging.WARNING)  # of its own, because main.py quiets the root
+_log.setLevel(logging.WARNING)  # explicit, because main.py quiets the root
 
 
 class Splits(Protocol):
@@ -143,7 +143,7 @@ class Images:
     }
 
     def decoded(found):
-      """One batch: what TensorFlow cannot decode is left out, leaves its row empty, and stands in
+      """One batch: what TensorFlow cannot decode is left out, leaves its row empty, and is in
       `left_out`.
       """
       rows = tf.data.Dataset.from_tensor_slices((tf.range(part, dtype=tf.int64), found))

@@ -27,7 +27,7 @@ Record = dict[str, tf.Tensor]
 # the data set.
 SHUFFLE_BUFFER = 8192
 _READ_AT_ONCE = 16  # of a host's readers
-# What TensorFlow adds to a message: nodes and operations of graphs that nobody sees.
+# What TensorFlow adds to a message: nodes and operations of its graphs.
 _OF_GRAPHS = re.compile(
   r"Error in user-defined function passed to \S+ transformation with iterator: \S+: "
   r"|\[\[\{\{.*?\}\}\]\]|\{\{.*?\}\}|\[Op:\w+\]( name:( \S+)?)?"

@@ -43,7 +43,7 @@ def check(settings: Settings) -> None:
   Raises:
     ConfigError: strides of another number, or too many of them for the image; strides, a width or
       a padding where there are none; bits for a model without quantizers; what a quantizer does not
-      offer; rules that do not fit the model; a variant that nobody knows, or without weights.
+      offer; rules that do not fit the model; an unknown variant, or one without weights.
   """
   _check_quantizer(settings)
   for section, own in (("init", settings.init), ("teacher", settings.teacher)):

@@ -90,7 +90,7 @@ class TensorBoardObserver(Observer):
       # so.
       self._writer = None
       self._warn(
-        "TensorBoard's events cannot be written any more, training goes on without them: "
+        "TensorBoard's events can no longer be written; training continues without them: "
         f"{_reason(error)}."
       )
 

@@ -24,7 +24,7 @@ _CLOSE = 1e-3  # of shares and pixel values in 0..1, which are published rounded
 
 
 class Applied(NamedTuple):
-  """What was taken of that which is published of a run's weights.
+  """The published settings that a run took.
 
   Attributes:
     settings: with what was taken.

@@ -154,7 +154,7 @@ def _named_in(
   # Of entries of the checkpoint, these are the weights.
   sections = [_options(options.get(key)) for options in found for key in keys]
   named += [(each, each.get(key)) for each in sections for key in (_NAME, *keys)]
-  # An architecture beside the options is that which these describe.
+  # The options describe the architecture beside them.
   first = next(filter(None, found), {})
   for options, text in named:
     name = net_named(text)

@@ -237,7 +237,7 @@ def some(names: Collection[str]) -> str:
 
 
 def _refuse_others(content: bytes) -> None:
-  """Names what is no file of weights."""
+  """Says what a file without weights is."""
   beginning = content[:_BEGINNING]
   for magic, told in _BEGINNINGS:
     if beginning.startswith(magic):

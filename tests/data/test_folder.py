@@ -123,7 +123,7 @@ class TestWithoutSplits:
 
   def test_a_class_of_one_image_cannot_be_divided(self, tmp_path):
     write_classes(write_classes(tmp_path, images=5), ("one",))
-    refused(tmp_path, "class one of .* has 1 images, which cannot be divided", eval_split="10%")
+    refused(tmp_path, r"class one of .* has too few images to divide \(1\)", eval_split="10%")
 
   def test_parts_of_percent(self, tmp_path):
     write_classes(tmp_path, images=5)

@@ -24,6 +24,6 @@ def test_a_full_disk_is_told_once_without_names_of_operations():
   for step in range(2):
     observer._write(step, {"train/step_loss": 1.0})
   assert told == [
-    "TensorBoard's events cannot be written any more, training goes on without them: "
+    "TensorBoard's events can no longer be written; training continues without them: "
     "/run/events.out; No space left on device Failed to flush 11 events."
   ]
