@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 
 # Each would import TensorFlow, which takes longer than what most of them do.
 _IMPORTED = ["tensorflow", "main", "tests.train.killed", "tests.train.processes"]
@@ -17,6 +18,9 @@ def start(target, *arguments):
 
 
 def redirect(out, err):
-  """Appends what this process prints to files."""
-  for number, file in ((1, out), (2, err)):
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+  """Appends what Python prints in this process to `out`, and to `err` its errors and whatever the
+  libraries below it write, whose threads (Gloo's) break each other's lines on standard output.
+  """
+  for number in (1, 2):
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+  sys.stdout = open(out, "a", buffering=1)  # noqa: SIM115 - as long as the process
