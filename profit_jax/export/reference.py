@@ -39,6 +39,7 @@ def run(
   image: jax.Array,
   kernels: Mapping[str, jax.Array] | None = None,
   quantize: Callable[[Quantizer, jax.Array], jax.Array] | None = None,
+  watch: Callable[[str, jax.Array], None] | None = None,
 ) -> jax.Array:
   """The logits float32 `[N, num_classes]` of images.
 
@@ -47,13 +48,11 @@ def run(
     image: uint8, or float32 if the net does not normalize, `[N, H, W, C]`.
     kernels: each layer's codes, in place of the net's own arrays (of any type that float32 holds).
     quantize: computes a quantizer's codes as float32, in place of `codes`.
+    watch: is called with the name and the values of every tensor.
 
   Every operation rounds to float32 by itself, under jit too.
   """
-  values = {IMAGE: image.astype(jnp.float32)}
-  if net.normalization is not None:
-    factor, summand = net.pixel_scale()
-    values[IMAGE] = _rounded(values[IMAGE] * factor) + summand
+  values = {IMAGE: normalized(net, image)}
   kernels = {layer.name: layer.kernel for layer in net.layers} if kernels is None else kernels
   last_use = {name: index for index, node in enumerate(net.nodes) for name in inputs(node)}
   for index, node in enumerate(net.nodes):
@@ -64,10 +63,18 @@ def run(
       values[node.name] = (quantize or codes)(node, arguments[0])
     else:
       values[node.name] = _OTHERS[type(node)](node, *arguments)
+    if watch is not None:
+      watch(node.name, values[node.name])
     for name in {*inputs(node)}:  # one may be read twice, as in x * x
       if last_use[name] == index:
         del values[name]
   return values[net.nodes[-1].name]
+
+
+def normalized(net: Net, image: jax.Array) -> jax.Array:
+  """Images as the net's layers read them, float32."""
+  image, scale = image.astype(jnp.float32), net.pixel_scale()
+  return image if scale is None else _rounded(image * scale[0]) + scale[1]
 
 
 def run_with_codes(net: Net, image: jax.Array) -> tuple[jax.Array, Arrays]:

@@ -1,0 +1,723 @@
+"""Code-domain net -> integer net: puts every tensor on an int8 grid.
+
+A quantizer's codes keep their steps, so that an int8 tensor uses 2^b of its 256 numbers. What
+follows from that, and what it costs:
+
+- A layer that one quantizer reads gives its codes directly. Its kernel's scales take the input's
+  output scale and the quantizer's interval; a channel of negative gain flips its kernel's codes.
+- Biases are int32 in units of the accumulator, which for 4-bit codes would be a tenth of a step of
+  the next quantizer. Kernel codes are therefore multiplied by the largest factor that fits 8 bits
+  (18 at 4 bits), and the biases' units are as much finer.
+- Tensors that something else reads too (shortcuts, squeeze-excite) are rounded to 8 bits, on a range
+  that is measured on images. Their step is an odd fraction of the step of the quantizer that reads
+  them: the ends between two codes then are ends between two of its own steps, so that rounding
+  twice gives the same code as rounding once.
+- A tensor that only quantizers read needs no range: what saturates there saturates in them.
+- The bounds of a quantizer are int8's upper end and a fused ReLU in LiteRT, and int8's lower end and
+  a Clip in onnxruntime, see `Runtime`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from profit_jax.config import ConfigError
+from profit_jax.export.integer import net as integer
+from profit_jax.export.integer.net import HIGH, LOW, Grid
+from profit_jax.export.net import (
+  IMAGE,
+  Activation,
+  Affine,
+  Clip,
+  Concat,
+  Elementwise,
+  Layer,
+  Maximum,
+  Mean,
+  Minimum,
+  Net,
+  Node,
+  Pool,
+  Product,
+  Quantizer,
+  Reshape,
+  Sum,
+  Value,
+  inputs,
+)
+from profit_jax.kernels.padding import border_of
+
+# Float tensors' least and largest values.
+Ranges = Mapping[str, tuple[float, float]]
+_BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
+_EVERYTHING = (-np.inf, np.inf)
+# Of 255 steps, so that the zero can be rounded.
+_STEPS = 254
+# A bias of this size fits int32 beside the sum.
+_LARGEST_BIAS = 2.0**28
+_SMALLEST_UNIT = 2.0**-20
+# Half of the steps at most are given up for an odd fraction, and below this many none.
+_FEWEST_FRACTIONS = 3
+
+
+class Runtime(NamedTuple):
+  """What differs between runtimes' kernels.
+
+  Attributes:
+    fuses_relu: whether a lower bound at zero is part of an operator; codes then end at int8's upper
+      end. Otherwise they begin at its lower end, and the upper bound is an operator.
+    wide_kernel: the largest number in a kernel that is multiplied with 8-bit inputs.
+  """
+
+  fuses_relu: bool
+  wide_kernel: int
+
+
+# Without VNNI, onnxruntime adds pairs of products of uint8 and int8 in int16, which saturates.
+LITERT, ONNXRUNTIME = Runtime(True, HIGH), Runtime(False, 63)
+
+
+class Encoded(NamedTuple):
+  """Where a tensor of the code-domain net is: its values are `unit * (q - zero)`.
+
+  Attributes:
+    tensor: of the integer net.
+    grid: of that tensor. Its values are what operators compute with, and need not be the net's.
+    unit: what a step is worth in the net; for images, of each channel.
+    zero: the number that is worth 0 in the net, which may lie between two; likewise.
+  """
+
+  tensor: str
+  grid: Grid
+  unit: Any
+  zero: Any
+
+  @property
+  def factor(self) -> Any:
+    """The net's values over the grid's."""
+    return self.unit / self.grid.scale
+
+  @property
+  def constant(self) -> Any:
+    """The net's value where the grid's is 0."""
+    return (self.grid.zero - self.zero) * self.unit
+
+
+class Target(NamedTuple):
+  """Where a result is to be put.
+
+  Attributes:
+    name: of the tensor.
+    ends: the net's tensor that it holds.
+    grid: of the tensor.
+    low: its smallest number.
+    high: its largest.
+    factor: the grid's values over the net's.
+    shift: added to the net's values before.
+    unit: as `Encoded`.
+    zero: likewise.
+    lowered: the grid of a second rounding, which saturates at the other end.
+  """
+
+  name: str
+  ends: str
+  grid: Grid
+  unit: float
+  zero: float
+  low: int = LOW
+  high: int = HIGH
+  factor: float = 1.0
+  shift: float = 0.0
+  lowered: Grid | None = None
+
+
+def lower(net: Net, ranges: Ranges, runtime: Runtime) -> integer.IntegerNet:
+  """The integer net.
+
+  Args:
+    net: in the code domain.
+    ranges: of its float tensors, and of `logits`, see `ranges.measure`.
+    runtime: that will compute it.
+
+  Raises:
+    ConfigError: an operation that has no integer form.
+  """
+  return _Lowering(net, ranges, runtime).run()
+
+
+class _Lowering:
+  """Appends operators."""
+
+  def __init__(self, net: Net, ranges: Ranges, runtime: Runtime):
+    self._net, self._ranges, self._runtime = net, ranges, runtime
+    self._net_shapes = net.shapes()
+    self._readers: dict[str, list[Node | None]] = {IMAGE: []}
+    for node in net.nodes:
+      self._readers[node.name] = []
+      for name in {*inputs(node)}:
+        self._readers[name].append(node)
+    self._readers[net.nodes[-1].name].append(None)
+    self._operators: list[integer.Operator] = []
+    self._shapes = {IMAGE: net.image_shape}
+    self._encoded: dict[str, Encoded] = {IMAGE: self._image()}
+    self._passed: set[str] = set()  # tensors that only stand within an operator
+    self._narrow: set[str] = set()  # tensors whose numbers, doubled, times a kernel's fit int16
+
+  def run(self) -> integer.IntegerNet:
+    """The whole net."""
+    for node in self._net.nodes:
+      if node.name in self._encoded or node.name in self._passed:
+        continue  # part of an operator before
+      write = _WRITERS.get(type(node))
+      if write is None:
+        raise ConfigError(
+          f"{node.name!r} cannot be computed in integers: {type(node).__name__} has no integer "
+          "form. Export it as onnx or litert, whose files compute such operations in float32."
+        )
+      write(self, node)
+    logits = self._plain(self._net.nodes[-1].name)
+    return integer.IntegerNet(
+      model=self._net.model,
+      operators=tuple(self._operators),
+      shapes=self._shapes,
+      image_grid=self._encoded[IMAGE].grid,
+      logits=logits.tensor,
+      normalization=self._net.normalization,
+      codes={
+        quantizer.name: integer.Codes(place.tensor, round(place.zero))
+        for quantizer in self._net.quantizers
+        for place in [self._encoded[quantizer.name]]
+      },
+      weight_bits=self._net.weight_bits,
+      act_bits=self._net.act_bits,
+    )
+
+  # Tensors
+
+  def _image(self) -> Encoded:
+    scale = self._net.pixel_scale()
+    if scale is None:
+      grid = _grid(*self._ranges[IMAGE])
+      return Encoded(IMAGE, grid, grid.scale, grid.zero)
+    factor, summand = np.float64(scale[0]), np.float64(scale[1])
+    zero = LOW - summand / factor
+    # The border's pixels are those next to the channels' means.
+    return Encoded(IMAGE, Grid(1.0, round(float(np.mean(zero)))), factor, zero)
+
+  def _append(self, kind: type[integer.Operator], name: str, shape: Any, **fields: Any) -> str:
+    self._operators.append(kind(name=name, **fields))
+    self._shapes[name] = shape
+    return name
+
+  def _put(
+    self, kind: type[integer.Operator], target: Target, read: tuple[str, ...], **fields: Any
+  ) -> Encoded:
+    """Appends an operator whose result is put on a target."""
+    shape = self._net_shapes[target.ends]
+    name = target.name if target.lowered is None else f"{target.name}/raised"
+    self._append(
+      kind, name, shape, inputs=read, grid=target.grid, low=target.low, high=target.high, **fields
+    )
+    grid = target.grid
+    if target.lowered is not None:
+      grid = target.lowered
+      self._append(integer.Requantize, target.name, shape, inputs=(name,), grid=grid)
+    place = Encoded(target.name, grid, target.unit, target.zero)
+    self._encoded[target.ends] = place
+    if 2 * HIGH * (target.high - LOW) < 2**15:
+      self._narrow.add(target.name)
+    return place
+
+  def _constant(self, value: float) -> str:
+    """A scalar constant of the integer net."""
+    grid = Grid(abs(value) / HIGH or 1.0, 0)
+    return self._append(
+      integer.Constant,
+      f"constant{len(self._operators)}",
+      (),
+      inputs=(),
+      grid=grid,
+      value=int(math.copysign(HIGH, value)) if value else 0,
+    )
+
+  def _added(self, name: str, x: Encoded, target: Target) -> Encoded:
+    """A tensor on a target: a sum with a constant. `name` says of what."""
+    if not math.isclose(x.factor, 1.0, rel_tol=1e-6) and target.unit != 1.0:
+      x = self._plain(name, x)
+    grids = target.grid, target.lowered
+    target = target._replace(
+      grid=grids[0]._replace(scale=grids[0].scale / x.factor),
+      lowered=grids[1] and grids[1]._replace(scale=grids[1].scale / x.factor),
+    )
+    value = (x.constant + target.shift) / x.factor
+    return self._put(integer.Add, target, (x.tensor, self._constant(value)))
+
+  def _plain(self, name: str, x: Encoded | None = None) -> Encoded:
+    """A tensor whose values are its grid's."""
+    place = x or self._encoded[name]
+    if name == IMAGE and np.ndim(place.unit):
+      return self._normalized()
+    if math.isclose(place.factor, 1.0, rel_tol=1e-6) and place.zero == place.grid.zero:
+      return place
+    own = f"{name}/plain"
+    if own in self._encoded:
+      return self._encoded[own]
+    tensor, grid = place.tensor, place.grid
+    if not math.isclose(place.factor, 1.0, rel_tol=1e-6):
+      grid = Grid(place.unit, place.grid.zero)
+      constant = self._constant(place.factor)
+      tensor = self._append(
+        integer.Multiply,
+        f"{name}/scaled",
+        self._net_shapes[name],
+        inputs=(tensor, constant),
+        grid=grid,
+      )
+    self._net_shapes[own] = self._net_shapes[name]
+    target = self._stream(own, name)._replace(ends=own)
+    return self._put(integer.Add, target, (tensor, self._constant(place.constant)))
+
+  def _normalized(self) -> Encoded:
+    """The image where something else than a layer reads it."""
+    own = f"{IMAGE}/normalized"
+    if own not in self._encoded:
+      image, ones = self._encoded[IMAGE], np.ones(self._net.image_shape[-1])
+      self._net_shapes[own] = self._net.image_shape
+      grid = _grid(*self._ranges[IMAGE])
+      target = Target(own, own, grid, grid.scale, grid.zero)
+      self._convolve(image, ones.reshape(1, 1, 1, -1), ones, 0.0 * ones, target, depthwise=True)
+    return self._encoded[own]
+
+  # Targets
+
+  def _followed(self, name: str) -> tuple[Node | str, tuple[float, float]]:
+    """What ends the chain of bounds behind a tensor: a quantizer, or a hard sigmoid, if nothing
+    else reads what it reads; or else the last tensor. And the bounds.
+    """
+    (low, high), passed = _EVERYTHING, []
+    while len(self._readers[name]) == 1:
+      (reader,) = self._readers[name]
+      if isinstance(reader, Quantizer) or _is(reader, "hard_sigmoid"):
+        assert reader is not None
+        self._passed.update(passed)
+        return reader, (low, high)
+      bounds = _bounds(reader)
+      if reader is None or bounds is None:
+        break
+      low, high = max(low, bounds[0]), min(high, bounds[1])
+      passed.append(name := reader.name)
+    self._passed.update(passed[:-1])
+    return name, (low, high)
+
+  def _target(self, node: Node, shifts: bool, constant: float = 0.0) -> Target:
+    """Where the result of an operator is put that computes a node of the net.
+
+    Args:
+      node: the node.
+      shifts: whether the operator can add a constant, and scale.
+      constant: what is to be added to the operator's result.
+    """
+    end, bounds = self._followed(node.name)
+    if isinstance(end, Quantizer):
+      target = self._code_target(end, bounds, rescales=shifts)
+      if shifts or abs(target.shift + constant) < 1e-9:
+        return target
+      end = end.input
+    elif isinstance(end, Activation):
+      if shifts and bounds == _EVERYTHING:
+        return _gate(end)._replace(factor=1.0 / 6.0, shift=3.0)
+      end = end.input
+    self._passed.discard(end)
+    return self._stream(end, end, bounds, constant)
+
+  def _code_target(self, node: Quantizer, bounds: tuple[float, float], rescales: bool) -> Target:
+    """The codes of a quantizer.
+
+    Args:
+      node: the quantizer.
+      bounds: of what it reads.
+      rescales: whether the operator can give the codes the scale that they are worth.
+    """
+    step = 1.0 / node.inverse
+    low, high = _code_bounds(node, bounds)
+    factor = node.scale / step if rescales else 1.0
+    scale, ends = factor * step, {"name": node.name, "ends": node.name, "factor": factor}
+    if not self._runtime.fuses_relu:
+      grid = Grid(scale, LOW - low)
+      top = LOW + high - low
+      return Target(
+        **ends, grid=grid, unit=1.0, zero=float(grid.zero), high=top, shift=node.margin
+      )
+    if low and self._is_bordered(node.name):
+      return Target(
+        **ends,
+        grid=Grid(scale, HIGH - high),
+        unit=1.0,
+        zero=float(LOW - low),
+        shift=node.margin,
+        lowered=Grid(scale, LOW - low),
+      )
+    zero = HIGH - (high - low)
+    return Target(
+      **ends,
+      grid=Grid(scale, zero),
+      unit=1.0,
+      zero=float(zero - low),
+      low=zero,
+      shift=node.margin - low * step,
+    )
+
+  def _is_bordered(self, name: str) -> bool:
+    """Whether a layer with a border reads a tensor, whose 0 then must be its grid's."""
+    for reader in self._readers[name]:
+      if isinstance(reader, Layer) and any(map(any, reader.border)):
+        return True
+      if isinstance(reader, Reshape | Concat | Pool) and self._is_bordered(reader.name):
+        return True
+    return False
+
+  def _stream(
+    self,
+    name: str,
+    ends: str,
+    bounds: tuple[float, float] = _EVERYTHING,
+    constant: float = 0.0,
+  ) -> Target:
+    """A tensor of 8 bits: `name` for the net's tensor `ends`, less a constant."""
+    low, high = self._ranges["logits" if ends == self._net.nodes[-1].name else ends]
+    readers = self._readers[ends]
+    quantizers = [node for node in readers if isinstance(node, Quantizer)]
+    clipped = [_code_range(node) for node in quantizers]
+    if quantizers and len(quantizers) == len(readers):
+      low = max(low, min(least for least, _ in clipped))
+      high = min(high, max(most for _, most in clipped))
+    if readers and all(_is(node, "hard_swish") for node in readers):
+      bounds, low = (-3.0, bounds[1]), -3.0
+      high = min(high, max(self._useful(node) for node in readers if node is not None))
+    low, high = max(low, bounds[0]) - constant, min(high, bounds[1]) - constant
+    step, margin = None, 0.0
+    if quantizers:
+      step = 1.0 / quantizers[0].inverse
+      margin = quantizers[0].margin + constant
+    bounds = bounds[0] - constant, bounds[1] - constant
+    grid = _grid(low, high, bounds, step, margin)
+    return Target(name, ends, grid, grid.scale, grid.zero - constant / grid.scale)
+
+  def _useful(self, node: Node) -> float:
+    """The largest input of a h-swish that its readers tell from larger ones."""
+    readers = self._readers[node.name]
+    if not all(isinstance(reader, Quantizer) for reader in readers):
+      return np.inf
+    return max(3.0, *(_code_range(reader)[1] for reader in readers if isinstance(reader, Quantizer)))
+
+  # Nodes
+
+  def _layer(self, node: Layer) -> None:
+    x = self._encoded[node.input]
+    bordered = any(map(any, node.border))
+    if bordered and np.ndim(x.zero) == 0 and x.zero != x.grid.zero:
+      x = self._plain(node.input)
+    self._convolve(
+      x,
+      node.kernel,
+      np.float64(node.multiplier),
+      np.float64(node.bias),
+      self._target(node, shifts=True),
+      stride=node.stride,
+      border=border_of(0) if node.dense else node.border,
+      depthwise=node.depthwise,
+    )
+
+  def _convolve(
+    self,
+    x: Encoded,
+    kernel: np.ndarray,
+    multiplier: np.ndarray,
+    bias: np.ndarray,
+    target: Target,
+    **fields: Any,
+  ) -> None:
+    """A convolution with a multiplier and a bias for each output channel."""
+    unit, zero = np.float64(x.unit), np.float64(x.zero)
+    axes = tuple(range(kernel.ndim - 1))
+    # Of images, each input channel has its own unit and zero.
+    shape = (-1, 1) if unit.ndim and not fields.get("depthwise") else ()
+    own = kernel * (unit.reshape(shape) if unit.ndim else 1.0)
+    away = x.grid.zero - (zero.reshape(shape) if zero.ndim else zero)
+    bias = target.factor * (
+      bias + target.shift + multiplier * (own * away * (1.0 if unit.ndim else unit)).sum(axes)
+    )
+    scale = np.abs(multiplier) * target.factor * (1.0 if unit.ndim else unit)
+    largest = np.abs(own).max(axes)
+    limit = HIGH if x.tensor in self._narrow else self._runtime.wide_kernel
+    if kernel.dtype == np.int8 and not unit.ndim:
+      fits = max(1.0, limit // max(1.0, largest.max()))
+    else:
+      fits = limit / np.where(largest, largest, 1.0)
+    # What 1 in the accumulator is worth on the target's grid: as fine as the kernel allows, but for
+    # channels next to constant, whose bias would not fit.
+    needed = np.maximum(np.abs(bias) / _LARGEST_BIAS, target.grid.scale * _SMALLEST_UNIT)
+    worth = np.maximum(scale / fits, needed)
+    codes = np.round(own * np.sign(multiplier) * (scale / worth)).clip(-HIGH, HIGH)
+    self._put(
+      integer.Convolution,
+      target,
+      (x.tensor,),
+      kernel=codes.astype(np.int8),
+      kernel_scale=np.float32(worth / x.grid.scale),
+      bias=np.round(bias / worth).astype(np.int32),
+      **fields,
+    )
+
+  def _affine(self, node: Affine) -> None:
+    target = self._target(node, shifts=True)
+    self._line(node, np.float64(node.multiplier), np.float64(node.bias), target)
+
+  def _line(self, node: Node, multiplier: np.ndarray, bias: np.ndarray, target: Target) -> None:
+    """`x * multiplier + bias` per channel: a depthwise convolution of one pixel."""
+    x, shape = self._encoded[node.input], self._net_shapes[node.input]
+    kernel = np.ones((1, 1, 1, shape[-1]))
+    if len(shape) == 3:
+      self._convolve(x, kernel, multiplier, bias, target, depthwise=True)
+      return
+    space = (1, 1, shape[-1])
+    tensor = self._append(
+      integer.Reshape, f"{node.name}/pixel", space, inputs=(x.tensor,), grid=x.grid
+    )
+    self._net_shapes[inner := f"{node.name}/line"] = space
+    self._convolve(
+      x._replace(tensor=tensor),
+      kernel,
+      multiplier,
+      bias,
+      target._replace(name=inner, ends=inner),
+      depthwise=True,
+    )
+    place = self._encoded[inner]
+    name = self._append(
+      integer.Reshape, target.name, shape, inputs=(place.tensor,), grid=place.grid
+    )
+    self._encoded[target.ends] = place._replace(tensor=name)
+
+  def _quantizer(self, node: Quantizer) -> None:
+    """A quantizer of a tensor that others read too."""
+    x = self._encoded[node.input]
+    if np.ndim(x.unit):
+      x = self._normalized()
+    self._added(node.input, x, self._code_target(node, _EVERYTHING, rescales=False))
+
+  def _activation(self, node: Activation) -> None:
+    if node.function == "hard_swish":
+      x = self._plain(node.input)
+      self._put(integer.HardSwish, self._target(node, shifts=False), (x.tensor,))
+    elif node.function == "hard_sigmoid":
+      ones = np.ones(self._net_shapes[node.name][-1])
+      self._line(node, ones / 6.0, ones / 2.0, _gate(node))
+    else:
+      self._clip(node)
+
+  def _clip(self, node: Activation | Clip) -> None:
+    """Bounds of a tensor that others read without them."""
+    bounds = _bounds(node)
+    assert bounds is not None
+    self._added(node.input, self._encoded[node.input], self._stream(node.name, node.name, bounds))
+
+  def _value(self, node: Value) -> None:
+    x = self._encoded[node.input]
+    unit = node.scale * x.unit
+    self._encoded[node.name] = x._replace(unit=unit, zero=x.zero - node.offset / unit)
+
+  def _sum(self, node: Sum) -> None:
+    read = self._encoded[node.input], self._encoded[node.other]
+    if not all(
+      np.ndim(x.unit) == 0 and math.isclose(x.factor, 1.0, rel_tol=1e-6) for x in read
+    ):
+      read = self._plain(node.input), self._plain(node.other)
+    constant = sum(x.constant for x in read)
+    target = self._target(node, shifts=False, constant=constant)
+    self._put(integer.Add, target, tuple(self._spatial(node, x) for x in read))
+
+  def _product(self, node: Product) -> None:
+    read = self._plain(node.input), self._plain(node.other)
+    target = self._target(node, shifts=False)
+    self._put(integer.Multiply, target, tuple(self._spatial(node, x) for x in read))
+
+  def _spatial(self, node: Elementwise, x: Encoded) -> str:
+    """A tensor of channels alone as an image of one pixel, beside one of space."""
+    shape = self._shapes[x.tensor]
+    if len(shape) == len(self._net_shapes[node.name]):
+      return x.tensor
+    return self._append(
+      integer.Reshape,
+      f"{node.name}/pixel",
+      (1, 1, shape[-1]),
+      inputs=(x.tensor,),
+      grid=x.grid,
+    )
+
+  def _extreme(self, node: Maximum | Minimum) -> None:
+    kind = integer.Maximum if isinstance(node, Maximum) else integer.Minimum
+    names = node.input, node.other
+    ranges = [self._ranges[name] for name in names]
+    grid = _grid(min(low for low, _ in ranges), max(high for _, high in ranges))
+    target = Target(node.name, node.name, grid, grid.scale, grid.zero)
+    read = tuple(self._on(name, grid, f"{node.name}/{side}") for side, name in enumerate(names))
+    self._put(kind, target, read)
+
+  def _on(self, name: str, grid: Grid, own: str) -> str:
+    """A tensor of the net on this grid."""
+    x = self._plain(name)
+    if x.grid == grid:
+      return x.tensor
+    return self._append(
+      integer.Requantize, own, self._net_shapes[name], inputs=(x.tensor,), grid=grid
+    )
+
+  def _mean(self, node: Mean) -> None:
+    x = self._encoded[node.input]
+    if np.ndim(x.unit):
+      x = self._normalized()
+    factor, constant = x.factor, x.constant
+    target = self._target(node, shifts=False, constant=constant)
+    grid = target.grid._replace(scale=target.grid.scale / factor)
+    self._put(integer.Mean, target._replace(grid=grid), (x.tensor,))
+
+  def _pool(self, node: Pool) -> None:
+    x = self._encoded[node.input]
+    if np.ndim(x.unit):
+      x = self._normalized()
+    if node.function == "mean" and x.zero != x.grid.zero:
+      x = self._plain(node.input)
+    self._same(
+      integer.Pool,
+      node,
+      x,
+      function=node.function,
+      window=node.window,
+      strides=node.strides,
+      border=node.padding,
+    )
+
+  def _reshape(self, node: Reshape) -> None:
+    self._same(integer.Reshape, node, self._encoded[node.input])
+
+  def _same(self, kind: type[integer.Operator], node: Node, x: Encoded, **fields: Any) -> None:
+    """An operator whose result has its input's grid."""
+    shape = self._net_shapes[node.name]
+    name = self._append(kind, node.name, shape, inputs=(x.tensor,), grid=x.grid, **fields)
+    self._encoded[node.name] = x._replace(tensor=name)
+
+  def _concat(self, node: Concat) -> None:
+    read = [self._encoded[name] for name in inputs(node)]
+    shape = self._net_shapes[node.name]
+    if len({x[1:] for x in read}) == 1:
+      name = self._append(
+        integer.Concat,
+        node.name,
+        shape,
+        inputs=tuple(x.tensor for x in read),
+        grid=read[0].grid,
+      )
+      self._encoded[node.name] = read[0]._replace(tensor=name)
+      return
+    grid = self._stream(node.name, node.name).grid
+    target = Target(node.name, node.name, grid, grid.scale, grid.zero)
+    tensors = tuple(
+      self._on(name, grid, f"{node.name}/{place}") for place, name in enumerate(inputs(node))
+    )
+    self._put(integer.Concat, target, tensors)
+
+
+def _gate(node: Activation) -> Target:
+  """The target of a hard sigmoid: 0 to 1, the ends of int8."""
+  grid = Grid(1.0 / (HIGH - LOW), LOW)
+  return Target(node.name, node.name, grid, grid.scale, float(LOW))
+
+
+def _is(node: Node | None, function: str) -> bool:
+  return isinstance(node, Activation) and node.function == function
+
+
+def _bounds(node: Node | None) -> tuple[float, float] | None:
+  """The bounds that a node sets; None if it does something else."""
+  if isinstance(node, Clip):
+    return node.low, node.high
+  return _BOUNDS.get(node.function) if isinstance(node, Activation) else None
+
+
+def _code_bounds(node: Quantizer, bounds: tuple[float, float]) -> tuple[int, int]:
+  """The smallest and the largest code of values within bounds."""
+  ends = np.clip((np.float64(bounds) + node.margin) * node.inverse, node.low, node.high)
+  low, high = (int(code) for code in np.round(ends))
+  return low, high
+
+
+def _code_range(node: Quantizer) -> tuple[float, float]:
+  """The values of a quantizer's outer codes."""
+  return node.low / node.inverse - node.margin, node.high / node.inverse - node.margin
+
+
+def _grid(
+  low: float,
+  high: float,
+  bounds: tuple[float, float] = _EVERYTHING,
+  step: float | None = None,
+  margin: float = 0.0,
+) -> Grid:
+  """A grid for values in a range, 0 included.
+
+  Args:
+    low: the smallest value.
+    high: the largest.
+    bounds: an end that is one of these is int8's end.
+    step: of a quantizer that reads the values; the grid's is a fraction of it.
+    margin: that the quantizer adds.
+  """
+  low, high = min(low, 0.0), max(high, 0.0)
+  scale = (high - low) / _STEPS or 1.0 / HIGH
+  if step is not None and step / scale >= _FEWEST_FRACTIONS:
+    scale = step / _fraction(step / scale, margin / step)
+  elif low == bounds[0] != 0.0:
+    scale = -low / math.floor(-low / scale)
+  if low == bounds[0]:
+    zero = LOW - round(low / scale)
+  elif high == bounds[1]:
+    zero = HIGH - round(high / scale)
+  else:
+    zero = round(-0.5 - (low + high) / (2.0 * scale))
+  return Grid(scale, min(max(zero, LOW), HIGH))
+
+
+def _fraction(most: float, margin: float) -> int:
+  """Into how many steps a quantizer's step is divided, so that the ends between its codes are ends
+  between steps too: ends are at `(k + 1/2 - margin) * number` steps, which must be half a step away
+  from a whole number. For margin 0 any odd number serves; otherwise the one that comes nearest.
+  """
+  numbers = range(math.floor(most), max(1, math.ceil(0.6 * most)) - 1, -1)
+
+  def away(number: int) -> float:
+    place = (0.5 - margin) * number - 0.5
+    return round(abs(place - round(place)), 6)
+
+  return min(numbers, key=away)
+
+
+_WRITERS: dict[type, Callable[..., None]] = {
+  Layer: _Lowering._layer,
+  Affine: _Lowering._affine,
+  Quantizer: _Lowering._quantizer,
+  Activation: _Lowering._activation,
+  Clip: _Lowering._clip,
+  Value: _Lowering._value,
+  Sum: _Lowering._sum,
+  Product: _Lowering._product,
+  Maximum: _Lowering._extreme,
+  Minimum: _Lowering._extreme,
+  Mean: _Lowering._mean,
+  Pool: _Lowering._pool,
+  Reshape: _Lowering._reshape,
+  Concat: _Lowering._concat,
+}
