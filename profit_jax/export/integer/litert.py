@@ -12,6 +12,7 @@ FULLY_CONNECTED, ADD, MUL, QUANTIZE, HARD_SWISH, MEAN, PAD, PADV2, pooling, RESH
 MAXIMUM and MINIMUM. A lower bound is a fused ReLU.
 """
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -23,6 +24,7 @@ from ai_edge_litert.tools import flatbuffer_utils
 
 from profit_jax.export.integer.lower import LITERT as RUNTIME
 from profit_jax.export.integer.net import (
+  HIGH,
   LOW,
   Add,
   Concat,
@@ -46,6 +48,7 @@ from profit_jax.kernels.padding import Border
 __all__ = ["RUNTIME", "Runner", "open_file", "write"]
 
 LOGITS = "logits"
+_CODES = "profit_jax.codes"  # metadata: by quantizer, the tensor of its codes and the zero
 # Of each kind of operator: its options, and the first version that takes int8.
 _KINDS = {
   "ADD": (schema.AddOptionsT, 2),
@@ -93,6 +96,9 @@ class _Graph:
 
   def model(self) -> schema.ModelT:
     """The whole file."""
+    codes = json.dumps(
+      {name: [self._names[place.tensor], place.zero] for name, place in self._net.codes.items()}
+    )
     subgraph = schema.SubGraphT(
       name=f"{self._net.model}_{self._net.bits_name}_int8",
       tensors=list(self._tensors.values()),
@@ -104,8 +110,9 @@ class _Graph:
       version=3,
       description="profit_jax",
       operatorCodes=list(self._codes.values()),
-      buffers=self._buffers,
+      buffers=[*self._buffers, schema.BufferT(data=np.frombuffer(codes.encode(), np.uint8))],
       subgraphs=[subgraph],
+      metadata=[schema.MetadataT(name=_CODES, buffer=len(self._buffers))],
     )
 
   def _add(self, name: str, tensor: schema.TensorT) -> str:
@@ -308,17 +315,18 @@ class Runner:
     self._content, self._threads = content, threads
     self._interpreter = Interpreter(model_content=content, num_threads=threads)
     self._watching: Interpreter | None = None
+    self._codes: dict[str, tuple[str, int]] = {}
 
   def run(
     self, image: np.ndarray, with_codes: bool = False
   ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The logits, and if asked for the int8 tensors of the whole file, by name: those of the same
-    model, with more outputs.
+    """The logits, and if asked for every quantizer's codes: those of the same model, with more
+    outputs, so that the same kernels compute it.
     """
     interpreter = self._interpreter
     if with_codes:
       if self._watching is None:
-        self._watching = self._with_all_outputs()
+        self._watching = self._with_codes()
       interpreter = self._watching
     (detail,) = interpreter.get_input_details()
     if tuple(detail["shape"]) != image.shape:
@@ -326,18 +334,24 @@ class Runner:
     interpreter.allocate_tensors()
     interpreter.set_tensor(detail["index"], _int8(image, *detail["quantization"]))
     interpreter.invoke()
-    found = {
-      detail["name"]: (interpreter.get_tensor(detail["index"]), detail["quantization"])
-      for detail in interpreter.get_output_details()
+    details = {detail["name"]: detail for detail in interpreter.get_output_details()}
+    scale, zero = details[LOGITS]["quantization"]
+    logits = np.float32(interpreter.get_tensor(details[LOGITS]["index"]))
+    codes = {
+      name: np.int16(interpreter.get_tensor(details[tensor]["index"])) - start
+      for name, (tensor, start) in self._codes.items()
+      if with_codes
     }
-    logits, (scale, zero) = found[LOGITS]
-    codes = {name: array for name, (array, _) in found.items() if with_codes}
-    return np.float32(scale) * (np.float32(logits) - np.float32(zero)), codes
+    return np.float32(scale) * (logits - np.float32(zero)), codes
 
-  def _with_all_outputs(self) -> Interpreter:
+  def _with_codes(self) -> Interpreter:
     model = flatbuffer_utils.read_model_from_bytearray(bytearray(self._content))
     (graph,) = model.subgraphs
-    graph.outputs = [int(operator.outputs[0]) for operator in graph.operators]
+    (about,) = (each for each in model.metadata if each.name.decode() == _CODES)
+    self._codes = json.loads(bytes(model.buffers[about.buffer].data))
+    numbers = {tensor.name.decode(): number for number, tensor in enumerate(graph.tensors)}
+    wanted = {LOGITS, *(tensor for tensor, _ in self._codes.values())}
+    graph.outputs = [numbers[name] for name in sorted(wanted)]
     content = flatbuffer_utils.convert_object_to_bytearray(model)
     return Interpreter(model_content=bytes(content), num_threads=self._threads)
 
@@ -346,4 +360,4 @@ def _int8(image: np.ndarray, scale: float, zero: int) -> np.ndarray:
   """Images as the file takes them."""
   if image.dtype == np.uint8:
     return (image ^ np.uint8(128)).view(np.int8)
-  return np.clip(np.round(image / np.float32(scale)) + zero, LOW, 127).astype(np.int8)
+  return np.clip(np.round(image / np.float32(scale)) + zero, LOW, HIGH).astype(np.int8)

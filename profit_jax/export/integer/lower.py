@@ -26,6 +26,7 @@ import numpy as np
 
 from profit_jax.config import ConfigError
 from profit_jax.export.integer import net as integer
+from profit_jax.export.integer import thresholds
 from profit_jax.export.integer.net import HIGH, LOW, Grid
 from profit_jax.export.net import (
   IMAGE,
@@ -59,8 +60,9 @@ _STEPS = 254
 # A bias of this size fits int32 beside the sum.
 _LARGEST_BIAS = 2.0**28
 _SMALLEST_UNIT = 2.0**-20
-# Half of the steps at most are given up for an odd fraction, and below this many none.
-_FEWEST_FRACTIONS = 3
+# Of the steps, this part is kept where they are made fractions of a quantizer's; there are at least
+# so many fractions; their ends come as near, in steps, to the quantizer's.
+_MOST_GIVEN_UP, _FEWEST_FRACTIONS, _NEAR_END = 0.6, 3, 0.2
 
 
 class Runtime(NamedTuple):
@@ -106,6 +108,17 @@ class Encoded(NamedTuple):
     return (self.grid.zero - self.zero) * self.unit
 
 
+class Steps(NamedTuple):
+  """What a quantizer makes of a tensor, in the tensor's units: its step, the margin that it adds,
+  and the values of its outer codes.
+  """
+
+  step: float
+  margin: float
+  low: float
+  high: float
+
+
 class Target(NamedTuple):
   """Where a result is to be put.
 
@@ -120,6 +133,7 @@ class Target(NamedTuple):
     unit: as `Encoded`.
     zero: likewise.
     lowered: the grid of a second rounding, which saturates at the other end.
+    codes: of a quantizer, the smallest and the largest.
   """
 
   name: str
@@ -132,6 +146,14 @@ class Target(NamedTuple):
   factor: float = 1.0
   shift: float = 0.0
   lowered: Grid | None = None
+  codes: tuple[int, int] | None = None
+
+  def ends_of_codes(self) -> np.ndarray:
+    """Where one code ends and the next begins, on the grid, in steps from its zero."""
+    assert self.codes is not None
+    low, high = self.codes
+    zero = 0.0 if self.lowered is not None else self.zero - self.grid.zero
+    return np.arange(low, high) + 0.5 + zero
 
 
 def lower(net: Net, ranges: Ranges, runtime: Runtime) -> integer.IntegerNet:
@@ -164,7 +186,9 @@ class _Lowering:
     self._shapes = {IMAGE: net.image_shape}
     self._encoded: dict[str, Encoded] = {IMAGE: self._image()}
     self._passed: set[str] = set()  # tensors that only stand within an operator
-    self._narrow: set[str] = set()  # tensors whose numbers, doubled, times a kernel's fit int16
+    # Of codes of at most 7 bits, by tensor: the largest number, counted from the smallest. Twice
+    # these numbers times a kernel's fit int16.
+    self._largest: dict[str, int] = {}
 
   def run(self) -> integer.IntegerNet:
     """The whole net."""
@@ -204,6 +228,8 @@ class _Lowering:
       return Encoded(IMAGE, grid, grid.scale, grid.zero)
     factor, summand = np.float64(scale[0]), np.float64(scale[1])
     zero = LOW - summand / factor
+    if len({*factor}) == len({*zero}) == 1:
+      return Encoded(IMAGE, Grid(1.0, round(zero[0])), factor[0], zero[0])
     # The border's pixels are those next to the channels' means.
     return Encoded(IMAGE, Grid(1.0, round(float(np.mean(zero)))), factor, zero)
 
@@ -227,8 +253,8 @@ class _Lowering:
       self._append(integer.Requantize, target.name, shape, inputs=(name,), grid=grid)
     place = Encoded(target.name, grid, target.unit, target.zero)
     self._encoded[target.ends] = place
-    if 2 * HIGH * (target.high - LOW) < 2**15:
-      self._narrow.add(target.name)
+    if target.codes is not None and target.codes[1] - target.codes[0] < HIGH:
+      self._largest[target.name] = target.codes[1] - target.codes[0]
     return place
 
   def _constant(self, value: float) -> str:
@@ -345,6 +371,7 @@ class _Lowering:
     low, high = _code_bounds(node, bounds)
     factor = node.scale / step if rescales else 1.0
     scale, ends = factor * step, {"name": node.name, "ends": node.name, "factor": factor}
+    ends["codes"] = low, high
     if not self._runtime.fuses_relu:
       grid = Grid(scale, LOW - low)
       top = LOW + high - low
@@ -389,36 +416,53 @@ class _Lowering:
     """A tensor of 8 bits: `name` for the net's tensor `ends`, less a constant."""
     low, high = self._ranges["logits" if ends == self._net.nodes[-1].name else ends]
     readers = self._readers[ends]
-    quantizers = [node for node in readers if isinstance(node, Quantizer)]
-    clipped = [_code_range(node) for node in quantizers]
-    if quantizers and len(quantizers) == len(readers):
-      low = max(low, min(least for least, _ in clipped))
-      high = min(high, max(most for _, most in clipped))
+    quantizers = self._steps(ends)
+    if quantizers and None not in quantizers:
+      low = max(low, min(steps.low for steps in quantizers if steps))
+      high = min(high, max(steps.high for steps in quantizers if steps))
     if readers and all(_is(node, "hard_swish") for node in readers):
       bounds, low = (-3.0, bounds[1]), -3.0
       high = min(high, max(self._useful(node) for node in readers if node is not None))
     low, high = max(low, bounds[0]) - constant, min(high, bounds[1]) - constant
     step, margin = None, 0.0
-    if quantizers:
-      step = 1.0 / quantizers[0].inverse
-      margin = quantizers[0].margin + constant
+    for steps in filter(None, quantizers):  # the last one's, where there are several
+      step, margin = steps.step, steps.margin + constant
     bounds = bounds[0] - constant, bounds[1] - constant
     grid = _grid(low, high, bounds, step, margin)
     return Target(name, ends, grid, grid.scale, grid.zero - constant / grid.scale)
 
+  def _steps(self, name: str) -> list[Steps | None]:
+    """How each reader of a tensor quantizes it; None for one that does something else."""
+    found: list[Steps | None] = []
+    for reader in self._readers[name]:
+      if isinstance(reader, Quantizer):
+        found.append(Steps(1.0 / reader.inverse, reader.margin, *_code_range(reader)))
+      elif isinstance(reader, Value):
+        scale, offset = reader.scale, reader.offset
+        found += [
+          steps
+          and Steps(
+            steps.step / scale,
+            (steps.margin + offset) / scale,
+            (steps.low - offset) / scale,
+            (steps.high - offset) / scale,
+          )
+          for steps in self._steps(reader.name)
+        ]
+      else:
+        found.append(None)
+    return found
+
   def _useful(self, node: Node) -> float:
     """The largest input of a h-swish that its readers tell from larger ones."""
-    readers = self._readers[node.name]
-    if not all(isinstance(reader, Quantizer) for reader in readers):
-      return np.inf
-    return max(3.0, *(_code_range(reader)[1] for reader in readers if isinstance(reader, Quantizer)))
+    return max(3.0, *(steps.high if steps else np.inf for steps in self._steps(node.name)))
 
   # Nodes
 
   def _layer(self, node: Layer) -> None:
     x = self._encoded[node.input]
-    bordered = any(map(any, node.border))
-    if bordered and np.ndim(x.zero) == 0 and x.zero != x.grid.zero:
+    bordered = any(map(any, node.border)) and node.input != IMAGE
+    if bordered and x.zero != x.grid.zero:
       x = self._plain(node.input)
     self._convolve(
       x,
@@ -452,7 +496,7 @@ class _Lowering:
     )
     scale = np.abs(multiplier) * target.factor * (1.0 if unit.ndim else unit)
     largest = np.abs(own).max(axes)
-    limit = HIGH if x.tensor in self._narrow else self._runtime.wide_kernel
+    limit = HIGH if x.tensor in self._largest else self._runtime.wide_kernel
     if kernel.dtype == np.int8 and not unit.ndim:
       fits = max(1.0, limit // max(1.0, largest.max()))
     else:
@@ -462,13 +506,22 @@ class _Lowering:
     needed = np.maximum(np.abs(bias) / _LARGEST_BIAS, target.grid.scale * _SMALLEST_UNIT)
     worth = np.maximum(scale / fits, needed)
     codes = np.round(own * np.sign(multiplier) * (scale / worth)).clip(-HIGH, HIGH)
+    bias = bias / worth
+    if target.codes is not None and kernel.dtype == np.int8 and not unit.ndim:
+      largest = np.abs(kernel.astype(np.int64)).sum(axes) * self._largest.get(x.tensor, 255)
+      unscaled = worth == scale / fits  # those next to constant have no multiples of codes
+      found = thresholds.fitted(
+        target.ends_of_codes(), (worth / target.grid.scale)[unscaled], bias[unscaled], fits,
+        largest[unscaled],
+      )
+      worth[unscaled], bias[unscaled] = found.worth * target.grid.scale, found.bias
     self._put(
       integer.Convolution,
       target,
       (x.tensor,),
       kernel=codes.astype(np.int8),
       kernel_scale=np.float32(worth / x.grid.scale),
-      bias=np.round(bias / worth).astype(np.int32),
+      bias=np.round(bias).astype(np.int32),
       **fields,
     )
 
@@ -678,8 +731,9 @@ def _grid(
   """
   low, high = min(low, 0.0), max(high, 0.0)
   scale = (high - low) / _STEPS or 1.0 / HIGH
-  if step is not None and step / scale >= _FEWEST_FRACTIONS:
-    scale = step / _fraction(step / scale, margin / step)
+  number = 0 if step is None else _fraction(step / scale, margin / step)
+  if step is not None and number:
+    scale = step / number
   elif low == bounds[0] != 0.0:
     scale = -low / math.floor(-low / scale)
   if low == bounds[0]:
@@ -692,17 +746,20 @@ def _grid(
 
 
 def _fraction(most: float, margin: float) -> int:
-  """Into how many steps a quantizer's step is divided, so that the ends between its codes are ends
-  between steps too: ends are at `(k + 1/2 - margin) * number` steps, which must be half a step away
-  from a whole number. For margin 0 any odd number serves; otherwise the one that comes nearest.
+  """Into how many steps, at most, a quantizer's step is divided so that the ends between its codes
+  are ends between steps too. Ends are at `(k + 1/2 - margin) * number` steps, which should be half
+  a step away from a whole number: for margin 0 any odd number serves. 0 where no number comes
+  near: ends that lie on whole numbers would round in one direction.
   """
-  numbers = range(math.floor(most), max(1, math.ceil(0.6 * most)) - 1, -1)
 
   def away(number: int) -> float:
     place = (0.5 - margin) * number - 0.5
     return round(abs(place - round(place)), 6)
 
-  return min(numbers, key=away)
+  least = max(_FEWEST_FRACTIONS, math.ceil(_MOST_GIVEN_UP * most))
+  numbers = range(math.floor(most), least - 1, -1)
+  best = min(numbers, key=away, default=0)
+  return best if best and away(best) <= _NEAR_END else 0
 
 
 _WRITERS: dict[type, Callable[..., None]] = {
