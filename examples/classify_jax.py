@@ -1,5 +1,5 @@
 """An exported JAX file without profit_jax: python classify_jax.py FILE.jax IMAGE (needs jax,
-flatbuffers, numpy, pillow). IMAGE is a picture of 8 bits, as most are; classify_onnx.py reads more
+flatbuffers, numpy, pillow). IMAGE is a gray or RGB picture of 8 bits; classify_onnx.py reads more
 kinds.
 """
 

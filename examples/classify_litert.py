@@ -1,5 +1,5 @@
 """An exported LiteRT file without profit_jax: python classify_litert.py FILE.tflite IMAGE (needs
-ai-edge-litert, numpy, pillow). IMAGE is a picture of 8 bits, as most are; classify_onnx.py reads
+ai-edge-litert, numpy, pillow). IMAGE is a gray or RGB picture of 8 bits; classify_onnx.py reads
 more kinds.
 """
 

@@ -51,6 +51,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str] = ()) -> None:
   """Evaluates, prints and writes; raises ConfigError where the user can mend something."""
   target = _target(options.json)
   file = exported.read(options.file)
+  try:
+    _card_line(file)
+  except (KeyError, TypeError, ValueError) as error:
+    raise ConfigError(
+      f"{f'{file.path}.json'!r} lacks top1 or training, which a card has: {error!r}. Export the file "
+      "again."
+    ) from error
   settings, where = _settings(options, overrides, file)
   size = file.card["input"]["image_size"]
   if settings.data.image_size != size:
@@ -69,12 +76,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str] = ()) -> None:
     found = evaluate(file, source, settings.train.eval_batch_size, options.threads)
   screen.print(f"{settings.data.name}, split {options.split} ({where})", soft_wrap=True)
   screen.print(str(found), soft_wrap=True)
-  top1 = file.card["top1"]
-  screen.print(
-    f"Its card: top-1 {top1['file']:.2f} % of {top1['examples']} evaluation images of "
-    f"{file.card['training']['dataset']}",
-    soft_wrap=True,
-  )
+  screen.print(_card_line(file), soft_wrap=True)
   if target is not None:
     _write(target, options.json, {**_content(file, found), "split": options.split, "data": where})
 
@@ -96,6 +98,14 @@ def _write(target: epath.Path, path: str, content: dict[str, Any]) -> None:
     target.write_text(json.dumps(content, indent=1) + "\n")
   except OSError as error:
     raise ConfigError(f"--json={path} cannot be written: {error}.") from error
+
+
+def _card_line(file: exported.ExportedFile) -> str:
+  top1 = file.card["top1"]
+  return (
+    f"Its card: top-1 {top1['file']:.2f} % of {top1['examples']} evaluation images of "
+    f"{_dataset(file)}"
+  )
 
 
 def _content(file: exported.ExportedFile, found: Evaluation) -> dict[str, Any]:

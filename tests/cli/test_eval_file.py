@@ -13,7 +13,9 @@ from profit_jax.cli import eval_file, predict
 from profit_jax.cli import main as command_line
 from profit_jax.config import ConfigError
 from profit_jax.export import exported, formats, runtimes, verify
+from tests.export import own_models
 from tests.export.nets import SIZE, digits, every_operation
+from tests.export.test_trace import float_images, own_net
 from tests.wrong_input import command as run_command
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
@@ -131,6 +133,8 @@ def test_what_does_not_fit_ends_in_one_message(file, capsys, arguments, named):
   ("fields", "named"),
   [
     ({"sha256": "0"}, "other bytes"),
+    ({"top1": None}, "net.onnx.json' lacks top1 or training"),
+    ({"training": {}}, "net.onnx.json' lacks top1 or training"),
     ({"training": {"dataset": "fashion_mnist"}}, "on fashion_mnist, but the run in .* on digits"),
     ({"input": {"type": "float32", "shape": [8], "image_size": 8}}, "profit_jax.evaluate_file"),
     ({"runtime_check": {"lowest": "99.1"}}, r"needs version 99.1 or later.*onnxruntime>=99.1"),
@@ -204,6 +208,34 @@ def test_the_library_evaluates_a_file_on_own_batches(file):
   assert str(found).startswith(f"net.onnx: top-1 {found.top1:.2f} %")
   with pytest.raises(ConfigError, match="trained on uint8 of the shape"):
     pj.evaluate_file(file, [{"image": np.zeros((2, 8, 8, 3), np.uint8), "label": np.zeros(2, int)}])
+
+
+def test_the_library_evaluates_a_file_on_floats(tmp_path, capsys):
+  net = own_net(own_models.Codes())
+  path = tmp_path / "own.onnx"
+  formats.load("onnx").write(net, path)
+  pixels = {"type": "float32", "shape": net.image_shape, "image_size": net.image_shape[0]}
+  card = card_of(path, input=pixels, num_classes=net.num_classes, class_names=[])
+  (tmp_path / "own.onnx.json").write_text(json.dumps(card))
+  images = float_images(6)
+  logits, _ = formats.load("onnx").open_file(path).run(images)
+  labels = np.argmax(logits, axis=1)
+  batches = [{"image": images[:4], "label": labels[:4]}, {"image": images[4:], "label": labels[4:]}]
+  found = pj.evaluate_file(path, batches)
+  assert (found.top1, found.top5, found.examples, found.batch_size) == (100.0, 100.0, 6, 4)
+  with pytest.raises(ConfigError, match="label"):
+    pj.evaluate_file(path, [{"image": images, "label": np.full(6, net.num_classes)}])
+  assert eval_file.main([str(path), CONFIG]) == 2
+  assert "its data is in a program" in capsys.readouterr().err
+
+
+def test_a_file_of_uint8_arrays_can_be_given_pictures(tmp_path, capsys):
+  pixels = {"type": "uint8", "shape": [SIZE, SIZE, 3], "image_size": SIZE}
+  path = write_file(tmp_path, input=pixels, training={"dataset": "own batches"})
+  assert eval_file.main([str(path)]) == 2
+  assert "its data is in a program" in capsys.readouterr().err
+  assert eval_file.main([str(path), CONFIG, FITS]) == 0
+  assert "WARNING" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
