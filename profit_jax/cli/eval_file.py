@@ -55,8 +55,8 @@ def run(options: argparse.Namespace, overrides: Sequence[str] = ()) -> None:
     _card_line(file)
   except (KeyError, TypeError, ValueError) as error:
     raise ConfigError(
-      f"{f'{file.path}.json'!r} lacks top1 or training, which a card has: {error!r}. Export the file "
-      "again."
+      f"The card of {file.path!r} lacks top1 or training, which every card has: {error!r}. Export "
+      "the file again."
     ) from error
   settings, where = _settings(options, overrides, file)
   size = file.card["input"]["image_size"]

@@ -133,8 +133,8 @@ def test_what_does_not_fit_ends_in_one_message(file, capsys, arguments, named):
   ("fields", "named"),
   [
     ({"sha256": "0"}, "other bytes"),
-    ({"top1": None}, "net.onnx.json' lacks top1 or training"),
-    ({"training": {}}, "net.onnx.json' lacks top1 or training"),
+    ({"top1": None}, "net.onnx' lacks top1 or training"),
+    ({"training": {}}, "net.onnx' lacks top1 or training"),
     ({"training": {"dataset": "fashion_mnist"}}, "on fashion_mnist, but the run in .* on digits"),
     ({"input": {"type": "float32", "shape": [8], "image_size": 8}}, "profit_jax.evaluate_file"),
     ({"runtime_check": {"lowest": "99.1"}}, r"needs version 99.1 or later.*onnxruntime>=99.1"),
