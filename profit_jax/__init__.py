@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   )
   from profit_jax.data.batches import Data
   from profit_jax.data.normalize import Normalization
+  from profit_jax.export.evaluate import Evaluation, evaluate_file
   from profit_jax.export.write import NotEqual, Report, export
   from profit_jax.fields import ConfigError, ProfitError
   from profit_jax.nn.functions import hard_sigmoid, hard_swish, relu, relu6, spatial_mean
@@ -45,6 +46,7 @@ _MODULES = {
   "Dropout": "profit_jax.nn.layers",
   "DuQ": "profit_jax.quant",
   "EpochReport": "profit_jax.train.observer",
+  "Evaluation": "profit_jax.export.evaluate",
   "HSWISH_MINIMUM": "profit_jax.quant",
   "LSQ": "profit_jax.quant",
   "Normalization": "profit_jax.data.normalize",
@@ -71,6 +73,7 @@ _MODULES = {
   "TrainSettings": "profit_jax.config",
   "Trainer": "profit_jax.train.trainer",
   "assign_bits": "profit_jax.sensitivity",
+  "evaluate_file": "profit_jax.export.evaluate",
   "hard_sigmoid": "profit_jax.nn.functions",
   "hard_swish": "profit_jax.nn.functions",
   "load_weights": "profit_jax.weights.library",
@@ -96,6 +99,7 @@ __all__ = [
   "Dropout",
   "DuQ",
   "EpochReport",
+  "Evaluation",
   "Normalization",
   "NotEqual",
   "NotFinite",
@@ -119,6 +123,7 @@ __all__ = [
   "Trainer",
   "__version__",
   "assign_bits",
+  "evaluate_file",
   "export",
   "hard_sigmoid",
   "hard_swish",

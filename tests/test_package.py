@@ -24,6 +24,7 @@ HEAVY = sorted({name for names in optional.PACKAGES.values() for name in names})
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
   files = zipfile.ZipFile(wheel).namelist()
   assert "profit_jax/py.typed" in files
+  assert "profit_jax/export/runtimes.json" in files
   top = {name.split("/")[0] for name in files}
   info = f"profit_jax-{profit_jax.__version__}.dist-info"
   assert top == {"profit_jax", info}

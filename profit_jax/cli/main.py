@@ -53,20 +53,19 @@ _OF_OPTIONS = (flags.Error, AttributeError, LookupError, TypeError, ValueError)
 _USAGE = "usage: profit COMMAND [OPTIONS]; profit COMMAND --help lists the options."
 
 
-def define(values, argv=None):
+def define(values, argv=None, config=None):
   """Defines the options.
 
   Args:
     values: the `flags.FlagValues` that get them.
     argv: the command line with the overrides of single fields; None is that of this process.
+    config: the ConfigDict whose fields are overridden; None is that of the file in `--config`.
   """
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Configuration file; fields: --config.train.batch_size=64.",
-    flag_values=values,
-    sys_argv=argv,
-  )
+  text = "Configuration file; fields: --config.train.batch_size=64."
+  if config is None:
+    config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
+  else:
+    config_flags.DEFINE_config_dict("config", config, text, flag_values=values, sys_argv=argv)
   for define_flag, name, default, text in (
     (flags.DEFINE_string, "workdir", "", "Directory of the run, local or gs://; resumes its run."),
     (flags.DEFINE_string, "mode", "train", "train, eval, plan or export."),
@@ -102,13 +101,34 @@ def run(argv):
     return _report(error)
 
 
-def _parse(values, argv):
-  """Reads the options and the configuration file; gives the arguments that are no options."""
+def read_config(argv, config=None):
+  """The configuration that the options of a command line give; arguments as `define`'s.
+
+  Raises:
+    ConfigError: options, fields or a configuration file that cannot be used.
+  """
+  _check_overrides(argv)
+  values = flags.FlagValues()
+  try:
+    define(values, argv, config)
+  except _OF_OPTIONS as error:  # fields of a ConfigDict are set there, not while parsing
+    raise ConfigError(f"Wrong command line: {_in_short(error)}") from error
+  _parse(values, argv)
+  return values.config
+
+
+def _check_overrides(argv):
+  """Raises ConfigError where a field has another name today, or there is none."""
   for argument in argv:
     if found := _OVERRIDE.match(argument):
       field = found[1]
       if told := renamed_field(field) or unknown_field(field):
         raise ConfigError(f"--config.{field} is not allowed: {told}")
+
+
+def _parse(values, argv):
+  """Reads the options and the configuration file; gives the arguments that are no options."""
+  _check_overrides(argv)
   files = _CONFIG_FILE.findall("\n".join(argv))
   if files:
     paths.require_file(
@@ -185,9 +205,10 @@ def _execute(values, rest):
   absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
   try:
     if len(rest) > 1:
-      raise ConfigError(
-        f"Wrong command line: unknown arguments {rest[1:]}; every option starts with --."
-      )
+      told = f"Wrong command line: unknown arguments {rest[1:]}; every option starts with --."
+      if values.mode == "eval":
+        told += f" An exported file is evaluated by: profit eval {rest[1]}"
+      raise ConfigError(told)
     profit = _imported("app")
     profit.main(
       values.config,
@@ -255,17 +276,13 @@ def profit() -> int | None:
   if os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   name = rest[0] if rest else "--help"
+  if name == "eval" and _has_file(rest[1:]):
+    return _run_command("eval_file", rest[1:])
   if name in MODES:
     sys.argv = [program, f"--mode={name}", *rest[1:]]
     return main()
   if name in COMMANDS:
-    try:
-      module = _imported(name.replace("-", "_"))
-    except ConfigError as error:
-      return command.report(error)
-    except KeyboardInterrupt:
-      return command.interrupted()
-    return module.main(rest[1:])
+    return _run_command(name.replace("-", "_"), rest[1:])
   if name in ("--help", "-h", "help"):
     print(_help())
     return 0
@@ -278,10 +295,32 @@ def profit() -> int | None:
   return command.report(ConfigError(f"{name!r} is not a command: it must be one of {allowed}."))
 
 
+def _has_file(arguments) -> bool:
+  """Whether one of the arguments is neither an option nor, behind one without `=`, its value."""
+  before = ""
+  for argument in arguments:
+    is_value = before.startswith("-") and "=" not in before
+    if not argument.startswith("-") and not is_value:
+      return True
+    before = "" if is_value else argument
+  return False
+
+
+def _run_command(name, arguments) -> int:
+  """Runs a module of this package that has a `main`; returns the exit code."""
+  try:
+    module = _imported(name)
+  except ConfigError as error:
+    return command.report(error)
+  except KeyboardInterrupt:
+    return command.interrupted()
+  return module.main(arguments)
+
+
 def _help() -> str:
   modes = {
     "train": "train or resume a run",
-    "eval": "evaluate a run's best checkpoint, or a weights file",
+    "eval": "evaluate a run's best checkpoint, a weights file, or an exported file: eval FILE",
     "plan": "print the phases of a configuration",
     "export": "write a run's best checkpoint as verified integer model files",
   }

@@ -4,7 +4,6 @@ Pictures are prepared as the run's evaluation prepared them. A model of `profit_
 trained on a program's own arrays: it takes .npy files of them instead.
 """
 
-import hashlib
 import io
 import os
 import sys
@@ -17,7 +16,7 @@ from profit_jax import paths
 from profit_jax.cli import command
 from profit_jax.config import ConfigError
 from profit_jax.data.picture import orientation, read_picture
-from profit_jax.export import card, formats
+from profit_jax.export import exported, formats
 
 _AT_ONCE = 16
 _PRINTED = 5
@@ -53,27 +52,17 @@ def _classified(
   """As `predict`, with a name for each image. `turned` gets the names of those with an EXIF
   orientation, before the first one is classified.
   """
-  name = formats.of_file(file)
-  if not os.path.exists(file):
-    raise ConfigError(
-      f"{os.fspath(file)!r} does not exist. Give a file that profit export or profit_jax.export "
-      "wrote."
-    )
-  own = hashlib.sha256(paths.read_file(file)).hexdigest()
-  content = card.read(file)
-  if own != content["sha256"]:
-    raise ConfigError(
-      f"{os.fspath(file)!r} is not the file that its card describes: other bytes. Export it again."
-    )
+  exported_file = exported.read(file)
+  content = exported_file.card
   classes = content["class_names"] or list(map(str, range(content["num_classes"])))
   named: list[tuple[str, np.ndarray]] = []
   for image in images:
     if os.fspath(image).lower().endswith(".npy"):
       named += _arrays(os.fspath(image), content["input"])
       continue
-    named.append((os.fspath(image), _picture(image, file, content["input"], exif)))
+    named.append((os.fspath(image), _picture(image, exported_file, exif)))
     turned += [os.fspath(image)] if orientation(paths.read_file(image)) != 1 else []
-  runner = _opened(name, file, content)
+  runner = exported.opened(exported_file)
   # All batches have one size, so that JAX compiles one program.
   size = min(_AT_ONCE, len(named))
   for first in range(0, len(named), size):
@@ -88,13 +77,12 @@ def _classified(
       yield of, [(classes[index], float(probabilities[index])) for index in best]
 
 
-def _picture(
-  path: str | os.PathLike, file: str | os.PathLike, pixels: dict[str, Any], exif: bool
-) -> np.ndarray:
+def _picture(path: str | os.PathLike, file: exported.ExportedFile, exif: bool) -> np.ndarray:
   """An image file as the model takes it."""
-  if pixels["type"] != "uint8" or not {"crop_pct", "interpolation"} <= pixels.keys():
+  pixels = file.card["input"]
+  if not file.of_pictures:
     raise ConfigError(
-      f"{os.fspath(path)!r} cannot be given to {os.fspath(file)!r}: its model was trained on a "
+      f"{os.fspath(path)!r} cannot be given to {file.path!r}: its model was trained on a "
       f"program's own arrays, and its card does not say how they are made of pictures. Give .npy "
       f"files with {_taken(pixels)}, made as in training."
     )
@@ -130,21 +118,6 @@ def _taken(pixels: dict[str, Any]) -> str:
   """What a model takes, in words."""
   shape = ", ".join(map(str, pixels["shape"]))
   return f"{pixels['type']} of the shape [{shape}] or [N, {shape}]"
-
-
-def _opened(name: str, file: str | os.PathLike, content: dict[str, Any]) -> formats.Runner:
-  module = formats.load(name)
-  try:
-    return module.open_file(file)
-  except ConfigError:
-    raise
-  except Exception as error:  # its bytes are the card's: it is the versions that differ
-    versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
-    text = " ".join(str(error).split())
-    raise ConfigError(
-      f"{os.fspath(file)!r} cannot be opened with the versions installed here: {text} It was "
-      f"exported with {versions}. Export the run again, or install those."
-    ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,13 +2,14 @@
 only.
 """
 
+import dataclasses
 import logging
 import re
 
 from profit_jax import optional
 from profit_jax.config import ConfigError, Settings
 from profit_jax.data import digits, fashion_mnist, pairs
-from profit_jax.data.base import MEMORY_LIMIT, DatasetInfo, HostShard, Source
+from profit_jax.data.base import MEMORY_LIMIT, DatasetInfo, Evaluated, HostShard, Source
 from profit_jax.data.normalize import Normalization
 
 # What pretrained weights expect, by the name that `normalization` takes: torchvision's ImageNet
@@ -96,6 +97,7 @@ def load(
   *,
   memory_limit: int = MEMORY_LIMIT,
   trains: bool = True,
+  evaluated: Evaluated = "eval",
 ) -> Source:
   """Opens the configured source.
 
@@ -105,6 +107,7 @@ def load(
     memory_limit: in bytes. A TFDS split whose files are larger is streamed, not kept in memory.
     trains: whether it is trained on. Otherwise it needs no training split (the evaluation's takes
       its place), and may be smaller than a training batch.
+    evaluated: which images the evaluation batches hold.
 
   Raises:
     ConfigError: a source that is not there or not as it must be, or batches that it cannot fill, or
@@ -124,14 +127,45 @@ def load(
       augment=settings.data.augment,
       seed=settings.seed,
       shard=shard,
+      evaluated=evaluated,
     )
   else:
-    source = _images(settings, shard, memory_limit, trains)
+    source = _images(settings, shard, memory_limit, trains, evaluated)
   _check_batch(settings, source.info, trains)
   return source
 
 
-def _images(settings, shard, memory_limit, trains):
+def load_split(settings: Settings, split: str) -> Source:
+  """Opens a split of the configured source, to evaluate on it alone.
+
+  Args:
+    settings: validated.
+    split: "eval", the configured evaluation split; "train", the configured training split, its
+      images prepared as the evaluation's; or another one, as `data.eval_split` takes it.
+
+  Raises:
+    ConfigError: as `load`, or there is no such split.
+  """
+  if split == "eval":
+    return load(settings, trains=False)
+  if split == "train":
+    # With both splits: a folder's may be shares of the same images.
+    train = dataclasses.replace(settings.train, batch_size=1, accumulation_steps=1)
+    return load(dataclasses.replace(settings, train=train), evaluated="train")
+  if settings.data.name in _MADE_OF_DIGITS:
+    raise ConfigError(
+      f"--split={split} is not allowed: {settings.data.name} has the splits eval and train."
+    )
+  chosen = dataclasses.replace(settings.data, eval_split=split)
+  try:
+    return load(dataclasses.replace(settings, data=chosen), trains=False)
+  except ConfigError as error:
+    # It was given as an option. Messages name the field with its value or alone.
+    text = str(error).replace(f"config.data.eval_split = {split!r}", f"--split={split}")
+    raise ConfigError(text.replace("config.data.eval_split is", f"--split={split} is")) from error
+
+
+def _images(settings, shard, memory_limit, trains, evaluated):
   # Here, because TensorFlow takes seconds to import, and what needs no images (steps, benchmarks,
   # plans) runs without it.
   packages = ("tensorflow",) if settings.data.name == FOLDER else ()
@@ -149,6 +183,8 @@ def _images(settings, shard, memory_limit, trains):
     from profit_jax.data.tfds import Splits
 
     splits = Splits(settings.data, memory_limit, trains)
+  if evaluated == "train":
+    splits.eval = splits.train
   if shard.index == 0:
     for note in splits.notes:
       _log.warning("%s", note)

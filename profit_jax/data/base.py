@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from profit_jax.data.normalize import Normalization
 from profit_jax.typing import Batch
@@ -13,6 +13,9 @@ LONGEST = 4
 # Bytes. A TFDS split whose files are smaller is kept in memory and shuffled as a whole; every host
 # holds all of it. A larger split is streamed.
 MEMORY_LIMIT = 512 * 2**20
+# Which images a source's evaluation batches hold: the evaluation's, or those that are trained on,
+# prepared as the evaluation's.
+Evaluated = Literal["eval", "train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """scikit-learn's handwritten digits: 1797 real scans of 8x8 pixels (UCI, Alpaydin, Kaynak 1998)."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
 from profit_jax import optional
-from profit_jax.data.base import DatasetInfo, HostShard
+from profit_jax.data.base import DatasetInfo, Evaluated, HostShard
 from profit_jax.data.normalize import Normalization
 from profit_jax.typing import Batch
 
@@ -26,9 +27,17 @@ class Digits:
 
   info = INFO
 
-  def __init__(self, *, image_size: int, augment: bool, seed: int, shard: HostShard = HostShard()):
+  def __init__(
+    self,
+    *,
+    image_size: int,
+    augment: bool,
+    seed: int,
+    shard: HostShard = HostShard(),
+    evaluated: Evaluated = "eval",
+  ):
     """Args: image_size in pixels; augment: shift the training images; seed: of order and shifts;
-    shard: whose rows.
+    shard: whose rows; evaluated: which images evaluation batches hold.
     """
     scans = load_scans()
     images = np.stack([_enlarge(scan, image_size) for scan in scans.images])
@@ -36,6 +45,9 @@ class Digits:
     train, evaluation = split(labels)
     self._train = images[train], labels[train]
     self._eval = images[evaluation], labels[evaluation]
+    if evaluated == "train":
+      self._eval = self._train
+      self.info = dataclasses.replace(INFO, eval_examples=TRAIN_EXAMPLES)
     self._shift = image_size // 16 if augment else 0
     self._seed, self._shard = seed, shard
 

@@ -7,12 +7,13 @@ images are made anew in every epoch, from the scans that `Digits` trains on; the
 are fixed, from those that it evaluates on.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from profit_jax.data.base import DatasetInfo, HostShard
+from profit_jax.data.base import DatasetInfo, Evaluated, HostShard
 from profit_jax.data.digits import batch, load_scans, split
 from profit_jax.data.normalize import Normalization
 from profit_jax.typing import Batch
@@ -67,6 +68,7 @@ class Pairs:
     seed: int,
     shard: HostShard = HostShard(),
     distortion: Distortion = Distortion(),
+    evaluated: Evaluated = "eval",
   ):
     """Draws the evaluation images.
 
@@ -76,12 +78,17 @@ class Pairs:
       seed: of the training images.
       shard: whose rows.
       distortion: of training and evaluation images.
+      evaluated: which images evaluation batches hold; of "train", those of one epoch.
     """
     self._distortion = distortion
     scans = load_scans()
     self._scans, self._digits = scans.images.astype(np.float32) / 16, scans.target
     self._train, self._eval = split(self._digits)
     self._size, self._augment, self._seed, self._shard = image_size, augment, seed, shard
+    if evaluated == "train":
+      self._evaluation = self._epoch(0)
+      self.info = dataclasses.replace(INFO, eval_examples=TRAIN_EXAMPLES)
+      return
     self._evaluation = self._drawn(np.random.default_rng((0, 0, _EVAL)), self._eval, EVAL_EXAMPLES)
 
   def fingerprint(self) -> str:
@@ -91,8 +98,7 @@ class Pairs:
   def train_batches(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
     """See `Source.train_batches`."""
     # Without augmentation the same images in every epoch, in an order of the epoch's own.
-    drawn = np.random.default_rng((self._seed, epoch if self._augment else 0, _TRAIN))
-    images, labels = self._drawn(drawn, self._train, TRAIN_EXAMPLES)
+    images, labels = self._epoch(epoch if self._augment else 0)
     order = np.random.default_rng((self._seed, epoch, _ORDER)).permutation(TRAIN_EXAMPLES)
     rows = self._shard.rows(batch_size)
     for first in range(start * batch_size, TRAIN_EXAMPLES - batch_size + 1, batch_size):
@@ -103,9 +109,14 @@ class Pairs:
     """See `Source.eval_batches`."""
     images, labels = self._evaluation
     rows = self._shard.rows(batch_size)
-    for first in range(0, EVAL_EXAMPLES, batch_size):
+    for first in range(0, len(labels), batch_size):
       own = slice(first + rows.start, first + rows.stop)
       yield batch(images[own], labels[own], rows.stop - rows.start)
+
+  def _epoch(self, epoch):
+    """The training images that are drawn for an epoch, and their labels."""
+    rng = np.random.default_rng((self._seed, epoch, _TRAIN))
+    return self._drawn(rng, self._train, TRAIN_EXAMPLES)
 
   def _drawn(self, rng, among, count):
     """Images uint8 `[count, size, size]` and labels of pairs among some scans."""

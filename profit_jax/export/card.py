@@ -13,10 +13,11 @@ import numpy as np
 
 from profit_jax import __version__, paths
 from profit_jax.config import ConfigError
-from profit_jax.export import verify
+from profit_jax.export import operators, runtimes, verify
 from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
 from profit_jax.export.net import FLOAT_BITS, Layer, Net, Quantizer
+from profit_jax.fields import listed
 from profit_jax.schedule import bits_name
 from profit_jax.train.progress import weights_text
 
@@ -129,6 +130,21 @@ def make(
       },
     },
     "runtime": FORMATS[name].runtime,
+    "runtime_check": _runtime_check(name, path, net),
+  }
+
+
+def _runtime_check(name: str, path: pathlib.Path, net: Net) -> dict[str, Any]:
+  """Which versions open the file, and what the installed one does with it."""
+  package = FORMATS[name].opened_by
+  if package is None:
+    return {}
+  return {
+    "package": package,
+    "version": runtimes.installed(package),
+    "lowest": runtimes.lowest(name, {layer.field_bits for layer in net.layers}),
+    "tested": runtimes.tested(name),
+    **operators.checked(package, path),
   }
 
 
@@ -196,6 +212,7 @@ def markdown(card: dict[str, Any]) -> str:
     f"| multiply-accumulates | {cost['macs']:,} an image |",
     f"| bit operations (BOPs) | {cost['bops']:,} an image; in float32 {cost['float_bops']:,} |",
     *_input_rows(pixels),
+    *_opening_rows(card["runtime_check"]),
     f"| sha256 | `{card['sha256']}` |",
     "",
     f"Accuracy before and after are of the same images.{before}",
@@ -215,6 +232,7 @@ def markdown(card: dict[str, Any]) -> str:
     "",
     card["runtime"],
     "",
+    *_operator_lines(card["runtime_check"]),
     *(f"- {what}: {text}." for what, text in card["policy"].items()),
     "",
     "No speed is claimed. In a checkout of profit_jax, `python benchmarks/inference.py --net "
@@ -280,6 +298,56 @@ def _input_rows(pixels: dict[str, Any]) -> list[str]:
     f"| preparing an image | shorter side to {size} / {share:g} pixels "
     f"({pixels['interpolation']}), centre cut out |",
   ]
+
+
+def _opening_rows(found: dict[str, Any]) -> list[str]:
+  """What opens the file, in two rows at most."""
+  rows = []
+  if found.get("lowest"):
+    rows.append(
+      f"| opened by | {found['package']} {found['lowest']} or later (tested: "
+      f"{listed(found['tested'])}) |"
+    )
+  if "ir_version" in found:
+    opsets = listed(f"{domain} {version}" for domain, version in found["opsets"].items())
+    rows.append(f"| ONNX | IR version {found['ir_version']}, opset {opsets} |")
+  return rows
+
+
+def _operator_lines(found: dict[str, Any]) -> list[str]:
+  """Which part of the runtime takes which operators."""
+  if "operators" not in found:
+    return []
+  runtime = f"{found['package']} {found['version']}"
+  lines = [f"Operators of the file in {runtime}, on the CPU of the export:", ""]
+  for who, kinds in found["operators"].items():
+    counts = listed(f"{number} {kind}" for kind, number in kinds.items())
+    lines.append(f"- {who} takes {sum(kinds.values())}: {counts}.")
+  lines += ["", _operators_meaning(found), ""]
+  return lines
+
+
+def _operators_meaning(found: dict[str, Any]) -> str:
+  if "partitions" in found:
+    parts = found["partitions"]
+    if "LiteRT" not in found["operators"]:
+      return f"The delegate XNNPACK takes the whole file, in {parts} {_parts(parts)}."
+    return (
+      f"The delegate XNNPACK takes {parts} {_parts(parts)} of the file; the operators of LiteRT "
+      "itself, which stand between them, fall back to its own kernels. A DEQUANTIZE of a kernel is "
+      "computed once, before the first image."
+    )
+  integers = found["integer_operators"]
+  if integers:
+    return f"{integers} convolutions and products are of integers."
+  return (
+    "They are counted after onnxruntime's optimizations, which write multiplications by channel as "
+    "Conv. All convolutions and products are of floats: none is ConvInteger or QLinearConv."
+  )
+
+
+def _parts(number: int) -> str:
+  return "part" if number == 1 else "parts"
 
 
 def _differ(counts):

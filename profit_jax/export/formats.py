@@ -54,6 +54,8 @@ class Format(NamedTuple):
     packages: that execute it and whose versions a card names.
     runtime: what computes in integers there and what does not, for the card.
     extra: of pyproject.toml, which installs them; None if they belong to every installation.
+    opened_by: the package that users open a file with, whose lowest version a card names (see
+      `runtimes.py`); None if it is this package.
   """
 
   suffix: str
@@ -61,6 +63,7 @@ class Format(NamedTuple):
   packages: tuple[str, ...]
   runtime: str
   extra: str | None = None
+  opened_by: str | None = None
 
 
 _EXACT = (
@@ -78,6 +81,7 @@ FORMATS = {
     "Activation codes are uint8 "
     "or int8 between QuantizeLinear and DequantizeLinear. Nothing computes below 8 bits on a CPU.",
     "onnx",
+    "onnxruntime",
   ),
   "jax": Format(
     ".jax",
@@ -87,6 +91,7 @@ FORMATS = {
     "codes are float32. "
     "Lowered for CPU, CUDA and TPU; any batch. JAX reads an artifact for at least six months "
     "after it was written.",
+    opened_by="jax",
   ),
   "safetensors": Format(
     ".safetensors",
@@ -104,6 +109,7 @@ FORMATS = {
     "float32 with integer values. In "
     f"the verification QONNX's executor computes it. {_EXACT}",
     "qonnx",
+    "qonnx",
   ),
   "litert": Format(
     ".tflite",
@@ -113,6 +119,7 @@ FORMATS = {
     "Activation codes are "
     "float32.",
     "litert",
+    "ai-edge-litert",
   ),
 }
 DEFAULT = ("onnx", "jax", "safetensors")

@@ -1,6 +1,7 @@
 """`--mode export`: verified files with cards, and no file if something differs; then their use."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from profit_jax.cli import app, export, predict
 from profit_jax.config import ConfigError
 from profit_jax.data import preprocess
 from profit_jax.data.picture import read_picture
-from profit_jax.export import formats, onnx_file, verify, write
+from profit_jax.export import formats, onnx_file, runtimes, safetensors_file, verify, write
 from profit_jax.export.build import build_net
 from profit_jax.models import student_spec
 from tests.cli.conftest import MODEL, tiny_settings, write_run
@@ -66,9 +67,15 @@ def test_every_file_has_a_card_that_is_true(exported, name):
   )
   assert [phase["name"] for phase in card["training"]["phases"]] == ["w4a4 ft1"]
   assert set(formats.FORMATS[name].packages) <= set(card["versions"])
+  found = card["runtime_check"]
+  assert found.get("lowest") == runtimes.lowest(name, {4})
   text = (exported / f"{path.name}.md").read_text()
   assert card["sha256"] in text
   assert all(f"| {layer['layer']} |" in text for layer in card["layers"])
+  if name == "onnx":
+    assert f"| opened by | onnxruntime {found['lowest']} or later (tested: 1.15.0, " in text
+    assert "| ONNX | IR version 10, opset ai.onnx 21 |" in text
+    assert "- CPUExecutionProvider takes " in text
 
 
 def test_nothing_else_lies_there(exported):
@@ -200,10 +207,28 @@ def test_the_command_prints_the_classes_of_every_picture(exported, picture, caps
   assert [line.split()[-1] for line in lines[1:6]] == [name for name, _ in best]
 
 
-def test_the_example_computes_the_same(exported, picture):
-  file = exported / f"{STEM}.onnx"
+@pytest.fixture(scope="module")
+def litert(exported):
+  """The same net as a LiteRT file, which was not verified."""
+  if importlib.util.find_spec("ai_edge_litert") is None:
+    pytest.skip("ai_edge_litert is not installed")
+  path = exported.parent / "litert" / f"{STEM}.tflite"
+  path.parent.mkdir()
+  net = safetensors_file.read(exported / f"{STEM}.safetensors")
+  formats.load("litert").write(net, path)
+  card = json.loads((exported / f"{STEM}.onnx.json").read_text())
+  card["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+  (path.parent / f"{path.name}.json").write_text(json.dumps(card))
+  return path
+
+
+@pytest.mark.parametrize("name", ["onnx", "litert", "jax"])
+def test_the_example_computes_the_same(exported, picture, name, request):
+  file = exported / f"{STEM}{formats.FORMATS[name].suffix}"
+  if name == "litert":
+    file = request.getfixturevalue("litert")
   done = subprocess.run(
-    [sys.executable, "-I", ROOT / "examples" / "classify_onnx.py", file, picture],
+    [sys.executable, "-I", ROOT / "examples" / f"classify_{name}.py", file, picture],
     capture_output=True,
     text=True,
     check=True,
@@ -243,12 +268,18 @@ def test_the_example_sees_the_pixels_that_predict_sees(exported, tmp_path, monke
   assert unread <= damaged | rare
 
 
-def test_the_example_prints_its_usage():
+@pytest.mark.parametrize("name", ["onnx", "litert", "jax"])
+def test_the_example_prints_its_usage(name):
+  if name == "litert" and importlib.util.find_spec("ai_edge_litert") is None:
+    pytest.skip("ai_edge_litert is not installed")
   done = subprocess.run(
-    [sys.executable, "-I", ROOT / "examples" / "classify_onnx.py"], capture_output=True, text=True
+    [sys.executable, "-I", ROOT / "examples" / f"classify_{name}.py"],
+    capture_output=True,
+    text=True,
   )
   assert done.returncode
-  assert done.stderr == "usage: python classify_onnx.py FILE.onnx IMAGE\n"
+  suffix = formats.FORMATS[name].suffix
+  assert done.stderr.splitlines()[-1] == f"usage: python classify_{name}.py FILE{suffix} IMAGE"
 
 
 def test_an_exif_orientation_is_told_once_and_applied_on_request(exported, tmp_path, capsys):

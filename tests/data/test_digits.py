@@ -95,3 +95,15 @@ def test_an_epoch_goes_on_where_it_was_left(source):
   assert len(rest) == len(whole) - 5
   for one, other in zip(whole[5:], rest, strict=True):
     assert np.array_equal(one["image"], other["image"])
+
+
+def test_training_images_are_evaluated_as_they_are():
+  plain = Digits(image_size=8, augment=False, seed=0)
+  source = Digits(image_size=8, augment=True, seed=0, evaluated="train")
+  assert source.info.eval_examples == 1347
+  batches = list(source.eval_batches(512))
+  assert sum(batch["mask"].sum() for batch in batches) == 1347
+  seen = np.concatenate([batch["image"][batch["mask"]] for batch in batches])
+  whole = next(plain.train_batches(0, 1347))["image"]
+  assert {image.tobytes() for image in seen} == {image.tobytes() for image in whole}
+  assert plain.info.eval_examples == 450

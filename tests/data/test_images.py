@@ -392,3 +392,27 @@ def test_an_evaluation_needs_no_training_split_and_no_training_batch(written, tm
     assert sum(batch["mask"].sum() for batch in source.eval_batches(8)) == EVAL
     with pytest.raises(ConfigError, match="train"):
       data.load(changes)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tfds"])
+def test_a_split_is_opened_alone_as_evaluation_images(written, kind):
+  name = {"folder": "folder", "tfds": "cuttings"}[kind]
+  # A batch larger than the training split, which does not matter.
+  fields = {"data.name": name, "data.data_dir": str(written / kind), "train.batch_size": 1000}
+  given = settings(**fields)
+  found = {split: data.load_split(given, split) for split in ("eval", "train", "train[:50%]")}
+  assert {split: source.info.eval_examples for split, source in found.items()} == {
+    "eval": EVAL,
+    "train": TRAIN,
+    "train[:50%]": TRAIN // 2,
+  }
+  with pytest.raises(ConfigError, match=r"--split=holdout is not"):
+    data.load_split(given, "holdout")
+
+
+def test_the_training_split_lacks_the_share_that_is_evaluated(written):
+  given = {"data.name": "folder", "data.data_dir": str(written / "folder" / "train")}
+  shared = settings(**given, **{"data.eval_split": "25%"})
+  train, evaluated = (data.load_split(shared, split)._splits.eval for split in ("train", "eval"))
+  assert (train.examples, evaluated.examples) == (18, 6)
+  assert not set(train.names()) & set(evaluated.names())

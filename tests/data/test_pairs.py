@@ -83,3 +83,12 @@ def test_an_epoch_goes_on_where_it_was_left(source):
   assert np.array_equal(
     images_of(source.train_batches(2, 64))[5 * 64 :], images_of(source.train_batches(2, 64, 5))
   )
+
+
+def test_training_images_can_be_evaluated():
+  plain = Pairs(image_size=16, augment=False, seed=0)
+  source = Pairs(image_size=16, augment=True, seed=0, evaluated="train")
+  assert source.info.eval_examples == 2688
+  seen = images_of(source.eval_batches(1000))
+  trained = images_of(plain.train_batches(0, 2688))
+  assert {image.tobytes() for image in seen} == {image.tobytes() for image in trained}
