@@ -1,8 +1,8 @@
 // Drawings as the digits of scikit-learn: 8x8 counts of ink, 0 to 16, enlarged to the model's size.
 //
 // The scans behind that data set were scaled to bitmaps of 32x32 and counted in blocks of 4x4. They
-// reach from the top row to the bottom row and are about 20 pixels wide. Whatever the digit is, they
-// have about the same number of black pixels: 313 on average.
+// reach from the top row to the bottom row and are about 20 pixels wide. Whatever the digit is,
+// they have about the same number of black pixels: 313 on average.
 
 import { resize } from "./resample.js";
 
