@@ -53,6 +53,7 @@ SLOW = (
   "test_examples.py::test_the_example_with_pretrained_weights_runs",
   "test_package.py::test_a_run_without_the_packages_of_other_features",
   "test_tutorial.py",
+  "test_web.py",
   "weights/test_mismatch.py::test_the_kernels_are_those_of_the_models",
   "weights/test_variants.py::test_a_file_that_the_user_names_has_the_logits_of_that_net",
   "test_wrong_input.py::test_a_configuration_of_a_published_net_that_is_accepted_can_be_traced",
