@@ -21,6 +21,7 @@ if TYPE_CHECKING:
   from profit_jax.data.batches import Data
   from profit_jax.data.normalize import Normalization
   from profit_jax.export.evaluate import Evaluation, evaluate_file
+  from profit_jax.export.integer.difference import IntegerLimits
   from profit_jax.export.write import NotEqual, Report, export
   from profit_jax.fields import ConfigError, ProfitError
   from profit_jax.nn.functions import hard_sigmoid, hard_swish, relu, relu6, spatial_mean
@@ -48,6 +49,7 @@ _MODULES = {
   "EpochReport": "profit_jax.train.observer",
   "Evaluation": "profit_jax.export.evaluate",
   "HSWISH_MINIMUM": "profit_jax.quant",
+  "IntegerLimits": "profit_jax.export.integer.difference",
   "LSQ": "profit_jax.quant",
   "Normalization": "profit_jax.data.normalize",
   "NotEqual": "profit_jax.export.write",
@@ -100,6 +102,7 @@ __all__ = [
   "DuQ",
   "EpochReport",
   "Evaluation",
+  "IntegerLimits",
   "Normalization",
   "NotEqual",
   "NotFinite",

@@ -22,6 +22,7 @@ from profit_jax import checkpoints, data, devices, distributed, optional, paths,
 from profit_jax.cli import export
 from profit_jax.config import ConfigError, Settings, parse
 from profit_jax.export import formats, verify
+from profit_jax.export.integer.difference import IntegerLimits
 from profit_jax.models import REGISTRY, check, student_spec
 from profit_jax.nn.spec import ModelSpec
 from profit_jax.report import console
@@ -67,13 +68,25 @@ class Hooks(NamedTuple):
   plots: bool = True
 
 
+class Exports(NamedTuple):
+  """What mode export writes.
+
+  Attributes:
+    formats: by name.
+    limits: that integer files must reach.
+  """
+
+  formats: Sequence[str] = formats.DEFAULT
+  limits: IntegerLimits = IntegerLimits()
+
+
 def main(
   config: ml_collections.ConfigDict | None,
   workdir: str,
   mode: str,
   images_per_second: float | None = None,
   cluster: Cluster = Cluster(),
-  export_formats: Sequence[str] = formats.DEFAULT,
+  exports: Exports = Exports(),
   fork_from: str = "",
   hooks: Hooks = Hooks(),
 ) -> None:
@@ -86,7 +99,7 @@ def main(
     mode: one of `MODES`.
     images_per_second: of training; mode plan then prints hours.
     cluster: where the processes meet.
-    export_formats: what mode export writes.
+    exports: what mode export writes.
     fork_from: the directory of a run whose first phases a new run in mode train begins with; see
       `fork`.
     hooks: callbacks and more for mode train.
@@ -94,7 +107,7 @@ def main(
   Raises:
     ConfigError: anything that the user can mend.
   """
-  names = formats.named(list(export_formats))
+  exports = exports._replace(formats=formats.named(list(exports.formats)))
   settings, directory, only_file = _read(config, workdir, mode, fork_from)
   phases = schedule.plan(settings)
   if mode == "plan":
@@ -113,7 +126,7 @@ def main(
     elif mode == "eval":
       run_eval(settings, phases, directory)
     elif mode == "export":
-      run_export(settings, phases, directory, names)
+      run_export(settings, phases, directory, exports)
     else:
       with distributed.peers_needed():
         train(settings, directory, fork_from, hooks)
@@ -454,10 +467,22 @@ def run_eval(
 
 
 def run_export(
-  settings: Settings, phases: tuple[schedule.Phase, ...], workdir: epath.Path, names: Sequence[str]
+  settings: Settings,
+  phases: tuple[schedule.Phase, ...],
+  workdir: epath.Path,
+  exports: Exports,
 ) -> None:
-  """Writes a run's best checkpoint at the plan's last bits as integer model files; raises as
-  `export.export`.
+  """Writes a run's best checkpoint at the plan's last bits as integer model files.
+
+  Args:
+    settings: of the run.
+    phases: of its plan.
+    workdir: its directory.
+    exports: what is written.
+
+  Raises:
+    ConfigError: anything that the user can mend.
+    NotEqual: as `export.export`.
   """
   if jax.process_count() > 1:
     raise ConfigError(
@@ -471,7 +496,7 @@ def run_export(
       "activations are both quantized "
       f"can be exported. Train with config.plan.weight_bits and config.plan.act_bits."
     )
-  for name in names:
+  for name in exports.formats:
     formats.load(name)  # now, not after the evaluation: a package may be missing
   with best_checkpoint(settings, workdir) as best:
     evaluated = _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
@@ -493,7 +518,8 @@ def run_export(
       top1=evaluated["top1"],
       initial_weights=initial_weights(settings, best.progress),
     )
-    export.export(trained, names, workdir / "export", Console(highlight=False, markup=False))
+    screen = Console(highlight=False, markup=False)
+    export.export(trained, exports.formats, workdir / "export", screen, exports.limits)
 
 
 def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from profit_jax.export import formats, verify
+from profit_jax.export.integer.difference import Difference, IntegerLimits
 from profit_jax.export.write import Exporter, NotEqual
 
 
@@ -16,6 +17,7 @@ def export(
   names: Sequence[str],
   directory: epath.Path,
   screen: Console,
+  limits: IntegerLimits = IntegerLimits(),
   load: Callable[[str], formats.Module] = formats.load,
 ) -> None:
   """Writes the files and cards of a run.
@@ -25,14 +27,16 @@ def export(
     names: of the formats.
     directory: where the files go.
     screen: what is printed goes here.
+    limits: that integer files must reach.
     load: returns the module of a format, given its name.
 
   Raises:
     ConfigError: anything that the user can mend.
-    NotEqual: a file that differs from the trained model; it is not kept, the others are.
+    NotEqual: a file that differs from the trained model, or misses a limit; it is not kept, the
+      others are.
   """
   modules = {name: load(name) for name in names}
-  exporter = Exporter(trained)
+  exporter = Exporter(trained, limits)
   net, reference = exporter.net, exporter.reference
   screen.print(
     f"{net.model} {net.bits_name} in the code domain, {reference.images} images: "
@@ -50,6 +54,10 @@ def export(
       screen.print(f"{name:12}{report}", soft_wrap=True)
       continue
     failed.append(name)
+    if isinstance(check, Difference):
+      screen.print(f"{name:12}LIMIT MISSED: {check.problem}.", soft_wrap=True)
+      _print_difference(screen, check)
+      continue
     top1 = f"top-1 {100.0 * check.correct / check.examples:.2f} % of {check.examples} images"
     screen.print(f"{name:12}NOT EQUAL: {check.problem}; {top1}, trained {trained.top1:.2f} %")
     if check.comparison is not None:
@@ -60,11 +68,43 @@ def export(
       f"{kept} verified {'file' if kept == 1 else 'files'} with cards (.md, .json): {directory}",
       soft_wrap=True,
     )
-  if failed:
-    raise NotEqual(
-      f"{', '.join(failed)}: not what was trained (see above), and not kept. Please report it "
+  _require_none(failed)
+
+
+def _require_none(failed: Sequence[str]) -> None:
+  """Raises NotEqual where files of some formats were not kept."""
+  missed = [name for name in failed if formats.FORMATS[name].integer]
+  other = [name for name in failed if name not in missed]
+  told = []
+  if other:
+    told.append(
+      f"{', '.join(other)}: not what was trained (see above), and not kept. Please report it "
       "with the table."
     )
+  if missed:
+    told.append(
+      f"{', '.join(missed)}: not within the limits (see above), and not kept. Export onnx or "
+      "litert, whose files are equal, or allow more: --min_agreement=, --max_top1_loss=."
+    )
+  if told:
+    raise NotEqual(" ".join(told))
+
+
+def _print_difference(screen: Console, found: Difference) -> None:
+  table = Table(box=box.SIMPLE)
+  table.add_column("quantizer")
+  for title in ("codes", "differ", "by at most", "free-running", "by at most"):
+    table.add_column(title, justify="right")
+  for row in found.rows:
+    table.add_row(
+      row.quantizer,
+      f"{row.codes:,}",
+      f"{100.0 * row.differing / row.codes:.2f} %",
+      f"{row.largest}",
+      f"{100.0 * row.free_differing / row.codes:.2f} %",
+      f"{row.free_largest}",
+    )
+  screen.print(table)
 
 
 def _print_layers(screen: Console, comparison: verify.Comparison) -> None:

@@ -76,7 +76,24 @@ def define(values, argv=None, config=None):
       "Run whose first phases a new run takes over, if alike.",
     ),
     (flags.DEFINE_float, "images_per_second", None, "Training speed; mode plan then prints hours."),
-    (flags.DEFINE_list, "formats", "onnx,jax,safetensors", "Of mode export; also qonnx, litert."),
+    (
+      flags.DEFINE_list,
+      "formats",
+      "onnx,jax,safetensors",
+      "Of mode export; also qonnx, litert, litert_packed, and in integers onnx_int8, litert_int8.",
+    ),
+    (
+      flags.DEFINE_float,
+      "min_agreement",
+      99.0,
+      "Of mode export, integer formats: percent of predictions that equal the trained model's.",
+    ),
+    (
+      flags.DEFINE_float,
+      "max_top1_loss",
+      0.5,
+      "Of mode export, integer formats: points of top-1 that may be lost.",
+    ),
     (flags.DEFINE_string, "coordinator_address", None, "HOST:PORT of the first of the processes."),
     (flags.DEFINE_integer, "num_processes", None, "Number of processes, if there are several."),
     (flags.DEFINE_integer, "process_id", None, "Number of this process, from 0."),
@@ -216,7 +233,9 @@ def _execute(values, rest):
       values.mode,
       values.images_per_second,
       profit.Cluster(values.coordinator_address, values.num_processes, values.process_id),
-      values.formats,
+      profit.Exports(
+        values.formats, profit.IntegerLimits(values.min_agreement, values.max_top1_loss)
+      ),
       values.fork_from,
     )
     return 0, False

@@ -1,5 +1,6 @@
 """The card beside an exported file, `FILE.json` for programs and `FILE.md` for people."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,10 +17,23 @@ from profit_jax.config import ConfigError
 from profit_jax.export import operators, runtimes, verify
 from profit_jax.export.costs import costs
 from profit_jax.export.formats import FORMATS
+from profit_jax.export.integer.difference import Difference
 from profit_jax.export.net import FLOAT_BITS, Layer, Net, Quantizer
 from profit_jax.fields import listed
 from profit_jax.schedule import bits_name
 from profit_jax.train.progress import weights_text
+
+# What is said of what is no code, for exact files and for integer files.
+_OTHERS = {
+  False: {
+    "float32": "batch normalization as multiplier and bias per channel, shortcuts, means, "
+    "squeeze-excite's gates"
+  },
+  True: {
+    "int8": "shortcuts, means, squeeze-excite's gates, what h-swish reads and gives; batch "
+    "normalization is part of the kernels' scales and of the biases"
+  },
+}
 
 
 def make(
@@ -29,7 +43,7 @@ def make(
   net: Net,
   trained: verify.TrainedModel,
   reference: verify.Comparison,
-  check: verify.FileCheck,
+  check: verify.FileCheck | Difference,
 ) -> dict[str, Any]:
   """The content of a card.
 
@@ -83,27 +97,14 @@ def make(
       "file": after,
       "equal": verify.top1_equal(check.correct, check.trained_correct, check.examples),
       "examples": check.examples,
-      "images_at_ties": check.at_ties,
+      **_agreement(check),
     },
-    "verification": {
-      "images": check.comparison.images,
-      "trained": {"codes": reference.codes, "differing": reference.differing},
-      "file": {
-        "codes": check.comparison.codes,
-        "differing": check.comparison.differing,
-        "largest_logit_difference": check.comparison.logits,
-      },
-      "quantizers": [
-        {**vars(row), "trained_differing": other.differing}
-        for row, other in zip(check.comparison.rows, reference.rows, strict=True)
-      ],
-    },
+    "verification": _verification(reference, check),
     "policy": {
       "weights": _kernels(net),
       "activations": f"the inputs of layers, {_bits(net.quantizers)} bits: unsigned after "
       "ReLU, symmetric where signed, hswish from -3/8 after h-swish; the image as it is",
-      "float32": "batch normalization as multiplier and bias per channel, shortcuts, means, "
-      "squeeze-excite's gates",
+      **_OTHERS[FORMATS[name].integer],
     },
     "layers": [row._asdict() for row in rows],
     "training": {
@@ -131,6 +132,45 @@ def make(
     },
     "runtime": FORMATS[name].runtime,
     "runtime_check": _runtime_check(name, path, net),
+  }
+
+
+def _agreement(check: verify.FileCheck | Difference) -> dict[str, Any]:
+  if isinstance(check, verify.FileCheck):
+    return {"images_at_ties": check.at_ties}
+  return {"agreement": round(check.agreement, 4), "limits": dataclasses.asdict(check.limits)}
+
+
+def _verification(
+  reference: verify.Comparison, check: verify.FileCheck | Difference
+) -> dict[str, Any]:
+  trained = {"codes": reference.codes, "differing": reference.differing}
+  if isinstance(check, Difference):
+    return {
+      "images": check.images,
+      "trained": trained,
+      "file": {
+        "codes": check.codes,
+        "differing": check.differing,
+        "largest_difference": check.largest,
+        "free_running_differing": check.free_differing,
+      },
+      "quantizers": [vars(row) for row in check.rows],
+    }
+  compared = check.comparison
+  assert compared is not None
+  return {
+    "images": compared.images,
+    "trained": trained,
+    "file": {
+      "codes": compared.codes,
+      "differing": compared.differing,
+      "largest_logit_difference": compared.logits,
+    },
+    "quantizers": [
+      {**vars(row), "trained_differing": other.differing}
+      for row, other in zip(compared.rows, reference.rows, strict=True)
+    ],
   }
 
 
@@ -181,6 +221,8 @@ def _range(numbers: Iterable[int]) -> str:
 
 
 def _top1_difference(top1: dict[str, Any]) -> str:
+  if "agreement" in top1:
+    return f"{top1['agreement']:.2f} % of the predictions are the trained model's"
   if top1["equal"]:
     return "equal"
   return f"{top1['images_at_ties']} images in another class, each with a value at a tie"
@@ -225,8 +267,8 @@ def markdown(card: dict[str, Any]) -> str:
     "",
     f"- trained model and code-domain net: {_differ(proof['trained'])};",
     "- this file, read back and run in its runtime, and code-domain net: "
-    f"{_differ(proof['file'])}; its logits differ by "
-    f"at most {proof['file']['largest_logit_difference']:.1e} of the largest.",
+    f"{_differ(proof['file'])}{_further(proof['file'])}.",
+    *_difference_lines(card),
     "",
     "## What computes how",
     "",
@@ -348,6 +390,39 @@ def _operators_meaning(found: dict[str, Any]) -> str:
 
 def _parts(number: int) -> str:
   return "part" if number == 1 else "parts"
+
+
+def _further(file: dict[str, Any]) -> str:
+  if "largest_difference" in file:
+    return f", by {file['largest_difference']} at most"
+  return f"; its logits differ by at most {file['largest_logit_difference']:.1e} of the largest"
+
+
+def _difference_lines(card: dict[str, Any]) -> list[str]:
+  """How an integer file differs, layer by layer."""
+  proof, top1 = card["verification"], card["top1"]
+  if "agreement" not in top1:
+    return []
+  file, limits = proof["file"], top1["limits"]
+  lines = [
+    "",
+    f"The file computes in integers and is not equal to the trained model. Free-running, "
+    f"{100.0 * file['free_running_differing'] / max(1, file['codes']):.2f} % of the codes are not "
+    "the trained model's: in a network of few bits, one code that differs changes many behind it. "
+    f"Of {top1['examples']} predictions, {top1['agreement']:.2f} % are the trained model's; the "
+    f"export asked for {limits['agreement']:g} %, and allowed a loss of {limits['top1_loss']:g} "
+    "points in top-1.",
+    "",
+    "| quantizer | codes | differ | by at most | free-running | by at most |",
+    "|:--|--:|--:|--:|--:|--:|",
+  ]
+  for row in proof["quantizers"]:
+    lines.append(
+      f"| {row['quantizer']} | {row['codes']:,} | {100.0 * row['differing'] / row['codes']:.2f} % "
+      f"| {row['largest']} | {100.0 * row['free_differing'] / row['codes']:.2f} % "
+      f"| {row['free_largest']} |"
+    )
+  return lines
 
 
 def _differ(counts):

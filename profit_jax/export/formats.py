@@ -4,13 +4,12 @@ when they are needed.
 
 import importlib
 import os
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from profit_jax import optional
 from profit_jax.config import ConfigError
-from profit_jax.export.net import Net
 
 
 class Runner(Protocol):
@@ -36,13 +35,23 @@ class Runner(Protocol):
 class Module(Protocol):
   """What a format's module holds."""
 
-  def write(self, net: Net, path: str | os.PathLike) -> None:
-    """Writes a net."""
+  def write(self, net: Any, path: str | os.PathLike) -> None:
+    """Writes a net: a `Net`; of integer formats an `IntegerNet`."""
     ...
 
   def open_file(self, path: str | os.PathLike) -> Runner:
     """Reads a file."""
     ...
+
+
+class IntegerModule(Module, Protocol):
+  """What the module of an integer format holds.
+
+  Attributes:
+    RUNTIME: for which nets are made, as `integer.lower.Runtime`.
+  """
+
+  RUNTIME: Any
 
 
 class Format(NamedTuple):
@@ -56,6 +65,7 @@ class Format(NamedTuple):
     extra: of pyproject.toml, which installs them; None if they belong to every installation.
     opened_by: the package that users open a file with, whose lowest version a card names (see
       `runtimes.py`); None if it is this package.
+    integer: whether its files compute on int8, and differ from the trained model.
   """
 
   suffix: str
@@ -64,6 +74,7 @@ class Format(NamedTuple):
   runtime: str
   extra: str | None = None
   opened_by: str | None = None
+  integer: bool = False
 
 
 _EXACT = (
@@ -71,6 +82,11 @@ _EXACT = (
   "numbers below 2^24, so "
   "that they are exact in any order. Multipliers, biases, shortcuts, means and squeeze-excite are "
   "float32."
+)
+_INTEGER = (
+  "Convolutions, dense layers, shortcuts, means, products and squeeze-excite compute on 8-bit "
+  "integers. Codes keep their 2, 3 or 4 bits' steps; shortcuts, and what h-swish and "
+  "squeeze-excite read, are rounded to 8 bits, so that codes behind them may differ from the trained model's."
 )
 FORMATS = {
   "onnx": Format(
@@ -120,6 +136,26 @@ FORMATS = {
     "float32.",
     "litert",
     "ai-edge-litert",
+  ),
+  "onnx_int8": Format(
+    ".int8.onnx",
+    "integer.onnx",
+    ("onnx", "onnxruntime"),
+    f"{_INTEGER} Tensors are uint8, kernels int8 with a scale for each output channel, biases "
+    "int32. H-swish and the logits are float32. The input is uint8.",
+    "onnx",
+    "onnxruntime",
+    integer=True,
+  ),
+  "litert_int8": Format(
+    ".int8.tflite",
+    "integer.litert",
+    ("ai-edge-litert",),
+    f"{_INTEGER} Tensors are int8, input and logits too, kernels int8 with a scale for each output "
+    "channel, biases int32: no operator computes on floats.",
+    "litert",
+    "ai-edge-litert",
+    integer=True,
   ),
 }
 DEFAULT = ("onnx", "jax", "safetensors")

@@ -316,7 +316,7 @@ def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]
     if codes.keys() != counts.keys():
       raise KeyError(f"codes of other quantizers: {sorted(codes.keys() ^ counts.keys())}")
     codes = {name: np.float32(array) for name, array in codes.items()}
-    expected, read = jax.device_get(_forced(net, image, codes))
+    expected, read = jax.device_get(forced(net, image, codes))
     logits = max(logits, float(np.abs(theirs - expected).max() / np.abs(expected).max()))
     for name, count in counts.items():
       count += _count(quantizers[name], read[name], codes[name])
@@ -330,10 +330,17 @@ def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]
 
 # The net's arrays are constants of the program. All files of a net share one program.
 @functools.partial(jax.jit, static_argnums=0)
-def _forced(
+def forced(
   net: Net, image: jax.Array, theirs: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The logits that follow from their codes, and the floats that each quantizer reads."""
+  """The logits that follow from another execution's codes, and the floats that each quantizer
+  reads.
+
+  Args:
+    net: the reference.
+    image: `[N, H, W, C]`.
+    theirs: codes of every quantizer, as float32.
+  """
   read = {}
 
   def quantize(node, x):

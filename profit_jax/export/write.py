@@ -6,7 +6,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -17,10 +17,17 @@ from profit_jax.config import ConfigError, DataSettings, ModelSettings, Settings
 from profit_jax.data.batches import BatchSource, Data, EvalBatches
 from profit_jax.export import card, formats, verify
 from profit_jax.export.build import build_net
+from profit_jax.export.integer import difference, lower, ranges
+from profit_jax.export.integer.difference import Difference, IntegerLimits
+from profit_jax.export.integer.net import IntegerNet
 from profit_jax.fields import ProfitError
 
 if TYPE_CHECKING:
   from profit_jax.train.trainer import Result
+
+
+# Images on which the ranges of integer files are measured.
+_RANGE_IMAGES = 256
 
 
 class NotEqual(ProfitError):
@@ -31,7 +38,7 @@ class NotEqual(ProfitError):
   """
 
   label = "export failed"
-  comparison: verify.Comparison | None = None
+  comparison: verify.Comparison | Difference | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,9 @@ class Report:
     trained_top1: in percent, of the trained model.
     at_ties: images that the file puts into another class than the trained model, all because of
       values at ties; None where top-1 is equal to two decimals.
+    largest: of an integer file, by how much two codes differ at most.
+    agreement: of an integer file, in percent of the examples, how many get the trained model's
+      class; None for files that are equal.
   """
 
   path: epath.Path
@@ -61,12 +71,21 @@ class Report:
   top1: float
   examples: int
   trained_top1: float
-  at_ties: int | None
+  at_ties: int | None = None
+  largest: int = 0
+  agreement: float | None = None
 
   def __str__(self) -> str:
     ratio = self.float_bytes / self.bytes
     # Small nets have more graph than weights.
     size = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / ratio:.1f}x larger"
+    if self.agreement is not None:
+      return (
+        f"{self.path.name}  {self.bytes:,} bytes ({size} than float32)  "
+        f"{100.0 * self.differing / max(1, self.codes):.2f} % of {self.codes:,} codes differ, by "
+        f"{self.largest} at most  top-1 {self.top1:.2f} % of {self.examples} images, trained "
+        f"{self.trained_top1:.2f} %: {self.agreement:.2f} % of predictions agree"
+      )
     top1 = "top-1 equal"
     if self.at_ties is not None:
       top1 = f"trained {self.trained_top1:.2f} %, {self.at_ties} of them in another class, at ties"
@@ -84,9 +103,14 @@ class Exporter:
     reference: its codes beside the trained model's.
   """
 
-  def __init__(self, trained: verify.TrainedModel):
-    """Raises ConfigError where a file cannot hold the model."""
-    self._trained = trained
+  def __init__(self, trained: verify.TrainedModel, limits: IntegerLimits = IntegerLimits()):
+    """Raises ConfigError where a file cannot hold the model.
+
+    Args:
+      trained: the model.
+      limits: that integer files must reach.
+    """
+    self._trained, self._limits = trained, limits
     self.net = build_net(
       trained.spec,
       trained.variables,
@@ -95,6 +119,7 @@ class Exporter:
       weight_bits=trained.weight_bits,
       act_bits=trained.act_bits,
     )
+    self._ranges: lower.Ranges | None = None
     batch_size = trained.settings.train.eval_batch_size
     self._images = verify.eval_images(self.net, trained.source, batch_size)
     codes = verify.trained_codes(self.net, trained.spec, trained.variables, trained.normalization)
@@ -111,7 +136,7 @@ class Exporter:
 
   def write(
     self, name: str, module: formats.Module, to: epath.Path
-  ) -> tuple[verify.FileCheck, Report | None]:
+  ) -> tuple[verify.FileCheck | Difference, Report | None]:
     """Writes a file and verifies it.
 
     Args:
@@ -120,7 +145,8 @@ class Exporter:
       to: where the file goes, and its cards. What an earlier export left there goes first.
 
     Returns:
-      The check, and what was written; None if the file is not the trained model, and not kept.
+      The check, and what was written; None if the file is not the trained model, or not near
+      enough, and not kept.
 
     Raises:
       ConfigError: it cannot be written.
@@ -128,10 +154,8 @@ class Exporter:
     _clear(to)
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / to.name
-      module.write(self.net, path)
-      check = verify.check_file(self.net, self._images, module.open_file(path), self._trained)
-      compared = check.comparison
-      if check.problem is not None or compared is None:
+      check = self._written(name, module, path)
+      if check.problem is not None:
         return check, None
       content = card.make(
         name=name,
@@ -142,37 +166,71 @@ class Exporter:
         check=check,
       )
       _keep(path, to, content)
-    size = content["size"]
+    size, compared = content["size"], content["verification"]["file"]
     return check, Report(
       path=to,
       format=name,
       bytes=size["bytes"],
       float_bytes=size["float_bytes"],
-      codes=compared.codes,
-      differing=compared.differing,
+      codes=compared["codes"],
+      differing=compared["differing"],
       top1=100.0 * check.correct / check.examples,
       examples=check.examples,
       trained_top1=100.0 * check.trained_correct / check.examples,
-      at_ties=check.at_ties,
+      at_ties=None if isinstance(check, Difference) else check.at_ties,
+      largest=check.largest if isinstance(check, Difference) else 0,
+      agreement=check.agreement if isinstance(check, Difference) else None,
     )
+
+  def _written(
+    self, name: str, module: formats.Module, path: pathlib.Path
+  ) -> verify.FileCheck | Difference:
+    """Writes a file, reads it back and compares it."""
+    if not formats.FORMATS[name].integer:
+      module.write(self.net, path)
+      return verify.check_file(self.net, self._images, module.open_file(path), self._trained)
+    runtime = cast(formats.IntegerModule, module).RUNTIME
+    module.write(self._integer_net(runtime), path)
+    return difference.measure(
+      self.net, self._images, module.open_file(path), self._trained, self._limits
+    )
+
+  def _integer_net(self, runtime: lower.Runtime) -> IntegerNet:
+    if self._ranges is None:
+      self._ranges = ranges.measure(self.net, self._training_images())
+    return lower.lower(self.net, self._ranges, runtime)
+
+  def _training_images(self) -> list[np.ndarray]:
+    """Images of whole batches, so that all are one program."""
+    found: list[np.ndarray] = []
+    batch_size = self._trained.settings.train.batch_size
+    for batch in self._trained.source.train_batches(0, batch_size):
+      found.append(batch["image"])
+      if len(found) * batch_size >= _RANGE_IMAGES:
+        break
+    return found
 
 
 def export(
   result: "Result",
   path: str | os.PathLike[str],
   eval_batches: EvalBatches,
+  limits: IntegerLimits = IntegerLimits(),
   load: Callable[[str], formats.Module] = formats.load,
 ) -> Report:
   """Writes a trained model as an integer model file, and verifies it.
 
   The file is read back and run in its own runtime: each quantizer's codes are compared with the
-  trained model's on the first images, and top-1 on all of them.
+  trained model's on the first images, and top-1 on all of them. Files of the suffixes `.int8.onnx`
+  and `.int8.tflite` compute on 8-bit integers and may differ, within the limits.
 
   Args:
     result: of `Trainer.fit`.
     path: of the file; its suffix is the format: `.onnx`, `.jax`, `.safetensors`, `.qonnx.onnx`,
-      `.tflite`. Cards are written beside it.
-    eval_batches: images and labels, as `Data.eval`.
+      `.tflite`, `.int8.onnx`, `.int8.tflite` and more. Cards are written beside it.
+    eval_batches: images and labels, as `Data.eval`. The ranges of files that compute in integers
+      are measured on the first of them.
+    limits: that a file which computes in integers must reach.
     load: returns the module of a format, given its name.
 
   Returns:
@@ -181,7 +239,7 @@ def export(
   Raises:
     ConfigError: a model that files cannot hold, an unknown suffix, a runtime that is not installed,
       or a process other than the first.
-    NotEqual: the file is not what was trained; it is not kept.
+    NotEqual: the file is not what was trained, or misses a limit; it is not kept.
   """
   if jax.process_index():
     raise ConfigError(
@@ -198,12 +256,12 @@ def export(
   source.num_classes = result.spec.outputs
   source.require_images_of(result.spec.input_shape, floats=result.normalization is None)
   trained = _trained(result, source, bits)
-  exporter = Exporter(trained)
+  exporter = Exporter(trained, limits)
   exporter.require_equal()
   check, report = exporter.write(name, module, to)
   if report is None:
     error = NotEqual(f"{to.name}: {check.problem}; the file was not kept.")
-    error.comparison = check.comparison
+    error.comparison = check if isinstance(check, Difference) else check.comparison
     raise error
   return report
 

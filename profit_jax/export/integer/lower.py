@@ -5,19 +5,18 @@ follows from that, and what it costs:
 
 - A layer that one quantizer reads gives its codes directly. Its kernel's scales take the input's
   output scale and the quantizer's interval; a channel of negative gain flips its kernel's codes.
-- Biases are int32 in units of the accumulator, which for 4-bit codes would be a tenth of a step of
-  the next quantizer. Kernel codes are therefore multiplied by the largest factor that fits 8 bits
-  (18 at 4 bits), and the biases' units are as much finer.
-- Tensors that something else reads too (shortcuts, squeeze-excite) are rounded to 8 bits, on a range
-  that is measured on images. Their step is an odd fraction of the step of the quantizer that reads
+- Biases are whole numbers of the accumulator. Kernel codes are multiplied by the largest factor
+  that fits 8 bits (18 at 4 bits), which makes their units as much finer, and biases are chosen so
+  that every sum gets its exact code, see `thresholds.py`.
+- Tensors that something else reads too (shortcuts, squeeze-excite) are rounded to 8 bits, on a
+  range that is measured on images. Their step is an odd fraction of the step of the quantizer that reads
   them: the ends between two codes then are ends between two of its own steps, so that rounding
   twice gives the same code as rounding once.
 - A tensor that only quantizers read needs no range: what saturates there saturates in them.
-- The bounds of a quantizer are int8's upper end and a fused ReLU in LiteRT, and int8's lower end and
-  a Clip in onnxruntime, see `Runtime`.
+- The bounds of a quantizer are int8's upper end and a fused ReLU in LiteRT, and int8's lower end
+  and a Clip in onnxruntime, see `Runtime`.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -375,9 +374,7 @@ class _Lowering:
     if not self._runtime.fuses_relu:
       grid = Grid(scale, LOW - low)
       top = LOW + high - low
-      return Target(
-        **ends, grid=grid, unit=1.0, zero=float(grid.zero), high=top, shift=node.margin
-      )
+      return Target(**ends, grid=grid, unit=1.0, zero=float(grid.zero), high=top, shift=node.margin)
     if low and self._is_bordered(node.name):
       return Target(
         **ends,
@@ -511,7 +508,10 @@ class _Lowering:
       largest = np.abs(kernel.astype(np.int64)).sum(axes) * self._largest.get(x.tensor, 255)
       unscaled = worth == scale / fits  # those next to constant have no multiples of codes
       found = thresholds.fitted(
-        target.ends_of_codes(), (worth / target.grid.scale)[unscaled], bias[unscaled], fits,
+        target.ends_of_codes(),
+        (worth / target.grid.scale)[unscaled],
+        bias[unscaled],
+        fits,
         largest[unscaled],
       )
       worth[unscaled], bias[unscaled] = found.worth * target.grid.scale, found.bias
@@ -585,9 +585,7 @@ class _Lowering:
 
   def _sum(self, node: Sum) -> None:
     read = self._encoded[node.input], self._encoded[node.other]
-    if not all(
-      np.ndim(x.unit) == 0 and math.isclose(x.factor, 1.0, rel_tol=1e-6) for x in read
-    ):
+    if not all(np.ndim(x.unit) == 0 and math.isclose(x.factor, 1.0, rel_tol=1e-6) for x in read):
       read = self._plain(node.input), self._plain(node.other)
     constant = sum(x.constant for x in read)
     target = self._target(node, shifts=False, constant=constant)

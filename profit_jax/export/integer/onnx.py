@@ -69,9 +69,7 @@ def write(net: IntegerNet, path: str | os.PathLike) -> None:
     ir_version=_IR_VERSION,
     producer_name="profit_jax",
   )
-  codes = {
-    name: [graph.bytes[place.tensor], place.zero - LOW] for name, place in net.codes.items()
-  }
+  codes = {name: [graph.bytes[place.tensor], place.zero - LOW] for name, place in net.codes.items()}
   helper.set_model_props(model, {_CODES: json.dumps(codes)})
   onnx.checker.check_model(model)
   onnx.save_model(model, os.fspath(path))
