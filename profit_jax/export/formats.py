@@ -86,7 +86,8 @@ _EXACT = (
 _INTEGER = (
   "Convolutions, dense layers, shortcuts, means, products and squeeze-excite compute on 8-bit "
   "integers. Codes keep their 2, 3 or 4 bits' steps; shortcuts, and what h-swish and "
-  "squeeze-excite read, are rounded to 8 bits, so that codes behind them may differ from the trained model's."
+  "squeeze-excite read, are rounded to 8 bits, so that codes behind them may differ from the "
+  "trained model's."
 )
 FORMATS = {
   "onnx": Format(

@@ -157,7 +157,7 @@ def test_a_run_with_another_quantizer_is_exported(tiny_v1, tmp_path):
     "quant.rules": (("classifier", "float", 6),),
   }
   write_run(tmp_path / "lsq", best=True, **quant)
-  app.main(None, str(tmp_path / "lsq"), "export", export_formats=["onnx"])
+  app.main(None, str(tmp_path / "lsq"), "export", exports=app.Exports(["onnx"]))
   card = json.loads((tmp_path / "lsq" / "export" / f"{STEM}.onnx.json").read_text())
   assert [layer["weight_bits"] for layer in card["layers"]] == [8, 4, 4, 32]
   assert card["policy"]["weights"] == (

@@ -9,9 +9,9 @@ follows from that, and what it costs:
   that fits 8 bits (18 at 4 bits), which makes their units as much finer, and biases are chosen so
   that every sum gets its exact code, see `thresholds.py`.
 - Tensors that something else reads too (shortcuts, squeeze-excite) are rounded to 8 bits, on a
-  range that is measured on images. Their step is an odd fraction of the step of the quantizer that reads
-  them: the ends between two codes then are ends between two of its own steps, so that rounding
-  twice gives the same code as rounding once.
+  range that is measured on images. Their step is an odd fraction of the step of the quantizer that
+  reads them: the ends between two codes then are ends between two of its own steps, so that
+  rounding twice gives the same code as rounding once.
 - A tensor that only quantizers read needs no range: what saturates there saturates in them.
 - The bounds of a quantizer are int8's upper end and a fused ReLU in LiteRT, and int8's lower end
   and a Clip in onnxruntime, see `Runtime`.
