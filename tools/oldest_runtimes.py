@@ -9,15 +9,17 @@ machine's package index; takes about ten minutes at first, and one without insta
 
 The files are small nets with every operation that files can have, their kernels in 2, 4 and 8 bits
 (3 bits are written as 4, and 5 to 7 as 8), and with one kernel in float32 besides codes of 8 bits.
-What a file needs depends on its kernels. Each file is opened in a process of its own and classifies
-eight images. A version opens a file if its logits are those of the newest version, to 1e-5 of the
+What a file needs depends on its kernels. Integer files hold all of these as int8; their ranges are
+measured on the eight images. Each file is opened in a process of its own and classifies the eight
+images. A version opens a file if its logits are those of the newest version, to 1e-5 of the
 largest: one that computes others is as useless as one that fails.
 
 `runtimes.json` holds `formats`: of each its `package`, when and where it was tried (`date`,
 `system`, `machine`, `python`), the `versions` that were tried, and by kind of kernel (`int2`,
 `int4`, `int8`, `float32`) `lowest`, from which on all versions that were tried open the file (null
 if none does), and `fails`, why each of the others does not. Cards and `profit predict` read it
-through `export/runtimes.py`.
+through `export/runtimes.py`. `predecessor` holds the same of the package that a runtime had before
+it got its name, for integer files: devices still have it.
 
 A new format is tried as soon as `export/formats.py` lists it with `opened_by` one of `VERSIONS`.
 """
@@ -41,7 +43,8 @@ sys.path.insert(0, os.fspath(ROOT))
 
 from profit_jax.config import ConfigError
 from profit_jax.export import formats, runtimes
-from profit_jax.export.net import FLOAT_BITS
+from profit_jax.export.integer import lower, ranges
+from profit_jax.export.net import FLOAT_BITS, Net
 from tests.export.nets import changed, every_operation, images
 
 # By package, the oldest first and the pinned one last. onnxruntime 1.15.0 is the oldest for Python
@@ -60,10 +63,27 @@ VERSIONS = {
     "0.10.2",
   ),
 }
+# The name that a runtime had before, and its versions that this Python can install. Devices still
+# have it, which is what integer files are for.
+PREDECESSORS = {"ai-edge-litert": ("tflite-runtime", ("2.14.0",))}
 # What a version needs beside itself and the newest numpy.
 OTHERS = {"jax": ("jaxlib=={version}", "flatbuffers", "absl-py")}
 # Below these, a runtime was built for numpy 1.
-NUMPY_2 = {"onnxruntime": (1, 19), "ai-edge-litert": (1, 1)}
+NUMPY_2 = {"onnxruntime": (1, 19), "ai-edge-litert": (1, 1), "tflite-runtime": (3,)}
+LITERT = """
+interpreter = Interpreter(file)
+(image,) = interpreter.get_input_details()
+interpreter.resize_tensor_input(image["index"], images.shape)
+interpreter.allocate_tensors()
+if image["dtype"] == np.int8:
+  images = (images ^ np.uint8(128)).view(np.int8)
+interpreter.set_tensor(image["index"], images)
+interpreter.invoke()
+(logits,) = interpreter.get_output_details()
+(scale, zero), logits = logits["quantization"], interpreter.get_tensor(logits["index"])
+if scale:
+  logits = np.float32(scale) * (np.float32(logits) - zero)
+"""
 # Each prints nothing, reads FILE and IMAGES.npy, and writes LOGITS.npy.
 PROGRAMS = {
   "onnxruntime": """
@@ -71,16 +91,8 @@ import onnxruntime
 session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 logits = session.run(["logits"], {"image": images})[0]
 """,
-  "ai-edge-litert": """
-from ai_edge_litert.interpreter import Interpreter
-interpreter = Interpreter(file)
-(image,) = interpreter.get_input_details()
-interpreter.resize_tensor_input(image["index"], images.shape)
-interpreter.allocate_tensors()
-interpreter.set_tensor(image["index"], images)
-interpreter.invoke()
-logits = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-""",
+  "ai-edge-litert": f"from ai_edge_litert.interpreter import Interpreter{LITERT}",
+  "tflite-runtime": f"from tflite_runtime.interpreter import Interpreter{LITERT}",
   "jax": """
 import jax, jax.export
 with open(file, "rb") as opened:
@@ -151,38 +163,60 @@ def _last_line(text: str) -> str:
 def tried(folder: pathlib.Path, name: str, package: str) -> dict:
   """The facts of a format."""
   versions = VERSIONS[package]
-  kernels: dict[str, dict] = {}
-  pythons = {version: environment(folder, package, version) for version in versions}
+  runtimes_of = {package: versions}
+  before, older = PREDECESSORS.get(package, ("", ()))
+  if formats.FORMATS[name].integer and before:
+    runtimes_of = {before: older, package: versions}
+  pythons = {
+    (each, version): environment(folder, each, version)
+    for each, of_it in runtimes_of.items()
+    for version in of_it
+  }
+  kernels: dict[str, dict[str, dict]] = {each: {} for each in runtimes_of}
   with tempfile.TemporaryDirectory() as made:
     given = pathlib.Path(made) / "images.npy"
     np.save(given, images(8))
     for kind, net in nets().items():
       file = pathlib.Path(made) / f"{kind}{formats.FORMATS[name].suffix}"
       try:
-        formats.load(name).write(net, file)
+        _write_net(name, net, file)
       except ConfigError as error:  # a format that cannot hold this net
         print(f"{name} {kind}: {error}")
         continue
       logits = {
-        version: python if isinstance(python, str) else logits_of(python, package, file, given)
-        for version, python in pythons.items()
+        (each, version): python if isinstance(python, str) else logits_of(python, each, file, given)
+        for (each, version), python in pythons.items()
       }
-      kernels[kind] = _facts(logits)
-      print(name, kind, json.dumps(kernels[kind], indent=1), flush=True)
-  return {
+      pinned = logits[package, versions[-1]]
+      for each, of_it in runtimes_of.items():
+        kernels[each][kind] = _facts({version: logits[each, version] for version in of_it}, pinned)
+        print(name, each, kind, json.dumps(kernels[each][kind], indent=1), flush=True)
+  found = {
     "package": package,
     "date": datetime.date.today().isoformat(),
     "system": f"{platform.system()}, glibc {platform.libc_ver()[1]}",
     "machine": platform.machine(),
     "python": platform.python_version(),
     "versions": list(versions),
-    "kernels": kernels,
+    "kernels": kernels[package],
   }
+  if before in kernels:
+    found["predecessor"] = {"package": before, "versions": list(older), "kernels": kernels[before]}
+  return found
 
 
-def _facts(logits: dict) -> dict:
-  """`lowest` and `fails`, from the logits or messages by version."""
-  pinned = logits[list(logits)[-1]]
+def _write_net(name: str, net: Net, file: pathlib.Path) -> None:
+  """Writes a net in a format."""
+  module = formats.load(name)
+  if formats.FORMATS[name].integer:
+    found = ranges.measure(net, [images(8)])
+    module.write(lower.lower(net, found, module.RUNTIME), file)
+  else:
+    module.write(net, file)
+
+
+def _facts(logits: dict, pinned: np.ndarray | str) -> dict:
+  """`lowest` and `fails`, from the logits or messages by version, and the pinned version's."""
   if isinstance(pinned, str):
     return {"lowest": None, "fails": {v: m for v, m in logits.items() if isinstance(m, str)}}
   fails, lowest, largest = {}, None, np.abs(pinned).max()

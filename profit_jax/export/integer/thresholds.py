@@ -82,6 +82,6 @@ def _fitted(
 
 
 # In the accumulator's units: what is room enough, and what is beyond every bias.
-_ROOM, _FAR = 0.25, 2.0**40
+_ROOM, _FAR = 1.0, 2.0**40
 # Relative, of the float32 multiplication by which a runtime requantizes.
 _FLOAT32 = 2.0**-20
