@@ -71,14 +71,17 @@ class Runtime(NamedTuple):
     fuses_relu: whether a lower bound at zero is part of an operator; codes then end at int8's upper
       end. Otherwise they begin at its lower end, and the upper bound is an operator.
     wide_kernel: the largest number in a kernel that is multiplied with 8-bit inputs.
+    gates: whether h-swish is `relu6(x + 3)`, a sum that saturates, times x: XNNPACK has no h-swish
+      of int8, and compilers for accelerators may not know it.
   """
 
   fuses_relu: bool
   wide_kernel: int
+  gates: bool
 
 
 # Without VNNI, onnxruntime adds pairs of products of uint8 and int8 in int16, which saturates.
-LITERT, ONNXRUNTIME = Runtime(True, HIGH), Runtime(False, 63)
+LITERT, ONNXRUNTIME = Runtime(True, HIGH, True), Runtime(False, 63, False)
 
 
 class Encoded(NamedTuple):
@@ -273,13 +276,9 @@ class _Lowering:
     """A tensor on a target: a sum with a constant. `name` says of what."""
     if not math.isclose(x.factor, 1.0, rel_tol=1e-6) and target.unit != 1.0:
       x = self._plain(name, x)
-    grids = target.grid, target.lowered
-    target = target._replace(
-      grid=grids[0]._replace(scale=grids[0].scale / x.factor),
-      lowered=grids[1] and grids[1]._replace(scale=grids[1].scale / x.factor),
-    )
     value = (x.constant + target.shift) / x.factor
-    return self._put(integer.Add, target, (x.tensor, self._constant(value)))
+    read = x.tensor, self._constant(value)
+    return self._put(integer.Add, _rescaled(target, x.factor), read)
 
   def _plain(self, name: str, x: Encoded | None = None) -> Encoded:
     """A tensor whose values are its grid's."""
@@ -565,13 +564,27 @@ class _Lowering:
 
   def _activation(self, node: Activation) -> None:
     if node.function == "hard_swish":
-      x = self._plain(node.input)
-      self._put(integer.HardSwish, self._target(node, shifts=False), (x.tensor,))
+      self._hard_swish(node)
     elif node.function == "hard_sigmoid":
       ones = np.ones(self._net_shapes[node.name][-1])
       self._line(node, ones / 6.0, ones / 2.0, _gate(node))
     else:
       self._clip(node)
+
+  def _hard_swish(self, node: Activation) -> None:
+    x = self._plain(node.input)
+    target = self._target(node, shifts=False)
+    if not self._runtime.gates:
+      self._put(integer.HardSwish, target, (x.tensor,))
+      return
+    gate = self._append(
+      integer.Add,
+      f"{node.name}/gate",
+      self._net_shapes[node.name],
+      inputs=(x.tensor, self._constant(3.0)),
+      grid=Grid(6.0 / (HIGH - LOW), LOW),
+    )
+    self._put(integer.Multiply, _rescaled(target, 1.0 / 6.0), (x.tensor, gate))
 
   def _clip(self, node: Activation | Clip) -> None:
     """Bounds of a tensor that others read without them."""
@@ -593,8 +606,11 @@ class _Lowering:
     self._put(integer.Add, target, tuple(self._spatial(node, x) for x in read))
 
   def _product(self, node: Product) -> None:
-    read = self._plain(node.input), self._plain(node.other)
-    target = self._target(node, shifts=False)
+    read = [
+      x if np.ndim(x.unit) == 0 and x.zero == x.grid.zero else self._plain(name)
+      for name, x in ((name, self._encoded[name]) for name in (node.input, node.other))
+    ]
+    target = _rescaled(self._target(node, shifts=False), math.prod(x.factor for x in read))
     self._put(integer.Multiply, target, tuple(self._spatial(node, x) for x in read))
 
   def _spatial(self, node: Elementwise, x: Encoded) -> str:
@@ -632,10 +648,8 @@ class _Lowering:
     x = self._encoded[node.input]
     if np.ndim(x.unit):
       x = self._normalized()
-    factor, constant = x.factor, x.constant
-    target = self._target(node, shifts=False, constant=constant)
-    grid = target.grid._replace(scale=target.grid.scale / factor)
-    self._put(integer.Mean, target._replace(grid=grid), (x.tensor,))
+    target = self._target(node, shifts=False, constant=x.constant)
+    self._put(integer.Mean, _rescaled(target, x.factor), (x.tensor,))
 
   def _pool(self, node: Pool) -> None:
     x = self._encoded[node.input]
@@ -681,6 +695,15 @@ class _Lowering:
       self._on(name, grid, f"{node.name}/{place}") for place, name in enumerate(inputs(node))
     )
     self._put(integer.Concat, target, tensors)
+
+
+def _rescaled(target: Target, factor: float) -> Target:
+  """A target of values that are the net's over a factor."""
+  grid, lowered = target.grid, target.lowered
+  return target._replace(
+    grid=grid._replace(scale=grid.scale / factor),
+    lowered=lowered and lowered._replace(scale=lowered.scale / factor),
+  )
 
 
 def _gate(node: Activation) -> Target:

@@ -99,7 +99,7 @@ class Minimum(Operator):
 
 
 class HardSwish(Operator):
-  """`x * relu6(x + 3) / 6`."""
+  """`x * relu6(x + 3) / 6`, where the runtime has it, see `lower.Runtime`."""
 
 
 class Mean(Operator):
