@@ -1,6 +1,6 @@
 """An exported LiteRT file without profit_jax: python classify_litert.py FILE.tflite IMAGE (needs
-ai-edge-litert, numpy, pillow). IMAGE is a gray or RGB picture of 8 bits; classify_onnx.py reads
-more kinds.
+ai-edge-litert, numpy, pillow). FILE may be a .int8.tflite, too. IMAGE is a gray or RGB picture of 8
+bits; classify_onnx.py reads more kinds.
 """
 
 import json
@@ -24,8 +24,14 @@ left, top = (round((side - size) / 2) for side in image.size)
 pixels = np.asarray(image.crop((left, top, left + size, top + size)))[None]
 interpreter = Interpreter(file)
 interpreter.allocate_tensors()
-interpreter.set_tensor(interpreter.get_input_details()[0]["index"], pixels)
+(given,), (found,) = interpreter.get_input_details(), interpreter.get_output_details()
+if given["dtype"] == np.int8:  # pixel - 128, whatever the input's scale is
+  pixels = (pixels ^ np.uint8(128)).view(np.int8)
+interpreter.set_tensor(given["index"], pixels)
 interpreter.invoke()
-(logits,) = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+(logits,) = interpreter.get_tensor(found["index"])
+if found["dtype"] == np.int8:
+  scale, zero = found["quantization"]
+  logits = np.float32(scale) * (np.float32(logits) - zero)
 for index in np.argsort(-logits)[:5]:
   print(card["class_names"][index] if card["class_names"] else index, logits[index])

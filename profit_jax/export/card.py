@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -16,7 +17,7 @@ from profit_jax import __version__, paths
 from profit_jax.config import ConfigError
 from profit_jax.export import operators, runtimes, verify
 from profit_jax.export.costs import costs
-from profit_jax.export.formats import FORMATS
+from profit_jax.export.formats import FORMATS, load
 from profit_jax.export.integer.difference import Difference
 from profit_jax.export.net import FLOAT_BITS, Layer, Net, Quantizer
 from profit_jax.fields import listed
@@ -56,7 +57,9 @@ def make(
     check: the verification of the file, which found no problem.
   """
   settings, info = trained.settings, trained.source.info
-  content, rows = path.read_bytes(), costs(net)
+  content, rows, integer = path.read_bytes(), costs(net), FORMATS[name].integer
+  if integer:  # which hold codes of any width as int8
+    rows = [row._replace(kernel_bytes=math.prod(row.kernel)) for row in rows]
   float_bytes, macs = (
     sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs")
   )
@@ -79,6 +82,7 @@ def make(
       "image_size": net.image_shape[0],
       **_preparation(trained),
     },
+    **_interface(name, path, net),
     "num_classes": net.num_classes,
     "class_names": list(info.class_names),
     "size": {
@@ -101,10 +105,10 @@ def make(
     },
     "verification": _verification(reference, check),
     "policy": {
-      "weights": _kernels(net),
+      "weights": _kernels(net, integer),
       "activations": f"the inputs of layers, {_bits(net.quantizers)} bits: unsigned after "
       "ReLU, symmetric where signed, hswish from -3/8 after h-swish; the image as it is",
-      **_OTHERS[FORMATS[name].integer],
+      **_OTHERS[integer],
     },
     "layers": [row._asdict() for row in rows],
     "training": {
@@ -188,6 +192,12 @@ def _runtime_check(name: str, path: pathlib.Path, net: Net) -> dict[str, Any]:
   }
 
 
+def _interface(name: str, path: pathlib.Path, net: Net) -> dict[str, Any]:
+  """What the file itself takes and gives, where that is not what `predict` does."""
+  found = getattr(load(name), "interface", None)
+  return {} if found is None else found(path, pixels=net.normalization is not None)
+
+
 def _preparation(trained: verify.TrainedModel) -> dict[str, Any]:
   if trained.preparation is None:
     return {}
@@ -195,19 +205,18 @@ def _preparation(trained: verify.TrainedModel) -> dict[str, Any]:
   return {"crop_pct": share, "interpolation": interpolation}
 
 
-def _kernels(net: Net) -> str:
-  """What is said of the kernels."""
+def _kernels(net: Net, integer: bool) -> str:
+  """What is said of the kernels; integer: whether the file computes on int8."""
   quantized = [layer for layer in net.layers if layer.quantized]
   floats = [layer.name for layer in net.layers if not layer.quantized]
   if not quantized:
-    return "all kernels in float32"
+    return f"all kernels in {'float32, rounded to 8 bits' if integer else 'float32'}"
   which = "all kernels, the first and the last layer's too"
   if floats:
-    which = f"float32 in {', '.join(floats)}; all others"
-  return (
-    f"{which}, {_bits(quantized)} bits symmetric; "
-    f"{_range(layer.field_bits for layer in quantized)} bits of the file each"
-  )
+    rounded = " that this file rounds to 8 bits" if integer else ""
+    which = f"float32{rounded} in {', '.join(floats)}; all others"
+  fields = "8" if integer else _range(layer.field_bits for layer in quantized)
+  return f"{which}, {_bits(quantized)} bits symmetric; {fields} bits of the file each"
 
 
 def _bits(nodes: Sequence[Layer | Quantizer]) -> str:
@@ -254,6 +263,7 @@ def markdown(card: dict[str, Any]) -> str:
     f"| multiply-accumulates | {cost['macs']:,} an image |",
     f"| bit operations (BOPs) | {cost['bops']:,} an image; in float32 {cost['float_bops']:,} |",
     *_input_rows(pixels),
+    *_interface_rows(card),
     *_opening_rows(card["runtime_check"]),
     f"| sha256 | `{card['sha256']}` |",
     "",
@@ -340,6 +350,20 @@ def _input_rows(pixels: dict[str, Any]) -> list[str]:
     f"| preparing an image | shorter side to {size} / {share:g} pixels "
     f"({pixels['interpolation']}), centre cut out |",
   ]
+
+
+def _interface_rows(card: dict[str, Any]) -> list[str]:
+  """What is said to those who open the file without this package, where it takes other numbers."""
+  rows = []
+  for name, formula in (("file_input", "q"), ("file_output", "logit")):
+    if name in card:
+      found = card[name]
+      rows.append(
+        f"| the file's own {name.removeprefix('file_')} | `{found['name']}`, {found['type']} "
+        f"`{found['shape']}`, {formula} = {found[formula]}; scale {found['scale']:.9g}, zero point "
+        f"{found['zero_point']} |"
+      )
+  return rows
 
 
 def _opening_rows(found: dict[str, Any]) -> list[str]:

@@ -45,7 +45,8 @@ class Module(Protocol):
 
 
 class IntegerModule(Module, Protocol):
-  """What the module of an integer format holds.
+  """What the module of an integer format holds. If its files take and give other numbers than
+  `Runner.run`, a function `interface` gives what the card says of them.
 
   Attributes:
     RUNTIME: for which nets are made, as `integer.lower.Runtime`.

@@ -4,8 +4,8 @@
 
 Input `image` int8 `[N, H, W, C]`, a uint8 pixel less 128 (of float images, their numbers on the
 input's scale and zero point); the file says N = 1, other batches follow `resize_tensor_input`.
-Output `logits` int8 `[N, num_classes]` with a scale and a zero point. Kernels are int8 with a scale
-for each output channel, biases int32.
+Output `logits` int8 `[N, num_classes]` with a scale and a zero point; `interface` and the card give
+all of them. Kernels are int8 with a scale for each output channel, biases int32.
 
 Operators are those that delegates and compilers for accelerators take: CONV_2D, DEPTHWISE_CONV_2D,
 FULLY_CONNECTED, ADD, MUL, QUANTIZE, MEAN, PAD, PADV2, pooling, RESHAPE, CONCATENATION, MAXIMUM and
@@ -45,7 +45,7 @@ from profit_jax.export.integer.net import (
 from profit_jax.export.net import IMAGE, Shape
 from profit_jax.kernels.padding import Border
 
-__all__ = ["RUNTIME", "Runner", "open_file", "write"]
+__all__ = ["RUNTIME", "Runner", "interface", "open_file", "write"]
 
 LOGITS = "logits"
 _CODES = "profit_jax.codes"  # metadata: by quantizer, the tensor of its codes and the zero
@@ -295,6 +295,38 @@ def _parameters(scale: np.ndarray, zero: int, axis: int = 0) -> schema.Quantizat
 def _activation(node: Operator) -> int:
   """The fused activation: a ReLU where the lower bound is zero and not int8's end."""
   return _RELU if node.low != LOW else schema.ActivationFunctionType.NONE
+
+
+def interface(path: str | os.PathLike, pixels: bool) -> dict[str, dict[str, Any]]:
+  """What a program that opens the file itself must know, for the card.
+
+  Args:
+    path: of the file.
+    pixels: whether its images are uint8; floats otherwise.
+
+  Returns:
+    `file_input` and `file_output`, each with name, type, shape, scale, zero point, and how a number
+    q of the file is made, or read.
+  """
+  interpreter = Interpreter(os.fspath(path))
+  (image,), (logits,) = interpreter.get_input_details(), interpreter.get_output_details()
+  made = "pixel - 128" if pixels else "round(value / scale) + zero_point, within -128 and 127"
+  return {
+    "file_input": _described(image, q=made),
+    "file_output": _described(logits, logit="scale * (q - zero_point)"),
+  }
+
+
+def _described(detail: dict[str, Any], **formula: str) -> dict[str, Any]:
+  scale, zero = detail["quantization"]
+  return {
+    "name": detail["name"],
+    "type": np.dtype(detail["dtype"]).name,
+    "shape": detail["shape"].tolist(),
+    "scale": float(scale),
+    "zero_point": int(zero),
+    **formula,
+  }
 
 
 def open_file(path: str | os.PathLike, threads: int | None = None) -> "Runner":
