@@ -147,11 +147,14 @@ def test_names_of_formats():
   for wrong in (["onx"], ["onnx", ""], []):
     with pytest.raises(ConfigError, match=f"--formats={','.join(wrong)} .*onnx, jax"):
       formats.named(wrong)
-  assert [formats.of_file(f"a/b{suffix}") for suffix in (".onnx", ".qonnx.onnx", ".tflite")] == [
-    "onnx",
-    "qonnx",
-    "litert",
-  ]
+  suffixes = {
+    ".onnx": "onnx",
+    ".qonnx.onnx": "qonnx",
+    ".tflite": "litert",
+    ".packed.tflite": "litert_packed",
+  }
+  for suffix, name in suffixes.items():
+    assert formats.of_file(f"a/b{suffix}") == name
   with pytest.raises(ConfigError, match=r"'net\.pth'"):
     formats.of_file("net.pth")
 
