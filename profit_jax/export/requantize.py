@@ -111,17 +111,17 @@ def _requantization(
     return codes(quantizer, x)
 
   thresholds = _thresholds(code, sums, quantizer.high)
-  trained = 1.0 / np.maximum(np.abs(np.float64(layer.multiplier)) * quantizer.inverse, _TINY)
-  spacing, start = _line(thresholds, trained)
-  offset, factor = start + 0.5 * spacing, 1.0 / spacing
-  factor[thresholds.constant] = offset[thresholds.constant] = 0.0
-  # All sums and the offset are multiples of one power of two that float32 holds.
-  unit = np.exp2(np.ceil(np.log2(sums + np.abs(offset) + 1)) - _MANTISSA)
-  rounded = [np.float32(x) for x in (np.round(offset / unit) * unit, factor, thresholds.top)]
-  if not _equal(thresholds, *rounded):
+  slope = np.maximum(np.abs(np.float64(layer.multiplier)) * quantizer.inverse, _TINY)
+  trained = thresholds.top - (np.float64(layer.bias) + quantizer.margin) * quantizer.inverse
+  spacing, start = _line(thresholds, 1.0 / slope)
+  line = _rounded(thresholds, start + 0.5 * spacing, 1.0 / spacing)
+  # The line that is farthest from the thresholds may be below the code of the smallest sum.
+  other = _rounded(thresholds, trained / slope, slope)
+  line = np.where(_equal(thresholds, *line), line, other)
+  if not _equal(thresholds, *line).all():
     return None
   flipped = dataclasses.replace(layer, kernel=kernel)
-  return Requantization(flipped, tuple(node.name for node in activations), quantizer, *rounded)
+  return Requantization(flipped, tuple(node.name for node in activations), quantizer, *line)
 
 
 def _bounds(node: Activation | Clip) -> tuple[float, float]:
@@ -208,10 +208,18 @@ def _line(thresholds: _Thresholds, trained: np.ndarray) -> tuple[np.ndarray, np.
   return spacing, (least + most) / 2
 
 
+def _rounded(thresholds: _Thresholds, offset: np.ndarray, factor: np.ndarray) -> np.ndarray:
+  """Offset, factor and top of a line, float32 `[3, F]`."""
+  offset, factor = (np.where(thresholds.constant, 0.0, array) for array in (offset, factor))
+  # All sums and the offset are multiples of one power of two that float32 holds.
+  unit = np.exp2(np.ceil(np.log2(thresholds.sums + np.abs(offset) + 1)) - _MANTISSA)
+  return np.float32([np.round(offset / unit) * unit, factor, thresholds.top])
+
+
 def _equal(
   thresholds: _Thresholds, offset: np.ndarray, factor: np.ndarray, top: np.ndarray
-) -> bool:
-  """Whether every code is reached by the same sums, with a margin for float32's roundings."""
+) -> np.ndarray:
+  """Whether each channel reaches every code with the same sums, by more than float32 rounds."""
   margin = (thresholds.numbers.size + 1) * 2.0 ** (2 - _MANTISSA)
 
   def beyond(sums: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -223,4 +231,4 @@ def _equal(
   before = beyond(thresholds.first - 1, thresholds.numbers) <= -margin
   lowest = thresholds.lowest[:, None]
   floor = (lowest == 0) | (beyond(-thresholds.sums[:, None], lowest) >= margin)
-  return bool((reaches & before | ~thresholds.reached).all() and floor.all())
+  return (reaches & before | ~thresholds.reached).all(1) & floor.all(1)
