@@ -77,7 +77,12 @@ def define(values, argv=None):
       "Run whose first phases a new run takes over, if alike.",
     ),
     (flags.DEFINE_float, "images_per_second", None, "Training speed; mode plan then prints hours."),
-    (flags.DEFINE_list, "formats", "onnx,jax,safetensors", "Of mode export; also qonnx, litert."),
+    (
+      flags.DEFINE_list,
+      "formats",
+      "onnx,jax,safetensors",
+      "Of mode export; also qonnx, litert, litert_packed.",
+    ),
     (flags.DEFINE_string, "coordinator_address", None, "HOST:PORT of the first of the processes."),
     (flags.DEFINE_integer, "num_processes", None, "Number of processes, if there are several."),
     (flags.DEFINE_integer, "process_id", None, "Number of this process, from 0."),
