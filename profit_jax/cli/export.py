@@ -55,7 +55,7 @@ def export(
       continue
     failed.append(name)
     if isinstance(check, Difference):
-      screen.print(f"{name:12}LIMIT MISSED: {check.problem}.", soft_wrap=True)
+      screen.print(f"{name:{width}}LIMIT MISSED: {check.problem}.", soft_wrap=True)
       _print_difference(screen, check)
       continue
     top1 = f"top-1 {100.0 * check.correct / check.examples:.2f} % of {check.examples} images"

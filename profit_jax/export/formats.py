@@ -135,6 +135,7 @@ FORMATS = {
     "The kernels are int8 in the file; LiteRT's XNNPACK delegate unpacks them before the first "
     f"image. {_EXACT} Activation codes are float32.",
     "litert",
+    "ai-edge-litert",
   ),
   "litert_packed": Format(
     ".packed.tflite",
