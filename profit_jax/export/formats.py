@@ -152,7 +152,7 @@ FORMATS = {
     "integer.onnx",
     ("onnx", "onnxruntime"),
     f"{_INTEGER} Tensors are uint8, kernels int8 with a scale for each output channel, biases "
-    "int32. H-swish and the logits are float32. The input is uint8.",
+    "int32. The input is uint8, the logits are float32.",
     "onnx",
     "onnxruntime",
     integer=True,

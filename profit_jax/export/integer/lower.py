@@ -71,17 +71,14 @@ class Runtime(NamedTuple):
     fuses_relu: whether a lower bound at zero is part of an operator; codes then end at int8's upper
       end. Otherwise they begin at its lower end, and the upper bound is an operator.
     wide_kernel: the largest number in a kernel that is multiplied with 8-bit inputs.
-    gates: whether h-swish is `relu6(x + 3)`, a sum that saturates, times x: XNNPACK has no h-swish
-      of int8, and compilers for accelerators may not know it.
   """
 
   fuses_relu: bool
   wide_kernel: int
-  gates: bool
 
 
 # Without VNNI, onnxruntime adds pairs of products of uint8 and int8 in int16, which saturates.
-LITERT, ONNXRUNTIME = Runtime(True, HIGH, True), Runtime(False, 63, False)
+LITERT, ONNXRUNTIME = Runtime(True, HIGH), Runtime(False, 63)
 
 
 class Encoded(NamedTuple):
@@ -572,11 +569,10 @@ class _Lowering:
       self._clip(node)
 
   def _hard_swish(self, node: Activation) -> None:
+    """`relu6(x + 3)`, a sum that saturates at the ends of int8, times x: XNNPACK has no h-swish of
+    int8, and onnxruntime computes it in float32.
+    """
     x = self._plain(node.input)
-    target = self._target(node, shifts=False)
-    if not self._runtime.gates:
-      self._put(integer.HardSwish, target, (x.tensor,))
-      return
     gate = self._append(
       integer.Add,
       f"{node.name}/gate",
@@ -584,7 +580,8 @@ class _Lowering:
       inputs=(x.tensor, self._constant(3.0)),
       grid=Grid(6.0 / (HIGH - LOW), LOW),
     )
-    self._put(integer.Multiply, _rescaled(target, 1.0 / 6.0), (x.tensor, gate))
+    target = _rescaled(self._target(node, shifts=False), 1.0 / 6.0)
+    self._put(integer.Multiply, target, (x.tensor, gate))
 
   def _clip(self, node: Activation | Clip) -> None:
     """Bounds of a tensor that others read without them."""
