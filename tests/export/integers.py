@@ -13,7 +13,6 @@ from profit_jax.export.net import IMAGE, Activation, Clip, Layer, Net
 from tests.export.nets import NORMALIZATION, SIZE, Maker, images
 
 FORMATS = ("onnx_int8", "litert_int8")
-PACKAGES = {"onnx_int8": "onnxruntime", "litert_int8": "ai-edge-litert"}
 
 
 def images_of(net):
@@ -66,26 +65,30 @@ class Compared(NamedTuple):
   """A file's codes beside those that the net computes of the file's codes before.
 
   Attributes:
-    differences: by quantizer, absolute.
+    largest: difference of two codes, by quantizer.
+    shares: of the codes, how many differ, by quantizer.
+    apart: how many of them are not at a tie.
     logits: that follow from the file's codes.
   """
 
-  differences: dict[str, np.ndarray]
+  largest: dict[str, int]
+  shares: dict[str, float]
+  apart: dict[str, int]
   logits: np.ndarray
 
 
 @functools.cache
 def compared(net, name, folder):
   """Teacher-forced."""
-  codes = {name: np.float32(array) for name, array in written(net, name, folder).codes.items()}
+  codes = {key: np.float32(array) for key, array in written(net, name, folder).codes.items()}
   logits, read = jax.device_get(verify.forced(net, images_of(net), codes))
-  return Compared(
-    {
-      node.name: np.abs(codes[node.name] - reference.codes(node, read[node.name]))
-      for node in net.quantizers
-    },
-    logits,
-  )
+  largest, shares, apart = {}, {}, {}
+  for node in net.quantizers:
+    theirs, x = codes[node.name], read[node.name]
+    count, differing, apart[node.name] = verify._count(node, x, theirs)
+    largest[node.name] = int(np.abs(theirs - reference.codes(node, x)).max())
+    shares[node.name] = differing / count
+  return Compared(largest, shares, apart, logits)
 
 
 def direct(net):
