@@ -81,6 +81,19 @@ def test_the_card_says_how_much_differs_and_where(exported, name):
     assert f"| {row['quantizer']} | {row['codes']:,} | " in text
   assert "is not equal to the trained model" in text
   assert "100.00 % are the trained model's; the export asked for 99 %" in text
+  # Nothing of 4 bits is in the file.
+  assert card["policy"]["weights"] == "all kernels, 4 bits in training; int8 in the file"
+  for row in card["layers"]:
+    assert row["kernel_bytes"] == np.prod(row["kernel"])
+    assert row["bops"] == row["macs"] * row["weight_bits"] * row["input_bits"]
+    assert row["input_bits"] in (4, 8)
+  assert card["cost"]["bops"] == sum(row["bops"] for row in card["layers"])
+  # What its input is.
+  assert (card["input"]["type"], card["input"]["file_type"]) == (
+    *("uint8", "int8" if name == "litert_int8" else "uint8"),
+  )
+  told = "normalized by the file; the file takes int8: these less 128 |"
+  assert (told in text) == (name == "litert_int8")
   # What opens it, and that all of it computes in integers.
   found = card["runtime_check"]
   if name == "onnx_int8":
