@@ -498,10 +498,22 @@ def run_export(
     )
   for name in exports.formats:
     formats.load(name)  # now, not after the evaluation: a package may be missing
+  with trained_model(settings, phases, workdir) as trained:
+    screen = Console(highlight=False, markup=False)
+    export.export(trained, exports.formats, workdir / "export", screen, exports.limits)
+
+
+@contextlib.contextmanager
+def trained_model(
+  settings: Settings, phases: tuple[schedule.Phase, ...], workdir: epath.Path
+) -> Iterator[verify.TrainedModel]:
+  """Evaluates a run's best checkpoint at the plan's last bits, which files must equal; raises as
+  `run_eval`.
+  """
   with best_checkpoint(settings, workdir) as best:
     evaluated = _evaluate_quantized(settings, phases, best.programs, best.source, best.variables)
     result = summary(best.progress, phases)
-    trained = verify.TrainedModel(
+    yield verify.TrainedModel(
       settings=settings,
       width=settings.model.width,
       train_examples=best.source.info.train_examples,
@@ -518,8 +530,6 @@ def run_export(
       top1=evaluated["top1"],
       initial_weights=initial_weights(settings, best.progress),
     )
-    screen = Console(highlight=False, markup=False)
-    export.export(trained, exports.formats, workdir / "export", screen, exports.limits)
 
 
 def evaluate_file(settings: Settings, phases: tuple[schedule.Phase, ...]) -> None:

@@ -46,20 +46,20 @@ def export(
   if not reference.at_ties:
     _print_layers(screen, reference)
   exporter.require_equal()
-  failed = []
+  failed, width = [], max(12, *(len(name) + 1 for name in modules))
   for name, module in modules.items():
     file = f"{net.model}_{net.bits_name}{formats.FORMATS[name].suffix}"
     check, report = exporter.write(name, module, directory / file)
     if report is not None:
-      screen.print(f"{name:12}{report}", soft_wrap=True)
+      screen.print(f"{name:{width}}{report}", soft_wrap=True)
       continue
     failed.append(name)
     if isinstance(check, Difference):
-      screen.print(f"{name:12}LIMIT MISSED: {check.problem}.", soft_wrap=True)
+      screen.print(f"{name:{width}}LIMIT MISSED: {check.problem}.", soft_wrap=True)
       _print_difference(screen, check)
       continue
     top1 = f"top-1 {100.0 * check.correct / check.examples:.2f} % of {check.examples} images"
-    screen.print(f"{name:12}NOT EQUAL: {check.problem}; {top1}, trained {trained.top1:.2f} %")
+    screen.print(f"{name:{width}}NOT EQUAL: {check.problem}; {top1}, trained {trained.top1:.2f} %")
     if check.comparison is not None:
       _print_layers(screen, check.comparison)
   kept = len(modules) - len(failed)

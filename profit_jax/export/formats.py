@@ -134,9 +134,17 @@ FORMATS = {
     ".tflite",
     "litert_file",
     ("ai-edge-litert",),
-    f"The kernels are packed in the file; LiteRT unpacks them before the first image. {_EXACT} "
-    "Activation codes are "
-    "float32.",
+    "The kernels are int8 in the file; LiteRT's XNNPACK delegate unpacks them before the first "
+    f"image. {_EXACT} Activation codes are float32.",
+    "litert",
+    "ai-edge-litert",
+  ),
+  "litert_packed": Format(
+    ".packed.tflite",
+    "litert_packed_file",
+    ("ai-edge-litert",),
+    "The kernels are packed in the file; LiteRT unpacks them before the first image. Its XNNPACK "
+    f"delegate computes none of the convolutions. {_EXACT} Activation codes are float32.",
     "litert",
     "ai-edge-litert",
   ),

@@ -154,7 +154,7 @@ class Exporter:
     _clear(to)
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / to.name
-      check = self._written(name, module, path)
+      check = self.check(name, module, path)
       if check.problem is not None:
         return check, None
       content = card.make(
@@ -182,7 +182,7 @@ class Exporter:
       agreement=check.agreement if isinstance(check, Difference) else None,
     )
 
-  def _written(
+  def check(
     self, name: str, module: formats.Module, path: pathlib.Path
   ) -> verify.FileCheck | Difference:
     """Writes a file, reads it back and compares it."""

@@ -228,9 +228,10 @@ class _Lowering:
     factor, summand = np.float64(scale[0]), np.float64(scale[1])
     zero = LOW - summand / factor
     if len({*factor}) == len({*zero}) == 1:
-      return Encoded(IMAGE, Grid(1.0, round(zero[0])), factor[0], zero[0])
+      return Encoded(IMAGE, Grid(float(factor[0]), round(zero[0])), factor[0], zero[0])
     # The border's pixels are those next to the channels' means.
-    return Encoded(IMAGE, Grid(1.0, round(float(np.mean(zero)))), factor, zero)
+    grid = Grid(float(np.mean(factor)), round(float(np.mean(zero))))
+    return Encoded(IMAGE, grid, factor, zero)
 
   def _append(self, kind: type[integer.Operator], name: str, shape: Any, **fields: Any) -> str:
     self._operators.append(kind(name=name, **fields))

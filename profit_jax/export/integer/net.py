@@ -145,7 +145,8 @@ class IntegerNet(NamedTuple):
     model: its name.
     operators: in an order in which each reads what stands before it.
     shapes: of every tensor, of one example.
-    image_grid: of the input, `image`; a pixel p of a uint8 image is p - 128.
+    image_grid: of the input, `image`. A pixel p of a uint8 image is p - 128, and the grid's values
+      are normalized pixels, next to those where channels are normalized differently.
     logits: the tensor that holds them.
     normalization: of images, which are uint8; None for float images.
     codes: by quantizer.
