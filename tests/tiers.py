@@ -31,6 +31,18 @@ SLOW = (
   "export/test_formats.py::test_a_file_computes_the_references_codes",
   "export/test_formats.py::test_onnxruntime_computes_the_references_codes_of_a_whole_net",
   "export/test_formats.py::test_sizes_of_the_published_mobilenet_v2",
+  *(
+    f"export/test_integer.py::{test}"
+    for test in (
+      "test_few_codes_differ_and_those_of_layers_at_ties_only",
+      "test_logits_are_those_that_follow_from_the_codes",
+      "test_both_runtimes_compute_the_same_codes",
+      "test_any_batch_has_the_same_codes_and_logits",
+      "test_everything_in_a_tflite_file_is_an_integer",
+      "test_xnnpack_takes_everything_but_these",
+      "test_an_onnx_file_is_old_and_its_layers_are_of_integers",
+    )
+  ),
   "export/test_verify.py::test_images_of_another_class_are_explained_by_ties_or_not_at_all",
   "export/test_trace.py::test_a_file_computes_an_own_models_codes",
   "export/test_trace.py::test_every_quantizer_is_exported",
@@ -110,6 +122,29 @@ FAST = (
   "export/test_formats.py::test_a_file_computes_the_references_codes[jax-4]",
   "export/test_formats.py::test_a_file_computes_the_references_codes[onnx-4]",
   "export/test_formats.py::test_a_file_computes_the_references_codes[safetensors-4]",
+  *(
+    f"export/test_integer.py::{test}[{net}-{name}]"
+    for test in (
+      "test_few_codes_differ_and_those_of_layers_at_ties_only",
+      "test_logits_are_those_that_follow_from_the_codes",
+    )
+    for net in ("every operation 4", "imagenet", "pact")
+    for name in ("onnx_int8", "litert_int8")
+  ),
+  "export/test_integer.py::test_both_runtimes_compute_the_same_codes[pact]",
+  *(
+    f"export/test_integer.py::test_any_batch_has_the_same_codes_and_logits[{case}]"
+    for case in ("every operation 4-onnx_int8", "every operation 4-litert_int8")
+  ),
+  *(
+    f"export/test_integer.py::{test}[{net}]"
+    for test in (
+      "test_everything_in_a_tflite_file_is_an_integer",
+      "test_xnnpack_takes_everything_but_these",
+      "test_an_onnx_file_is_old_and_its_layers_are_of_integers",
+    )
+    for net in ("every operation 4", "imagenet")
+  ),
   "export/test_trace.py::test_a_file_computes_an_own_models_codes[Branches-onnx]",
   "export/test_trace.py::test_a_file_computes_an_own_models_codes[Codes-onnx]",
   "export/test_trace.py::test_every_quantizer_is_exported[pact-options1-7-8]",

@@ -92,7 +92,7 @@ def _require_none(failed: Sequence[str]) -> None:
 
 def _print_difference(screen: Console, found: Difference) -> None:
   table = Table(box=box.SIMPLE)
-  table.add_column("quantizer")
+  table.add_column("quantizer", no_wrap=True)
   for title in ("codes", "differ", "by at most", "free-running", "by at most"):
     table.add_column(title, justify="right")
   for row in found.rows:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
 import platform
@@ -16,7 +15,7 @@ import numpy as np
 from profit_jax import __version__, paths
 from profit_jax.config import ConfigError
 from profit_jax.export import operators, runtimes, verify
-from profit_jax.export.costs import costs
+from profit_jax.export.costs import costs, in_int8
 from profit_jax.export.formats import FORMATS, load
 from profit_jax.export.integer.difference import Difference
 from profit_jax.export.net import FLOAT_BITS, Layer, Net, Quantizer
@@ -58,8 +57,8 @@ def make(
   """
   settings, info = trained.settings, trained.source.info
   content, rows, integer = path.read_bytes(), costs(net), FORMATS[name].integer
-  if integer:  # which hold codes of any width as int8
-    rows = [row._replace(kernel_bytes=math.prod(row.kernel)) for row in rows]
+  if integer:
+    rows = [in_int8(row) for row in rows]
   float_bytes, macs = (
     sum(getattr(row, field) for row in rows) for field in ("float_bytes", "macs")
   )
@@ -77,6 +76,7 @@ def make(
     "input": {
       "name": "image",
       "type": np.dtype(net.image_dtype).name,
+      "file_type": FORMATS[name].input_type or np.dtype(net.image_dtype).name,
       "layout": "NHWC, RGB" if net.image_shape[-1:] == (3,) else "NHWC",
       "shape": net.image_shape,
       "image_size": net.image_shape[0],
@@ -105,7 +105,7 @@ def make(
     },
     "verification": _verification(reference, check),
     "policy": {
-      "weights": _kernels(net, integer),
+      "weights": _int8_kernels(net) if integer else _kernels(net),
       "activations": f"the inputs of layers, {_bits(net.quantizers)} bits: unsigned after "
       "ReLU, symmetric where signed, hswish from -3/8 after h-swish; the image as it is",
       **_OTHERS[integer],
@@ -205,18 +205,24 @@ def _preparation(trained: verify.TrainedModel) -> dict[str, Any]:
   return {"crop_pct": share, "interpolation": interpolation}
 
 
-def _kernels(net: Net, integer: bool) -> str:
-  """What is said of the kernels; integer: whether the file computes on int8."""
+def _int8_kernels(net: Net) -> str:
+  """What is said of the kernels of an integer file."""
+  return f"all kernels, {_bits(net.layers)} bits in training; int8 in the file"
+
+
+def _kernels(net: Net) -> str:
+  """What is said of the kernels."""
   quantized = [layer for layer in net.layers if layer.quantized]
   floats = [layer.name for layer in net.layers if not layer.quantized]
   if not quantized:
-    return f"all kernels in {'float32, rounded to 8 bits' if integer else 'float32'}"
+    return "all kernels in float32"
   which = "all kernels, the first and the last layer's too"
   if floats:
-    rounded = " that this file rounds to 8 bits" if integer else ""
-    which = f"float32{rounded} in {', '.join(floats)}; all others"
-  fields = "8" if integer else _range(layer.field_bits for layer in quantized)
-  return f"{which}, {_bits(quantized)} bits symmetric; {fields} bits of the file each"
+    which = f"float32 in {', '.join(floats)}; all others"
+  return (
+    f"{which}, {_bits(quantized)} bits symmetric; "
+    f"{_range(layer.field_bits for layer in quantized)} bits of the file each"
+  )
 
 
 def _bits(nodes: Sequence[Layer | Quantizer]) -> str:
@@ -342,11 +348,15 @@ def _input_rows(pixels: dict[str, Any]) -> list[str]:
   """What is said of the images, in two rows at most."""
   sizes = ", ".join(map(str, pixels["shape"]))
   row = f"| input | `{pixels['name']}`, {pixels['type']} `[N, {sizes}]`, "
+  taken = ""
+  if pixels["file_type"] != pixels["type"]:
+    how = "less 128" if pixels["type"] == "uint8" else "by the input's scale and zero point"
+    taken = f"; the file takes {pixels['file_type']}: these {how}"
   if pixels["type"] != "uint8" or "crop_pct" not in pixels:
-    return [f"{row}as the model was trained with |"]
+    return [f"{row}as the model was trained with{taken} |"]
   size, share = pixels["image_size"], pixels["crop_pct"]
   return [
-    f"{row}RGB, 0 to 255; normalized by the file |",
+    f"{row}RGB, 0 to 255; normalized by the file{taken} |",
     f"| preparing an image | shorter side to {size} / {share:g} pixels "
     f"({pixels['interpolation']}), centre cut out |",
   ]

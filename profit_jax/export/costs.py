@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from profit_jax.export.net import FLOAT_BITS, IMAGE, Layer, Net, Quantizer
 
-_PIXEL_BITS = 8
+_PIXEL_BITS = _INT8 = 8
 
 
 class LayerCost(NamedTuple):
@@ -42,6 +42,17 @@ def costs(net: Net) -> list[LayerCost]:
   """
   shapes, sources = net.shapes(), net.code_sources()
   return [_row(net, layer, shapes[layer.name], sources.get(layer.input)) for layer in net.layers]
+
+
+def in_int8(row: LayerCost) -> LayerCost:
+  """The cost of a layer in an integer file: kernels have 8 bits, and nothing has more."""
+  weight_bits, input_bits = min(row.weight_bits, _INT8), min(row.input_bits, _INT8)
+  return row._replace(
+    weight_bits=weight_bits,
+    input_bits=input_bits,
+    bops=row.macs * weight_bits * input_bits,
+    kernel_bytes=math.prod(row.kernel),
+  )
 
 
 def _row(net: Net, layer: Layer, shape: tuple[int, ...], quantizer: Quantizer | None) -> LayerCost:

@@ -14,6 +14,7 @@ from profit_jax.export.build import build_net
 from profit_jax.export.net import (
   IMAGE,
   Activation,
+  Clip,
   Layer,
   Mean,
   Net,
@@ -162,7 +163,7 @@ def changed(net, node_name, **fields):
 @functools.cache
 def every_operation(weight_bits, act_bits):
   """The smallest net with every operation, after every kind of input that the models have."""
-  net = _Maker(weight_bits, act_bits)
+  net = Maker(weight_bits, act_bits)
   x = net.layer(IMAGE, "stem_conv", (3, 3, 3, 8), stride=2)
   shortcut = net.quantizer(net.activation(x, "hard_swish"), "block00/input_quant", "hswish")
   # Squeeze-excite after the non-linearity, then a shortcut that begins with codes.
@@ -199,7 +200,7 @@ def every_operation(weight_bits, act_bits):
   )
 
 
-class _Maker:
+class Maker:
   """Appends nodes with random numbers. A tensor is the name of the node that computes it."""
 
   def __init__(self, weight_bits, act_bits):
@@ -259,6 +260,9 @@ class _Maker:
     if x in self._largest:
       self._largest[f"{x}/mean"] = self._largest[x]
     return self._append(Mean(name=f"{x}/mean", input=x))
+
+  def clip(self, x, low, high):
+    return self._append(Clip(name=f"{x}/clip", input=x, low=low, high=high))
 
   def add(self, x, other):
     return self._append(Sum(name=f"{x}/sum", input=x, other=other))

@@ -74,12 +74,6 @@ def test_other_files_are_what_predict_takes():
   assert card._interface_rows({"input": {}}) == []
 
 
-def test_the_card_of_an_integer_file_counts_8_bits():
-  net = every_operation(4, 4)
-  assert card._kernels(net, integer=True).endswith(", 4 bits symmetric; 8 bits of the file each")
-  assert card._kernels(net, integer=False).endswith("4 bits of the file each")
-
-
 @pytest.mark.parametrize(
   ("example", "name"),
   [

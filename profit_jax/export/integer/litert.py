@@ -69,6 +69,7 @@ _KINDS = {
 }
 _INT8, _INT32 = schema.TensorType.INT8, schema.TensorType.INT32
 _RELU = schema.ActivationFunctionType.RELU
+_RELU6 = schema.ActivationFunctionType.RELU6
 _VALID, _SAME = schema.Padding.VALID, schema.Padding.SAME
 
 
@@ -91,7 +92,7 @@ class _Graph:
     for operator in net.operators:
       name = LOGITS if operator.name == net.logits else operator.name
       self._names[operator.name] = name
-      getattr(self, _WRITERS[type(operator)])(operator, name)
+      self._write(operator, name)
 
   def model(self) -> schema.ModelT:
     """The whole file."""
@@ -113,6 +114,17 @@ class _Graph:
       subgraphs=[subgraph],
       metadata=[schema.MetadataT(name=_CODES, buffer=len(self._buffers))],
     )
+
+  def _write(self, operator: Operator, name: str) -> None:
+    """An operator, and behind it the bounds that are no part of it."""
+    bounds, names = _separate_bounds(operator), [name]
+    for _ in bounds:
+      names.append(f"{names[-1]}/unbounded")
+    x = names.pop()
+    getattr(self, _WRITERS[type(operator)])(operator, x)
+    for kind, number in bounds.items():
+      bound = self._number(f"{x}/{kind.lower()}", number, operator.grid)
+      x = self._op(kind, [x, bound], self._result(operator, names.pop()))
 
   def _add(self, name: str, tensor: schema.TensorT) -> str:
     self._numbers[name] = len(self._tensors)
@@ -150,6 +162,12 @@ class _Graph:
         quantization=None if scale is None else _parameters(scale, 0, axis),
       ),
     )
+
+  def _number(self, name: str, number: int, grid: Grid) -> str:
+    """A constant of one number."""
+    self._array(name, np.int8([number]), np.float32([grid.scale]))
+    self._tensors[name].quantization.zeroPoint = np.int64([grid.zero])
+    return name
 
   def _op(self, kind: str, read: list[str], result: str, **options: Any) -> str:
     made, version = _KINDS[kind]
@@ -223,13 +241,11 @@ class _Graph:
     self._tensor(name, tuple(shape[1:]), grid)
     read = [x, self._array("borders_" + "_".join(map(str, around.ravel())), around)]
     if low and grid.zero != LOW:
-      lowest = self._array(f"{name}/lowest", np.int8([LOW]), np.float32([grid.scale]))
-      self._tensors[lowest].quantization.zeroPoint = np.int64([grid.zero])
-      return self._op("PADV2", [*read, lowest], name)
+      return self._op("PADV2", [*read, self._number(f"{name}/lowest", LOW, grid)], name)
     return self._op("PAD", read, name)
 
   def _constant(self, node: Constant, name: str) -> None:
-    self._array(name, np.int8([node.value]), np.float32([node.grid.scale]))
+    self._number(name, node.value, node.grid)
 
   def _binary(self, node: Add | Multiply, name: str) -> None:
     kind = "ADD" if isinstance(node, Add) else "MUL"
@@ -248,7 +264,9 @@ class _Graph:
   def _pool(self, node: Pool, name: str) -> None:
     kind = "MAX_POOL_2D" if node.function == "max" else "AVERAGE_POOL_2D"
     (x,) = self._read(node)
-    x = self._padded(x, node.border, f"{name}/padded", low=node.function == "max")
+    # Where nothing is below zero, zeros are as good as the lowest number, and delegates take them.
+    low = node.function == "max" and node.low != node.grid.zero
+    x = self._padded(x, node.border, f"{name}/padded", low=low)
     self._op(
       kind,
       [x],
@@ -293,8 +311,24 @@ def _parameters(scale: np.ndarray, zero: int, axis: int = 0) -> schema.Quantizat
 
 
 def _activation(node: Operator) -> int:
-  """The fused activation: a ReLU where the lower bound is zero and not int8's end."""
-  return _RELU if node.low != LOW else schema.ActivationFunctionType.NONE
+  """The fused activation, a ReLU or ReLU6 where its bounds are the node's and not int8's ends."""
+  zero, six = node.grid.zero, node.grid.zero + round(6.0 / node.grid.scale)
+  if node.low == zero and node.high == six < HIGH:
+    return _RELU6
+  return _RELU if node.low == zero != LOW else schema.ActivationFunctionType.NONE
+
+
+def _separate_bounds(node: Operator) -> dict[str, int]:
+  """The bounds of a result that are operators of their own, by the kind of operator."""
+  if isinstance(node, Pool | Reshape | Concat):  # which give what they read
+    return {}
+  low, high = LOW, HIGH
+  if isinstance(node, Convolution | Add | Multiply):
+    fused = _activation(node)
+    low = node.grid.zero if fused in (_RELU, _RELU6) else LOW
+    high = node.high if fused == _RELU6 else HIGH
+  bounds = {"MAXIMUM": (node.low, low), "MINIMUM": (node.high, high)}
+  return {kind: wanted for kind, (wanted, given) in bounds.items() if wanted != given}
 
 
 def interface(path: str | os.PathLike, pixels: bool) -> dict[str, dict[str, Any]]:

@@ -54,8 +54,8 @@ from profit_jax.kernels.padding import border_of
 Ranges = Mapping[str, tuple[float, float]]
 _BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
 _EVERYTHING = (-np.inf, np.inf)
-# Of 255 steps, so that the zero can be rounded.
-_STEPS = 254
+# Between int8's ends; one less where the zero, which lies between them, is rounded.
+_STEPS = HIGH - LOW
 # A bias of this size fits int32 beside the sum.
 _LARGEST_BIAS = 2.0**28
 _SMALLEST_UNIT = 2.0**-20
@@ -423,7 +423,9 @@ class _Lowering:
       step, margin = steps.step, steps.margin + constant
     bounds = bounds[0] - constant, bounds[1] - constant
     grid = _grid(low, high, bounds, step, margin)
-    return Target(name, ends, grid, grid.scale, grid.zero - constant / grid.scale)
+    least, most = (round(min(max(bound / grid.scale + grid.zero, LOW), HIGH)) for bound in bounds)
+    zero = grid.zero - constant / grid.scale
+    return Target(name, ends, grid, grid.scale, zero, low=least, high=most)
 
   def _steps(self, name: str) -> list[Steps | None]:
     """How each reader of a tensor quantizes it; None for one that does something else."""
@@ -645,8 +647,10 @@ class _Lowering:
     x = self._encoded[node.input]
     if np.ndim(x.unit):
       x = self._normalized()
-    target = self._target(node, shifts=False, constant=x.constant)
-    self._put(integer.Mean, _rescaled(target, x.factor), (x.tensor,))
+    target = _rescaled(self._target(node, shifts=False, constant=x.constant), x.factor)
+    # A mean of nothing negative needs no ReLU, which runtimes do not fuse with it.
+    low = LOW if self._low_of(x.tensor) >= x.grid.zero else target.low
+    self._put(integer.Mean, target._replace(low=low), (x.tensor,))
 
   def _pool(self, node: Pool) -> None:
     x = self._encoded[node.input]
@@ -669,9 +673,13 @@ class _Lowering:
 
   def _same(self, kind: type[integer.Operator], node: Node, x: Encoded, **fields: Any) -> None:
     """An operator whose result has its input's grid."""
-    shape = self._net_shapes[node.name]
-    name = self._append(kind, node.name, shape, inputs=(x.tensor,), grid=x.grid, **fields)
+    shape, low = self._net_shapes[node.name], self._low_of(x.tensor)
+    name = self._append(kind, node.name, shape, inputs=(x.tensor,), grid=x.grid, low=low, **fields)
     self._encoded[node.name] = x._replace(tensor=name)
+
+  def _low_of(self, name: str) -> int:
+    """The smallest number of a tensor."""
+    return next((node.low for node in self._operators if node.name == name), LOW)
 
   def _concat(self, node: Concat) -> None:
     read = [self._encoded[name] for name in inputs(node)]
@@ -749,7 +757,7 @@ def _grid(
     margin: that the quantizer adds.
   """
   low, high = min(low, 0.0), max(high, 0.0)
-  scale = (high - low) / _STEPS or 1.0 / HIGH
+  scale = (high - low) / (_STEPS - (low < 0.0 < high)) or 1.0 / HIGH
   number = 0 if step is None else _fraction(step / scale, margin / step)
   if step is not None and number:
     scale = step / number

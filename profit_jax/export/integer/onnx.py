@@ -90,7 +90,9 @@ class _Graph:
     self._net = net
     self._grids = {IMAGE: net.image_grid}
     self._floats: dict[str, str] = {}
-    x = self._op("Transpose", [IMAGE], f"{IMAGE}/nchw", perm=[0, 3, 1, 2])
+    x = IMAGE
+    if self._spatial(IMAGE):
+      x = self._op("Transpose", [IMAGE], f"{IMAGE}/nchw", perm=[0, 3, 1, 2])
     self.bytes[IMAGE] = x
     if net.normalization is None:
       self.bytes[IMAGE] = self._quantize(x, IMAGE, net.image_grid)
@@ -114,13 +116,14 @@ class _Graph:
       self._array(f"{name}/zero", np.uint8(grid.zero - LOW)),
     ]
 
-  def _quantize(self, x: str, name: str, grid: Grid, high: int = HIGH) -> str:
+  def _quantize(self, x: str, name: str, grid: Grid, low: int = LOW, high: int = HIGH) -> str:
     """Floats as bytes."""
     x = self._op("QuantizeLinear", [x, *self._parameters(f"{name}/to", grid)], f"{name}/bytes")
-    if high == HIGH:
+    if (low, high) == (LOW, HIGH):
       return x
-    most = self._array(f"{name}/most", np.uint8(high - LOW))
-    return self._op("Clip", [x, "", most], f"{name}/clipped")
+    least = "" if low == LOW else self._array(f"{name}/least", np.uint8(low - LOW))
+    most = "" if high == HIGH else self._array(f"{name}/most", np.uint8(high - LOW))
+    return self._op("Clip", [x, least, most], f"{name}/clipped")
 
   def _float(self, name: str) -> str:
     """Bytes as floats. Every reader has its own operator, with which it is fused."""
@@ -134,7 +137,9 @@ class _Graph:
     return [self._float(name) for name in operator.inputs]
 
   def _put(self, operator: Operator, x: str) -> None:
-    self.bytes[operator.name] = self._quantize(x, operator.name, operator.grid, operator.high)
+    self.bytes[operator.name] = self._quantize(
+      x, operator.name, operator.grid, operator.low, operator.high
+    )
 
   def _spatial(self, name: str) -> bool:
     return len(self._net.shapes[name]) == 3
@@ -191,7 +196,7 @@ class _Graph:
   def _mean(self, node: Mean) -> None:
     (x,) = self._read(node)
     x = self._op("GlobalAveragePool", [x], f"{node.name}/mean")
-    pooled = self._quantize(x, node.name, node.grid, node.high)
+    pooled = self._quantize(x, node.name, node.grid, node.low, node.high)
     self.bytes[node.name] = self._op("Flatten", [pooled], f"{node.name}/flat")
 
   def _pool(self, node: Pool) -> None:

@@ -60,8 +60,8 @@ def _fitted(
   begins = (ends / worth[:, None] - bias[:, None]) / factor
   first = np.ceil(begins)
   reached = np.abs(begins) <= largest[:, None] + 1.0
-  # Scales nearby, the unchanged one first: [F, T].
-  outermost = np.max(np.abs(first * factor + bias[:, None]), axis=1, where=reached, initial=1.0)
+  # Scales nearby, the unchanged one first: [F, T]. Of all, none is less than half of it.
+  outermost = np.max(np.abs(first * factor + bias[:, None]), axis=1, where=reached, initial=factor)
   trials = np.linspace(-1.0, 1.0, _TRIALS)
   trials = trials[np.argsort(np.abs(trials), kind="stable")]
   scales = worth[:, None] * (1.0 + _REACH * factor / outermost[:, None] * trials)
