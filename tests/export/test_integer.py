@@ -161,7 +161,7 @@ def test_any_batch_has_the_same_codes_and_logits(folder, net, name):
 
 # What compilers for accelerators take.
 INTEGER_OPERATORS = {
-  *("ADD", "AVERAGE_POOL_2D", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"),
+  *("ADD", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"),
   *("MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM", "MUL", "PAD", "PADV2", "QUANTIZE"),
   "RESHAPE",
 }
@@ -197,8 +197,7 @@ def test_everything_in_a_tflite_file_is_an_integer(folder, net):
 
 # What LiteRT's own kernels compute, since XNNPACK does not take it.
 LEFT = {
-  "Plain 4": {"MAXIMUM", "AVERAGE_POOL_2D", "ADD"},
-  **{net: {"MAXIMUM"} for net in ("Vectors 4", "vectors", "read twice")},
+  **{net: {"MAXIMUM"} for net in ("Plain 4", "Vectors 4", "vectors", "read twice")},
 }
 WHOLE = (
   *(f"{name} 4" for name in STRIDES),

@@ -8,9 +8,10 @@ Output `logits` int8 `[N, num_classes]` with a scale and a zero point; `interfac
 all of them. Kernels are int8 with a scale for each output channel, biases int32.
 
 Operators are those that delegates and compilers for accelerators take: CONV_2D, DEPTHWISE_CONV_2D,
-FULLY_CONNECTED, ADD, MUL, QUANTIZE, MEAN, PAD, PADV2, pooling, RESHAPE, CONCATENATION, MAXIMUM and
-MINIMUM. A lower bound is a fused ReLU. H-swish is an ADD and a MUL: XNNPACK does not take
-HARD_SWISH of int8, which left MobileNet-v3 small in 20 partitions instead of one.
+FULLY_CONNECTED, ADD, MUL, QUANTIZE, MEAN, PAD, PADV2, MAX_POOL_2D, RESHAPE, CONCATENATION, MAXIMUM
+and MINIMUM; XNNPACK takes all but the last two. A lower bound is a fused ReLU. H-swish is an ADD
+and a MUL, a mean of windows a DEPTHWISE_CONV_2D: XNNPACK takes neither HARD_SWISH nor
+AVERAGE_POOL_2D of int8, which left MobileNet-v3 small in 20 partitions instead of one.
 """
 
 import json
@@ -52,7 +53,6 @@ _CODES = "profit_jax.codes"  # metadata: by quantizer, the tensor of its codes a
 # Of each kind of operator: its options, and the first version that takes int8.
 _KINDS = {
   "ADD": (schema.AddOptionsT, 2),
-  "AVERAGE_POOL_2D": (schema.Pool2DOptionsT, 2),
   "CONCATENATION": (schema.ConcatenationOptionsT, 2),
   "CONV_2D": (schema.Conv2DOptionsT, 3),
   "DEPTHWISE_CONV_2D": (schema.DepthwiseConv2DOptionsT, 3),
@@ -262,13 +262,14 @@ class _Graph:
     self._op("MEAN", read, self._result(node, name), keepDims=False)
 
   def _pool(self, node: Pool, name: str) -> None:
-    kind = "MAX_POOL_2D" if node.function == "max" else "AVERAGE_POOL_2D"
+    if node.function == "mean":
+      self._mean_pool(node, name)
+      return
     (x,) = self._read(node)
     # Where nothing is below zero, zeros are as good as the lowest number, and delegates take them.
-    low = node.function == "max" and node.low != node.grid.zero
-    x = self._padded(x, node.border, f"{name}/padded", low=low)
+    x = self._padded(x, node.border, f"{name}/padded", low=node.low != node.grid.zero)
     self._op(
-      kind,
+      "MAX_POOL_2D",
       [x],
       self._result(node, name),
       padding=_VALID,
@@ -276,6 +277,29 @@ class _Graph:
       filterWidth=node.window[1],
       strideH=node.strides[0],
       strideW=node.strides[1],
+    )
+
+  def _mean_pool(self, node: Pool, name: str) -> None:
+    """A depthwise convolution with ones: XNNPACK does not take AVERAGE_POOL_2D of int8."""
+    (x,) = self._read(node)
+    x = self._padded(x, node.border, f"{name}/padded")
+    features, count = self._net.shapes[node.name][-1], node.window[0] * node.window[1]
+    scale = np.full(features, 1.0 / count, np.float32)
+    read = [
+      x,
+      self._array(f"{name}/kernel", np.ones((1, *node.window, features), np.int8), scale, 3),
+      self._array(
+        f"{name}/bias", np.zeros(features, np.int32), np.float32(node.grid.scale * scale)
+      ),
+    ]
+    self._op(
+      "DEPTHWISE_CONV_2D",
+      read,
+      self._result(node, name),
+      padding=_VALID,
+      strideH=node.strides[0],
+      strideW=node.strides[1],
+      depthMultiplier=1,
     )
 
   def _reshape(self, node: Reshape, name: str) -> None:

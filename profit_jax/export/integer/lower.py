@@ -257,9 +257,11 @@ class _Lowering:
       self._largest[target.name] = target.codes[1] - target.codes[0]
     return place
 
-  def _constant(self, value: float) -> str:
-    """A scalar constant of the integer net."""
-    grid = Grid(abs(value) / HIGH or 1.0, 0)
+  def _constant(self, value: float, step: float = 1.0) -> str:
+    """A scalar constant of the integer net; step: of the grid of 0. XNNPACK adds only tensors whose
+    scales are next to the sum's.
+    """
+    grid = Grid(abs(value) / HIGH or step, 0)
     return self._append(
       integer.Constant,
       f"constant{len(self._operators)}",
@@ -274,7 +276,7 @@ class _Lowering:
     if not math.isclose(x.factor, 1.0, rel_tol=1e-6) and target.unit != 1.0:
       x = self._plain(name, x)
     value = (x.constant + target.shift) / x.factor
-    read = x.tensor, self._constant(value)
+    read = x.tensor, self._constant(value, x.grid.scale)
     return self._put(integer.Add, _rescaled(target, x.factor), read)
 
   def _plain(self, name: str, x: Encoded | None = None) -> Encoded:
