@@ -6,13 +6,26 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from profit_jax.data.normalize import Normalization
 from profit_jax.export import formats, reference, verify
 from profit_jax.export.integer import lower, ranges
 from profit_jax.export.integer.net import IntegerNet
-from profit_jax.export.net import IMAGE, Activation, Clip, Layer, Net
+from profit_jax.export.net import (
+  IMAGE,
+  Activation,
+  Affine,
+  Clip,
+  Concat,
+  Layer,
+  Net,
+  Pool,
+  Reshape,
+  Value,
+)
 from tests.export.nets import NORMALIZATION, SIZE, Maker, images
 
 FORMATS = ("onnx_int8", "litert_int8")
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def images_of(net):
@@ -123,7 +136,7 @@ def signed_mean():
   x = net.quantizer(net.layer(IMAGE, "stem", (3, 3, 3, 8), stride=2), "first", "symmetric")
   x = net.mean(net.layer(x, "block", (1, 1, 8, 32), gain=4.0))
   net.layer(net.quantizer(x, "second", "unsigned"), "classifier", (32, 10))
-  return Net("signed_mean", tuple(net.nodes), (SIZE, SIZE, 3), NORMALIZATION, 4, 4)
+  return _net("signed_mean", net)
 
 
 @functools.cache
@@ -136,4 +149,65 @@ def bounded(low, high, interval):
   y = net.layer(first, "block", (1, 1, 8, 8), gain=0.01)
   net.quantizer(net.add(y, x), "second", "symmetric", interval=interval)
   net.layer(net.mean("second"), "classifier", (8, 10))
-  return Net("bounded", tuple(net.nodes), (SIZE, SIZE, 3), NORMALIZATION, 4, 4)
+  return _net("bounded", net)
+
+
+def _net(name, net, normalization=NORMALIZATION):
+  return Net(name, tuple(net.nodes), (SIZE, SIZE, 3), normalization, 4, 4)
+
+
+@functools.cache
+def image_read_by(what):
+  """A net whose image, of three units, is not read by a full convolution."""
+  net, kernel = Maker(4, 4), (3, 3, 3, 8)
+  if what == "depthwise convolution":
+    x = net.layer(IMAGE, "depthwise", (3, 3, 1, 3), depthwise=True)
+  elif what == "affine":
+    scale, shift = np.float32([1.0, 0.5, 2.0]), np.float32([0.1, 0.2, 0.3])
+    x = net.append(Affine(name="norm", input=IMAGE, multiplier=scale, bias=shift))
+  elif what == "clip":
+    x = net.clip(IMAGE, -1.0, 1.0)
+  elif what == "concat":
+    own = net.activation(net.layer(IMAGE, "stem", kernel), "relu")
+    x, kernel = net.append(Concat(name="both", input=IMAGE, others=(own,))), (3, 3, 11, 8)
+  elif what == "reshape":
+    x = net.append(Reshape(name="flat", input=IMAGE, shape=(3 * SIZE**2,)))
+    x, kernel = net.layer(x, "dense", (3 * SIZE**2, 8)), (8, 8)
+  else:
+    x, kernel = net.mean(IMAGE), (3, 8)
+  net.layer(net.quantizer(x, "first", "symmetric"), "block", kernel)
+  x = net.quantizer("block", "second", "unsigned")
+  net.layer(net.mean(x) if len(kernel) == 4 else x, "classifier", (8, 10))
+  return _net("image", net, IMAGENET)
+
+
+@functools.cache
+def mean_pool(function):
+  """A net with a mean of windows of codes, and an activation behind."""
+  net = Maker(4, 4)
+  codes = net.quantizer(net.layer(IMAGE, "stem", (3, 3, 3, 8), gain=2.0), "first", "unsigned")
+  x = net.append(Value(name="values", input=codes, scale=2.2 / 15, offset=0.0))
+  x = net.append(
+    Pool(
+      name="pool",
+      input=x,
+      function="mean",
+      window=(3, 3),
+      strides=(2, 2),
+      padding=((0, 1), (0, 1)),
+    )
+  )
+  if function:
+    x = net.activation(x, function)
+  net.quantizer(x, "second", "symmetric", interval=0.7)
+  net.layer(net.mean("second"), "classifier", (8, 10))
+  return _net("mean_pool", net)
+
+
+@functools.cache
+def ends_in_relu():
+  """A net without negative logits."""
+  net = Maker(4, 4)
+  x = net.quantizer(net.layer(IMAGE, "stem", (3, 3, 3, 8)), "first", "unsigned")
+  net.activation(net.layer(net.mean(x), "classifier", (8, 10)), "relu")
+  return _net("ends_in_relu", net)

@@ -209,7 +209,8 @@ class Maker:
     self._rng = np.random.default_rng(0)
     self._largest = {}  # code of a tensor of codes
 
-  def _append(self, node):
+  def append(self, node):
+    """Another node."""
     self.nodes.append(node)
     return node.name
 
@@ -219,7 +220,7 @@ class Maker:
     kernel = self._rng.integers(-qmax, qmax + 1, shape).astype(np.int8)
     # Outputs are about as large as `gain`.
     size = 0.3 * qmax * self._largest.get(x, 2.0) * np.prod(shape[:-1]) ** 0.5
-    return self._append(
+    return self.append(
       Layer(
         name=name,
         input=x,
@@ -235,7 +236,7 @@ class Maker:
     bits = self._bits[1]
     high = 2 ** (bits - (kind == "symmetric")) - 1
     self._largest[name] = high
-    return self._append(
+    return self.append(
       Quantizer(
         name=name,
         input=x,
@@ -250,22 +251,22 @@ class Maker:
     )
 
   def activation(self, x, function):
-    return self._append(Activation(name=f"{x}/{function}", input=x, function=function))
+    return self.append(Activation(name=f"{x}/{function}", input=x, function=function))
 
   def value(self, codes):
     scale = float(np.float32(2.2 / self._largest[codes]))
-    return self._append(Value(name=f"{codes}/value", input=codes, scale=scale, offset=-0.375))
+    return self.append(Value(name=f"{codes}/value", input=codes, scale=scale, offset=-0.375))
 
   def mean(self, x):
     if x in self._largest:
       self._largest[f"{x}/mean"] = self._largest[x]
-    return self._append(Mean(name=f"{x}/mean", input=x))
+    return self.append(Mean(name=f"{x}/mean", input=x))
 
   def clip(self, x, low, high):
-    return self._append(Clip(name=f"{x}/clip", input=x, low=low, high=high))
+    return self.append(Clip(name=f"{x}/clip", input=x, low=low, high=high))
 
   def add(self, x, other):
-    return self._append(Sum(name=f"{x}/sum", input=x, other=other))
+    return self.append(Sum(name=f"{x}/sum", input=x, other=other))
 
   def multiply(self, x, other):
-    return self._append(Product(name=f"{x}/product", input=x, other=other))
+    return self.append(Product(name=f"{x}/product", input=x, other=other))

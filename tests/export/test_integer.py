@@ -55,7 +55,6 @@ def quantized(method, bits, act_bits=None, **options):
   )
 
 
-IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GRAY = Normalization((0.2,), (0.4,))
 MIXED_BITS = (*ENDS, (r".*depthwise.*", 8, 6))
 # Nets by name.
@@ -80,7 +79,7 @@ NETS = {
   "pact by channel": functools.partial(quantized, "pact", 3, per_channel=True),
   "duq by channel": functools.partial(quantized, "duq", 4, per_channel=True),
   "qil by channel": functools.partial(quantized, "qil", 4, per_channel=True),
-  "imagenet": functools.partial(quantized, "duq", 4, normalization=IMAGENET),
+  "imagenet": functools.partial(quantized, "duq", 4, normalization=integers.IMAGENET),
   "gray": functools.partial(quantized, "duq", 4, normalization=GRAY, shape=(SIZE, SIZE, 1)),
   "floats": functools.partial(quantized, "duq", 4, normalization=None),
 }
@@ -269,3 +268,29 @@ def test_a_mean_of_signed_values_is_clipped(folder, name):
   codes = written(net, name, folder).codes["second"]
   assert (codes.min(), np.mean(codes == 0) > 0.2) == (0, True)
   assert compared(net, name, folder).largest["second"] <= 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+  "reader", ["depthwise convolution", "affine", "clip", "reshape", "concat", "mean"]
+)
+def test_channels_of_different_units_may_be_read_by(folder, reader, name):
+  found = compared(integers.image_read_by(reader), name, folder)
+  assert max(found.largest.values()) <= 1
+  assert max(found.shares.values()) < 0.06
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("function", ["", "relu", "relu6"])
+def test_a_mean_of_windows_is_not_rounded_to_whole_codes(folder, function, name):
+  found = compared(integers.mean_pool(function), name, folder)
+  assert found.largest["second"] <= 1
+  assert found.shares["second"] < 0.01  # 0.19 where it is
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_logits_keep_the_bounds_of_the_last_activation(folder, name):
+  net = integers.ends_in_relu()
+  logits = written(net, name, folder).logits
+  assert logits.min() == 0.0
+  np.testing.assert_allclose(logits, compared(net, name, folder).logits, atol=0.03)

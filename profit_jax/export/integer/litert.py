@@ -285,17 +285,17 @@ class _Graph:
     x = self._padded(x, node.border, f"{name}/padded")
     features, count = self._net.shapes[node.name][-1], node.window[0] * node.window[1]
     scale = np.full(features, 1.0 / count, np.float32)
+    bias_scale = np.float32(self._tensors[x].quantization.scale[0] * scale)
     read = [
       x,
       self._array(f"{name}/kernel", np.ones((1, *node.window, features), np.int8), scale, 3),
-      self._array(
-        f"{name}/bias", np.zeros(features, np.int32), np.float32(node.grid.scale * scale)
-      ),
+      self._array(f"{name}/bias", np.zeros(features, np.int32), bias_scale),
     ]
     self._op(
       "DEPTHWISE_CONV_2D",
       read,
       self._result(node, name),
+      fusedActivationFunction=_activation(node),
       padding=_VALID,
       strideH=node.strides[0],
       strideW=node.strides[1],
@@ -344,10 +344,11 @@ def _activation(node: Operator) -> int:
 
 def _separate_bounds(node: Operator) -> dict[str, int]:
   """The bounds of a result that are operators of their own, by the kind of operator."""
-  if isinstance(node, Pool | Reshape | Concat):  # which give what they read
+  largest = isinstance(node, Pool) and node.function == "max"
+  if largest or isinstance(node, Reshape | Concat):  # which give what they read
     return {}
   low, high = LOW, HIGH
-  if isinstance(node, Convolution | Add | Multiply):
+  if isinstance(node, Convolution | Add | Multiply | Pool):
     fused = _activation(node)
     low = node.grid.zero if fused in (_RELU, _RELU6) else LOW
     high = node.high if fused == _RELU6 else HIGH

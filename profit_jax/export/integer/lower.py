@@ -208,6 +208,7 @@ class _Lowering:
       shapes=self._shapes,
       image_grid=self._encoded[IMAGE].grid,
       logits=logits.tensor,
+      ends_in_layer=isinstance(self._net.nodes[-1], Layer),
       normalization=self._net.normalization,
       codes={
         quantizer.name: integer.Codes(place.tensor, round(place.zero))
@@ -304,8 +305,15 @@ class _Lowering:
     target = self._stream(own, name)._replace(ends=own)
     return self._put(integer.Add, target, (tensor, self._constant(place.constant)))
 
+  def _of_one_unit(self, name: str) -> Encoded:
+    """A tensor whose channels have one unit and one zero."""
+    x = self._encoded[name]
+    return self._normalized() if np.ndim(x.unit) else x
+
   def _normalized(self) -> Encoded:
-    """The image where something else than a layer reads it."""
+    """An image whose channels are normalized differently, on one grid. Layers read it as it is:
+    their kernels take the channels' units.
+    """
     own = f"{IMAGE}/normalized"
     if own not in self._encoded:
       image, ones = self._encoded[IMAGE], np.ones(self._net.image_shape[-1])
@@ -485,8 +493,9 @@ class _Lowering:
     """A convolution with a multiplier and a bias for each output channel."""
     unit, zero = np.float64(x.unit), np.float64(x.zero)
     axes = tuple(range(kernel.ndim - 1))
-    # Of images, each input channel has its own unit and zero.
-    shape = (-1, 1) if unit.ndim and not fields.get("depthwise") else ()
+    # Of images, each input channel has its own unit and zero: in a kernel [..., C, F], depthwise
+    # [..., 1, C].
+    shape = (-1,) if fields.get("depthwise") else (-1, 1)
     own = kernel * (unit.reshape(shape) if unit.ndim else 1.0)
     away = x.grid.zero - (zero.reshape(shape) if zero.ndim else zero)
     bias = target.factor * (
@@ -558,9 +567,7 @@ class _Lowering:
 
   def _quantizer(self, node: Quantizer) -> None:
     """A quantizer of a tensor that others read too."""
-    x = self._encoded[node.input]
-    if np.ndim(x.unit):
-      x = self._normalized()
+    x = self._of_one_unit(node.input)
     self._added(node.input, x, self._code_target(node, _EVERYTHING, rescales=False))
 
   def _activation(self, node: Activation) -> None:
@@ -591,7 +598,8 @@ class _Lowering:
     """Bounds of a tensor that others read without them."""
     bounds = _bounds(node)
     assert bounds is not None
-    self._added(node.input, self._encoded[node.input], self._stream(node.name, node.name, bounds))
+    x = self._of_one_unit(node.input)
+    self._added(node.input, x, self._stream(node.name, node.name, bounds))
 
   def _value(self, node: Value) -> None:
     x = self._encoded[node.input]
@@ -646,32 +654,35 @@ class _Lowering:
     )
 
   def _mean(self, node: Mean) -> None:
-    x = self._encoded[node.input]
-    if np.ndim(x.unit):
-      x = self._normalized()
+    x = self._of_one_unit(node.input)
+    self._put(integer.Mean, self._mean_target(node, x), (x.tensor,))
+
+  def _mean_target(self, node: Mean | Pool, x: Encoded) -> Target:
+    """The target of a mean of x."""
     target = _rescaled(self._target(node, shifts=False, constant=x.constant), x.factor)
     # A mean of nothing negative needs no ReLU, which runtimes do not fuse with it.
     low = LOW if self._low_of(x.tensor) >= x.grid.zero else target.low
-    self._put(integer.Mean, target._replace(low=low), (x.tensor,))
+    return target._replace(low=low)
 
   def _pool(self, node: Pool) -> None:
-    x = self._encoded[node.input]
-    if np.ndim(x.unit):
-      x = self._normalized()
-    if node.function == "mean" and x.zero != x.grid.zero:
+    x = self._of_one_unit(node.input)
+    fields = {
+      "function": node.function,
+      "window": node.window,
+      "strides": node.strides,
+      "border": node.padding,
+    }
+    if node.function == "max":
+      self._same(integer.Pool, node, x, **fields)
+      return
+    # Its border is of the grid's zero. Its grid is not the input's: on that of codes, it would be
+    # rounded to whole codes.
+    if any(map(any, node.padding)) and x.zero != x.grid.zero:
       x = self._plain(node.input)
-    self._same(
-      integer.Pool,
-      node,
-      x,
-      function=node.function,
-      window=node.window,
-      strides=node.strides,
-      border=node.padding,
-    )
+    self._put(integer.Pool, self._mean_target(node, x), (x.tensor,), **fields)
 
   def _reshape(self, node: Reshape) -> None:
-    self._same(integer.Reshape, node, self._encoded[node.input])
+    self._same(integer.Reshape, node, self._of_one_unit(node.input))
 
   def _same(self, kind: type[integer.Operator], node: Node, x: Encoded, **fields: Any) -> None:
     """An operator whose result has its input's grid."""
@@ -684,7 +695,7 @@ class _Lowering:
     return next((node.low for node in self._operators if node.name == name), LOW)
 
   def _concat(self, node: Concat) -> None:
-    read = [self._encoded[name] for name in inputs(node)]
+    read = [self._of_one_unit(name) for name in inputs(node)]
     shape = self._net_shapes[node.name]
     if len({x[1:] for x in read}) == 1:
       name = self._append(

@@ -112,7 +112,7 @@ class Concat(Operator):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pool(Operator):
-  """The largest value, or the mean, of every window, on the input's grid.
+  """The largest value of every window, on the input's grid; or the mean, on its own.
 
   Attributes:
     function: max or mean.
@@ -144,6 +144,8 @@ class IntegerNet(NamedTuple):
     image_grid: of the input, `image`. A pixel p of a uint8 image is p - 128, and the grid's values
       are normalized pixels, next to those where channels are normalized differently.
     logits: the tensor that holds them.
+    ends_in_layer: whether they are a layer's result, without bounds. A file of float logits then
+      need not round them.
     normalization: of images, which are uint8; None for float images.
     codes: by quantizer.
     weight_bits: that the model was called with.
@@ -155,6 +157,7 @@ class IntegerNet(NamedTuple):
   shapes: dict[str, Shape]
   image_grid: Grid
   logits: str
+  ends_in_layer: bool
   normalization: Normalization | None
   codes: dict[str, Codes]
   weight_bits: int

@@ -163,7 +163,7 @@ class _Graph:
       self._constant_of(f"{node.name}/kernel", kernel, node.kernel_scale),
       self._constant_of(f"{node.name}/bias", node.bias, scale),
     ]
-    logits = node.name == self._net.logits
+    logits = node.name == self._net.logits and self._net.ends_in_layer
     result = LOGITS if logits else f"{node.name}/sums"
     if dense:
       x = self._op("Gemm", read, result, transB=1)
