@@ -138,6 +138,32 @@ class BatchSource:
     self._rows = len(image)
     self.batch_size = self._rows * shard.count
 
+  @classmethod
+  def for_evaluation(
+    cls, batches: EvalBatches, num_classes: int, class_names: Sequence[str] = ()
+  ) -> "BatchSource":
+    """The source of a program that does not train.
+
+    Args:
+      batches: as `Data.eval`. The only training batch is the first of them.
+      num_classes: outputs of the model.
+      class_names: by label; empty without.
+
+    Raises:
+      ConfigError: batches that are not as they must be.
+    """
+    opened = batches if callable(batches) else lambda: iter(batches)
+    source = cls(
+      Data(
+        train=lambda epoch, step: opened(),
+        eval=batches,
+        steps_per_epoch=1,
+        class_names=class_names,
+      )
+    )
+    source.num_classes = num_classes
+    return source
+
   def require_images_of(self, shape: tuple[int, ...], *, floats: bool) -> None:
     """Refuses images that are not those of a trained model.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from profit_jax.config import ConfigError
 from profit_jax.data.base import Source
-from profit_jax.data.batches import BatchSource, Data, EvalBatches
+from profit_jax.data.batches import BatchSource, EvalBatches
 from profit_jax.export import exported, formats, runtimes
 
 _TOP = 5
@@ -70,27 +70,25 @@ def evaluate_file(
       old, or batches that do not fit the file.
   """
   checked = exported.read(file)
-  source = _source(eval_batches, checked)
-  return evaluate(checked, source, source.batch_size, threads)
-
-
-def _source(eval_batches: EvalBatches, file: exported.ExportedFile) -> BatchSource:
-  opened = eval_batches if callable(eval_batches) else lambda: iter(eval_batches)
-  source = BatchSource(
-    Data(train=lambda epoch, step: opened(), eval=eval_batches, steps_per_epoch=1)
-  )
-  source.num_classes = file.card["num_classes"]
-  pixels = file.card["input"]
+  source = BatchSource.for_evaluation(eval_batches, checked.card["num_classes"])
+  pixels = checked.card["input"]
   source.require_images_of(tuple(pixels["shape"]), floats=pixels["type"] != "uint8")
-  return source
+  return evaluate(checked, source, source.batch_size, threads)
 
 
 def evaluate(
   file: exported.ExportedFile, source: Source, batch_size: int, threads: int | None = None
 ) -> Evaluation:
-  """Evaluates a file on a source's evaluation images, which are as the file takes them.
+  """Evaluates a file on a source's evaluation images.
 
-  Other arguments and errors as `evaluate_file`'s, and an error where no image can be read.
+  Args:
+    file: checked against its card.
+    source: its images are as the file takes them.
+    batch_size: of the batches that the runtime gets.
+    threads: of the runtime; None leaves it to the runtime.
+
+  Raises:
+    ConfigError: as `evaluate_file`, or no image can be read.
   """
   if threads is not None and threads < 1:
     raise ConfigError(f"threads={threads} is not allowed: it must be 1 or more.")

@@ -1,6 +1,7 @@
 """Writes a trained model as verified files: `export` for the library, `Exporter` for both sides."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from etils import epath
 
 from profit_jax import paths
 from profit_jax.config import ConfigError, DataSettings, ModelSettings, Settings
-from profit_jax.data.batches import BatchSource, Data, EvalBatches
+from profit_jax.data.batches import BatchSource, EvalBatches
 from profit_jax.export import card, formats, verify
 from profit_jax.export.build import build_net
 from profit_jax.export.integer import difference, lower, ranges
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
   from profit_jax.train.trainer import Result
 
 
-# Images on which the ranges of integer files are measured.
+# Images on which the ranges of integer files are measured, at least.
 _RANGE_IMAGES = 256
 
 
@@ -185,7 +186,16 @@ class Exporter:
   def check(
     self, name: str, module: formats.Module, path: pathlib.Path
   ) -> verify.FileCheck | Difference:
-    """Writes a file, reads it back and compares it."""
+    """Writes a file, reads it back and compares it.
+
+    Args:
+      name: of the format.
+      module: of the format.
+      path: of the file.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
     if not formats.FORMATS[name].integer:
       module.write(self.net, path)
       return verify.check_file(self.net, self._images, module.open_file(path), self._trained)
@@ -197,16 +207,18 @@ class Exporter:
 
   def _integer_net(self, runtime: lower.Runtime) -> IntegerNet:
     if self._ranges is None:
-      self._ranges = ranges.measure(self.net, self._training_images())
+      self._ranges = ranges.measure(self.net, self._range_images())
     return lower.lower(self.net, self._ranges, runtime)
 
-  def _training_images(self) -> list[np.ndarray]:
-    """Images of whole batches, so that all are one program."""
+  def _range_images(self) -> list[np.ndarray]:
+    """Training images in whole batches, so that all are one program. Where they are too few, the
+    first evaluation images follow: the library's `export` has but one batch, which is of these.
+    """
+    batches = self._trained.source.train_batches(0, self._trained.settings.train.batch_size)
     found: list[np.ndarray] = []
-    batch_size = self._trained.settings.train.batch_size
-    for batch in self._trained.source.train_batches(0, batch_size):
-      found.append(batch["image"])
-      if len(found) * batch_size >= _RANGE_IMAGES:
+    for image in itertools.chain((batch["image"] for batch in batches), self._images):
+      found.append(image)
+      if sum(map(len, found)) >= _RANGE_IMAGES:
         break
     return found
 
@@ -229,7 +241,7 @@ def export(
     path: of the file; its suffix is the format: `.onnx`, `.jax`, `.safetensors`, `.qonnx.onnx`,
       `.tflite`, `.int8.onnx`, `.int8.tflite` and more. Cards are written beside it.
     eval_batches: images and labels, as `Data.eval`. The ranges of files that compute in integers
-      are measured on the first of them.
+      are measured on the first 256 images or more.
     limits: that a file which computes in integers must reach.
     load: returns the module of a format, given its name.
 
@@ -250,10 +262,7 @@ def export(
   name = formats.of_file(path)
   module = load(name)
   to = paths.opened("The file", os.fspath(path))
-  opened = eval_batches if callable(eval_batches) else lambda: iter(eval_batches)
-  data = Data(train=lambda epoch, step: opened(), eval=eval_batches, steps_per_epoch=1)
-  source = BatchSource(dataclasses.replace(data, class_names=result.class_names))
-  source.num_classes = result.spec.outputs
+  source = BatchSource.for_evaluation(eval_batches, result.spec.outputs, result.class_names)
   source.require_images_of(result.spec.input_shape, floats=result.normalization is None)
   trained = _trained(result, source, bits)
   exporter = Exporter(trained, limits)

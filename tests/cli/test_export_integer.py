@@ -10,6 +10,7 @@ from etils import epath
 import profit_jax as pj
 from profit_jax.cli import eval_file, predict
 from profit_jax.export import formats, runtimes
+from profit_jax.export.integer import ranges
 from profit_jax.models import student_spec
 from tests.cli.conftest import MODEL, tiny_settings, write_run
 from tests.export.integers import FORMATS
@@ -225,6 +226,22 @@ def result_of(workdir):
     train_examples=1347,
     workdir=epath.Path(workdir),
   )
+
+
+@pytest.mark.parametrize("rows", [30, 225])
+def test_the_library_measures_ranges_on_enough_images(tiny_v1, tmp_path, monkeypatch, rows):
+  seen, measure = [], ranges.measure
+
+  def counted(net, images):
+    seen.append(sum(map(len, images)))
+    return measure(net, images)
+
+  monkeypatch.setattr(ranges, "measure", counted)
+  batches = [
+    {"image": batch["image"], "label": batch["label"]} for batch in digits().eval_batches(rows)
+  ]
+  pj.export(result_of(tmp_path), tmp_path / "net.int8.onnx", batches)
+  assert seen[0] >= 256
 
 
 def test_the_library_exports_integer_files_within_limits(tiny_v1, tmp_path):
