@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from profit_jax.export.net import FLOAT_BITS, IMAGE, Layer, Net, Quantizer
 
-_PIXEL_BITS = _INT8 = 8
+_PIXEL_BITS = 8
+_INT8_BITS = 8
 
 
 class LayerCost(NamedTuple):
@@ -46,7 +47,7 @@ def costs(net: Net) -> list[LayerCost]:
 
 def in_int8(row: LayerCost) -> LayerCost:
   """The cost of a layer in an integer file: kernels have 8 bits, and nothing has more."""
-  weight_bits, input_bits = min(row.weight_bits, _INT8), min(row.input_bits, _INT8)
+  weight_bits, input_bits = min(row.weight_bits, _INT8_BITS), min(row.input_bits, _INT8_BITS)
   return row._replace(
     weight_bits=weight_bits,
     input_bits=input_bits,

@@ -49,7 +49,7 @@ class IntegerModule(Module, Protocol):
   `Runner.run`, a function `interface` gives what the card says of them.
 
   Attributes:
-    RUNTIME: for which nets are made, as `integer.lower.Runtime`.
+    RUNTIME: the `integer.lower.Runtime` that computes its files.
   """
 
   RUNTIME: Any

@@ -131,6 +131,9 @@ def measure(
     runner: the file, read back.
     trained: the model, its data and its top-1.
     limits: that the file must reach.
+
+  Returns:
+    The difference; its `problem` names the limits that are missed.
   """
   given = trained.spec, trained.variables, trained.normalization
   rows = _rows(net, images, runner, verify.trained_codes(net, *given))

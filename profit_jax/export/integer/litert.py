@@ -67,10 +67,12 @@ _KINDS = {
   "QUANTIZE": (schema.QuantizeOptionsT, 2),
   "RESHAPE": (schema.ReshapeOptionsT, 1),
 }
-_INT8, _INT32 = schema.TensorType.INT8, schema.TensorType.INT32
+_INT8 = schema.TensorType.INT8
+_INT32 = schema.TensorType.INT32
 _RELU = schema.ActivationFunctionType.RELU
 _RELU6 = schema.ActivationFunctionType.RELU6
-_VALID, _SAME = schema.Padding.VALID, schema.Padding.SAME
+_VALID = schema.Padding.VALID
+_SAME = schema.Padding.SAME
 
 
 def write(net: IntegerNet, path: str | os.PathLike) -> None:
@@ -357,7 +359,7 @@ def _separate_bounds(node: Operator) -> dict[str, int]:
 
 
 def interface(path: str | os.PathLike, pixels: bool) -> dict[str, dict[str, Any]]:
-  """What a program that opens the file itself must know, for the card.
+  """The types and scales of the file's input and output, for the card.
 
   Args:
     path: of the file.

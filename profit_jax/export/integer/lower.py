@@ -59,9 +59,12 @@ _STEPS = HIGH - LOW
 # A bias of this size fits int32 beside the sum.
 _LARGEST_BIAS = 2.0**28
 _SMALLEST_UNIT = 2.0**-20
-# Of the steps, this part is kept where they are made fractions of a quantizer's; there are at least
-# so many fractions; their ends come as near, in steps, to the quantizer's.
-_MOST_GIVEN_UP, _FEWEST_FRACTIONS, _NEAR_END = 0.6, 3, 0.2
+# Where a tensor's step becomes a fraction of a quantizer's: the least part of the tensor's steps
+# that is kept, the least number of fractions, and the largest distance, in steps, of an end between
+# two codes from one between two steps.
+_LEAST_KEPT = 0.6
+_FEWEST_FRACTIONS = 3
+_NEAR_END = 0.2
 
 
 class Runtime(NamedTuple):
@@ -70,15 +73,17 @@ class Runtime(NamedTuple):
   Attributes:
     fuses_relu: whether a lower bound at zero is part of an operator; codes then end at int8's upper
       end. Otherwise they begin at its lower end, and the upper bound is an operator.
-    wide_kernel: the largest number in a kernel that is multiplied with 8-bit inputs.
+    wide_kernel: the largest number to which kernel codes are multiplied where inputs have 8 bits.
+      Codes that are larger themselves, of 8-bit kernels, stay as they are.
   """
 
   fuses_relu: bool
   wide_kernel: int
 
 
+LITERT = Runtime(fuses_relu=True, wide_kernel=HIGH)
 # Without VNNI, onnxruntime adds pairs of products of uint8 and int8 in int16, which saturates.
-LITERT, ONNXRUNTIME = Runtime(True, HIGH), Runtime(False, 63)
+ONNXRUNTIME = Runtime(fuses_relu=False, wide_kernel=63)
 
 
 class Encoded(NamedTuple):
@@ -87,8 +92,8 @@ class Encoded(NamedTuple):
   Attributes:
     tensor: of the integer net.
     grid: of that tensor. Its values are what operators compute with, and need not be the net's.
-    unit: what a step is worth in the net; for images, of each channel.
-    zero: the number that is worth 0 in the net, which may lie between two; likewise.
+    unit: the net's value of a step; for images, of each channel.
+    zero: the number of the net's value 0, which may lie between two; likewise.
   """
 
   tensor: str
@@ -371,7 +376,7 @@ class _Lowering:
     Args:
       node: the quantizer.
       bounds: of what it reads.
-      rescales: whether the operator can give the codes the scale that they are worth.
+      rescales: whether the operator can give the codes the scale of the net's values.
     """
     step = 1.0 / node.inverse
     low, high = _code_bounds(node, bounds)
@@ -501,36 +506,36 @@ class _Lowering:
     bias = target.factor * (
       bias + target.shift + multiplier * (own * away * (1.0 if unit.ndim else unit)).sum(axes)
     )
-    scale = np.abs(multiplier) * target.factor * (1.0 if unit.ndim else unit)
+    code_scale = np.abs(multiplier) * target.factor * (1.0 if unit.ndim else unit)
     largest = np.abs(own).max(axes)
     limit = HIGH if x.tensor in self._largest else self._runtime.wide_kernel
     if kernel.dtype == np.int8 and not unit.ndim:
       fits = max(1.0, limit // max(1.0, largest.max()))
     else:
       fits = limit / np.where(largest, largest, 1.0)
-    # What 1 in the accumulator is worth on the target's grid: as fine as the kernel allows, but for
+    # The value of 1 in the accumulator, on the target's grid: as fine as the kernel allows, but for
     # channels next to constant, whose bias would not fit.
     needed = np.maximum(np.abs(bias) / _LARGEST_BIAS, target.grid.scale * _SMALLEST_UNIT)
-    worth = np.maximum(scale / fits, needed)
-    codes = np.round(own * np.sign(multiplier) * (scale / worth)).clip(-HIGH, HIGH)
-    bias = bias / worth
+    scale = np.maximum(code_scale / fits, needed)
+    codes = np.round(own * np.sign(multiplier) * (code_scale / scale)).clip(-HIGH, HIGH)
+    bias = bias / scale
     if target.codes is not None and kernel.dtype == np.int8 and not unit.ndim:
       largest = np.abs(kernel.astype(np.int64)).sum(axes) * self._largest.get(x.tensor, 255)
-      unscaled = worth == scale / fits  # those next to constant have no multiples of codes
+      unscaled = scale == code_scale / fits  # those next to constant have no multiples of codes
       found = thresholds.fitted(
         target.ends_of_codes(),
-        (worth / target.grid.scale)[unscaled],
+        (scale / target.grid.scale)[unscaled],
         bias[unscaled],
         fits,
         largest[unscaled],
       )
-      worth[unscaled], bias[unscaled] = found.worth * target.grid.scale, found.bias
+      scale[unscaled], bias[unscaled] = found.scale * target.grid.scale, found.bias
     self._put(
       integer.Convolution,
       target,
       (x.tensor,),
       kernel=codes.astype(np.int8),
-      kernel_scale=np.float32(worth / x.grid.scale),
+      kernel_scale=np.float32(scale / x.grid.scale),
       bias=np.round(bias).astype(np.int32),
       **fields,
     )
@@ -796,7 +801,7 @@ def _fraction(most: float, margin: float) -> int:
     place = (0.5 - margin) * number - 0.5
     return round(abs(place - round(place)), 6)
 
-  least = max(_FEWEST_FRACTIONS, math.ceil(_MOST_GIVEN_UP * most))
+  least = max(_FEWEST_FRACTIONS, math.ceil(_LEAST_KEPT * most))
   numbers = range(math.floor(most), least - 1, -1)
   best = min(numbers, key=away, default=0)
   return best if best and away(best) <= _NEAR_END else 0

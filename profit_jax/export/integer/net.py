@@ -21,11 +21,12 @@ from profit_jax.data.normalize import Normalization
 from profit_jax.export.net import Shape
 from profit_jax.kernels.padding import Border
 
-LOW, HIGH = -128, 127
+LOW = -128
+HIGH = 127
 
 
 class Grid(NamedTuple):
-  """What an int8 tensor's numbers are worth: `scale * (q - zero)`."""
+  """The scale and zero point of an int8 tensor: its values are `scale * (q - zero)`."""
 
   scale: float
   zero: int
@@ -139,7 +140,7 @@ class IntegerNet(NamedTuple):
 
   Attributes:
     model: its name.
-    operators: in an order in which each reads what stands before it.
+    operators: in topological order.
     shapes: of every tensor, of one example.
     image_grid: of the input, `image`. A pixel p of a uint8 image is p - 128, and the grid's values
       are normalized pixels, next to those where channels are normalized differently.

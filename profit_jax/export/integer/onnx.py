@@ -4,13 +4,15 @@ and QuantizeLinear (QDQ), which onnxruntime and its execution providers compute 
 Input and output are those of the format `onnx`: `image` uint8 `[N, H, W, C]` (float32, if the net
 does not normalize) and `logits` float32 `[N, num_classes]`. Tensors are uint8, what onnxruntime's
 kernels are fastest with on x86; kernels are int8 with a scale for each output channel, biases
-int32. What looks odd is deliberate (measured with onnxruntime 1.32):
+int32. onnxruntime has no Max and Min of bytes: it computes these in float32. What looks odd is
+deliberate (measured with onnxruntime 1.32):
 
 - An upper bound is a Clip of bytes between QuantizeLinear and DequantizeLinear: 0.06 ms for a
   million of them, and the operators around it are fused as without it. A Clip of floats before
   QuantizeLinear would be dropped or would keep the convolution in float32.
 - Kernels that are multiplied with 8-bit inputs keep to 7 bits: without VNNI, onnxruntime adds pairs
-  of products in 16 bits, which would saturate.
+  of products in 16 bits, which would saturate. Kernels that were trained with 8 bits keep these,
+  and may saturate there.
 - h-swish is a sum and a product, which onnxruntime computes on bytes. HardSigmoid has no form of
   bytes: with it, MobileNet-v3 small took 2.68 ms instead of 2.29.
 """
@@ -48,7 +50,8 @@ from profit_jax.export.onnx_file import LOGITS, nhwc
 
 __all__ = ["RUNTIME", "Runner", "open_file", "write"]
 
-_OPSET, _IR_VERSION = 13, 7
+_OPSET = 13
+_IR_VERSION = 7
 _CODES = "profit_jax.codes"
 
 
