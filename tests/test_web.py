@@ -104,7 +104,8 @@ def model(folder):
     options = [f"--config.{name}={value}" for name, value in changes.items()]
     for arguments in (
       ["--config=configs/digits_w4.py", *options],
-      ["--mode=export", "--formats=onnx"],
+      # Limits are not what is tested.
+      ["--mode=export", "--formats=onnx,onnx_int8", "--min_agreement=0", "--max_top1_loss=100"],
     ):
       code, _, err = command(*arguments, f"--workdir={workdir}")
       assert code == 0, err
@@ -250,6 +251,25 @@ def test_classes_and_probabilities_are_those_of_predict(opened, model, tmp_path)
     )
   assert "classified in" in opened.run("document.querySelector('.times').textContent")
   assert text(opened, "runtime") == "onnxruntime-web 1.30.0"
+
+
+def test_an_integer_file_gives_the_classes_of_predict(page, server, model, tmp_path):
+  file = model.with_name(MODEL.replace(".onnx", ".int8.onnx"))
+  page.open(f"{server}index.html?model=model/{file.name}")
+  page.wait("document.getElementById('model').textContent.includes('10 classes')")
+  images = next(Digits(image_size=SIZE, augment=False, seed=0).eval_batches(12))["image"]
+  pictures = [tmp_path / f"{index}.png" for index in range(len(images))]
+  for picture, image in zip(pictures, images, strict=True):
+    Image.fromarray(image).save(picture)
+  page.choose("#files", pictures)
+  page.wait(f"document.querySelectorAll('#results article').length === {len(pictures)}")
+  shown = dict(results(page))
+  for picture, expected in zip(pictures, predict(file, pictures), strict=True):
+    found = shown[picture.name]
+    assert [name for name, _ in found] == [name for name, _ in expected], picture.name
+    np.testing.assert_allclose(
+      [share for _, share in found], [share for _, share in expected], atol=1e-3
+    )
 
 
 def arc(x, y, width, height, start, end):
