@@ -7,8 +7,9 @@ Each version gets a virtual environment of its own in DIR, which must lie outsid
 environment that is there is used again. Needs the packages of `requirements*.txt` and this
 machine's package index; takes about ten minutes at first, and one without installing.
 
-The files are small nets with every operation that files can have, their kernels in 2, 4 and 8 bits
-(3 bits are written as 4, and 5 to 7 as 8), and with one kernel in float32 besides codes of 8 bits.
+The files are small nets with every operation of the MobileNets, but without pooling, concatenation,
+maximum and minimum. Their kernels have 2, 4 and 8 bits (3 bits are written as 4, and 5 to 7 as 8);
+of one net, one kernel has float32 and the others 8 bits.
 What a file needs depends on its kernels. Integer files hold all of these as int8; their ranges are
 measured on the eight images. Each file is opened in a process of its own and classifies the eight
 images. A version opens a file if its logits are those of the newest version, to 1e-5 of the
