@@ -205,6 +205,33 @@ def mean_pool(function):
 
 
 @functools.cache
+def relu_before_hard_swish():
+  """A net with bounds behind one another."""
+  net = Maker(4, 4)
+  x = net.quantizer(net.layer(IMAGE, "stem", (3, 3, 3, 8)), "first", "unsigned")
+  x = net.activation(net.layer(x, "block", (1, 1, 8, 8), gain=2.0), "relu")
+  x = net.quantizer(net.activation(x, "hard_swish"), "second", "hswish")
+  net.layer(net.mean(x), "classifier", (8, 10))
+  return _net("relu_before_hard_swish", net)
+
+
+@functools.cache
+def lower_bound_above_zero(what, size):
+  """A net with a bound above zero that only a quantizer reads, and a layer of a size behind."""
+  net = Maker(4, 4)
+  codes = net.quantizer(net.layer(IMAGE, "stem", (3, 3, 3, 8)), "first", "unsigned")
+  if what == "mean":
+    x = net.mean(net.append(Value(name="values", input=codes, scale=2.2 / 15, offset=0.0)))
+    kernel = (8, 8)
+  else:
+    x, kernel = net.layer(codes, "block", (1, 1, 8, 8), gain=2.0), (size, size, 8, 8)
+  x = net.quantizer(net.clip(x, 0.7, 1.6), "second", "symmetric")
+  x = net.quantizer(net.layer(x, "last", kernel), "third", "unsigned")
+  net.layer(x if what == "mean" else net.mean(x), "classifier", (8, 10))
+  return _net("lower_bound_above_zero", net)
+
+
+@functools.cache
 def ends_in_relu():
   """A net without negative logits."""
   net = Maker(4, 4)

@@ -289,6 +289,25 @@ def test_a_mean_of_windows_is_not_rounded_to_whole_codes(folder, function, name)
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_a_relu_before_hard_swish_is_kept(folder, name):
+  found = compared(integers.relu_before_hard_swish(), name, folder)
+  assert found.largest["second"] <= 1
+  assert found.shares["second"] < 0.02  # 0.43 without it
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("what", "size"), [("layer", 1), ("layer", 3), ("mean", 1)])
+def test_a_lower_bound_above_zero_is_kept(folder, what, size, name):
+  net = integers.lower_bound_above_zero(what, size)
+  codes = written(net, name, folder).codes["second"]
+  assert codes.min() == 2  # of 7, for 0.7 of 2.0
+  assert codes.max() <= 6
+  found = compared(net, name, folder)
+  assert max(found.largest.values()) <= 1
+  assert max(found.shares["second"], found.shares["third"]) < 0.02
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_logits_keep_the_bounds_of_the_last_activation(folder, name):
   net = integers.ends_in_relu()
   logits = written(net, name, folder).logits

@@ -383,11 +383,25 @@ class _Lowering:
     factor = node.scale / step if rescales else 1.0
     scale, ends = factor * step, {"name": node.name, "ends": node.name, "factor": factor}
     ends["codes"] = low, high
+    bordered = low and self._is_bordered(node.name)
+    if low > 0 and (bordered or not self._runtime.fuses_relu):
+      # The grid begins at code 0, because a zero point below int8's lower end is not allowed.
+      ends["codes"] = 0, high
+      zero = HIGH - high if self._runtime.fuses_relu else LOW
+      return Target(
+        **ends,
+        grid=Grid(scale, zero),
+        unit=1.0,
+        zero=float(zero),
+        low=zero + low,
+        high=zero + high,
+        shift=node.margin,
+      )
     if not self._runtime.fuses_relu:
       grid = Grid(scale, LOW - low)
       top = LOW + high - low
       return Target(**ends, grid=grid, unit=1.0, zero=float(grid.zero), high=top, shift=node.margin)
-    if low and self._is_bordered(node.name):
+    if bordered:
       return Target(
         **ends,
         grid=Grid(scale, HIGH - high),
@@ -430,7 +444,8 @@ class _Lowering:
       low = max(low, min(steps.low for steps in quantizers if steps))
       high = min(high, max(steps.high for steps in quantizers if steps))
     if readers and all(_is(node, "hard_swish") for node in readers):
-      bounds, low = (-3.0, bounds[1]), -3.0
+      low = max(bounds[0], -3.0)
+      bounds = low, bounds[1]
       high = min(high, max(self._useful(node) for node in readers if node is not None))
     low, high = max(low, bounds[0]) - constant, min(high, bounds[1]) - constant
     step, margin = None, 0.0
@@ -666,8 +681,10 @@ class _Lowering:
     """The target of a mean of x."""
     target = _rescaled(self._target(node, shifts=False, constant=x.constant), x.factor)
     # A mean of nothing negative needs no ReLU, which runtimes do not fuse with it.
-    low = LOW if self._low_of(x.tensor) >= x.grid.zero else target.low
-    return target._replace(low=low)
+    is_positive = self._low_of(x.tensor) >= x.grid.zero
+    if is_positive and target.low <= target.grid.zero:
+      return target._replace(low=LOW)
+    return target
 
   def _pool(self, node: Pool) -> None:
     x = self._of_one_unit(node.input)
