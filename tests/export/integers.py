@@ -216,8 +216,8 @@ def relu_before_hard_swish():
 
 
 @functools.cache
-def lower_bound_above_zero(what, size):
-  """A net with a bound above zero that only a quantizer reads, and a layer of a size behind."""
+def bounds_beside_zero(what, size, bounds):
+  """A net with bounds of one sign that only a quantizer reads, and a layer of a size behind."""
   net = Maker(4, 4)
   codes = net.quantizer(net.layer(IMAGE, "stem", (3, 3, 3, 8)), "first", "unsigned")
   if what == "mean":
@@ -225,10 +225,10 @@ def lower_bound_above_zero(what, size):
     kernel = (8, 8)
   else:
     x, kernel = net.layer(codes, "block", (1, 1, 8, 8), gain=2.0), (size, size, 8, 8)
-  x = net.quantizer(net.clip(x, 0.7, 1.6), "second", "symmetric")
+  x = net.quantizer(net.clip(x, *bounds), "second", "symmetric")
   x = net.quantizer(net.layer(x, "last", kernel), "third", "unsigned")
   net.layer(x if what == "mean" else net.mean(x), "classifier", (8, 10))
-  return _net("lower_bound_above_zero", net)
+  return _net("bounds_beside_zero", net)
 
 
 @functools.cache

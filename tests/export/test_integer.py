@@ -296,12 +296,21 @@ def test_a_relu_before_hard_swish_is_kept(folder, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("what", "size"), [("layer", 1), ("layer", 3), ("mean", 1)])
-def test_a_lower_bound_above_zero_is_kept(folder, what, size, name):
-  net = integers.lower_bound_above_zero(what, size)
+@pytest.mark.parametrize(
+  ("what", "size", "bounds"),
+  [
+    ("layer", 1, (0.7, 1.6)),
+    ("layer", 3, (0.7, 1.6)),
+    ("layer", 1, (-1.6, -0.7)),
+    ("layer", 3, (-1.6, -0.7)),
+    ("mean", 1, (0.7, 1.6)),
+  ],
+)
+def test_bounds_of_one_sign_are_kept(folder, what, size, bounds, name):
+  net = integers.bounds_beside_zero(what, size, bounds)
   codes = written(net, name, folder).codes["second"]
-  assert codes.min() == 2  # of 7, for 0.7 of 2.0
-  assert codes.max() <= 6
+  low, high = sorted((2 * np.sign(bounds[0]), 6 * np.sign(bounds[0])))  # of 7, for 2.0
+  assert low <= codes.min() < codes.max() <= high
   found = compared(net, name, folder)
   assert max(found.largest.values()) <= 1
   assert max(found.shares["second"], found.shares["third"]) < 0.02

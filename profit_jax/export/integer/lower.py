@@ -384,10 +384,11 @@ class _Lowering:
     scale, ends = factor * step, {"name": node.name, "ends": node.name, "factor": factor}
     ends["codes"] = low, high
     bordered = low and self._is_bordered(node.name)
-    if low > 0 and (bordered or not self._runtime.fuses_relu):
-      # The grid begins at code 0, because a zero point below int8's lower end is not allowed.
-      ends["codes"] = 0, high
-      zero = HIGH - high if self._runtime.fuses_relu else LOW
+    if not low <= 0 <= high and (bordered or not self._runtime.fuses_relu):
+      # The grid reaches to code 0: a zero point beyond int8's ends is not allowed.
+      first, last = min(low, 0), max(high, 0)
+      ends["codes"] = first, last
+      zero = HIGH - last if self._runtime.fuses_relu else LOW - first
       return Target(
         **ends,
         grid=Grid(scale, zero),
