@@ -41,6 +41,7 @@ SLOW = (
       "test_everything_in_a_tflite_file_is_an_integer",
       "test_xnnpack_takes_everything_but_these",
       "test_an_onnx_file_is_old_and_its_layers_are_of_integers",
+      "test_extreme_numbers",
     )
   ),
   "export/test_verify.py::test_images_of_another_class_are_explained_by_ties_or_not_at_all",

@@ -56,6 +56,8 @@ _BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
 _EVERYTHING = (-np.inf, np.inf)
 # Between int8's ends; one less where the zero, which lies between them, is rounded.
 _STEPS = HIGH - LOW
+# A negative bound of so many steps is put on one exactly, by widening them.
+_WORTH_AN_END = 10
 # A bias of this size fits int32 beside the sum.
 _LARGEST_BIAS = 2.0**28
 _SMALLEST_UNIT = 2.0**-20
@@ -741,7 +743,7 @@ def _grid(
   number = 0 if step is None else _fraction(step / scale, margin / step)
   if step is not None and number:
     scale = step / number
-  elif low == bounds[0] != 0.0:
+  elif low == bounds[0] and -low > _WORTH_AN_END * scale:
     scale = -low / math.floor(-low / scale)
   if low == bounds[0]:
     zero = LOW - round(low / scale)
