@@ -153,7 +153,7 @@ FORMATS = {
     "integer.onnx",
     ("onnx", "onnxruntime"),
     f"{_INTEGER} Tensors are uint8, kernels int8 with a scale for each output channel, biases "
-    "int32. H-swish and the logits are float32. The input is uint8.",
+    "int32. The logits are float32. The input is uint8.",
     "onnx",
     "onnxruntime",
     integer=True,

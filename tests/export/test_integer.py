@@ -85,8 +85,8 @@ NETS = {
   "gray": functools.partial(quantized, "duq", 4, normalization=GRAY, shape=(SIZE, SIZE, 1)),
   "floats": functools.partial(quantized, "duq", 4, normalization=None),
 }
-# Nets of which both runtimes compute the same codes: without h-swish and squeeze-excite. In others
-# that read images of several factors, the runtimes have kernels of other widths.
+# Nets of which both runtimes compute the same codes. In those that multiply, or read images of
+# several factors or 8-bit tensors, they round in other places or have kernels of other widths.
 ALIKE = (
   *(f"mobilenet_v{version} {bits}" for version in (1, 2) for bits in (4, 3, 2)),
   *(
@@ -119,8 +119,10 @@ def test_few_codes_differ_and_those_of_layers_at_ties_only(folder, net, name):
     if few_bits and quantizer.bits <= 4:
       assert not found.apart[quantizer.name], quantizer.name
   for quantizer in net.quantizers:
-    # A stem of several pixel scales rounds the kernel's codes.
-    limit = 1 if quantizer.bits <= 4 and not image_scales else 2 if quantizer.bits <= 6 else 7
+    # A stem of several pixel scales rounds the kernel's codes. In MobileNet-v3, one code of 1,031,232
+    # differs by 2: a shortcut's values that are beyond the measured range saturate.
+    several = image_scales or net.model == "mobilenet_v3_small"
+    limit = 1 if quantizer.bits <= 4 and not several else 2 if quantizer.bits <= 6 else 7
     assert found.largest[quantizer.name] <= limit, quantizer.name
     assert found.shares[quantizer.name] <= SHARES[quantizer.bits], quantizer.name
 
@@ -160,7 +162,7 @@ def test_any_batch_has_the_same_codes_and_logits(folder, net, name):
 # What compilers for accelerators take.
 INTEGER_OPERATORS = {
   *("ADD", "AVERAGE_POOL_2D", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"),
-  *("HARD_SWISH", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM", "MUL", "PAD", "PADV2", "QUANTIZE"),
+  *("MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM", "MUL", "PAD", "PADV2", "QUANTIZE"),
   "RESHAPE",
 }
 
@@ -195,13 +197,11 @@ def test_everything_in_a_tflite_file_is_an_integer(folder, net):
 
 # What LiteRT's own kernels compute, since XNNPACK does not take it.
 LEFT = {
-  **{f"{net} 4": {"HARD_SWISH"} for net in ("mobilenet_v3_small", "Branches", "Codes", "Same")},
-  "every operation 4": {"HARD_SWISH"},
-  "Plain 4": {"HARD_SWISH", "MAXIMUM", "AVERAGE_POOL_2D", "ADD"},
+  "Plain 4": {"MAXIMUM", "AVERAGE_POOL_2D", "ADD"},
   **{net: {"MAXIMUM"} for net in ("Vectors 4", "vectors", "read twice")},
 }
 WHOLE = (
-  *(f"{name} 4" for name in STRIDES if "v3" not in name),
+  *(f"{name} 4" for name in (*STRIDES, "every operation", "Branches", "Codes", "Same")),
   *("mixed bits", "float kernels", "gray", "floats", "imagenet", "names"),
 )
 

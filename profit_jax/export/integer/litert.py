@@ -8,7 +8,7 @@ Output `logits` int8 `[N, num_classes]` with a scale and a zero point. Kernels a
 for each output channel, biases int32.
 
 Operators are those that delegates and compilers for accelerators take: CONV_2D, DEPTHWISE_CONV_2D,
-FULLY_CONNECTED, ADD, MUL, QUANTIZE, HARD_SWISH, MEAN, PAD, PADV2, pooling, RESHAPE, CONCATENATION,
+FULLY_CONNECTED, ADD, MUL, QUANTIZE, MEAN, PAD, PADV2, pooling, RESHAPE, CONCATENATION,
 MAXIMUM and MINIMUM. A lower bound is a fused ReLU.
 """
 
@@ -31,7 +31,6 @@ from profit_jax.export.integer.net import (
   Constant,
   Convolution,
   Grid,
-  HardSwish,
   IntegerNet,
   Maximum,
   Mean,
@@ -57,7 +56,6 @@ _KINDS = {
   "CONV_2D": (schema.Conv2DOptionsT, 3),
   "DEPTHWISE_CONV_2D": (schema.DepthwiseConv2DOptionsT, 3),
   "FULLY_CONNECTED": (schema.FullyConnectedOptionsT, 4),
-  "HARD_SWISH": (schema.HardSwishOptionsT, 1),
   "MAXIMUM": (schema.MaximumMinimumOptionsT, 2),
   "MAX_POOL_2D": (schema.Pool2DOptionsT, 2),
   "MEAN": (schema.ReducerOptionsT, 2),
@@ -258,9 +256,6 @@ class _Graph:
   def _requantize(self, node: Requantize, name: str) -> None:
     self._same("QUANTIZE", node, name)
 
-  def _hard_swish(self, node: HardSwish, name: str) -> None:
-    self._same("HARD_SWISH", node, name)
-
   def _mean(self, node: Mean, name: str) -> None:
     read = [*self._read(node), self._array("space", np.int32([1, 2]))]
     self._op("MEAN", read, self._result(node, name), keepDims=False)
@@ -299,7 +294,6 @@ _WRITERS = {
   Multiply: "_binary",
   Maximum: "_extreme",
   Minimum: "_extreme",
-  HardSwish: "_hard_swish",
   Mean: "_mean",
   Pool: "_pool",
   Reshape: "_reshape",

@@ -98,10 +98,6 @@ class Minimum(Operator):
   """The smaller of two tensors on its own grid."""
 
 
-class HardSwish(Operator):
-  """`x * relu6(x + 3) / 6`."""
-
-
 class Mean(Operator):
   """The mean over height and width: `[N, H, W, C]` -> `[N, C]`."""
 

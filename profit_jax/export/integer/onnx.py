@@ -11,8 +11,8 @@ int32. What looks odd is deliberate (measured with onnxruntime 1.32):
   QuantizeLinear would be dropped or would keep the convolution in float32.
 - Kernels that are multiplied with 8-bit inputs keep to 7 bits: without VNNI, onnxruntime adds pairs
   of products in 16 bits, which would saturate.
-- h-swish and the mean over space have no integer form at this opset; onnxruntime computes h-swish
-  in float32 between two tensors of bytes.
+- h-swish is a sum and a product, which onnxruntime computes on bytes: MobileNet-v3 large takes 4.4
+  ms, where HardSigmoid between floats took 13.5 ms.
 """
 
 import json
@@ -33,7 +33,6 @@ from profit_jax.export.integer.net import (
   Constant,
   Convolution,
   Grid,
-  HardSwish,
   IntegerNet,
   Maximum,
   Mean,
@@ -194,11 +193,6 @@ class _Graph:
     (x,) = self._read(node)
     self._put(node, x)
 
-  def _hard_swish(self, node: HardSwish) -> None:
-    (x,) = self._read(node)
-    gate = self._op("HardSigmoid", [x], f"{node.name}/gate", alpha=1 / 6, beta=0.5)
-    self._put(node, self._op("Mul", [x, gate], f"{node.name}/gated"))
-
   def _mean(self, node: Mean) -> None:
     (x,) = self._read(node)
     x = self._op("GlobalAveragePool", [x], f"{node.name}/mean")
@@ -246,7 +240,6 @@ _WRITERS = {
   Constant: _Graph._constant,
   Requantize: _Graph._requantize,
   **dict.fromkeys(_KINDS, _Graph._plain),
-  HardSwish: _Graph._hard_swish,
   Mean: _Graph._mean,
   Pool: _Graph._pool,
   Reshape: _Graph._reshape,
