@@ -119,8 +119,8 @@ def test_few_codes_differ_and_those_of_layers_at_ties_only(folder, net, name):
     if few_bits and quantizer.bits <= 4:
       assert not found.apart[quantizer.name], quantizer.name
   for quantizer in net.quantizers:
-    # A stem of several pixel scales rounds the kernel's codes. In MobileNet-v3, one code of 1,031,232
-    # differs by 2: a shortcut's values that are beyond the measured range saturate.
+    # A stem of several pixel scales rounds the kernel's codes. In MobileNet-v3, one code of
+    # 1,031,232 differs by 2: a shortcut's values beyond the measured range saturate.
     several = image_scales or net.model == "mobilenet_v3_small"
     limit = 1 if quantizer.bits <= 4 and not several else 2 if quantizer.bits <= 6 else 7
     assert found.largest[quantizer.name] <= limit, quantizer.name
@@ -202,7 +202,7 @@ LEFT = {
 }
 WHOLE = (
   *(f"{name} 4" for name in (*STRIDES, "every operation", "Branches", "Codes", "Same")),
-  *("mixed bits", "float kernels", "gray", "floats", "imagenet", "names"),
+  *("mixed bits", "float kernels", "gray", "floats", "imagenet", "names", "pact"),
 )
 
 
