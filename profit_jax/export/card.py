@@ -76,7 +76,6 @@ def make(
     "input": {
       "name": "image",
       "type": np.dtype(net.image_dtype).name,
-      "file_type": FORMATS[name].input_type or np.dtype(net.image_dtype).name,
       "layout": "NHWC, RGB" if net.image_shape[-1:] == (3,) else "NHWC",
       "shape": net.image_shape,
       "image_size": net.image_shape[0],
@@ -348,15 +347,11 @@ def _input_rows(pixels: dict[str, Any]) -> list[str]:
   """What is said of the images, in two rows at most."""
   sizes = ", ".join(map(str, pixels["shape"]))
   row = f"| input | `{pixels['name']}`, {pixels['type']} `[N, {sizes}]`, "
-  taken = ""
-  if pixels["file_type"] != pixels["type"]:
-    how = "less 128" if pixels["type"] == "uint8" else "by the input's scale and zero point"
-    taken = f"; the file takes {pixels['file_type']}: these {how}"
   if pixels["type"] != "uint8" or "crop_pct" not in pixels:
-    return [f"{row}as the model was trained with{taken} |"]
+    return [f"{row}as the model was trained with |"]
   size, share = pixels["image_size"], pixels["crop_pct"]
   return [
-    f"{row}RGB, 0 to 255; normalized by the file{taken} |",
+    f"{row}RGB, 0 to 255; normalized by the file |",
     f"| preparing an image | shorter side to {size} / {share:g} pixels "
     f"({pixels['interpolation']}), centre cut out |",
   ]

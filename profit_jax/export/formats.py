@@ -67,7 +67,6 @@ class Format(NamedTuple):
     opened_by: the package that users open a file with, whose lowest version a card names (see
       `runtimes.py`); None if it is this package.
     integer: whether its files compute on int8, and differ from the trained model.
-    input_type: of its files' input, where it is not the net's.
   """
 
   suffix: str
@@ -77,7 +76,6 @@ class Format(NamedTuple):
   extra: str | None = None
   opened_by: str | None = None
   integer: bool = False
-  input_type: str | None = None
 
 
 _EXACT = (
@@ -168,7 +166,6 @@ FORMATS = {
     "litert",
     "ai-edge-litert",
     integer=True,
-    input_type="int8",
   ),
 }
 DEFAULT = ("onnx", "jax", "safetensors")

@@ -23,6 +23,7 @@ from tests.export.nets import (
   NORMALIZATION,
   SIZE,
   STRIDES,
+  changed,
   every_operation,
   random_net,
   random_values,
@@ -83,8 +84,8 @@ NETS = {
   "gray": functools.partial(quantized, "duq", 4, normalization=GRAY, shape=(SIZE, SIZE, 1)),
   "floats": functools.partial(quantized, "duq", 4, normalization=None),
 }
-# Nets of which both runtimes compute the same codes: without h-swish and squeeze-excite. In others
-# that read images of several factors, the runtimes have kernels of other widths.
+# Nets of which both runtimes compute the same codes. In those that multiply, or read images of
+# several factors or 8-bit tensors, they round in other places or have kernels of other widths.
 ALIKE = (
   *(f"mobilenet_v{version} {bits}" for version in (1, 2) for bits in (4, 3, 2)),
   *(
@@ -322,3 +323,44 @@ def test_logits_keep_the_bounds_of_the_last_activation(folder, name):
   logits = written(net, name, folder).logits
   assert logits.min() == 0.0
   np.testing.assert_allclose(logits, compared(net, name, folder).logits, atol=0.03)
+
+
+def rescaled(name, multiplier=1.0, bias=1.0, kernel=1, classes=None):
+  """`every_operation` with other numbers in a layer."""
+  net = every_operation(4, 4)
+  (layer,) = (layer for layer in net.layers if layer.name == name)
+  return changed(
+    net,
+    name,
+    multiplier=np.float32(multiplier) * layer.multiplier[:classes],
+    bias=np.float32(bias) * layer.bias[:classes],
+    kernel=(kernel * layer.kernel).astype(np.int8)[..., :classes],
+  )
+
+
+SINGLE = np.float32(np.arange(16) != 2)
+EXTREMES = {
+  "a channel without inputs": ("block01/expand_conv", {"multiplier": SINGLE}),
+  "a layer without inputs": ("block01/expand_conv", {"multiplier": 0.0}),
+  "a kernel of zeros": ("block01/expand_conv", {"kernel": 0}),
+  "hardly any input": ("block01/expand_conv", {"multiplier": 1e-20}),
+  "denormal numbers": ("block00/project_conv", {"multiplier": 1e-38}),
+  "huge biases": ("block01/expand_conv", {"bias": 1e6}),
+  "a stem of zeros": ("stem_conv", {"multiplier": 0.0, "bias": 0.0}),
+  "logits of zeros": ("classifier", {"multiplier": 0.0, "bias": 0.0}),
+  "constant logits": ("classifier", {"multiplier": 0.0}),
+  "one class": ("classifier", {"classes": 1}),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", EXTREMES)
+def test_extreme_numbers(folder, case, name):
+  layer, fields = EXTREMES[case]
+  net = rescaled(layer, **fields)
+  found, file = compared(net, name, folder), written(net, name, folder)
+  assert not any(found.apart[node.name] for node in integers.direct(net))
+  assert max(found.largest.values()) <= 1
+  assert max(found.shares.values()) <= SHARES[4]
+  assert np.isfinite(file.logits).all()
+  np.testing.assert_array_equal(np.argmax(file.logits, 1), np.argmax(found.logits, 1))

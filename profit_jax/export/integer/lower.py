@@ -56,6 +56,8 @@ _BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
 _EVERYTHING = (-np.inf, np.inf)
 # Between int8's ends; one less where the zero, which lies between them, is rounded.
 _STEPS = HIGH - LOW
+# A negative bound of so many steps is put on one exactly, by widening them.
+_WORTH_AN_END = 10
 # A bias of this size fits int32 beside the sum.
 _LARGEST_BIAS = 2.0**28
 _SMALLEST_UNIT = 2.0**-20
@@ -636,12 +638,15 @@ class _Lowering:
     self._put(integer.Add, target, tuple(self._spatial(node, x) for x in read))
 
   def _product(self, node: Product) -> None:
-    read = [
-      x if np.ndim(x.unit) == 0 and x.zero == x.grid.zero else self._plain(name)
-      for name, x in ((name, self._encoded[name]) for name in (node.input, node.other))
-    ]
-    target = _rescaled(self._target(node, shifts=False), math.prod(x.factor for x in read))
+    read = self._multiplied(node.input), self._multiplied(node.other)
+    factor = read[0].factor * read[1].factor
+    target = _rescaled(self._target(node, shifts=False), factor)
     self._put(integer.Multiply, target, tuple(self._spatial(node, x) for x in read))
+
+  def _multiplied(self, name: str) -> Encoded:
+    """A tensor whose values are its grid's times a number."""
+    x = self._encoded[name]
+    return self._plain(name) if np.ndim(x.unit) or x.zero != x.grid.zero else x
 
   def _spatial(self, node: Elementwise, x: Encoded) -> str:
     """A tensor of channels alone as an image of one pixel, beside one of space."""
@@ -797,7 +802,7 @@ def _grid(
   number = 0 if step is None else _fraction(step / scale, margin / step)
   if step is not None and number:
     scale = step / number
-  elif low == bounds[0] != 0.0:
+  elif low == bounds[0] and -low > _WORTH_AN_END * scale:
     scale = -low / math.floor(-low / scale)
   if low == bounds[0]:
     zero = LOW - round(low / scale)
