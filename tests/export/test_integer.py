@@ -363,4 +363,6 @@ def test_extreme_numbers(folder, case, name):
   assert max(found.largest.values()) <= 1
   assert max(found.shares.values()) <= SHARES[4]
   assert np.isfinite(file.logits).all()
-  np.testing.assert_array_equal(np.argmax(file.logits, 1), np.argmax(found.logits, 1))
+  # The file's class is the best, or one whose logit int8 does not tell from it.
+  chosen = np.take_along_axis(found.logits, np.argmax(file.logits, 1)[:, None], 1)[:, 0]
+  assert (found.logits.max(1) - chosen).max() <= 0.01 * np.abs(found.logits).max()
