@@ -4,7 +4,7 @@ MobileNet-v2 or another model.
 Command:  make demo      (python main.py --config configs/digits_w4.py --workdir runs/digits_w4)
           python main.py --config configs/digits_w4.py:mobilenet_v3_large --workdir runs/digits_v3
 Cost:     about 10 minutes on 2 CPU cores, compilation included.
-Result:   top-1 99.33 % at W4A4, 99.33 % in full precision (seed 0; 450 images, one is 0.22 points).
+Result:   top-1 99.11 % at W4A4, 99.11 % in full precision (seed 0; 450 images, one is 0.22 points).
           The other models: README.md.
 """
 
