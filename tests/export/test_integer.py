@@ -202,7 +202,7 @@ LEFT = {
 WHOLE = (
   *(f"{name} 4" for name in STRIDES),
   *("Branches 4", "Codes 4", "Same 4", "every operation 4"),
-  *("mixed bits", "float kernels", "gray", "floats", "imagenet", "names"),
+  *("mixed bits", "float kernels", "gray", "floats", "imagenet", "names", "pact"),
 )
 
 
