@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 
 import gc
 import pathlib
+import signal
 import tempfile
 
 import jax
@@ -26,6 +27,15 @@ from tests import drawn, tiers
 from tests.train.shared import compiled, finished_run, tiny
 
 __all__ = ["compiled", "finished_run", "tiny"]
+
+# `nohup` and shells that start a command in the background make it ignore these, which a run
+# respects: tests that send them would wait, or train to the end.
+for _number, _default in (
+  (signal.SIGHUP, signal.SIG_DFL),
+  (signal.SIGINT, signal.default_int_handler),
+):
+  if signal.getsignal(_number) == signal.SIG_IGN:
+    signal.signal(_number, _default)
 
 drawn.load_profile()
 jax.config.update("jax_num_cpu_devices", 4)
