@@ -29,7 +29,7 @@ def assert_ends_with_a_verified_file(notebook, least):
 
 
 def test_what_is_committed_ends_with_a_verified_file():
-  # 94.9 as committed; another processor trains other bits.
+  # 95.8 as committed; another processor trains other bits.
   assert_ends_with_a_verified_file(nbformat.read(NOTEBOOK, as_version=4), 80)
 
 
