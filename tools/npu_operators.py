@@ -3,7 +3,7 @@
     python -m venv /tmp/vela && /tmp/vela/bin/pip install ethos-u-vela
     python tools/npu_operators.py FILE.int8.tflite ... --vela=/tmp/vela/bin/vela
 
-The compiler is Arm's Vela, for the Ethos-U NPUs; it has an environment of its own because it needs
+The compiler is Arm's Vela, for the Ethos-U NPUs. It needs its own environment, because it needs
 other versions than this package. It counts after its own rewriting: a fused ReLU, and the parts of
 a mean, are operators there. `CPU` are those that fall back to the processor beside the NPU. The
 command ends with exit code 1 if there is one, or if a file cannot be compiled.

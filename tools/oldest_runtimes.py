@@ -3,7 +3,7 @@
     python tools/oldest_runtimes.py DIR                   # writes profit_jax/export/runtimes.json
     python tools/oldest_runtimes.py DIR --formats=onnx    # only these formats; the others stay
 
-Each version gets a virtual environment of its own in DIR, which must lie outside the repository; an
+Each version gets its own virtual environment in DIR, which must lie outside the repository; an
 environment that is there is used again. Needs the packages of `requirements*.txt` and this
 machine's package index; takes about ten minutes at first, and one without installing.
 
@@ -11,7 +11,7 @@ The files are small nets with every operation of the MobileNets, but without poo
 maximum and minimum. Their kernels have 2, 4 and 8 bits (3 bits are written as 4, and 5 to 7 as 8);
 of one net, one kernel has float32 and the others 8 bits.
 What a file needs depends on its kernels. Integer files hold all of these as int8; their ranges are
-measured on the eight images. Each file is opened in a process of its own and classifies the eight
+measured on the eight images. Each file is opened in its own process and classifies the eight
 images. A version opens a file if its logits are those of the newest version, to 1e-5 of the
 largest: one that computes others is as useless as one that fails.
 

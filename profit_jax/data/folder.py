@@ -561,7 +561,7 @@ def _copied(train, evaluation):
 
 
 def _of_one_name(train, evaluation, most):
-  """At most so many images of each split whose class and name the other has too."""
+  """At most `most` images of each split whose class and name the other has too."""
   names = sorted(
     label + b"/" + name
     for label in evaluation.chosen

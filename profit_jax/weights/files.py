@@ -29,7 +29,7 @@ _SAFETENSORS_DTYPES = {
   "F16": np.float16,
   "BF16": ml_dtypes.bfloat16,
 }
-# Of tensors that are refused, or counters that nobody reads: their values do not matter.
+# Only refused tensors and unused counters have these: their values do not matter.
 _OTHER_DTYPES = {
   "I64": np.int64,
   "I32": np.int32,

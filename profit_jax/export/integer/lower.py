@@ -1,7 +1,6 @@
 """Code-domain net -> integer net: puts every tensor on an int8 grid.
 
-A quantizer's codes keep their steps, so that an int8 tensor uses 2^b of its 256 numbers. What
-follows from that, and what it costs:
+A quantizer's codes keep their steps, so that an int8 tensor uses 2^b of its 256 numbers:
 
 - A layer that one quantizer reads gives its codes directly. Its kernel's scales take the input's
   output scale and the quantizer's interval; a channel of negative gain flips its kernel's codes.
@@ -10,8 +9,8 @@ follows from that, and what it costs:
   that every sum gets its exact code, see `thresholds.py`.
 - Tensors that something else reads too (shortcuts, squeeze-excite) are rounded to 8 bits, on a
   range that is measured on images. Their step is an odd fraction of the step of the quantizer that
-  reads them: the ends between two codes then are ends between two of its own steps, so that
-  rounding twice gives the same code as rounding once.
+  reads them. Every boundary between two codes then is a boundary between two of the finer steps,
+  and rounding twice gives the same code as rounding once.
 - A tensor that only quantizers read needs no range: what saturates there saturates in them.
 - The bounds of a quantizer are int8's upper end and a fused ReLU in LiteRT, and int8's lower end
   and a Clip in onnxruntime, see `Runtime`.
@@ -56,7 +55,7 @@ _BOUNDS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
 _EVERYTHING = (-np.inf, np.inf)
 # Between int8's ends; one less where the zero, which lies between them, is rounded.
 _STEPS = HIGH - LOW
-# A negative bound of so many steps is put on one exactly, by widening them.
+# The steps are widened until a negative bound is one of them, if it is more than 10 steps from 0.
 _WORTH_AN_END = 10
 # A bias of this size fits int32 beside the sum.
 _LARGEST_BIAS = 2.0**28
