@@ -46,39 +46,41 @@ def export(
   if not reference.at_ties:
     _print_layers(screen, reference)
   exporter.require_equal()
-  failed, width = [], max(12, *(len(name) + 1 for name in modules))
+  failed, missed, width = [], [], max(12, *(len(name) + 1 for name in modules))
   for name, module in modules.items():
     file = f"{net.model}_{net.bits_name}{formats.FORMATS[name].suffix}"
     check, report = exporter.write(name, module, directory / file)
     if report is not None:
       screen.print(f"{name:{width}}{report}", soft_wrap=True)
       continue
-    failed.append(name)
-    if isinstance(check, Difference):
+    if isinstance(check, Difference) and check.rows:
+      missed.append(name)
       screen.print(f"{name:{width}}LIMIT MISSED: {check.problem}.", soft_wrap=True)
       _print_difference(screen, check)
       continue
+    failed.append(name)
     top1 = f"top-1 {100.0 * check.correct / check.examples:.2f} % of {check.examples} images"
-    screen.print(f"{name:{width}}NOT EQUAL: {check.problem}; {top1}, trained {trained.top1:.2f} %")
-    if check.comparison is not None:
+    screen.print(
+      f"{name:{width}}NOT EQUAL: {check.problem}; {top1}, trained {trained.top1:.2f} %",
+      soft_wrap=True,
+    )
+    if isinstance(check, verify.FileCheck) and check.comparison is not None:
       _print_layers(screen, check.comparison)
-  kept = len(modules) - len(failed)
+  kept = len(modules) - len(failed) - len(missed)
   if kept:
     screen.print(
       f"{kept} verified {'file' if kept == 1 else 'files'} with cards (.md, .json): {directory}",
       soft_wrap=True,
     )
-  _require_none(failed)
+  _require_none(failed, missed)
 
 
-def _require_none(failed: Sequence[str]) -> None:
-  """Raises NotEqual where files of some formats were not kept."""
-  missed = [name for name in failed if formats.FORMATS[name].integer]
-  other = [name for name in failed if name not in missed]
+def _require_none(failed: Sequence[str], missed: Sequence[str]) -> None:
+  """Raises NotEqual where files of some formats failed the verification, or missed a limit."""
   told = []
-  if other:
+  if failed:
     told.append(
-      f"{', '.join(other)}: not what was trained (see above), and not kept. Please report it "
+      f"{', '.join(failed)}: not what was trained (see above), and not kept. Please report it "
       "with the table."
     )
   if missed:

@@ -286,16 +286,17 @@ def file_codes(runner: Runner) -> Callable[[np.ndarray], Any]:
     alone, _ = runner.run(image)
     largest = np.abs(logits).max()
     if not np.abs(alone - logits).max() <= _LOGITS * largest:
-      raise WatchedDiffers(float(np.abs(alone - logits).max() / largest))
+      part = np.abs(alone - logits).max() / largest
+      raise WatchedDiffers(
+        f"its logits change by {part:.1e} of the largest when its codes are asked for"
+      )
     return alone, codes
 
   return run
 
 
 class WatchedDiffers(Exception):
-  """A file whose logits change when its codes are asked for; the argument: by which part of the
-  largest.
-  """
+  """A file whose logits change when its codes are asked for; the argument says by how much."""
 
 
 def compare(net: Net, images: list[np.ndarray], run: Callable[[np.ndarray], Any]) -> Comparison:
@@ -378,9 +379,7 @@ def check_file(
     if not comparison.exact:
       problem = f"{comparison.differing:,} of {comparison.codes:,} codes differ"
   except WatchedDiffers as error:
-    problem = (
-      f"its logits change by {error.args[0]:.1e} of the largest when its codes are asked for"
-    )
+    problem = str(error)
   correct, examples = count_correct(
     lambda image: runner.run(image)[0], trained.source, trained.settings.train.eval_batch_size
   )

@@ -161,6 +161,31 @@ def test_a_missed_limit_leaves_no_file(run, monkeypatch, name):
   assert kept == content.keys() - {f"{NAMES[name]}{ending}" for ending in ENDINGS}
 
 
+def test_a_file_that_changes_when_its_codes_are_asked_for_is_not_kept(run, monkeypatch):
+  runner = formats.load("onnx_int8").Runner
+  right = runner.run
+
+  def watched(self, image, with_codes=False):
+    logits, codes = right(self, image, with_codes)
+    return logits * (1.01 if with_codes else 1.0), codes
+
+  export_folder = run[0] / "export"
+  content = {path.name: path.read_bytes() for path in export_folder.iterdir()}
+  try:
+    with monkeypatch.context() as patch:
+      patch.setattr(runner, "run", watched)
+      code, printed, err = export(run[0], "--formats=onnx_int8", "--min_agreement=0")
+    kept = {path.name for path in export_folder.iterdir()}
+  finally:
+    for file, before in content.items():
+      (export_folder / file).write_bytes(before)
+  assert code == 1
+  assert "onnx_int8   NOT EQUAL: its logits change by 9.9e-03 of the largest when " in printed
+  assert "LIMIT MISSED" not in printed
+  assert err.startswith("export failed: onnx_int8: not what was trained (see above)")
+  assert kept == content.keys() - {f"{NAMES['onnx_int8']}{ending}" for ending in ENDINGS}
+
+
 def test_looser_limits_keep_it(run, monkeypatch):
   runner = formats.load("onnx_int8").Runner
   right = runner.run

@@ -71,8 +71,8 @@ class Difference:
   """An integer file beside the trained network.
 
   Attributes:
-    problem: which limits are missed; None if none is.
-    rows: by quantizer, in the net's order.
+    problem: which limits are missed, or why the codes prove nothing; None if the file is kept.
+    rows: by quantizer, in the net's order; none if asking for codes changes the file's logits.
     images: whose codes were compared.
     correct: evaluation images that the file classifies correctly.
     trained_correct: evaluation images that the trained model classifies correctly.
@@ -136,7 +136,11 @@ def measure(
     The difference; its `problem` names the limits that are missed.
   """
   given = trained.spec, trained.variables, trained.normalization
-  rows = _rows(net, images, runner, verify.trained_codes(net, *given))
+  problem, rows = None, ()
+  try:
+    rows = _rows(net, images, verify.file_codes(runner), verify.trained_codes(net, *given))
+  except verify.WatchedDiffers as error:
+    problem = str(error)
   bits = trained.spec.bits.at(np.int32(net.weight_bits), np.int32(net.act_bits))
   logits = verify.trained_logits(*given, bits)
   correct = agreeing = examples = 0
@@ -156,10 +160,10 @@ def measure(
     examples,
     limits,
   )
-  return dataclasses.replace(found, problem=_problem(found))
+  return dataclasses.replace(found, problem=problem or _missed(found))
 
 
-def _problem(found: Difference) -> str | None:
+def _missed(found: Difference) -> str | None:
   missed = []
   if found.agreement < found.limits.agreement:
     missed.append(
@@ -175,11 +179,14 @@ def _problem(found: Difference) -> str | None:
 
 
 def _rows(
-  net: Net, images: list[np.ndarray], runner: Runner, trained: Callable[[np.ndarray], Any]
+  net: Net,
+  images: list[np.ndarray],
+  file: Callable[[np.ndarray], Any],
+  trained: Callable[[np.ndarray], Any],
 ) -> tuple[Row, ...]:
   counts = {quantizer.name: np.zeros(5, np.int64) for quantizer in net.quantizers}
   for image in images:
-    _, theirs = runner.run(image, with_codes=True)
+    _, theirs = file(image)
     theirs = {name: np.float32(codes) for name, codes in theirs.items()}
     _, read = jax.device_get(verify.forced(net, image, theirs))
     _, own = trained(image)
